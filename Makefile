@@ -1,0 +1,52 @@
+# make demo   run both examples, from a fresh clone on
+# make test   lint, types and tests, from a fresh clone on; what CI runs
+# make lint | types | bench   one part of it; `make format` rewrites files as lint wants them
+#
+# PYTHON=python3.12 picks the interpreter of the environment, JOBS=4 the test processes.
+# pip keeps its own settings: PIP_FIND_LINKS or PIP_INDEX_URL choose which build of torch comes.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: demo test lint format types bench
+
+demo: $(READY)
+	$(BIN)/python examples/gemma4_compile.py
+	$(BIN)/python examples/nemotron_h_compile.py
+
+# One thread per process: JOBS processes with the threads of a whole machine each are slower.
+test: lint types
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The copy is laid out as the wheel is; messages are given the paths of the sources again.
+types: $(READY)
+	rm -rf build/types
+	mkdir -p build/types
+	cp -pR src/fp4moe build/types/fp4moe
+	cp -pR passes build/types/fp4moe/passes
+	$(BIN)/mypy | sed -e 's#^build/types/fp4moe/passes/#passes/#' -e 's#^build/types/#src/#'
+
+bench: $(READY)
+	for file in benchmarks/bench_*.py; do $(BIN)/python $$file; done
+
+# torch comes first and alone: its pinned version must be in place before anything asks for it.
+# fp4moe itself is built without isolation, with the setuptools that was just installed.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch setuptools
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@

@@ -1,0 +1,8 @@
+"""Graph passes of fp4moe; imported as fp4moe.passes, never as passes."""
+
+# From the repository root `import passes` would load a second copy of every class and registration.
+if __name__ != "fp4moe.passes":
+    raise ImportError(
+        f"passes: the package must be imported as fp4moe.passes; got {__name__}. "
+        "Run `pip install -e .` and import that name."
+    )

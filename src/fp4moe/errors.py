@@ -1,0 +1,20 @@
+"""The errors that fp4moe raises on purpose.
+
+Every message reads `<function>: <argument> must <rule>; got <value>. <what to do>.`
+"""
+
+
+class Fp4MoeError(Exception):
+    """Base of every error that fp4moe raises on purpose."""
+
+
+class ShapeError(Fp4MoeError, ValueError):
+    """A shape, dtype, device or value of an argument does not fit."""
+
+
+class UnsupportedError(Fp4MoeError, NotImplementedError):
+    """The request is well formed, but nothing here can serve it; lists the reasons."""
+
+
+class CheckpointError(Fp4MoeError, ValueError):
+    """A checkpoint is incomplete, damaged, unsafe or in an unknown format."""

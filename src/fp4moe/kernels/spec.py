@@ -1,0 +1,28 @@
+"""What a kernel is asked to run, before any tensor exists."""
+
+from __future__ import annotations
+
+import dataclasses
+
+__all__ = ["MoeSpec"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeSpec:
+    """One layer on one kind of device.
+
+    Attributes:
+        activation: a name of `fp4moe.activations.ACTIVATIONS`.
+        gated: whether the layer has gate weights.
+        hidden_size, intermediate_size: as the model means them.
+        num_experts, top_k: of the whole layer; top_k None where it is not known yet.
+        capability: CUDA compute capability, None on a CPU.
+    """
+
+    activation: str
+    gated: bool
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int | None
+    capability: tuple[int, int] | None

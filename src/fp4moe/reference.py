@@ -1,0 +1,166 @@
+"""The definition of the operator, in plain torch and float32.
+
+    out[t] = sum_k routing_weights[t, k] * down[e](act(gate[e] x[t]) * up[e] x[t]),  e = expert_ids[t, k]
+
+`moe_definition` takes float weights, `reference` and `reference_w4a4` quantised ones. Each hit expert is computed
+once for all its tokens. Nothing is rounded between the two GEMMs, except by the W4A4 quantiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .activations import get_activation
+from .errors import ShapeError
+from .experts import ExpertWeights
+from .formats import NVFP4
+
+__all__ = ["fake_quantize_activation", "moe_definition", "reference", "reference_w4a4", "sum_over_experts"]
+
+# expert index -> (gate or None, up, down), float32 and without padding.
+LoadExpert = Callable[[int], tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]
+
+
+def sum_over_experts(
+    expert_ids: torch.Tensor, routing_weights: torch.Tensor, first: int, count: int, apply: Callable
+) -> torch.Tensor | None:
+    """Return sum_k routing_weights[t, k] * apply(e, tokens) for e in first..first+count-1, float32 [T, H].
+
+    On a CPU only experts that are hit run, on their own tokens. Elsewhere every expert runs on all tokens: no host
+    synchronisation, safe under capture. None when nothing is hit.
+    """
+    weights = routing_weights.float()
+    out: torch.Tensor | None = None
+    if expert_ids.device.type == "cpu":
+        for expert in torch.unique(expert_ids).tolist():
+            if first <= expert < first + count:
+                token, slot = (expert_ids == expert).nonzero(as_tuple=True)
+                y = apply(expert - first, token) * weights[token, slot].unsqueeze(-1)
+                out = y.new_zeros(expert_ids.shape[0], y.shape[1]) if out is None else out
+                out.index_add_(0, token, y)
+        return out
+    for expert in range(count):
+        per_token = torch.where(expert_ids == expert + first, weights, 0.0).sum(1, keepdim=True)
+        # where, not a product: a token that is not routed here must not pass on inf or NaN.
+        y = torch.where(per_token != 0, apply(expert, slice(None)) * per_token, 0.0)
+        out = y if out is None else out.add_(y)
+    return out
+
+
+def moe_definition(
+    hidden: torch.Tensor,
+    expert_ids: torch.Tensor,
+    routing_weights: torch.Tensor,
+    *,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    activation: str,
+    expert_offset: int = 0,
+) -> torch.Tensor:
+    """Compute the layer from float weights.
+
+    Args:
+        hidden: [T, H]. expert_ids: [T, K] global ids. routing_weights: [T, K], used as given.
+        up, gate: [L, I, H]. down: [L, H, I].
+        activation: applied to gate, or to up where there is no gate.
+        expert_offset: global id of expert 0 here; ids outside contribute nothing.
+
+    Returns:
+        [T, H] in the dtype of hidden, computed and summed in float32, cast once.
+    """
+
+    def load(expert: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        return (None if gate is None else gate[expert].float(), up[expert].float(), down[expert].float())
+
+    return _run(hidden, expert_ids, routing_weights, load, up.shape[0], expert_offset, activation)
+
+
+def reference(
+    hidden: torch.Tensor, weights: ExpertWeights, expert_ids: torch.Tensor, routing_weights: torch.Tensor
+) -> torch.Tensor:
+    """Compute the layer with activations as they are and dequantised weights (W4A16).
+
+    Args:
+        hidden: [T, H] bfloat16, float16 or float32. weights: the quantised experts.
+        expert_ids: [T, K] global ids. routing_weights: [T, K], used as given.
+
+    Returns:
+        [T, H] in the dtype of hidden.
+    """
+    args = (_loader(weights), weights.local_experts, weights.expert_offset, weights.activation)
+    return _run(hidden, expert_ids, routing_weights, *args)
+
+
+def reference_w4a4(
+    hidden: torch.Tensor, weights: ExpertWeights, expert_ids: torch.Tensor, routing_weights: torch.Tensor
+) -> torch.Tensor:
+    """Compute the layer as the Blackwell kernel does: input and intermediate are quantised to NVFP4 too (W4A4).
+
+    The input is rounded to bfloat16 and quantised with `hidden_scale`, the intermediate in float32 with
+    `intermediate_scale`; each expert's output is rounded to bfloat16 before the weighted sum in float32.
+    Arguments and result as in `reference`. Source: FlashInfer 0.7.2, fp4_quantize and the TRT-LLM-Gen epilogue.
+    """
+    x = fake_quantize_activation(hidden.to(torch.bfloat16).float(), weights.hidden_scale)
+    args = (_loader(weights), weights.local_experts, weights.expert_offset, weights.activation)
+    return _run(x, expert_ids, routing_weights, *args, weights.intermediate_scale).to(hidden.dtype)
+
+
+def fake_quantize_activation(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Round float32 x [..., K] to NVFP4 as FlashInfer's fp4_quantize does, K padded to blocks of 16.
+
+    `scale` is the decode multiplier (ModelOpt's input_scale). Block scale = e4m3(amax / 6 / scale), saturated at 448;
+    a block whose scale rounds to 0 becomes 0. It differs from the weights' quantiser, which never writes scale 0.
+    """
+    columns = x.shape[-1]
+    padding = -columns % NVFP4.block_size
+    blocks = torch.nn.functional.pad(x, (0, padding)).unflatten(-1, (-1, NVFP4.block_size))
+    wanted = blocks.abs().amax(-1, keepdim=True) / scale * (1.0 / NVFP4.element_max)
+    block_scale = wanted.clamp(max=NVFP4.scale_max).to(NVFP4.scale_dtype).float()
+    reciprocal = torch.where(block_scale > 0, 1.0 / (block_scale * scale), 0.0)
+    scaled = blocks * reciprocal
+    magnitude = scaled.abs()
+    # Spacing of the E2M1 grid: 0.5 below 2, 1 below 4, 2 above; round() goes to the even code at a tie.
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    element = ((magnitude / step).round() * step).clamp(max=NVFP4.element_max).copysign(scaled)
+    return (element * (block_scale * scale)).flatten(-2)[..., :columns]
+
+
+def _loader(weights: ExpertWeights) -> LoadExpert:
+    def load(expert: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        parts = weights.slice_experts(expert, expert + 1).dequantize()
+        return (parts["gate"][0] if "gate" in parts else None, parts["up"][0], parts["down"][0])
+
+    return load
+
+
+def _run(
+    hidden: torch.Tensor,
+    expert_ids: torch.Tensor,
+    routing_weights: torch.Tensor,
+    load: LoadExpert,
+    local_experts: int,
+    expert_offset: int,
+    activation: str,
+    intermediate_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    if hidden.ndim != 2 or expert_ids.shape != routing_weights.shape or expert_ids.shape[:1] != hidden.shape[:1]:
+        raise ShapeError(
+            "reference: hidden, expert_ids and routing_weights must be [T, H], [T, K] and [T, K]; got "
+            f"{list(hidden.shape)}, {list(expert_ids.shape)} and {list(routing_weights.shape)}. Flatten the tokens."
+        )
+    act = get_activation(activation, caller="reference").function
+    x = hidden.float()
+
+    def apply(expert: int, token: torch.Tensor | slice) -> torch.Tensor:
+        gate, up, down = load(expert)
+        rows = x[token]
+        y = act(rows @ up.T) if gate is None else act(rows @ gate.T) * (rows @ up.T)
+        if intermediate_scale is None:
+            return y @ down.T
+        return (fake_quantize_activation(y, intermediate_scale[expert]) @ down.T).bfloat16().float()
+
+    out = sum_over_experts(expert_ids, routing_weights, expert_offset, local_experts, apply)
+    return hidden.new_zeros(hidden.shape) if out is None else out.to(hidden.dtype)

@@ -1,0 +1,3 @@
+"""The version of fp4moe, readable without torch."""
+
+__version__ = "0.1.0"
