@@ -29,7 +29,7 @@ LAYERS: list[set[str]] = [
     {"kernels"},
     {"ops"},
     {"module"},
-    {"calibrate", "checkpoint", "explain", "integrations", "replace"},
+    {"calibrate", "candidates", "checkpoint", "explain", "integrations", "replace"},
     {"passes"},
     {"compile"},
     {""},

@@ -1,0 +1,131 @@
+"""A mixture-of-experts block found in a model, and the checks that every kind of block must pass.
+
+The finders are `integrations/transformers.py` (experts modules with Hugging Face's stamps) and
+`integrations/module_list.py` (a Python loop over per-expert MLPs).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .experts import ExpertWeights
+from .module import FusedExperts
+from .reference import moe_definition
+
+__all__ = ["Candidate", "storage_reasons", "value_reasons"]
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Relative RMS limit between a block and the definition on the same float weights: four roundings to the dtype
+# (gate, up, their product, down) and cancellation in the sum give a few eps / 2; a wrong form gives 10 % and more.
+VERIFY_LIMIT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+
+
+@dataclasses.dataclass
+class Candidate:
+    """One block.
+
+    Attributes:
+        path: dotted name of the module that is replaced.
+        module: that module.
+        parameters: its expert weights by dotted name below `path`.
+        reasons: why it cannot be replaced; empty where it can.
+        activation, gated, num_experts, top_k, hidden_size, intermediate_size: None where unknown.
+        quantize: packs the weights ("max" or "mse").
+        build: makes the module that takes its place out of the fused experts.
+        verify: runs the float block against the definition and returns the reasons where they differ.
+    """
+
+    path: str
+    module: nn.Module
+    parameters: dict[str, torch.Tensor]
+    reasons: list[str] = dataclasses.field(default_factory=list)
+    activation: str | None = None
+    gated: bool | None = None
+    num_experts: int | None = None
+    top_k: int | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    quantize: Callable[[str], ExpertWeights] | None = None
+    build: Callable[[FusedExperts], nn.Module] = lambda fused: fused
+    verify: Callable[[], list[str]] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the expert weights as they are now."""
+        return sum(p.nbytes for p in self.parameters.values())
+
+
+def storage_reasons(module: nn.Module, parameters: dict[str, torch.Tensor]) -> list[str]:
+    """Return why these weights cannot be read or replaced: where and how they are stored."""
+    reasons = []
+    for name, parameter in parameters.items():
+        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            reasons.append(f"{name} is uninitialised; run the model once or load its weights")
+        elif parameter.device.type == "meta":
+            reasons.append(f"{name} is on the meta device (not loaded, or offloaded); load it onto a real device")
+        elif type(parameter.data) is not torch.Tensor:
+            reasons.append(
+                f"{name} is a {type(parameter.data).__name__}, not a plain tensor; gather or dequantise it first"
+            )
+        elif parameter.dtype not in FLOAT_DTYPES:
+            reasons.append(f"{name} is {parameter.dtype}, not bfloat16, float16 or float32; dequantise it first")
+        elif parameter.untyped_storage().nbytes() == 0 and parameter.numel():
+            reasons.append(f"{name} has no storage (it was released); load the model again")
+    devices = {str(p.device) for p in parameters.values()}
+    if len(devices) > 1:
+        reasons.append(f"its weights are on several devices ({', '.join(sorted(devices))}); move them to one")
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        hooks = getattr(hook, "hooks", (hook,))
+        if any(getattr(h, "offload", False) for h in hooks):
+            reasons.append("its weights are offloaded by accelerate; load the model onto a device")
+            break
+        if hook is not None or part._forward_hooks or part._forward_pre_hooks:
+            reasons.append("it has forward hooks, which would be lost; remove them and register them again")
+            break
+    return reasons
+
+
+def value_reasons(candidate: Candidate) -> list[str]:
+    """Return why the numbers forbid replacing: inf or NaN in a weight, or a block that computes something else."""
+    for name, parameter in candidate.parameters.items():
+        for expert, weight in enumerate(parameter.detach() if parameter.ndim == 3 else parameter.detach().unsqueeze(0)):
+            if not bool(torch.isfinite(weight.abs().amax())):
+                where = f"{name}, expert {expert}," if parameter.ndim == 3 else name
+                return [f"{where} holds inf or NaN; load a sound checkpoint"]
+    return candidate.verify() if candidate.verify else []
+
+
+def verify_against_definition(
+    forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    *,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate: torch.Tensor | None,
+    activation: str,
+) -> list[str]:
+    """Run a float block and the definition on five tokens; return the reason where they differ."""
+    generator = torch.Generator().manual_seed(0)
+    experts, _, hidden_size = up.shape
+    top_k = min(2, experts)
+    hidden = torch.randn(5, hidden_size, generator=generator).to(up.device, up.dtype)
+    ids = torch.rand(5, experts, generator=generator).argsort(1)[:, :top_k].to(up.device)
+    weights = torch.rand(5, top_k, generator=generator).to(up.device)
+    with torch.no_grad():
+        actual = forward(hidden, ids, weights).float()
+        expected = moe_definition(hidden.float(), ids, weights, up=up, down=down, gate=gate, activation=activation)
+    error = float((actual - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny))
+    limit = VERIFY_LIMIT[up.dtype]
+    if expected.norm() == 0 and actual.norm() == 0:
+        return []
+    if not error <= limit:
+        form = "gated " if gate is not None else ""
+        return [
+            f"it does not compute a {form}{activation} mixture of experts: relative error {error:.2g} on random tokens, "
+            f"limit {limit:g}"
+        ]
+    return []

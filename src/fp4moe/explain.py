@@ -1,0 +1,98 @@
+"""What `fp4moe.explain` returns: one row for each mixture-of-experts block, and a table of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+__all__ = ["BlockReport", "ModelReport", "format_bytes", "format_table"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockReport:
+    """One block.
+
+    Attributes:
+        path, module: dotted name and class of the module.
+        status: "replaced", "replaceable" or "not replaceable".
+        reasons: why it cannot be replaced, or notes on a replaced one.
+        activation, gated, num_experts, top_k, hidden_size, intermediate_size: None where unknown.
+        padded_sizes: (hidden, intermediate) as the kernel stores them.
+        kernel: what runs it, or would.
+        nbytes: bytes of the expert weights as they are now.
+    """
+
+    path: str
+    module: str
+    status: str
+    reasons: tuple[str, ...]
+    activation: str | None
+    gated: bool | None
+    num_experts: int | None
+    top_k: int | None
+    hidden_size: int | None
+    intermediate_size: int | None
+    padded_sizes: tuple[int, ...] | None
+    kernel: str | None
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelReport:
+    """The blocks of one model; `str()` is a table, `to_dict()` plain data."""
+
+    model: str
+    blocks: tuple[BlockReport, ...]
+
+    def count(self, status: str) -> int:
+        """Number of blocks with that status."""
+        return sum(block.status == status for block in self.blocks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all expert weights."""
+        return sum(block.nbytes for block in self.blocks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, ready for JSON."""
+        return {"model": self.model, "blocks": [dataclasses.asdict(block) for block in self.blocks]}
+
+    def __str__(self) -> str:
+        if not self.blocks:
+            return f"{self.model}: no mixture-of-experts block"
+        header = ["block", "module", "status", "experts", "top-k", "H x I", "padded", "activation", "kernel", "bytes"]
+        rows = []
+        for b in self.blocks:
+            sizes = f"{b.hidden_size} x {b.intermediate_size}" if b.hidden_size else "?"
+            padded = " x ".join(map(str, b.padded_sizes)) if b.padded_sizes else "-"
+            activation = f"{'gated ' if b.gated else ''}{b.activation or '?'}"
+            cells = [b.path, b.module, b.status, b.num_experts, b.top_k or "-", sizes, padded, activation]
+            rows.append([str(c) for c in (*cells, b.kernel or "-", format_bytes(b.nbytes))])
+        lines = [format_table(header, rows)]
+        notes: dict[str, list[str]] = {}
+        for b in self.blocks:
+            for reason in b.reasons:
+                notes.setdefault(reason, []).append(b.path)
+        lines += [f"{_few(paths)}: {reason}" for reason, paths in notes.items()]
+        kinds = ("replaced", "replaceable", "not replaceable")
+        counts = ", ".join(f"{self.count(kind)} {kind}" for kind in kinds if self.count(kind))
+        lines.append(f"{self.model}: {len(self.blocks)} blocks ({counts}), experts {format_bytes(self.nbytes)}")
+        return "\n".join(lines)
+
+
+def _few(paths: list[str]) -> str:
+    return ", ".join(paths) if len(paths) <= 2 else f"{paths[0]} and {len(paths) - 1} more"
+
+
+def format_bytes(count: int) -> str:
+    """Return a size in decimal units, as disks and GPUs are sold: 1.43 GB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"
+
+
+def format_table(header: list[str], rows: list[list[str]]) -> str:
+    """Align the columns with two blanks between them."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows))

@@ -1,0 +1,1 @@
+"""What fp4moe knows of other libraries' models, one file each."""

@@ -1,0 +1,225 @@
+"""replace_moe: put fused NVFP4 experts in the place of a model's mixture-of-experts blocks, in eager mode.
+
+Everything is checked, the numbers included, before the first module changes; then one layer after the other is packed and
+its float weights are freed, so that the peak stays below the size of the model plus two layers.
+The router stays as it is. Not handled: gradients of the experts, calibration, checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .candidates import Candidate, value_reasons
+from .errors import UnsupportedError
+from .explain import BlockReport, ModelReport
+from .integrations.module_list import find_module_lists
+from .integrations.transformers import find_experts
+from .kernels import MoeSpec, check_kernel_name, current_capability, get_kernel, select_kernel
+from .module import FusedExperts
+
+__all__ = ["explain", "find_candidates", "replace_moe"]
+
+logger = logging.getLogger("fp4moe")
+Model = TypeVar("Model", bound=nn.Module)
+METHODS = ("max", "mse")
+HIDDEN_ALIGNMENTS = (128, 256, 512)
+
+
+def find_candidates(model: nn.Module) -> list[Candidate]:
+    """Return every mixture-of-experts block of the model that is not fused yet, in module order, with its reasons."""
+    stamped = find_experts(model)
+    inside = tuple(f"{c.path}." for c in stamped)
+    found = stamped + [c for c in find_module_lists(model) if not c.path.startswith(inside)]
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    found.sort(key=lambda c: order[c.path])
+    _refuse_shared_weights(model, found)
+    return found
+
+
+def replace_moe(
+    model: Model,
+    kernel: str = "auto",
+    strict: bool = True,
+    progress: bool = True,
+    *,
+    method: str = "max",
+    hidden_alignment: int = 256,
+    routing: str = "given",
+) -> Model:
+    """Replace the experts of every mixture-of-experts block by fused NVFP4 experts, in place.
+
+    Args:
+        model: any module that holds Hugging Face experts modules, or blocks that loop over a ModuleList of expert MLPs.
+        kernel: "auto" or a kernel's name, see `fp4moe.why_not`.
+        strict: a block that cannot be replaced is an error; False leaves such blocks as they are and logs the reasons.
+        progress: show a progress bar on stderr.
+        method: "max" or "mse", see `fp4moe.quantize_nvfp4`.
+        hidden_alignment: 128, 256 or 512: what the Blackwell kernel pads the hidden size to; other kernels do not need it.
+        routing: "given": the model's own router chooses.
+
+    Returns:
+        The same model. Expert ids and routing weights come from the model's router as before.
+
+    Raises:
+        UnsupportedError: no block found, a block cannot be replaced (strict), an unknown name, or no kernel for a block. The model
+            is as it was.
+    """
+    check_kernel_name(kernel, caller="replace_moe")
+    _check_choice("method", method, METHODS)
+    _check_choice("hidden_alignment", hidden_alignment, HIDDEN_ALIGNMENTS)
+    _check_choice("routing", routing, ("given",))
+    candidates = find_candidates(model)
+    if not candidates:
+        if any(isinstance(m, FusedExperts) for m in model.modules()):
+            logger.info("replace_moe: every block of %s is fused already", type(model).__name__)
+            return model
+        raise UnsupportedError(
+            f"replace_moe: model must have mixture-of-experts blocks; got {type(model).__name__} with none that is known. "
+            "Known are transformers' experts modules and blocks that loop over a ModuleList of expert MLPs."
+        )
+    refused = {}
+    for candidate in tqdm(candidates, desc="checking experts", disable=not progress, leave=False):
+        reasons = candidate.reasons or value_reasons(candidate) or _kernel_reasons(candidate, kernel)
+        if reasons:
+            refused[candidate.path] = reasons
+    if refused and strict:
+        listed = " ".join(f"{path}: {'; '.join(why)}." for path, why in refused.items())
+        raise UnsupportedError(
+            f"replace_moe: model must have only blocks that can be replaced; got {len(refused)} of {len(candidates)} that "
+            f"cannot. {listed} Pass strict=False to leave these as they are."
+        )
+    for path, why in refused.items():
+        logger.warning("replace_moe: %s is left as it is: %s", path, "; ".join(why))
+    paths = [c.path for c in candidates if c.path not in refused]
+    jobs = {c.path: c for c in candidates}
+    # The lists must not keep a replaced layer's weights alive.
+    del candidates, candidate
+    for path in tqdm(paths, desc="packing experts", disable=not progress):
+        job = jobs.pop(path)
+        assert job.quantize is not None
+        fused = job.build(FusedExperts(job.quantize(method), kernel))
+        fused.train(job.module.training)
+        parent, _, name = path.rpartition(".")
+        if not path:
+            raise UnsupportedError(
+                f"replace_moe: model must contain its experts as a child; got the block {type(model).__name__} itself. "
+                "Wrap it in a module, or use fp4moe.ExpertWeights."
+            )
+        setattr(model.get_submodule(parent), name, fused)
+    return model
+
+
+def explain(model: nn.Module, kernel: str = "auto") -> ModelReport:
+    """Report on each mixture-of-experts block: replaced, replaceable or not and why, kernel, padded sizes, bytes.
+
+    Works before and after `replace_moe`; reads sizes and a few numbers, changes nothing.
+    """
+    check_kernel_name(kernel, caller="explain")
+    rows = {}
+    for candidate in find_candidates(model):
+        reasons = candidate.reasons or (candidate.verify() if candidate.verify else [])
+        rows[candidate.path] = _candidate_row(candidate, kernel, reasons)
+    for path, module in model.named_modules():
+        if isinstance(module, FusedExperts):
+            rows[path] = _fused_row(path, module)
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    return ModelReport(type(model).__name__, tuple(sorted(rows.values(), key=lambda row: order[row.path])))
+
+
+def _check_choice(name: str, value: object, known: Iterable) -> None:
+    known = tuple(known)
+    if value not in known:
+        raise UnsupportedError(
+            f"replace_moe: {name} must be one of {', '.join(map(str, known))}; got {value!r}. Pass one of these."
+        )
+
+
+def _refuse_shared_weights(model: nn.Module, candidates: list[Candidate]) -> None:
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.device.type != "meta" and type(parameter.data) is torch.Tensor and parameter.numel():
+            names[parameter.untyped_storage().data_ptr()].append(name)
+    for candidate in candidates:
+        for name, parameter in candidate.parameters.items():
+            if parameter.device.type == "meta" or type(parameter.data) is not torch.Tensor:
+                continue
+            full = f"{candidate.path}.{name}"
+            others = [n for n in names[parameter.untyped_storage().data_ptr()] if n != full]
+            if others and parameter.untyped_storage().nbytes():
+                candidate.reasons.append(f"{name} shares its storage with {', '.join(others[:3])}; untie them first")
+
+
+def _spec(candidate: Candidate) -> MoeSpec:
+    assert candidate.activation is not None and candidate.hidden_size and candidate.intermediate_size
+    return MoeSpec(
+        activation=candidate.activation,
+        gated=bool(candidate.gated),
+        hidden_size=candidate.hidden_size,
+        intermediate_size=candidate.intermediate_size,
+        num_experts=candidate.num_experts or 0,
+        top_k=candidate.top_k,
+        capability=current_capability(next(iter(candidate.parameters.values())).device),
+    )
+
+
+def _kernel_reasons(candidate: Candidate, kernel: str) -> list[str]:
+    try:
+        select_kernel(kernel, _spec(candidate), caller="replace_moe")
+    except UnsupportedError as error:
+        return [str(error)]
+    return []
+
+
+def _candidate_row(candidate: Candidate, kernel: str, reasons: list[str]) -> BlockReport:
+    name, padded = None, None
+    if not reasons:
+        reasons = _kernel_reasons(candidate, kernel)
+    if not reasons:
+        spec = _spec(candidate)
+        name = select_kernel(kernel, spec, caller="explain")
+        multiples = get_kernel(name).size_multiples(spec)
+        padded = tuple(-(-s // m) * m for s, m in zip((spec.hidden_size, spec.intermediate_size), multiples, strict=True))
+    return BlockReport(
+        path=candidate.path,
+        module=type(candidate.module).__name__,
+        status="not replaceable" if reasons else "replaceable",
+        reasons=tuple(reasons),
+        activation=candidate.activation,
+        gated=candidate.gated,
+        num_experts=candidate.num_experts,
+        top_k=candidate.top_k,
+        hidden_size=candidate.hidden_size,
+        intermediate_size=candidate.intermediate_size,
+        padded_sizes=padded,
+        kernel=name,
+        nbytes=candidate.nbytes,
+    )
+
+
+def _fused_row(path: str, module: FusedExperts) -> BlockReport:
+    meta, prepared = module.metadata, module.weights
+    notes = []
+    if bool((prepared.hidden_scale == 1).all()) and bool((prepared.intermediate_scale == 1).all()):
+        notes.append("activation ranges are not calibrated (only W4A4 kernels use them)")
+    return BlockReport(
+        path=path,
+        module=type(module).__name__,
+        status="replaced",
+        reasons=tuple(notes),
+        activation=meta["activation"],
+        gated=meta["gated"],
+        num_experts=meta["num_experts"],
+        top_k=None,
+        hidden_size=meta["hidden_size"],
+        intermediate_size=meta["intermediate_size"],
+        padded_sizes=(prepared.hidden_padded, prepared.intermediate_padded),
+        kernel=module.kernel,
+        nbytes=module.nbytes,
+    )
