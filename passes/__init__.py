@@ -6,3 +6,20 @@ if __name__ != "fp4moe.passes":
         f"passes: the package must be imported as fp4moe.passes; got {__name__}. "
         "Run `pip install -e .` and import that name."
     )
+
+from .locate import Region, find_regions
+from .report import BlockMatch, RewriteReport
+from .rewrite import rewrite_moe
+from .show import show_graph
+from .verify import Hypothesis, verify_region
+
+__all__ = [
+    "BlockMatch",
+    "Hypothesis",
+    "Region",
+    "RewriteReport",
+    "find_regions",
+    "rewrite_moe",
+    "show_graph",
+    "verify_region",
+]

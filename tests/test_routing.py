@@ -140,6 +140,12 @@ def test_sigmoid_topk_epsilon_keeps_nan_away() -> None:
     assert routing.sigmoid_topk(logits, 2, epsilon=0.0)[1].isnan().all()
 
 
+def test_sigmoid_topk_default_epsilon_by_hand() -> None:
+    logits = torch.full((1, 4), -20 * math.log(10))  # s = 1e-20, as small as epsilon
+    _, weights = routing.sigmoid_topk(logits, 2)
+    torch.testing.assert_close(weights, torch.full((1, 2), 1 / 3), rtol=1e-5, atol=0)
+
+
 def test_topk_sigmoid_by_hand() -> None:
     logits = torch.tensor([[LN3, -LN3, 0.0, LN9]])
     assert_routed(routing.topk_sigmoid(logits, 1), [3], [0.9])

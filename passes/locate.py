@@ -1,0 +1,142 @@
+"""Find the regions of a captured graph that may be a mixture of experts.
+
+A region is the set of nodes that dynamo recorded inside one call of a stamped experts module (`nn_module_stack`), whatever
+implementation the module ran. Its inputs are told apart by shape and dtype: two 3-D weights, integer ids [T, K], float
+routing weights [T, K], hidden [T, H]. Not handled: graphs without module names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["Region", "find_regions", "meta_value"]
+
+
+@dataclasses.dataclass
+class Region:
+    """One call of an experts module.
+
+    Attributes:
+        path: dotted name of the module.
+        module_class: name of its class.
+        nodes: the nodes of the call in graph order, without the placeholders of its weights.
+        reasons: why it cannot be a region to rewrite; empty where it may.
+        hidden, expert_ids, routing_weights, first, down: the nodes that feed it; first is gate_up or up.
+        output: the one tensor that leaves it.
+        broken: the call was captured only in part.
+    """
+
+    path: str
+    module_class: str
+    nodes: list[fx.Node]
+    reasons: list[str] = dataclasses.field(default_factory=list)
+    hidden: fx.Node | None = None
+    expert_ids: fx.Node | None = None
+    routing_weights: fx.Node | None = None
+    first: fx.Node | None = None
+    down: fx.Node | None = None
+    output: fx.Node | None = None
+    broken: bool = False
+
+    def inputs(self) -> dict[str, fx.Node]:
+        """The tensors that feed the region, by role."""
+        roles = ("hidden", "expert_ids", "routing_weights", "first", "down")
+        return {role: node for role in roles if (node := getattr(self, role)) is not None}
+
+
+def meta_value(node: fx.Node) -> Any:
+    """Return what the node produces as metadata: dynamo's example_value, or ATen's val."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def find_regions(graph: fx.Graph, is_experts_class: Callable[[type], bool]) -> list[Region]:
+    """Return a region for each call of a module whose class is an experts class, in graph order."""
+    calls: dict[str, Region] = {}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        for key, (path, cls) in node.meta.get("nn_module_stack", {}).items():
+            if isinstance(cls, type) and is_experts_class(cls):
+                region = calls.setdefault(key, Region(_plain_path(path), cls.__name__, []))
+                region.nodes.append(node)
+                break
+    for region in calls.values():
+        _classify(region)
+    return list(calls.values())
+
+
+def _plain_path(path: str) -> str:
+    return path.removeprefix("L['self'].").removeprefix("L['fn'].")
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    value = meta_value(node)
+    return isinstance(value, torch.Tensor) or (
+        isinstance(value, (tuple, list)) and any(isinstance(v, torch.Tensor) for v in value)
+    )
+
+
+def _classify(region: Region) -> None:
+    inside = set(region.nodes)
+    fed: dict[fx.Node, None] = {}
+    for node in region.nodes:
+        fed |= {source: None for source in node.all_input_nodes if source not in inside and _is_tensor(source)}
+    weights = [n for n in fed if meta_value(n).ndim == 3 and meta_value(n).is_floating_point()]
+    outputs = [n for n in region.nodes if _is_tensor(n) and any(user not in inside for user in n.users)]
+    if len(weights) < 2 or len(outputs) != 1:
+        region.broken = True
+        region.reasons.append(
+            "it was captured only in part, as its `eager` implementation breaks the graph; call "
+            "model.set_experts_implementation('grouped_mm') before compiling"
+        )
+        return
+    others = [n for n in fed if n not in weights]
+    ids = [n for n in others if meta_value(n).ndim == 2 and not meta_value(n).is_floating_point()]
+    if len(weights) != 2 or len(ids) != 1:
+        region.reasons.append(
+            f"it reads {len(weights)} 3-D weights and {len(ids)} integer [T, K] tensors, not 2 and 1 ({_names(fed)})"
+        )
+        return
+    tokens, top_k = meta_value(ids[0]).shape
+    floats = [n for n in others if n is not ids[0]]
+    routing = [n for n in floats if tuple(meta_value(n).shape) == (tokens, top_k)]
+    sizes = {s for n in weights for s in meta_value(n).shape[1:]}
+    hidden = [n for n in floats if n not in routing[-1:] and meta_value(n).ndim == 2 and meta_value(n).shape[1] in sizes]
+    if len(floats) != 2 or len(routing) < 1 or len(hidden) != 1:
+        region.reasons.append(f"it reads more than hidden [T, H] and routing weights [T, K] ({_names(fed)}); a bias or a scale?")
+        return
+    region.hidden, region.routing_weights, region.expert_ids, region.output = hidden[0], routing[-1], ids[0], outputs[0]
+    first, down = (meta_value(n) for n in weights)
+    # Read in order of use: the first weight is the one whose product the second consumes.
+    region.first, region.down = weights
+    size = meta_value(region.hidden).shape[1]
+    if size not in first.shape[1:] or size not in down.shape[1:] or first.shape[0] != down.shape[0]:
+        region.reasons.append(
+            f"its weights {list(first.shape)} and {list(down.shape)} do not fit hidden size {size} and each other"
+        )
+    if meta_value(region.output).shape != meta_value(region.hidden).shape:
+        region.reasons.append(f"it returns {list(meta_value(region.output).shape)}, not the shape of its input")
+    kept = _needed_by_sizes(region, inside)
+    if kept:
+        region.reasons.append(f"sizes of its intermediate {', '.join(n.name for n in kept)} are used outside")
+
+
+def _needed_by_sizes(region: Region, inside: set[fx.Node]) -> list[fx.Node]:
+    leaving = [n for n in region.nodes if not _is_tensor(n) and any(user not in inside for user in n.users)]
+    seen: set[fx.Node] = set()
+    while leaving:
+        node = leaving.pop()
+        for source in node.all_input_nodes:
+            if source in inside and source not in seen:
+                seen.add(source)
+                leaving.append(source)
+    return [n for n in seen if _is_tensor(n)]
+
+
+def _names(nodes: dict[fx.Node, None]) -> str:
+    return ", ".join(f"{n.name} {list(meta_value(n).shape)}" for n in nodes)

@@ -1,0 +1,194 @@
+"""Rewrite the mixture-of-experts blocks of a dynamo-level graph, in place.
+
+Before: the nodes of an experts module (sort, grouped_mm, gelu, mul, grouped_mm, index, sum, ...; or bmm's on gathered weights).
+After:  packed weights as attributes of the graph module, and one fp4moe.nvfp4_moe.
+Kept: routing, placeholders, size nodes that others use. Not handled: graphs whose weights are not real tensors, training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fp4moe.errors import UnsupportedError
+from fp4moe.experts import ExpertWeights
+from fp4moe.formats import NVFP4
+from fp4moe.integrations.transformers import is_experts_class
+from fp4moe.kernels import MoeSpec, check_kernel_name, current_capability, select_kernel
+from fp4moe.ops import nvfp4_moe_arguments
+
+from .locate import Region, find_regions, meta_value
+from .packing import PackedExperts, pack_once
+from .report import BlockMatch, RewriteReport
+from .verify import Hypothesis, verify_region
+
+__all__ = ["Rewritten", "rewrite_moe", "rewrite_moe_with_weights"]
+
+logger = logging.getLogger("fp4moe")
+OPERATOR = torch.ops.fp4moe.nvfp4_moe.default
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewritten:
+    """A rewritten block and where its float weights came from: positions in the graph's inputs, None for attributes."""
+
+    path: str
+    packed: PackedExperts
+    weight_nodes: tuple[fx.Node, fx.Node]
+
+
+def rewrite_moe(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], kernel: str = "auto", verify: bool = True
+) -> RewriteReport:
+    """Replace each mixture-of-experts block by one operator on packed weights.
+
+    Args:
+        graph_module: a graph as torch.compile gives it to a backend; changed in place.
+        example_inputs: the values of its placeholders; expert weights must be real tensors.
+        kernel: "auto" or a kernel's name, see `fp4moe.why_not`.
+        verify: compare each distinct block's numbers with the definition. False trusts the experts module's stamps: gate first,
+            concatenated, and needs no hypothesis but the activation, so it is refused where the stamps do not say it.
+
+    Returns:
+        What was rewritten, and what was not with its reason. A block that does not fit stays as it is.
+
+    Raises:
+        UnsupportedError: no such kernel.
+    """
+    return rewrite_moe_with_weights(graph_module, example_inputs, kernel, verify)[0]
+
+
+def rewrite_moe_with_weights(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], kernel: str, verify: bool
+) -> tuple[RewriteReport, list[Rewritten]]:
+    """As `rewrite_moe`, also returning what was packed."""
+    check_kernel_name(kernel, caller="rewrite_moe")
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    values: dict[fx.Node, Any] = dict(zip(placeholders, example_inputs, strict=True))
+    already = sum(node.target is OPERATOR for node in gm.graph.nodes)
+    verified: dict[str, tuple[Hypothesis | None, str]] = {}
+    blocks, done = [], []
+    for region in find_regions(gm.graph, is_experts_class):
+        form, name = None, None
+        reasons = list(region.reasons)
+        if not reasons:
+            first, down = (_real_weight(gm, values, node) for node in (region.first, region.down))
+            reasons += _weight_reasons(first, down)
+        if not reasons:
+            key = _structure(region)
+            if key not in verified:
+                verified[key] = verify_region(gm, region)
+            form, why = verified[key]
+            reasons += [why] if why else []
+        if not reasons:
+            name, why = _kernel(kernel, region, form, first)
+            reasons += [why] if why else []
+        if not reasons:
+            packed = pack_once(first, down, form, name)
+            _insert(gm, region, packed)
+            done.append(Rewritten(region.path, packed, (region.first, region.down)))
+        blocks.append(
+            BlockMatch(
+                path=region.path,
+                module=region.module_class,
+                rewritten=not reasons,
+                form=str(form) if form else None,
+                kernel=name,
+                reasons=tuple(reasons),
+                broken=region.broken,
+            )
+        )
+    if done:
+        gm.graph.lint()
+        gm.recompile()
+    return RewriteReport(tuple(blocks), already), done
+
+
+def _real_weight(gm: fx.GraphModule, values: dict[fx.Node, Any], node: fx.Node | None) -> Any:
+    assert node is not None
+    if node.op == "get_attr":
+        return gm.get_parameter(node.target) if node.target in dict(gm.named_parameters()) else gm.get_buffer(node.target)
+    return values.get(node)
+
+
+def _weight_reasons(*weights: Any) -> list[str]:
+    for weight in weights:
+        if not isinstance(weight, torch.Tensor) or isinstance(weight, torch._subclasses.FakeTensor):
+            return ["its weights are computed in the graph or are not real tensors; only stored weights can be packed"]
+        if type(weight.data) is not torch.Tensor:
+            return [f"its weights are {type(weight.data).__name__}, not plain tensors"]
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return ["its weights require gradients; compile under torch.no_grad() or call model.requires_grad_(False)"]
+    return []
+
+
+def _structure(region: Region) -> str:
+    """A text that is equal for regions of equal operations and sizes."""
+    names = {node: f"%{i}" for i, node in enumerate([*region.inputs().values(), *region.nodes])}
+
+    def plain(argument: fx.Node) -> Any:
+        return names.get(argument, str(meta_value(argument)))
+
+    lines = [f"{role} {meta_value(n).dtype}{list(meta_value(n).shape)}" for role, n in region.inputs().items()]
+    for node in region.nodes:
+        args, kwargs = fx.node.map_arg(node.args, plain), fx.node.map_arg(node.kwargs, plain)
+        lines.append(f"{names[node]} {node.op} {node.target} {args} {kwargs}")
+    return "\n".join(lines)
+
+
+def _kernel(kernel: str, region: Region, form: Hypothesis | None, first: torch.Tensor) -> tuple[str | None, str]:
+    assert form is not None and region.hidden and region.expert_ids and region.first and region.down
+    rows = first.shape[2] if form.transposed else first.shape[1]
+    spec = MoeSpec(
+        activation=form.activation,
+        gated=form.gated,
+        hidden_size=int(meta_value(region.hidden).shape[1]),
+        intermediate_size=rows // (1 + form.gated),
+        num_experts=first.shape[0],
+        top_k=int(meta_value(region.expert_ids).shape[1]),
+        capability=current_capability(first.device),
+    )
+    try:
+        return select_kernel(kernel, spec, caller="rewrite_moe"), ""
+    except UnsupportedError as error:
+        return None, str(error)
+
+
+def _insert(gm: fx.GraphModule, region: Region, packed: PackedExperts) -> None:
+    assert region.output is not None and region.hidden is not None
+    output, graph = region.output, gm.graph
+    fake_mode = getattr(meta_value(region.hidden), "fake_mode", None)
+    stack = output.meta.get("nn_module_stack")
+    weights: ExpertWeights = packed.weights
+    with graph.inserting_before(output):
+        attributes = []
+        for name, tensor in weights.tensors().items():
+            attribute = f"{packed.name}_{name.replace('.', '_')}"
+            tensor = tensor.view(torch.uint8) if tensor.dtype == NVFP4.scale_dtype else tensor
+            if not hasattr(gm, attribute):
+                gm.register_buffer(attribute, tensor, persistent=False)
+            node = graph.get_attr(attribute)
+            node.meta["example_value"] = fake_mode.from_tensor(tensor) if fake_mode else tensor
+            node.meta["nn_module_stack"] = stack
+            attributes.append(node)
+        settings = nvfp4_moe_arguments(weights, packed.kernel)[len(attributes) :]
+        fused = graph.call_function(
+            OPERATOR, (region.hidden, region.expert_ids, region.routing_weights, *attributes, *settings)
+        )
+        hidden = meta_value(region.hidden)
+        fused.meta.update({k: v for k, v in output.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")})
+        fused.meta["example_value"] = meta_value(output)
+        result = fused
+        if meta_value(output).dtype != hidden.dtype:
+            result = graph.call_method("to", (fused, meta_value(output).dtype))
+            result.meta.update(fused.meta)
+    output.replace_all_uses_with(result)
+    # Dead code elimination would keep in-place nodes such as setitem.
+    for node in reversed(region.nodes):
+        if not node.users:
+            graph.erase_node(node)
