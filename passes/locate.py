@@ -28,7 +28,6 @@ class Region:
         reasons: why it cannot be a region to rewrite; empty where it may.
         hidden, expert_ids, routing_weights, first, down: the nodes that feed it; first is gate_up or up.
         output: the one tensor that leaves it.
-        broken: the call was captured only in part.
     """
 
     path: str
@@ -41,7 +40,6 @@ class Region:
     first: fx.Node | None = None
     down: fx.Node | None = None
     output: fx.Node | None = None
-    broken: bool = False
 
     def inputs(self) -> dict[str, fx.Node]:
         """The tensors that feed the region, by role."""
@@ -85,14 +83,18 @@ def _classify(region: Region) -> None:
     inside = set(region.nodes)
     fed: dict[fx.Node, None] = {}
     for node in region.nodes:
-        fed |= {source: None for source in node.all_input_nodes if source not in inside and _is_tensor(source)}
+        fed |= {
+            source: None
+            for source in node.all_input_nodes
+            if source not in inside and _is_tensor(source)
+        }
     weights = [n for n in fed if meta_value(n).ndim == 3 and meta_value(n).is_floating_point()]
-    outputs = [n for n in region.nodes if _is_tensor(n) and any(user not in inside for user in n.users)]
+    outputs = [
+        n for n in region.nodes if _is_tensor(n) and any(user not in inside for user in n.users)
+    ]
     if len(weights) < 2 or len(outputs) != 1:
-        region.broken = True
         region.reasons.append(
-            "it was captured only in part, as its `eager` implementation breaks the graph; call "
-            "model.set_experts_implementation('grouped_mm') before compiling"
+            f"it was captured only in part: {len(weights)} stacked weights go in and {len(outputs)} tensors come out"
         )
         return
     others = [n for n in fed if n not in weights]
@@ -106,11 +108,22 @@ def _classify(region: Region) -> None:
     floats = [n for n in others if n is not ids[0]]
     routing = [n for n in floats if tuple(meta_value(n).shape) == (tokens, top_k)]
     sizes = {s for n in weights for s in meta_value(n).shape[1:]}
-    hidden = [n for n in floats if n not in routing[-1:] and meta_value(n).ndim == 2 and meta_value(n).shape[1] in sizes]
+    hidden = [
+        n
+        for n in floats
+        if n not in routing[-1:] and meta_value(n).ndim == 2 and meta_value(n).shape[1] in sizes
+    ]
     if len(floats) != 2 or len(routing) < 1 or len(hidden) != 1:
-        region.reasons.append(f"it reads more than hidden [T, H] and routing weights [T, K] ({_names(fed)}); a bias or a scale?")
+        region.reasons.append(
+            f"it reads more than hidden [T, H] and routing weights [T, K] ({_names(fed)}); a bias or a scale?"
+        )
         return
-    region.hidden, region.routing_weights, region.expert_ids, region.output = hidden[0], routing[-1], ids[0], outputs[0]
+    region.hidden, region.routing_weights, region.expert_ids, region.output = (
+        hidden[0],
+        routing[-1],
+        ids[0],
+        outputs[0],
+    )
     first, down = (meta_value(n) for n in weights)
     # Read in order of use: the first weight is the one whose product the second consumes.
     region.first, region.down = weights
@@ -120,14 +133,20 @@ def _classify(region: Region) -> None:
             f"its weights {list(first.shape)} and {list(down.shape)} do not fit hidden size {size} and each other"
         )
     if meta_value(region.output).shape != meta_value(region.hidden).shape:
-        region.reasons.append(f"it returns {list(meta_value(region.output).shape)}, not the shape of its input")
+        region.reasons.append(
+            f"it returns {list(meta_value(region.output).shape)}, not the shape of its input"
+        )
     kept = _needed_by_sizes(region, inside)
     if kept:
-        region.reasons.append(f"sizes of its intermediate {', '.join(n.name for n in kept)} are used outside")
+        region.reasons.append(
+            f"sizes of its intermediate {', '.join(n.name for n in kept)} are used outside"
+        )
 
 
 def _needed_by_sizes(region: Region, inside: set[fx.Node]) -> list[fx.Node]:
-    leaving = [n for n in region.nodes if not _is_tensor(n) and any(user not in inside for user in n.users)]
+    leaving = [
+        n for n in region.nodes if not _is_tensor(n) and any(user not in inside for user in n.users)
+    ]
     seen: set[fx.Node] = set()
     while leaving:
         node = leaving.pop()

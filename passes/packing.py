@@ -51,7 +51,9 @@ def _same(before: tuple, now: tuple) -> bool:
     return before[0] == now[0] and now[1] in (before[1], None)
 
 
-def pack_once(first: torch.Tensor, down: torch.Tensor, form: Hypothesis, kernel: str) -> PackedExperts:
+def pack_once(
+    first: torch.Tensor, down: torch.Tensor, form: Hypothesis, kernel: str
+) -> PackedExperts:
     """Return the packed weights, from the cache where neither weight has changed since.
 
     Raises:
@@ -72,7 +74,9 @@ def pack_once(first: torch.Tensor, down: torch.Tensor, form: Hypothesis, kernel:
             f"{[f'{f} with {k}' for f, k in entries]} and are asked for as {form} with {kernel}. Load the model again."
         )
     # Views of the storage, so that the cache keeps no parameter alive.
-    stacked = {"gate_up": first.detach(), "layout": form.layout} if form.gated else {"up": first.detach()}
+    stacked = (
+        {"gate_up": first.detach(), "layout": form.layout} if form.gated else {"up": first.detach()}
+    )
     with torch.no_grad():
         weights = ExpertWeights.quantize(
             **stacked, down=down.detach(), activation=form.activation, transposed=form.transposed

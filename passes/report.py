@@ -19,7 +19,6 @@ class BlockMatch:
         rewritten: whether one operator stands in its place now.
         form: what it computes, where that is known. kernel: what runs it.
         reasons: why it was left; empty when rewritten.
-        broken: the graph holds only a part of it, as its `eager` implementation breaks the graph.
     """
 
     path: str
@@ -28,7 +27,6 @@ class BlockMatch:
     form: str | None
     kernel: str | None
     reasons: tuple[str, ...]
-    broken: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +48,20 @@ class RewriteReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON."""
-        return {"count": self.count, "already_fused": self.already_fused, "blocks": [dataclasses.asdict(b) for b in self.blocks]}
+        return {
+            "count": self.count,
+            "already_fused": self.already_fused,
+            "blocks": [dataclasses.asdict(b) for b in self.blocks],
+        }
 
     def __str__(self) -> str:
         lines = []
         if self.blocks:
             header = ["block", "module", "rewritten", "form", "kernel"]
-            rows = [[b.path, b.module, "yes" if b.rewritten else "no", b.form or "-", b.kernel or "-"] for b in self.blocks]
+            rows = [
+                [b.path, b.module, "yes" if b.rewritten else "no", b.form or "-", b.kernel or "-"]
+                for b in self.blocks
+            ]
             lines.append(format_table(header, rows))
         lines += [f"{b.path}: {'; '.join(b.reasons)}" for b in self.near_misses]
         fused = f", {self.already_fused} already fused" if self.already_fused else ""

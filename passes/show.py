@@ -11,7 +11,15 @@ from .locate import meta_value
 
 __all__ = ["show_graph"]
 
-SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int64": "i64", "int32": "i32", "uint8": "u8", "bool": "b8"}
+SHORT = {
+    "float32": "f32",
+    "bfloat16": "bf16",
+    "float16": "f16",
+    "int64": "i64",
+    "int32": "i32",
+    "uint8": "u8",
+    "bool": "b8",
+}
 
 
 def show_graph(gm: fx.GraphModule, within: str = "") -> str:
@@ -45,7 +53,11 @@ def _type(value: Any) -> str:
 def _call(node: fx.Node) -> str:
     if node.op == "get_attr":
         return f"attribute {node.target}"
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    target = (
+        node.target
+        if isinstance(node.target, str)
+        else getattr(node.target, "__name__", str(node.target))
+    )
     if isinstance(node.target, torch._ops.OpOverload):
         target = str(node.target)
     args = [str(arg) for arg in node.args] + [f"{k}={v}" for k, v in node.kwargs.items()]

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from fp4moe.activations import ACTIVATIONS
+from fp4moe.activations import ACTIVATIONS, identify_activation
 from fp4moe.experts import GATE_UP_LAYOUTS, split_gate_up
 
 from .locate import Region, meta_value
 
-__all__ = ["Hypothesis", "verify_region"]
+__all__ = ["Hypothesis", "trust_region", "verify_region"]
 
 # Relative RMS limit. Float32 sums of H terms err by about sqrt(H) * 2^-24 = 3e-6 at H = 2816; the closest pair of
 # hypotheses, the two GELUs, differ by about 3e-4.
@@ -54,7 +54,11 @@ class Hypothesis:
 def verify_region(gm: fx.GraphModule, region: Region) -> tuple[Hypothesis | None, str]:
     """Return the one hypothesis that fits with "", or None with the reason and the closest hypothesis."""
     probes = _probes(region)
-    before = {role: probe.clone() for role, probe in probes.items() if role in ("hidden", "expert_ids", "routing_weights")}
+    before = {
+        role: probe.clone()
+        for role, probe in probes.items()
+        if role in ("hidden", "expert_ids", "routing_weights")
+    }
     with torch.no_grad(), _full_precision():
         actual = _Float32Region(gm, region, probes).compute()
         changed = [role for role, value in before.items() if not torch.equal(value, probes[role])]
@@ -63,7 +67,10 @@ def verify_region(gm: fx.GraphModule, region: Region) -> tuple[Hypothesis | None
         errors = {h: _error(h, probes, actual) for h in _hypotheses(probes)}
     if not errors:
         shapes = f"{list(probes['first'].shape)} and {list(probes['down'].shape)}"
-        return None, f"weights {shapes} fit no gated or plain form for hidden size {probes['hidden'].shape[1]}"
+        return (
+            None,
+            f"weights {shapes} fit no gated or plain form for hidden size {probes['hidden'].shape[1]}",
+        )
     fitting = [h for h, error in errors.items() if error <= LIMIT]
     if len(fitting) == 1:
         return fitting[0], ""
@@ -72,6 +79,34 @@ def verify_region(gm: fx.GraphModule, region: Region) -> tuple[Hypothesis | None
     closest = min(errors, key=errors.__getitem__)
     return None, (
         f"its numbers fit no known form; closest is {closest} with relative error {errors[closest]:.2g}, limit {LIMIT:g}"
+    )
+
+
+def trust_region(region: Region) -> tuple[Hypothesis | None, str]:
+    """Return the form that the module's names and shapes suggest, without running it; or None with the reason.
+
+    Assumes gate first and concatenated, and takes the activation from the class of `act_fn`.
+    """
+    assert region.first and region.down and region.hidden
+    classes = {
+        cls
+        for node in region.nodes
+        for path, cls in node.meta.get("nn_module_stack", {}).values()
+        if path.endswith(".act_fn")
+    }
+    names = {identify_activation(cls()) for cls in classes}
+    if len(names) != 1 or None in names:
+        return None, "its act_fn module is not recorded in the graph or unknown; use verify=True"
+    probes = {
+        n: torch.empty(_shape(getattr(region, n)), device="meta")
+        for n in ("first", "down", "hidden")
+    }
+    for form in _hypotheses(probes):
+        if form.activation in names and form.layout in (None, "gate_up"):
+            return form, ""
+    return (
+        None,
+        f"its weights fit no gated or plain form for hidden size {probes['hidden'].shape[1]}",
     )
 
 
@@ -96,7 +131,11 @@ def _probes(region: Region) -> dict[str, torch.Tensor]:
     ids = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :top_k]
     ids = ids if top_k <= experts else torch.randint(experts, (tokens, top_k), generator=generator)
     routing = torch.rand(tokens, top_k, generator=generator) + 0.1
-    probes = {"hidden": hidden, "expert_ids": ids.to(meta_value(nodes["expert_ids"]).dtype), "routing_weights": routing}
+    probes = {
+        "hidden": hidden,
+        "expert_ids": ids.to(meta_value(nodes["expert_ids"]).dtype),
+        "routing_weights": routing,
+    }
     for role in ("first", "down"):
         experts, rows, columns = _shape(nodes[role])
         buffer = torch.randn(EXPERT_SHIFT * (experts - 1) + rows * columns, generator=generator)
@@ -118,7 +157,9 @@ def _hypotheses(probes: dict[str, torch.Tensor]) -> Iterator[Hypothesis]:
     first, down, hidden_size = probes["first"], probes["down"], probes["hidden"].shape[1]
     for transposed in (False, True):
         rows, hidden_in = (first.shape[2], first.shape[1]) if transposed else first.shape[1:]
-        intermediate, hidden_out = (down.shape[1], down.shape[2]) if transposed else (down.shape[2], down.shape[1])
+        intermediate, hidden_out = (
+            (down.shape[1], down.shape[2]) if transposed else (down.shape[2], down.shape[1])
+        )
         if hidden_in != hidden_size or hidden_out != hidden_size:
             continue
         layouts = {2 * intermediate: GATE_UP_LAYOUTS, intermediate: (None,)}.get(rows, ())
@@ -131,7 +172,11 @@ def _hypotheses(probes: dict[str, torch.Tensor]) -> Iterator[Hypothesis]:
 
 def _error(h: Hypothesis, probes: dict[str, torch.Tensor], actual: torch.Tensor) -> float:
     """Relative RMS error of the region against the definition, written out slot by slot."""
-    picked = torch.linspace(0, actual.shape[0] - 1, min(COMPARED_TOKENS, actual.shape[0])).long().to(actual.device)
+    picked = (
+        torch.linspace(0, actual.shape[0] - 1, min(COMPARED_TOKENS, actual.shape[0]))
+        .long()
+        .to(actual.device)
+    )
     x, ids = probes["hidden"][picked], probes["expert_ids"][picked].long()
     expected = torch.zeros_like(x)
     for slot in range(ids.shape[1]):
@@ -145,7 +190,9 @@ def _error(h: Hypothesis, probes: dict[str, torch.Tensor], actual: torch.Tensor)
         else:
             gate, up = split_gate_up(first, h.layout)
             y = function(torch.einsum("tnh,th->tn", gate, x)) * torch.einsum("tnh,th->tn", up, x)
-        expected += probes["routing_weights"][picked, slot, None] * torch.einsum("thn,tn->th", down, y)
+        expected += probes["routing_weights"][picked, slot, None] * torch.einsum(
+            "thn,tn->th", down, y
+        )
     return float((actual[picked] - expected).norm() / expected.norm())
 
 
@@ -155,7 +202,9 @@ class _Float32Region:
     def __init__(self, gm: fx.GraphModule, region: Region, probes: dict[str, torch.Tensor]):
         self.gm = gm
         self.region = region
-        self.values: dict[fx.Node, Any] = {node: probes[role] for role, node in region.inputs().items()}
+        self.values: dict[fx.Node, Any] = {
+            node: probes[role] for role, node in region.inputs().items()
+        }
 
     def compute(self) -> torch.Tensor:
         for node in self.region.nodes:
@@ -184,11 +233,19 @@ class _Float32Region:
 
 
 def _widen(value: Any) -> Any:
-    return torch.float32 if value in (torch.bfloat16, torch.float16) and isinstance(value, torch.dtype) else value
+    return (
+        torch.float32
+        if value in (torch.bfloat16, torch.float16) and isinstance(value, torch.dtype)
+        else value
+    )
 
 
 def _grouped_mm(
-    x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, bias: None = None, out_dtype: Any = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    offs: torch.Tensor,
+    bias: None = None,
+    out_dtype: Any = None,
 ) -> torch.Tensor:
     """torch._grouped_mm for x [S, K] and weight [E, K, N] in float32; rows behind the last offset stay NaN."""
     out = x.new_full((x.shape[0], weight.shape[2]), float("nan"))

@@ -3,21 +3,34 @@
 from . import errors
 from .activations import ACTIVATIONS
 from .experts import ExpertWeights
+from .explain import ModelReport
 from .formats import NVFP4
 from .kernels import why_not
+from .module import FusedExperts
 from .ops import fused_moe
 from .quantize import NVFP4Values, dequantize_nvfp4, quantize_nvfp4
+from .replace import explain, replace_moe
 from .version import __version__
+
+# Last: the passes import the package.
+from . import passes  # isort: skip
+from .compile import backend  # isort: skip
 
 __all__ = [
     "ACTIVATIONS",
     "NVFP4",
     "ExpertWeights",
+    "FusedExperts",
+    "ModelReport",
     "NVFP4Values",
     "__version__",
+    "backend",
     "dequantize_nvfp4",
     "errors",
+    "explain",
     "fused_moe",
+    "passes",
     "quantize_nvfp4",
+    "replace_moe",
     "why_not",
 ]

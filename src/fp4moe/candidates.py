@@ -66,18 +66,24 @@ def storage_reasons(module: nn.Module, parameters: dict[str, torch.Tensor]) -> l
         if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
             reasons.append(f"{name} is uninitialised; run the model once or load its weights")
         elif parameter.device.type == "meta":
-            reasons.append(f"{name} is on the meta device (not loaded, or offloaded); load it onto a real device")
+            reasons.append(
+                f"{name} is on the meta device (not loaded, or offloaded); load it onto a real device"
+            )
         elif type(parameter.data) is not torch.Tensor:
             reasons.append(
                 f"{name} is a {type(parameter.data).__name__}, not a plain tensor; gather or dequantise it first"
             )
         elif parameter.dtype not in FLOAT_DTYPES:
-            reasons.append(f"{name} is {parameter.dtype}, not bfloat16, float16 or float32; dequantise it first")
+            reasons.append(
+                f"{name} is {parameter.dtype}, not bfloat16, float16 or float32; dequantise it first"
+            )
         elif parameter.untyped_storage().nbytes() == 0 and parameter.numel():
             reasons.append(f"{name} has no storage (it was released); load the model again")
     devices = {str(p.device) for p in parameters.values()}
     if len(devices) > 1:
-        reasons.append(f"its weights are on several devices ({', '.join(sorted(devices))}); move them to one")
+        reasons.append(
+            f"its weights are on several devices ({', '.join(sorted(devices))}); move them to one"
+        )
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
         hooks = getattr(hook, "hooks", (hook,))
@@ -85,7 +91,9 @@ def storage_reasons(module: nn.Module, parameters: dict[str, torch.Tensor]) -> l
             reasons.append("its weights are offloaded by accelerate; load the model onto a device")
             break
         if hook is not None or part._forward_hooks or part._forward_pre_hooks:
-            reasons.append("it has forward hooks, which would be lost; remove them and register them again")
+            reasons.append(
+                "it has forward hooks, which would be lost; remove them and register them again"
+            )
             break
     return reasons
 
@@ -93,7 +101,9 @@ def storage_reasons(module: nn.Module, parameters: dict[str, torch.Tensor]) -> l
 def value_reasons(candidate: Candidate) -> list[str]:
     """Return why the numbers forbid replacing: inf or NaN in a weight, or a block that computes something else."""
     for name, parameter in candidate.parameters.items():
-        for expert, weight in enumerate(parameter.detach() if parameter.ndim == 3 else parameter.detach().unsqueeze(0)):
+        for expert, weight in enumerate(
+            parameter.detach() if parameter.ndim == 3 else parameter.detach().unsqueeze(0)
+        ):
             if not bool(torch.isfinite(weight.abs().amax())):
                 where = f"{name}, expert {expert}," if parameter.ndim == 3 else name
                 return [f"{where} holds inf or NaN; load a sound checkpoint"]
@@ -117,8 +127,12 @@ def verify_against_definition(
     weights = torch.rand(5, top_k, generator=generator).to(up.device)
     with torch.no_grad():
         actual = forward(hidden, ids, weights).float()
-        expected = moe_definition(hidden.float(), ids, weights, up=up, down=down, gate=gate, activation=activation)
-    error = float((actual - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny))
+        expected = moe_definition(
+            hidden.float(), ids, weights, up=up, down=down, gate=gate, activation=activation
+        )
+    error = float(
+        (actual - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    )
     limit = VERIFY_LIMIT[up.dtype]
     if expected.norm() == 0 and actual.norm() == 0:
         return []

@@ -50,10 +50,20 @@ def check_moe(
         get_kernel(kernel)
     device = hidden.device
     if hidden.ndim != 2 or hidden.dtype not in HIDDEN_DTYPES:
-        _fail("hidden", "be bfloat16, float16 or float32 [T, H]", _describe(hidden), "Flatten the tokens to one axis.")
+        _fail(
+            "hidden",
+            "be bfloat16, float16 or float32 [T, H]",
+            _describe(hidden),
+            "Flatten the tokens to one axis.",
+        )
     tokens, hidden_size = hidden.shape
     if expert_ids.ndim != 2 or expert_ids.dtype not in ID_DTYPES or expert_ids.shape[0] != tokens:
-        _fail("expert_ids", f"be int32 or int64 [T, K] with T = {tokens}", _describe(expert_ids), "Pass one row a token.")
+        _fail(
+            "expert_ids",
+            f"be int32 or int64 [T, K] with T = {tokens}",
+            _describe(expert_ids),
+            "Pass one row a token.",
+        )
     if routing_weights.dtype not in HIDDEN_DTYPES or routing_weights.shape != expert_ids.shape:
         _fail(
             "routing_weights",
@@ -66,7 +76,12 @@ def check_moe(
         _fail("gate_up_packed and down_packed", "have 3 axes", got, "Use ExpertWeights.quantize.")
     local, hidden_padded, columns = down_packed.shape
     if not 0 < hidden_size <= hidden_padded:
-        _fail("hidden", f"have 1 to {hidden_padded} columns, as its experts", list(hidden.shape), "Pass this layer's input.")
+        _fail(
+            "hidden",
+            f"have 1 to {hidden_padded} columns, as its experts",
+            list(hidden.shape),
+            "Pass this layer's input.",
+        )
     if not 0 <= expert_offset <= num_experts - local:
         rule = f"lie in 0..{num_experts - local} ({local} of {num_experts} experts)"
         _fail("expert_offset", rule, expert_offset, "Pass the global id of the first local expert.")
@@ -74,16 +89,36 @@ def check_moe(
     rows = columns * 4 if gated else columns * 2
     for name, tensor, dtype, shape in (
         ("gate_up_packed", gate_up_packed, torch.uint8, (local, rows, hidden_padded // 2)),
-        ("gate_up_block_scale", gate_up_block_scale, torch.uint8, (local, rows, hidden_padded // block)),
+        (
+            "gate_up_block_scale",
+            gate_up_block_scale,
+            torch.uint8,
+            (local, rows, hidden_padded // block),
+        ),
         ("gate_up_global_scale", gate_up_global_scale, torch.float32, (local,)),
         ("down_packed", down_packed, torch.uint8, (local, hidden_padded, columns)),
-        ("down_block_scale", down_block_scale, torch.uint8, (local, hidden_padded, columns * 2 // block)),
+        (
+            "down_block_scale",
+            down_block_scale,
+            torch.uint8,
+            (local, hidden_padded, columns * 2 // block),
+        ),
         ("down_global_scale", down_global_scale, torch.float32, (local,)),
         ("hidden_scale", hidden_scale, torch.float32, (1,)),
         ("intermediate_scale", intermediate_scale, torch.float32, (local,)),
     ):
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
-            _fail(name, f"be {dtype} {list(shape)} on {device}", _describe(tensor), "Use ExpertWeights.quantize and .to.")
+            _fail(
+                name,
+                f"be {dtype} {list(shape)} on {device}",
+                _describe(tensor),
+                "Use ExpertWeights.quantize and .to.",
+            )
     if expert_ids.device != device or routing_weights.device != device:
         got = f"{expert_ids.device} and {routing_weights.device}"
-        _fail("expert_ids and routing_weights", f"be on the device of hidden, {device}", got, "Move them there.")
+        _fail(
+            "expert_ids and routing_weights",
+            f"be on the device of hidden, {device}",
+            got,
+            "Move them there.",
+        )

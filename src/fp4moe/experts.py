@@ -90,7 +90,11 @@ class ExpertWeights:
         device = self.gate_up.packed.device
         for name, tensor in self.tensors().items():
             dtype = dtypes.get(name.rpartition(".")[2], torch.float32)
-            if tuple(tensor.shape) != expected[name] or tensor.dtype != dtype or tensor.device != device:
+            if (
+                tuple(tensor.shape) != expected[name]
+                or tensor.dtype != dtype
+                or tensor.device != device
+            ):
                 raise ShapeError(
                     f"ExpertWeights: {name} must be {dtype} {list(expected[name])} on {device}; got {tensor.dtype} "
                     f"{list(tensor.shape)} on {tensor.device}. Build it with ExpertWeights.quantize."
@@ -138,7 +142,10 @@ class ExpertWeights:
             for gemm in ("gate_up", "down")
             for part in _TENSORS
         }
-        return named | {"hidden_scale": self.hidden_scale, "intermediate_scale": self.intermediate_scale}
+        return named | {
+            "hidden_scale": self.hidden_scale,
+            "intermediate_scale": self.intermediate_scale,
+        }
 
     def metadata(self) -> dict[str, Any]:
         """Return what is not a tensor, as plain JSON values."""
@@ -176,10 +183,14 @@ class ExpertWeights:
         return cls.from_tensors({name: state[name] for name in names}, metadata)
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> ExpertWeights:
+    def from_tensors(
+        cls, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]
+    ) -> ExpertWeights:
         """Build from `tensors()` and `metadata()` (its format entry is optional)."""
         fields = {key: value for key, value in metadata.items() if key != "format"}
-        gate_up, down = (NVFP4Values(*(tensors[f"{g}.{part}"] for part in _TENSORS)) for g in ("gate_up", "down"))
+        gate_up, down = (
+            NVFP4Values(*(tensors[f"{g}.{part}"] for part in _TENSORS)) for g in ("gate_up", "down")
+        )
         return cls(
             gate_up=gate_up,
             down=down,
@@ -237,7 +248,9 @@ class ExpertWeights:
         first = _empty(experts, (1 + gated) * i_padded, h_padded, down.device)
         second = _empty(experts, h_padded, i_padded, down.device)
         for expert in range(experts):
-            shared_scale = torch.stack([nvfp4_global_scale(w[expert]) for w in parts.values()]).amax()
+            shared_scale = torch.stack(
+                [nvfp4_global_scale(w[expert]) for w in parts.values()]
+            ).amax()
             for index, (name, weight) in enumerate(parts.items()):
                 place = slice(index * i_padded, index * i_padded + i_padded)
                 _quantize_into(first, expert, place, weight[expert], shared_scale, method, name)
@@ -253,27 +266,46 @@ class ExpertWeights:
             num_experts=experts if num_experts is None else num_experts,
             expert_offset=expert_offset,
             hidden_scale=_scale("hidden_scale", hidden_scale, 1, down.device),
-            intermediate_scale=_scale("intermediate_scale", intermediate_scale, experts, down.device),
+            intermediate_scale=_scale(
+                "intermediate_scale", intermediate_scale, experts, down.device
+            ),
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         """Return {"gate" (gated only), "up": [L, I, H], "down": [L, H, I]} without padding."""
         rows = dequantize_nvfp4(self.gate_up, dtype)[..., : self.hidden_size]
-        halves = dict(zip(("gate", "up") if self.gated else ("up",), rows.split(self.intermediate_padded, 1), strict=True))
+        halves = dict(
+            zip(
+                ("gate", "up") if self.gated else ("up",),
+                rows.split(self.intermediate_padded, 1),
+                strict=True,
+            )
+        )
         named = {name: half[:, : self.intermediate_size] for name, half in halves.items()}
-        named["down"] = dequantize_nvfp4(self.down, dtype)[:, : self.hidden_size, : self.intermediate_size]
+        named["down"] = dequantize_nvfp4(self.down, dtype)[
+            :, : self.hidden_size, : self.intermediate_size
+        ]
         return named
 
-    def padded(self, *, hidden_multiple: int = BLOCK, intermediate_multiple: int = BLOCK) -> ExpertWeights:
+    def padded(
+        self, *, hidden_multiple: int = BLOCK, intermediate_multiple: int = BLOCK
+    ) -> ExpertWeights:
         """Zero-pad H and I to multiples; exact, since padded codes and scales are zero.
 
         Gate and up are padded each on its own, so that their boundary stays in the middle.
         """
-        for name, multiple in (("hidden_multiple", hidden_multiple), ("intermediate_multiple", intermediate_multiple)):
+        for name, multiple in (
+            ("hidden_multiple", hidden_multiple),
+            ("intermediate_multiple", intermediate_multiple),
+        ):
             if multiple < BLOCK or multiple % BLOCK:
-                raise ShapeError(f"padded: {name} must be a multiple of {BLOCK}; got {multiple}. Round it up.")
+                raise ShapeError(
+                    f"padded: {name} must be a multiple of {BLOCK}; got {multiple}. Round it up."
+                )
         more_h = _round_up(self.hidden_padded, hidden_multiple) - self.hidden_padded
-        more_i = _round_up(self.intermediate_padded, intermediate_multiple) - self.intermediate_padded
+        more_i = (
+            _round_up(self.intermediate_padded, intermediate_multiple) - self.intermediate_padded
+        )
         if not more_h and not more_i:
             return self
 
@@ -323,7 +355,9 @@ class ExpertWeights:
 
         return dataclasses.replace(
             self,
-            gate_up=NVFP4Values(rows(self.gate_up.packed), rows(self.gate_up.block_scale), self.gate_up.global_scale),
+            gate_up=NVFP4Values(
+                rows(self.gate_up.packed), rows(self.gate_up.block_scale), self.gate_up.global_scale
+            ),
             down=NVFP4Values(
                 self.down.packed[..., start // 2 : stop // 2],
                 self.down.block_scale[..., start // BLOCK : stop // BLOCK],
@@ -334,11 +368,17 @@ class ExpertWeights:
 
     def to(self, device: torch.device | str) -> ExpertWeights:
         """Return the weights on another device."""
-        return ExpertWeights.from_tensors({k: v.to(device) for k, v in self.tensors().items()}, self.metadata())
+        return ExpertWeights.from_tensors(
+            {k: v.to(device) for k, v in self.tensors().items()}, self.metadata()
+        )
 
 
 def _gate_and_up(
-    up: torch.Tensor | None, gate: torch.Tensor | None, gate_up: torch.Tensor | None, layout: str, transposed: bool
+    up: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    gate_up: torch.Tensor | None,
+    layout: str,
+    transposed: bool,
 ) -> dict[str, torch.Tensor]:
     if (gate_up is None) == (up is None) or (gate is not None and up is None):
         given = [n for n, t in (("up", up), ("gate", gate), ("gate_up", gate_up)) if t is not None]
@@ -370,7 +410,9 @@ def _check_float_weights(parts: dict[str, torch.Tensor], down: torch.Tensor) -> 
         raise ShapeError(
             f"ExpertWeights.quantize: up must not be empty; got {list(up.shape)}. Pass at least one expert with weights."
         )
-    expected = {name: (experts, intermediate, hidden) for name in parts} | {"down": (experts, hidden, intermediate)}
+    expected = {name: (experts, intermediate, hidden) for name in parts} | {
+        "down": (experts, hidden, intermediate)
+    }
     for name, tensor in {**parts, "down": down}.items():
         if tuple(tensor.shape) != expected[name]:
             raise ShapeError(
@@ -392,13 +434,21 @@ def _empty(experts: int, rows: int, columns: int, device: torch.device) -> NVFP4
     # Zero bytes are zero codes and zero scales: what padding must hold.
     return NVFP4Values(
         torch.zeros(experts, rows, NVFP4.packed_columns(columns), dtype=torch.uint8, device=device),
-        torch.zeros(experts, rows, NVFP4.scale_columns(columns), dtype=torch.uint8, device=device).view(NVFP4.scale_dtype),
+        torch.zeros(
+            experts, rows, NVFP4.scale_columns(columns), dtype=torch.uint8, device=device
+        ).view(NVFP4.scale_dtype),
         torch.zeros(experts, dtype=torch.float32, device=device),
     )
 
 
 def _quantize_into(
-    out: NVFP4Values, expert: int, place: slice, weight: torch.Tensor, global_scale: torch.Tensor, method: str, name: str
+    out: NVFP4Values,
+    expert: int,
+    place: slice,
+    weight: torch.Tensor,
+    global_scale: torch.Tensor,
+    method: str,
+    name: str,
 ) -> None:
     columns = _round_up(weight.shape[1], BLOCK)
     if columns != weight.shape[1]:
@@ -415,7 +465,9 @@ def _quantize_into(
     out.global_scale[expert] = values.global_scale
 
 
-def _scale(name: str, value: float | torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
+def _scale(
+    name: str, value: float | torch.Tensor, count: int, device: torch.device
+) -> torch.Tensor:
     scale = torch.as_tensor(value, dtype=torch.float32, device=device).reshape(-1)
     if scale.numel() not in (1, count) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ShapeError(

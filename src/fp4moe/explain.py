@@ -60,13 +60,33 @@ class ModelReport:
     def __str__(self) -> str:
         if not self.blocks:
             return f"{self.model}: no mixture-of-experts block"
-        header = ["block", "module", "status", "experts", "top-k", "H x I", "padded", "activation", "kernel", "bytes"]
+        header = [
+            "block",
+            "module",
+            "status",
+            "experts",
+            "top-k",
+            "H x I",
+            "padded",
+            "activation",
+            "kernel",
+            "bytes",
+        ]
         rows = []
         for b in self.blocks:
             sizes = f"{b.hidden_size} x {b.intermediate_size}" if b.hidden_size else "?"
             padded = " x ".join(map(str, b.padded_sizes)) if b.padded_sizes else "-"
             activation = f"{'gated ' if b.gated else ''}{b.activation or '?'}"
-            cells = [b.path, b.module, b.status, b.num_experts, b.top_k or "-", sizes, padded, activation]
+            cells = [
+                b.path,
+                b.module,
+                b.status,
+                b.num_experts,
+                b.top_k or "-",
+                sizes,
+                padded,
+                activation,
+            ]
             rows.append([str(c) for c in (*cells, b.kernel or "-", format_bytes(b.nbytes))])
         lines = [format_table(header, rows)]
         notes: dict[str, list[str]] = {}
@@ -76,7 +96,9 @@ class ModelReport:
         lines += [f"{_few(paths)}: {reason}" for reason, paths in notes.items()]
         kinds = ("replaced", "replaceable", "not replaceable")
         counts = ", ".join(f"{self.count(kind)} {kind}" for kind in kinds if self.count(kind))
-        lines.append(f"{self.model}: {len(self.blocks)} blocks ({counts}), experts {format_bytes(self.nbytes)}")
+        lines.append(
+            f"{self.model}: {len(self.blocks)} blocks ({counts}), experts {format_bytes(self.nbytes)}"
+        )
         return "\n".join(lines)
 
 
@@ -95,4 +117,7 @@ def format_bytes(count: int) -> str:
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Align the columns with two blanks between them."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows))
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    )

@@ -80,7 +80,9 @@ class FusedExperts(nn.Module):
         tensors = {}
         for gemm in ("gate_up", "down"):
             tensors[f"{gemm}.packed"] = self.get_buffer(f"{gemm}_packed")
-            tensors[f"{gemm}.block_scale"] = self.get_buffer(f"{gemm}_block_scale").view(NVFP4.scale_dtype)
+            tensors[f"{gemm}.block_scale"] = self.get_buffer(f"{gemm}_block_scale").view(
+                NVFP4.scale_dtype
+            )
             tensors[f"{gemm}.global_scale"] = self.get_buffer(f"{gemm}_global_scale")
         tensors |= {name: self.get_buffer(name) for name in ("hidden_scale", "intermediate_scale")}
         return ExpertWeights.from_tensors(tensors, self.metadata)
@@ -123,7 +125,9 @@ class FusedExperts(nn.Module):
 
     def get_extra_state(self) -> torch.Tensor:
         """Return the metadata as JSON bytes; a tensor, so that safetensors can hold it."""
-        return torch.frombuffer(bytearray(json.dumps(self.metadata, sort_keys=True).encode()), dtype=torch.uint8)
+        return torch.frombuffer(
+            bytearray(json.dumps(self.metadata, sort_keys=True).encode()), dtype=torch.uint8
+        )
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Check that loaded weights belong to a layer of this kind."""
@@ -139,7 +143,9 @@ class FusedExperts(nn.Module):
             destination[prefix + name.replace(".", "_")] = tensor if keep_vars else tensor.detach()
         destination[prefix + nn.modules.module._EXTRA_STATE_KEY_SUFFIX] = self.get_extra_state()
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ):
         own = self.weights.tensors()
         names = {name.replace(".", "_"): name for name in own}
         extra = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
@@ -161,12 +167,16 @@ class FusedExperts(nn.Module):
             name: state_dict[prefix + short].to(own[name].device) if short in found else own[name]
             for short, name in names.items()
         }
-        prepared = get_kernel(self.kernel).prepare(ExpertWeights.from_tensors(loaded, self.metadata))
+        prepared = get_kernel(self.kernel).prepare(
+            ExpertWeights.from_tensors(loaded, self.metadata)
+        )
         with torch.no_grad():
             # copy_ keeps the storage that compiled graphs and CUDA graphs know.
             for name, tensor in prepared.tensors().items():
                 buffer = self.get_buffer(name.replace(".", "_"))
-                buffer.copy_(tensor.view(torch.uint8) if tensor.dtype == NVFP4.scale_dtype else tensor)
+                buffer.copy_(
+                    tensor.view(torch.uint8) if tensor.dtype == NVFP4.scale_dtype else tensor
+                )
 
     def extra_repr(self) -> str:
         """One line: sizes, activation, kernel."""

@@ -36,7 +36,9 @@ library.define(
     "str activation, bool gated, str kernel, int num_experts, int expert_offset) -> Tensor",
     tags=TAGS,
 )
-library.define("refuse_backward(Tensor grad, Tensor like) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+library.define(
+    "refuse_backward(Tensor grad, Tensor like) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
 
 
 @torch.library.register_fake("fp4moe::nvfp4_moe", lib=library)
@@ -84,7 +86,9 @@ def _nvfp4_moe(
     if hidden.shape[0] == 0:
         return hidden.new_empty(hidden.shape)
     weights = ExpertWeights(
-        gate_up=NVFP4Values(gate_up_packed, gate_up_block_scale.view(NVFP4.scale_dtype), gate_up_global_scale),
+        gate_up=NVFP4Values(
+            gate_up_packed, gate_up_block_scale.view(NVFP4.scale_dtype), gate_up_global_scale
+        ),
         down=NVFP4Values(down_packed, down_block_scale.view(NVFP4.scale_dtype), down_global_scale),
         activation=activation,
         gated=gated,
@@ -112,7 +116,9 @@ class _WithoutGradient(torch.autograd.Function):
         refuse = torch.ops.fp4moe.refuse_backward.default
         hidden, routing_weights = (
             refuse(grads[0], saved) if needed else None
-            for saved, needed in zip(ctx.saved_tensors, (ctx.needs_input_grad[0], ctx.needs_input_grad[2]), strict=True)
+            for saved, needed in zip(
+                ctx.saved_tensors, (ctx.needs_input_grad[0], ctx.needs_input_grad[2]), strict=True
+            )
         )
         return hidden, None, routing_weights, *(None,) * 13
 
@@ -148,7 +154,10 @@ library.impl("nvfp4_moe", _nvfp4_moe_autograd, "Autograd")
 def nvfp4_moe_arguments(weights: ExpertWeights, kernel: str) -> tuple:
     """Return the operator's arguments after routing_weights, for prepared weights of that kernel."""
     return (
-        *(t.view(torch.uint8) if t.dtype == NVFP4.scale_dtype else t for t in weights.tensors().values()),
+        *(
+            t.view(torch.uint8) if t.dtype == NVFP4.scale_dtype else t
+            for t in weights.tensors().values()
+        ),
         weights.activation,
         weights.gated,
         kernel,

@@ -17,7 +17,13 @@ from .errors import ShapeError
 from .experts import ExpertWeights
 from .formats import NVFP4
 
-__all__ = ["fake_quantize_activation", "moe_definition", "reference", "reference_w4a4", "sum_over_experts"]
+__all__ = [
+    "fake_quantize_activation",
+    "moe_definition",
+    "reference",
+    "reference_w4a4",
+    "sum_over_experts",
+]
 
 # expert index -> (gate or None, up, down), float32 and without padding.
 LoadExpert = Callable[[int], tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]
@@ -73,13 +79,20 @@ def moe_definition(
     """
 
     def load(expert: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        return (None if gate is None else gate[expert].float(), up[expert].float(), down[expert].float())
+        return (
+            None if gate is None else gate[expert].float(),
+            up[expert].float(),
+            down[expert].float(),
+        )
 
     return _run(hidden, expert_ids, routing_weights, load, up.shape[0], expert_offset, activation)
 
 
 def reference(
-    hidden: torch.Tensor, weights: ExpertWeights, expert_ids: torch.Tensor, routing_weights: torch.Tensor
+    hidden: torch.Tensor,
+    weights: ExpertWeights,
+    expert_ids: torch.Tensor,
+    routing_weights: torch.Tensor,
 ) -> torch.Tensor:
     """Compute the layer with activations as they are and dequantised weights (W4A16).
 
@@ -95,7 +108,10 @@ def reference(
 
 
 def reference_w4a4(
-    hidden: torch.Tensor, weights: ExpertWeights, expert_ids: torch.Tensor, routing_weights: torch.Tensor
+    hidden: torch.Tensor,
+    weights: ExpertWeights,
+    expert_ids: torch.Tensor,
+    routing_weights: torch.Tensor,
 ) -> torch.Tensor:
     """Compute the layer as the Blackwell kernel does: input and intermediate are quantised to NVFP4 too (W4A4).
 
@@ -146,7 +162,11 @@ def _run(
     activation: str,
     intermediate_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    if hidden.ndim != 2 or expert_ids.shape != routing_weights.shape or expert_ids.shape[:1] != hidden.shape[:1]:
+    if (
+        hidden.ndim != 2
+        or expert_ids.shape != routing_weights.shape
+        or expert_ids.shape[:1] != hidden.shape[:1]
+    ):
         raise ShapeError(
             "reference: hidden, expert_ids and routing_weights must be [T, H], [T, K] and [T, K]; got "
             f"{list(hidden.shape)}, {list(expert_ids.shape)} and {list(routing_weights.shape)}. Flatten the tokens."

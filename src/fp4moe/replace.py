@@ -86,7 +86,9 @@ def replace_moe(
         )
     refused = {}
     for candidate in tqdm(candidates, desc="checking experts", disable=not progress, leave=False):
-        reasons = candidate.reasons or value_reasons(candidate) or _kernel_reasons(candidate, kernel)
+        reasons = (
+            candidate.reasons or value_reasons(candidate) or _kernel_reasons(candidate, kernel)
+        )
         if reasons:
             refused[candidate.path] = reasons
     if refused and strict:
@@ -130,7 +132,9 @@ def explain(model: nn.Module, kernel: str = "auto") -> ModelReport:
         if isinstance(module, FusedExperts):
             rows[path] = _fused_row(path, module)
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    return ModelReport(type(model).__name__, tuple(sorted(rows.values(), key=lambda row: order[row.path])))
+    return ModelReport(
+        type(model).__name__, tuple(sorted(rows.values(), key=lambda row: order[row.path]))
+    )
 
 
 def _check_choice(name: str, value: object, known: Iterable) -> None:
@@ -144,7 +148,11 @@ def _check_choice(name: str, value: object, known: Iterable) -> None:
 def _refuse_shared_weights(model: nn.Module, candidates: list[Candidate]) -> None:
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.device.type != "meta" and type(parameter.data) is torch.Tensor and parameter.numel():
+        if (
+            parameter.device.type != "meta"
+            and type(parameter.data) is torch.Tensor
+            and parameter.numel()
+        ):
             names[parameter.untyped_storage().data_ptr()].append(name)
     for candidate in candidates:
         for name, parameter in candidate.parameters.items():
@@ -153,11 +161,15 @@ def _refuse_shared_weights(model: nn.Module, candidates: list[Candidate]) -> Non
             full = f"{candidate.path}.{name}"
             others = [n for n in names[parameter.untyped_storage().data_ptr()] if n != full]
             if others and parameter.untyped_storage().nbytes():
-                candidate.reasons.append(f"{name} shares its storage with {', '.join(others[:3])}; untie them first")
+                candidate.reasons.append(
+                    f"{name} shares its storage with {', '.join(others[:3])}; untie them first"
+                )
 
 
 def _spec(candidate: Candidate) -> MoeSpec:
-    assert candidate.activation is not None and candidate.hidden_size and candidate.intermediate_size
+    assert (
+        candidate.activation is not None and candidate.hidden_size and candidate.intermediate_size
+    )
     return MoeSpec(
         activation=candidate.activation,
         gated=bool(candidate.gated),
@@ -185,7 +197,10 @@ def _candidate_row(candidate: Candidate, kernel: str, reasons: list[str]) -> Blo
         spec = _spec(candidate)
         name = select_kernel(kernel, spec, caller="explain")
         multiples = get_kernel(name).size_multiples(spec)
-        padded = tuple(-(-s // m) * m for s, m in zip((spec.hidden_size, spec.intermediate_size), multiples, strict=True))
+        padded = tuple(
+            -(-s // m) * m
+            for s, m in zip((spec.hidden_size, spec.intermediate_size), multiples, strict=True)
+        )
     return BlockReport(
         path=candidate.path,
         module=type(candidate.module).__name__,

@@ -16,16 +16,18 @@ from torch import nn
 from ..activations import ACTIVATIONS, identify_activation, probe_values
 from ..candidates import Candidate, storage_reasons, verify_against_definition
 from ..experts import ExpertWeights, split_gate_up
+from ..stamps import STAMPS, is_experts_class
 
-__all__ = ["describe_experts", "find_experts", "is_experts_class", "is_experts_module"]
+__all__ = ["describe_experts", "find_experts", "is_experts_module"]
 
-STAMPS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_topk", "moe_k", "top_k")
-
-
-def is_experts_class(cls: type) -> bool:
-    """Whether Hugging Face's decorator has wrapped this class."""
-    return hasattr(cls, "_apply_gate") and hasattr(getattr(cls, "forward", None), "__wrapped__")
+TOP_K_NAMES = (
+    "num_experts_per_tok",
+    "top_k_experts",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "top_k",
+)
 
 
 def is_experts_module(module: nn.Module) -> bool:
@@ -59,11 +61,17 @@ def describe_experts(path: str, module: Any) -> Candidate:
     """Read one stamped experts module."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
     parameters = {
-        n: p for n in (name, "down_proj") if isinstance(p := getattr(module, n, None), torch.Tensor) and p.ndim == 3
+        n: p
+        for n in (name, "down_proj")
+        if isinstance(p := getattr(module, n, None), torch.Tensor) and p.ndim == 3
     }
-    candidate = Candidate(path=path, module=module, parameters=parameters, gated=bool(module.has_gate))
+    candidate = Candidate(
+        path=path, module=module, parameters=parameters, gated=bool(module.has_gate)
+    )
     config = module.config
-    candidate.top_k = next((getattr(config, n) for n in TOP_K_NAMES if isinstance(getattr(config, n, None), int)), None)
+    candidate.top_k = next(
+        (getattr(config, n) for n in TOP_K_NAMES if isinstance(getattr(config, n, None), int)), None
+    )
     reasons = candidate.reasons
     if len(parameters) != 2:
         reasons.append(f"it has no 3-D parameters {name} and down_proj")
@@ -87,7 +95,12 @@ def describe_experts(path: str, module: Any) -> Candidate:
     layout = "gate_up" if module.is_concatenated else "gate_up_interleaved"
     stacked = {"gate_up": first} if module.has_gate else {"up": first}
     candidate.quantize = functools.partial(
-        _quantize, stacked=stacked, down=down, layout=layout, transposed=module.is_transposed, activation=candidate.activation
+        _quantize,
+        stacked=stacked,
+        down=down,
+        layout=layout,
+        transposed=module.is_transposed,
+        activation=candidate.activation,
     )
     candidate.verify = functools.partial(_verify, module, first, down, layout, candidate.activation)
     return candidate
@@ -98,7 +111,9 @@ def _quantize(method: str, *, stacked: dict, down: torch.Tensor, **options: Any)
         return ExpertWeights.quantize(**stacked, down=down, method=method, **options)
 
 
-def _verify(module: Any, first: torch.Tensor, down: torch.Tensor, layout: str, activation: str) -> list[str]:
+def _verify(
+    module: Any, first: torch.Tensor, down: torch.Tensor, layout: str, activation: str
+) -> list[str]:
     first, down = first.detach(), down.detach()
     if module.is_transposed:
         first, down = first.transpose(1, 2), down.transpose(1, 2)
@@ -117,7 +132,11 @@ def _activation(module: Any) -> tuple[str | None, str]:
     probe = probe_values()
     # Every gate meets every sign and size of up.
     gate, up = probe, probe.flip(1)
-    stacked = torch.cat((gate, up), 1) if module.is_concatenated else torch.stack((gate, up), 2).flatten(1)
+    stacked = (
+        torch.cat((gate, up), 1)
+        if module.is_concatenated
+        else torch.stack((gate, up), 2).flatten(1)
+    )
     try:
         with torch.no_grad():
             result = module._apply_gate(stacked)
@@ -129,4 +148,7 @@ def _activation(module: Any) -> tuple[str | None, str]:
         limit = 2e-6 * 40 * torch.clamp(expected.abs(), min=1.0)
         if result.shape == expected.shape and bool(((result - expected).abs() <= limit).all()):
             return name, ""
-    return None, f"its _apply_gate is not act(gate) * up with one of the activations {known} (a clamp or a variant?)"
+    return (
+        None,
+        f"its _apply_gate is not act(gate) * up with one of the activations {known} (a clamp or a variant?)",
+    )

@@ -14,7 +14,15 @@ from ..errors import ShapeError, UnsupportedError
 from .reference import REFERENCE, REFERENCE_W4A4, ReferenceKernel
 from .spec import MoeSpec
 
-__all__ = ["KERNELS", "KERNEL_NAMES", "MoeSpec", "check_kernel_name", "get_kernel", "select_kernel", "why_not"]
+__all__ = [
+    "KERNELS",
+    "KERNEL_NAMES",
+    "MoeSpec",
+    "check_kernel_name",
+    "get_kernel",
+    "select_kernel",
+    "why_not",
+]
 
 KERNELS: dict[str, ReferenceKernel] = {k.name: k for k in (REFERENCE, REFERENCE_W4A4)}
 # Names of the contract whose kernels later versions bring.
@@ -46,7 +54,9 @@ def get_kernel(name: str) -> ReferenceKernel:
     """Return the kernel of that name, which must be present in this version."""
     if name not in KERNELS:
         check_kernel_name(name, caller="get_kernel")
-        raise UnsupportedError(f"get_kernel: kernel must be one that this version has; got {name!r}. {_absent(name)}")
+        raise UnsupportedError(
+            f"get_kernel: kernel must be one that this version has; got {name!r}. {_absent(name)}"
+        )
     return KERNELS[name]
 
 
@@ -85,17 +95,29 @@ def why_not(
     }
     for name, value in sizes.items():
         if value < 1:
-            raise ShapeError(f"why_not: {name} must be at least 1; got {value}. Pass the size of the layer.")
+            raise ShapeError(
+                f"why_not: {name} must be at least 1; got {value}. Pass the size of the layer."
+            )
     if top_k > num_experts:
         raise ShapeError(
             f"why_not: top_k must not exceed num_experts = {num_experts}; got {top_k}. Pass experts per token."
         )
     capability = current_capability() if capability is None else capability
-    spec = MoeSpec(activation, gated, hidden_size, intermediate_size, num_experts, top_k, capability)
+    spec = MoeSpec(
+        activation, gated, hidden_size, intermediate_size, num_experts, top_k, capability
+    )
     if kernel != "auto":
         return _reasons(kernel, spec, padded)
-    reasons = {name: _reasons(name, spec, padded) for name in KERNEL_NAMES if name not in KERNELS or KERNELS[name].automatic}
-    return [] if not all(reasons.values()) else [f"{name}: {why}" for name, whys in reasons.items() for why in whys]
+    reasons = {
+        name: _reasons(name, spec, padded)
+        for name in KERNEL_NAMES
+        if name not in KERNELS or KERNELS[name].automatic
+    }
+    return (
+        []
+        if not all(reasons.values())
+        else [f"{name}: {why}" for name, whys in reasons.items() for why in whys]
+    )
 
 
 def select_kernel(kernel: str, spec: MoeSpec, *, caller: str) -> str:
@@ -115,7 +137,9 @@ def select_kernel(kernel: str, spec: MoeSpec, *, caller: str) -> str:
         if not reasons[name]:
             return name
     listed = " ".join(f"{name}: {'; '.join(why)}." for name, why in reasons.items())
-    raise UnsupportedError(f"{caller}: kernel must be one that runs this layer; got {kernel!r} for {spec}. {listed}")
+    raise UnsupportedError(
+        f"{caller}: kernel must be one that runs this layer; got {kernel!r} for {spec}. {listed}"
+    )
 
 
 def _reasons(name: str, spec: MoeSpec, padded: bool) -> list[str]:
@@ -124,11 +148,17 @@ def _reasons(name: str, spec: MoeSpec, padded: bool) -> list[str]:
     kernel = KERNELS[name]
     reasons = kernel.reasons_not_to_run(spec)
     if not padded:
-        for what, multiple in zip(("hidden_size", "intermediate_size"), kernel.size_multiples(spec), strict=True):
+        for what, multiple in zip(
+            ("hidden_size", "intermediate_size"), kernel.size_multiples(spec), strict=True
+        ):
             if getattr(spec, what) % multiple:
-                reasons.append(f"{what} must be a multiple of {multiple} without padding, got {getattr(spec, what)}")
+                reasons.append(
+                    f"{what} must be a multiple of {multiple} without padding, got {getattr(spec, what)}"
+                )
     return reasons
 
 
 def _absent(name: str) -> str:
-    return f"this version of fp4moe does not have the {name} kernel yet (it will need {PLANNED[name]})"
+    return (
+        f"this version of fp4moe does not have the {name} kernel yet (it will need {PLANNED[name]})"
+    )

@@ -40,7 +40,11 @@ class ReferenceKernel:
         return prepared
 
     def run(
-        self, hidden: torch.Tensor, prepared: ExpertWeights, expert_ids: torch.Tensor, routing_weights: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        prepared: ExpertWeights,
+        expert_ids: torch.Tensor,
+        routing_weights: torch.Tensor,
     ) -> torch.Tensor:
         """Compute [T, H]; see `fp4moe.reference`."""
         with torch.no_grad():

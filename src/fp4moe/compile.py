@@ -1,0 +1,242 @@
+"""`torch.compile(model, backend=fp4moe.backend)`: rewrite the captured graph, then hand it to another backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import logging
+import sys
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from .errors import UnsupportedError
+from .kernels import check_kernel_name
+from .passes.packing import weight_state
+from .passes.report import RewriteReport
+from .passes.rewrite import Rewritten, rewrite_moe_with_weights
+from .stamps import is_experts_class
+
+__all__ = ["BackendOptions", "backend"]
+
+logger = logging.getLogger("fp4moe")
+ON_NO_MATCH = ("warn", "error", "ignore")
+# Settings that only kernels of later versions will use; their values are checked all the same.
+HIDDEN_ALIGNMENTS = (128, 256, 512)
+ROUTINGS = ("given",)
+_warned_eager = False
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendOptions:
+    """The `options=` of `torch.compile(model, backend=fp4moe.backend, options={...})`.
+
+    Attributes:
+        inner_backend: what compiles the rewritten graph: "inductor", any registered name, or a callable.
+        inner_options: handed to it as `options`.
+        on_no_match: "warn", "error" or "ignore" when a graph has no block that is or was fused.
+        kernel: "auto" or a kernel's name.
+        verify: compare each distinct block's numbers with the definition before it is rewritten.
+        release_weights: free the float weights after packing. Shapes stay; any later use of the values fails.
+        hidden_alignment: 128, 256 or 512, what the Blackwell kernel pads the hidden size to.
+        routing: "given", the model's own router.
+    """
+
+    inner_backend: str | Callable = "inductor"
+    inner_options: dict[str, Any] | None = None
+    on_no_match: str = "warn"
+    kernel: str = "auto"
+    verify: bool = True
+    release_weights: bool = False
+    hidden_alignment: int = 256
+    routing: str = "given"
+
+    @classmethod
+    def parse(cls, options: dict[str, Any] | None) -> BackendOptions:
+        """Check names and values.
+
+        Raises:
+            UnsupportedError: an unknown option, or a value that is none of its choices.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options or {}:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = (
+                    f"Did you mean {near[0]}?"
+                    if near
+                    else "Options of the inner backend go into inner_options."
+                )
+                raise UnsupportedError(
+                    f"backend: options must be among {', '.join(known)}; got {name!r}. {hint}"
+                )
+        parsed = cls(**(options or {}))
+        check_kernel_name(parsed.kernel, caller="backend")
+        for name, choices in (
+            ("on_no_match", ON_NO_MATCH),
+            ("hidden_alignment", HIDDEN_ALIGNMENTS),
+            ("routing", ROUTINGS),
+            ("verify", (True, False)),
+            ("release_weights", (True, False)),
+        ):
+            if getattr(parsed, name) not in choices:
+                listed = ", ".join(map(str, choices))
+                raise UnsupportedError(
+                    f"backend: {name} must be one of {listed}; got {getattr(parsed, name)!r}. Pass one of these."
+                )
+        inner = parsed.inner_backend
+        if not callable(inner) and inner not in torch._dynamo.list_backends(exclude_tags=()):
+            raise UnsupportedError(
+                f"backend: inner_backend must be a callable or a registered name; got {inner!r}. "
+                f"Registered are {', '.join(torch._dynamo.list_backends(exclude_tags=()))}."
+            )
+        return parsed
+
+
+def backend(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable:
+    """Rewrite the mixture-of-experts blocks of a captured graph and compile the rest with the inner backend.
+
+    Pass it to `torch.compile(model, backend=fp4moe.backend, options={...})`; see `BackendOptions` for the options.
+    `mode` is handed on to the inner backend where that takes one. Each distinct weight is packed once and shared by all
+    graphs. The packed numbers are those at compile time: a later change of a weight raises at the next call.
+
+    Raises:
+        UnsupportedError: an unknown option, or no block in the graph with on_no_match="error".
+    """
+    parsed = BackendOptions.parse(options)
+    report, rewritten = rewrite_moe_with_weights(
+        graph_module, example_inputs, parsed.kernel, parsed.verify
+    )
+    logger.info("fp4moe.backend: %s", report)
+    _report_problems(report, parsed)
+    compiled = _call_inner(parsed, mode, graph_module, example_inputs)
+    if not rewritten:
+        return compiled
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    if parsed.release_weights:
+        _release(rewritten, placeholders, example_inputs)
+    return _with_weight_check(compiled, rewritten, placeholders)
+
+
+def _report_problems(report: RewriteReport, options: BackendOptions) -> None:
+    if report.count or report.already_fused:
+        for block in report.near_misses:
+            logger.warning(
+                "fp4moe.backend: %s is left as it is: %s", block.path, "; ".join(block.reasons)
+            )
+        return
+    why = (
+        " ".join(f"{b.path}: {'; '.join(b.reasons)}." for b in report.near_misses)
+        or "It has no experts module."
+    )
+    message = f"backend: the graph must have a mixture-of-experts block that can be fused; got none. {why}"
+    eager = _eager_experts()
+    if eager:
+        message = (
+            f"backend: the experts' implementation must not be 'eager', whose loop breaks the graph; got {eager} in eager. "
+            "Call model.set_experts_implementation('grouped_mm') before compiling."
+        )
+    if options.on_no_match == "error":
+        raise UnsupportedError(f"{message} Pass on_no_match='ignore' to compile it as it is.")
+    global _warned_eager
+    if options.on_no_match == "warn" and not (eager and _warned_eager):
+        _warned_eager = _warned_eager or bool(eager)
+        warnings.warn(f"fp4moe.{message}", stacklevel=2)
+
+
+def _eager_experts() -> str | None:
+    """Name an experts module that runs in eager below one of the modules whose forward is being compiled.
+
+    Its loop never reaches a backend, so the callers' frames are asked.
+    """
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        for path, module in caller.named_modules() if isinstance(caller, torch.nn.Module) else ():
+            implementation = getattr(
+                getattr(module, "config", None), "_experts_implementation", None
+            )
+            if is_experts_class(type(module)) and implementation == "eager":
+                return f"{type(caller).__name__}.{path}" if path else type(caller).__name__
+        frame = frame.f_back
+    return None
+
+
+def _call_inner(
+    options: BackendOptions, mode: str | None, gm: fx.GraphModule, inputs: Sequence[Any]
+) -> Callable:
+    if options.inner_backend == "inductor":
+        # The wrapper that torch.compile itself uses: it knows modes and checks options.
+        inductor = torch._TorchCompileInductorWrapper(mode, options.inner_options, None)
+        return inductor(gm, inputs)
+    inner = options.inner_backend
+    inner = inner if callable(inner) else torch._dynamo.lookup_backend(inner)
+    accepted = inspect.signature(inner).parameters
+    any_keyword = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    keywords: dict[str, Any] = {}
+    if options.inner_options is not None:
+        keywords["options"] = options.inner_options
+    if mode is not None:
+        if "mode" in accepted or any_keyword:
+            keywords["mode"] = mode
+        else:
+            logger.warning(
+                "fp4moe.backend: inner backend %s takes no mode; %r is not used", inner, mode
+            )
+    return inner(gm, inputs, **keywords)
+
+
+def _release(
+    rewritten: list[Rewritten], placeholders: list[fx.Node], inputs: Sequence[Any]
+) -> None:
+    positions = {node: index for index, node in enumerate(placeholders)}
+    for block in rewritten:
+        for node in block.weight_nodes:
+            if node not in positions or node.users:
+                logger.warning(
+                    "fp4moe.backend: %s keeps %s, which the graph still uses", block.path, node.name
+                )
+                continue
+            weight = inputs[positions[node]]
+            storage = weight.untyped_storage()
+            if storage.nbytes() > weight.nbytes:
+                logger.warning(
+                    "fp4moe.backend: %s keeps %s, whose storage others share", block.path, node.name
+                )
+            elif storage.nbytes():
+                storage.resize_(0)
+
+
+def _with_weight_check(
+    compiled: Callable, rewritten: list[Rewritten], placeholders: list[fx.Node]
+) -> Callable:
+    positions = {node: index for index, node in enumerate(placeholders)}
+    watched = [
+        (positions[node], state, block.path)
+        for block in rewritten
+        for node, state in zip(block.weight_nodes, block.packed.states, strict=True)
+        if node in positions
+    ]
+
+    def run(*args: Any) -> Any:
+        for position, state, path in watched:
+            now = weight_state(args[position])
+            if now[0] != state[0] or now[1] not in (state[1], None):
+                raise UnsupportedError(
+                    f"backend: the expert weights of {path} must stay as they were when they were packed; got changed values. "
+                    "Call torch.compiler.reset() and run the compiled model again."
+                )
+        return compiled(*args)
+
+    return run

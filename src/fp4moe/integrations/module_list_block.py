@@ -1,0 +1,490 @@
+"""What a block computes around a ModuleList of expert MLPs: known forms, and which one it is.
+
+A form is decided on a float32 twin of the block, whose experts are element-wise probes and whose
+other Linears are random: every form gives other numbers there, whatever the block's own dtype and
+weights. The twin runs the block's own forward. A last run of the block itself must agree.
+Not handled: experts that choose tokens, router noise, auxiliary losses.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..activations import ACTIVATIONS, get_activation, probe_values
+from ..candidates import VERIFY_LIMIT
+from ..reference import sum_over_experts
+from ..routing import sigmoid_topk, softmax_topk
+
+__all__ = ["BlockForm", "FloatExperts", "FusedMoeBlock", "confirm_form", "find_form"]
+__all__ += ["identify_expert"]
+
+TOKENS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockForm:
+    """What a block computes around its experts; names are those of its children.
+
+    Attributes:
+        experts, router: the list of experts, and what scores them.
+        routing: "softmax" or "sigmoid" of the router's logits, or "given": it returns ids, weights.
+        top_k: experts per token.
+        renormalize, scaling, correction: see `fp4moe.routing`; correction is the selection bias.
+        given: where ids and weights stand in the router's result.
+        router_rank: 2: the router gets [T, H]; 3: [B, S, H]; 0: its weight is read, in float32.
+        router_dtype: what its input is cast to; None: not cast.
+        shared, shared_gate: expert of all tokens, and the Linear to 1 whose sigmoid weighs it.
+        latent: Linears in front of and behind the experts.
+        logits_rank: rank of the logits that are returned with the output; 0: output alone.
+    """
+
+    experts: str
+    router: str
+    routing: str
+    top_k: int
+    renormalize: bool = False
+    scaling: float = 1.0
+    correction: str | None = None
+    given: tuple[int, int] = (0, 1)
+    router_rank: int = 2
+    router_dtype: torch.dtype | None = None
+    shared: str | None = None
+    shared_gate: str | None = None
+    latent: tuple[str, str] | None = None
+    logits_rank: int = 0
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        words = [f"{self.routing} routing, top {self.top_k}"]
+        words += ["renormalised"] if self.renormalize else []
+        words += [f"times {self.scaling:g}"] if self.scaling != 1 else []
+        words += [f"selected with {self.correction}"] if self.correction else []
+        words += [f"within {' and '.join(self.latent)}"] if self.latent else []
+        if self.shared:
+            words.append(f"plus {self.shared}")
+        return ", ".join(words) + (f" times {self.shared_gate}" if self.shared_gate else "")
+
+
+class FusedMoeBlock(nn.Module):
+    """A mixture-of-experts block of a known form: forward(hidden [T, H] or [B, S, H]).
+
+    Keeps the children, parameters and buffers of `block` under their names, except its experts.
+    Returns the output, or (output, router logits) where the block did.
+    """
+
+    def __init__(self, block: nn.Module, form: BlockForm, experts: nn.Module):
+        super().__init__()
+        for name, parameter in block._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in block._buffers.items():
+            persistent = name not in block._non_persistent_buffers_set
+            self.register_buffer(name, buffer, persistent=persistent)
+        for name, child in block._modules.items():
+            self.add_module(name, experts if name == form.experts else child)
+        self._form = form
+
+    @property
+    def form(self) -> BlockForm:
+        """What this block computes around its experts."""
+        return self._form
+
+    def forward(
+        self, hidden_states: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Route, apply the experts, and add the shared expert."""
+        form = self._form
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        expert_ids, routing_weights, logits = self._route(hidden_states, tokens)
+        x = tokens if form.latent is None else getattr(self, form.latent[0])(tokens)
+        out = getattr(self, form.experts)(x, expert_ids, routing_weights)
+        if form.latent is not None:
+            out = getattr(self, form.latent[1])(out)
+        if form.shared is not None:
+            shared = getattr(self, form.shared)(tokens)
+            if form.shared_gate is not None:
+                shared = torch.sigmoid(getattr(self, form.shared_gate)(tokens)) * shared
+            out = out + shared
+        out = out.reshape(hidden_states.shape)
+        if not form.logits_rank:
+            return out
+        whole = form.logits_rank == 3 and hidden_states.ndim == 3
+        return out, logits.reshape(*hidden_states.shape[:-1], -1) if whole else logits
+
+    def _route(
+        self, hidden: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        form = self._form
+        router = getattr(self, form.router)
+        if form.router_rank == 0:
+            bias = None if router.bias is None else router.bias.float()
+            result = F.linear(tokens.float(), router.weight.float(), bias)
+        else:
+            x = tokens
+            if form.router_rank == 3:
+                x = hidden if hidden.ndim == 3 else tokens.unsqueeze(0)
+            result = router(x if form.router_dtype is None else x.to(form.router_dtype))
+        if form.routing == "given":
+            ids, weights = (result[i].reshape(-1, form.top_k) for i in form.given)
+            return ids, weights * form.scaling, weights
+        logits = result.reshape(-1, result.shape[-1])
+        options: dict[str, Any] = {"renormalize": form.renormalize, "scaling": form.scaling}
+        if form.routing == "softmax":
+            return *softmax_topk(logits, form.top_k, **options), logits
+        bias = None if form.correction is None else getattr(self, form.correction)
+        return *sigmoid_topk(logits, form.top_k, bias=bias, **options), logits
+
+    def extra_repr(self) -> str:
+        """Say the form in words."""
+        return str(self._form)
+
+
+class FloatExperts(nn.Module):
+    """The definition on the experts' own Linears in float32, called as `FusedExperts` is."""
+
+    def __init__(self, experts: Sequence[nn.Module], roles: dict[str, str], activation: str):
+        super().__init__()
+        self.parts = [{role: getattr(e, name) for role, name in roles.items()} for e in experts]
+        self.activation = get_activation(activation).function
+
+    def forward(
+        self, hidden: torch.Tensor, expert_ids: torch.Tensor, routing_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Apply the experts to [T, H]."""
+        x = hidden.float()
+
+        def apply(expert: int, token: torch.Tensor | slice) -> torch.Tensor:
+            part, rows = self.parts[expert], x[token]
+            y = _float_linear(part["up"], rows)
+            if "gate" in part:
+                y = self.activation(_float_linear(part["gate"], rows)) * y
+            else:
+                y = self.activation(y)
+            return _float_linear(part["down"], y)
+
+        out = sum_over_experts(expert_ids, routing_weights, 0, len(self.parts), apply)
+        return torch.zeros_like(hidden) if out is None else out.to(hidden.dtype)
+
+
+class _Probe(nn.Linear):
+    """Stands for a Linear of any size: x * factor, reversed along the features if `flip`."""
+
+    def __init__(self, factor: float, flip: bool, device: torch.device):
+        super().__init__(1, 1, bias=False, device=device, dtype=torch.float32)
+        self.factor, self.flip = factor, flip
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return (input.flip(-1) if self.flip else input) * self.factor
+
+
+def _float_linear(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return linear(x) if isinstance(linear, _Probe) else F.linear(x, linear.weight.float())
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """Copy a module so that replacing its children or tensors leaves the original alone."""
+    clone = copy.copy(module)
+    for table in ("_modules", "_parameters", "_buffers"):
+        clone.__dict__[table] = dict(module.__dict__[table])
+    return clone
+
+
+def _probe_expert(
+    expert: nn.Module, roles: dict[str, str], factors: Sequence[float], device: torch.device
+) -> nn.Module:
+    clone = _shallow(expert)
+    first = "gate" if "gate" in roles else "up"
+    for role, name in roles.items():
+        factor = {first: factors[0], "down": factors[1]}.get(role, 1.0)
+        clone._modules[name] = _Probe(factor, role == "up" and first == "gate", device)
+    return clone
+
+
+def identify_expert(expert: nn.Module, roles: dict[str, str]) -> tuple[str | None, str]:
+    """Run an expert's own forward on element-wise Linears: (activation, "") or (None, reason)."""
+    gate = probe_values()
+    # Every gate meets every sign and size of up.
+    up = gate.flip(-1) if "gate" in roles else 1.0
+    try:
+        with torch.no_grad():
+            result = _probe_expert(expert, roles, (1.0, 1.0), gate.device)(gate.clone())
+        if result.shape != gate.shape:
+            raise ValueError(f"a result of shape {list(result.shape)} for {list(gate.shape)}")
+    except Exception as error:  # the model's code may raise anything
+        return None, f"whose forward cannot be asked for its numbers: {error}"
+    errors = {}
+    for name, activation in ACTIVATIONS.items():
+        expected = activation.function(gate) * up
+        # 16 float32 roundings, times |up| <= 40 where gated.
+        limit = 2e-6 * (40 if "gate" in roles else 1) * expected.abs().clamp(min=1.0)
+        if bool(((result - expected).abs() <= limit).all()):
+            return name, ""
+        errors[name] = float((result - expected).norm() / expected.norm())
+    closest = min(errors, key=lambda name: errors[name])
+    form = "act(gate) * up" if "gate" in roles else "act(up)"
+    return None, (
+        f"which is not down({form}) with one of our activations; closest is {closest}, relative "
+        f"error {errors[closest]:.2g} (a clamp, a norm or a variant?)"
+    )
+
+
+def _record_calls(router: nn.Module, calls: list) -> nn.Module:
+    clone, inner = _shallow(router), router.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return inner(*args, **kwargs)
+
+    clone.__dict__["forward"] = forward
+    return clone
+
+
+def _random(generator: torch.Generator, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.randn(tuple(shape), generator=generator).to(device)
+
+
+def _make_twin(
+    block: nn.Module, experts: str, router: str, roles: dict[str, str], generator: torch.Generator
+) -> nn.Module:
+    twin = _shallow(block)
+    device = next(block._modules[experts].parameters()).device  # type: ignore[union-attr]
+    for name, child in block._modules.items():
+        if name == experts:
+            factors = 1.0 + 0.5 * torch.randn(len(child), 2, generator=generator)  # type: ignore[arg-type]
+            items = zip(child, factors.tolist(), strict=True)  # type: ignore[call-overload]
+            copied: nn.Module = nn.ModuleList(_probe_expert(e, roles, f, device) for e, f in items)
+        elif child is None:
+            continue
+        elif name != router and not isinstance(child, nn.Linear) and _holds_weights(child):
+            copied = _Probe(0.7, True, device)
+        else:
+            copied = copy.deepcopy(child).float()
+            if isinstance(child, nn.Linear):
+                for p in copied.parameters():
+                    p.copy_(1.5 * _random(generator, p.shape, device) / p.shape[-1] ** 0.5)
+        twin._modules[name] = copied
+    for table in (twin._parameters, twin._buffers):
+        for name, tensor in table.items():
+            if tensor is not None and tensor.is_floating_point():
+                random = 0.3 * _random(generator, tensor.shape, device)
+                # The tables hold parameters or buffers; a buffer is a plain tensor.
+                fixed = nn.Parameter(random, requires_grad=False)
+                table[name] = fixed if table is twin._parameters else random
+    return twin
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _children(block: nn.Module, width: int, experts: str, router: str) -> tuple[list, list, list]:
+    """Return shared experts, shared gates, and latent pairs that the block may have."""
+    rest = {n: c for n, c in block.named_children() if n not in (experts, router)}
+    linears = {n: c for n, c in rest.items() if isinstance(c, nn.Linear)}
+    shared = [n for n, c in rest.items() if n not in linears and _holds_weights(c)]
+    gates = [n for n, c in linears.items() if c.out_features == 1]
+    pairs = [
+        (a, b)
+        for (a, x), (b, y) in itertools.permutations(linears.items(), 2)
+        if x.out_features == y.in_features == width and x.in_features == y.out_features
+    ]
+    return shared, gates, pairs
+
+
+def _numbers(block: nn.Module, router: nn.Module, experts: int) -> tuple[list[int], list[float]]:
+    """Return what may be top_k, and what may be a factor of the weights."""
+    config = getattr(block, "config", None)
+    owners = [vars(o) for o in (block, router, config) if hasattr(o, "__dict__")]
+    found = [(name, value) for owner in owners for name, value in owner.items()]
+    top_k = {v for _, v in found if type(v) is int and 1 <= v <= experts}
+    factors = {float(v) for n, v in found if "scal" in n and type(v) in (int, float) and v > 0}
+    return sorted(top_k | set(range(1, min(experts, 8) + 1))), [1.0, *sorted(factors - {1.0})]
+
+
+def _routings(block: nn.Module, router: nn.Module, result: Any, experts: int) -> Iterator[dict]:
+    all_top_k, factors = _numbers(block, router, experts)
+    if isinstance(result, torch.Tensor):
+        tensors = {**dict(block.named_parameters(recurse=False)), **dict(block.named_buffers())}
+        biases = [n for n, t in tensors.items() if "." not in n and t.shape == (experts,)]
+        kinds = [("softmax", None), ("sigmoid", None), *(("sigmoid", n) for n in biases)]
+        options = itertools.product(kinds, all_top_k, (True, False), factors)
+        for (routing, correction), top_k, renormalize, scaling in options:
+            yield {
+                "routing": routing,
+                "correction": correction,
+                "top_k": top_k,
+                "renormalize": renormalize,
+                "scaling": scaling,
+            }
+        return
+    tensors = {i: t for i, t in enumerate(result) if isinstance(t, torch.Tensor) and t.ndim > 1}
+    for i, ids in tensors.items():
+        for j, weights in tensors.items():
+            integer = not ids.is_floating_point() and not ids.is_complex()
+            if integer and weights.is_floating_point() and ids.shape == weights.shape:
+                for scaling in factors:
+                    top_k = ids.shape[-1]
+                    yield {
+                        "routing": "given",
+                        "given": (i, j),
+                        "top_k": top_k,
+                        "scaling": scaling,
+                    }
+
+
+def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    if actual.shape != expected.shape:
+        return float("inf")
+    difference, size = (actual.float() - expected.float()).norm(), expected.float().norm()
+    error = float(difference / size) if bool(size != 0) else float(difference)
+    return error if error == error else float("inf")
+
+
+def _output(result: Any) -> torch.Tensor:
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+def find_form(
+    block: nn.Module, experts: str, router: str, roles: dict[str, str], activation: str, width: int
+) -> tuple[BlockForm | None, str]:
+    """Return (the one form that computes what the block's forward does, "") or (None, reason)."""
+    generator = torch.Generator().manual_seed(0)
+    shared, shared_gates, latents = _children(block, width, experts, router)
+    hidden_size = getattr(block, latents[0][0]).in_features if latents else width
+    try:
+        twin = _make_twin(block, experts, router, roles, generator)
+        runs, form = _run_twin(twin, experts, router, hidden_size, generator)
+    except Exception as error:  # the model's code may raise anything
+        return None, f"its forward cannot be asked for its numbers: {error}{_hint(block)}"
+    if isinstance(form, str):
+        return None, form + _hint(block)
+    adds = [(None, None), *itertools.product(shared, [None, *shared_gates])]
+    around = list(itertools.product(adds, [*latents, None] if hidden_size == width else latents))
+    twin_experts: Any = getattr(twin, experts)
+    definition = FloatExperts(list(twin_experts), roles, activation)
+    hidden, result = runs[0]
+    tokens = hidden.reshape(-1, hidden_size)
+    scores = getattr(twin, router)(tokens if form.router_rank < 3 else tokens.unsqueeze(0))
+    errors: dict[BlockForm, float] = {}
+    for routing in _routings(block, getattr(twin, router), scores, len(twin_experts)):
+        for (name, gate), latent in around:
+            options = {**routing, "shared": name, "shared_gate": gate, "latent": latent}
+            guess = dataclasses.replace(form, **options)
+            predicted = FusedMoeBlock(twin, guess, definition)(hidden)
+            errors[guess] = _relative(_output(result), _output(predicted))
+    if not errors:
+        return None, f"its {router} returns neither logits nor expert ids with their weights"
+    limit = VERIFY_LIMIT[torch.float32]
+    fitting = {}
+    for guess in [g for g, error in errors.items() if error <= limit]:
+        results = [FusedMoeBlock(twin, guess, definition)(hidden) for hidden, _ in runs]
+        pairs = list(zip((result for _, result in runs), results, strict=True))
+        errors[guess] = max(_relative(_output(x), _output(y)) for x, y in pairs)
+        if errors[guess] <= limit:
+            fitting[guess] = torch.cat([_output(result).reshape(-1) for result in results])
+            if form.logits_rank and not max(_relative(x[1], y[1]) for x, y in pairs) <= limit:
+                return None, "its second result is not what its router returns"
+    closest = min(errors, key=lambda guess: errors[guess])
+    if not fitting:
+        return None, (
+            f"it computes none of the forms that are known; closest is {closest} with relative "
+            f"error {errors[closest]:.2g}, limit {limit:g}{_hint(block)}"
+        )
+    best = next(iter(fitting))
+    # Forms that are equal in exact arithmetic (top_k = 1 renormalised, ...) count as one.
+    others = [g for g, result in fitting.items() if _relative(result, fitting[best]) > limit / 10]
+    if others:
+        return None, f"its numbers cannot tell {best} from {others[0]}"
+    return best, ""
+
+
+def _run_twin(
+    twin: nn.Module, experts: str, router: str, hidden_size: int, generator: torch.Generator
+) -> tuple[list[tuple[torch.Tensor, Any]], BlockForm | str]:
+    """Return (inputs and results of the twin, what can be read off them, or why not)."""
+    calls: list = []
+    original, twin_list = getattr(twin, router), getattr(twin, experts)
+    device = next(twin_list.parameters()).device
+    before = _attributes(twin)
+    runs: list[tuple[torch.Tensor, Any]] = []
+    refusal, rank = "", 0
+    # One token leaves experts idle, many exceed a capacity, large ones reach a clamp.
+    for shape, size in (((1, TOKENS), 1), ((TOKENS,), 1), ((1, 1), 1), ((2, 64), 1), ((3, 2), 8)):
+        hidden = size * _random(generator, (*shape, hidden_size), device)
+        twin._modules[router] = _record_calls(original, calls)
+        try:
+            result = twin(hidden.clone())
+        except Exception as error:  # the model's code may raise anything
+            # Kept as text: an exception would keep this frame, and with it the block, alive.
+            refusal = refusal or str(error)
+            continue
+        finally:
+            twin._modules[router] = original
+        if not runs and calls:
+            rank = calls[-1][0][0].ndim if calls[-1][0] else 0
+        runs.append((hidden, result))
+    if not runs:
+        return runs, f"its forward cannot be asked for its numbers: {refusal}"
+    if any(len(args) != 1 or kwargs for args, kwargs in calls):
+        return runs, f"its forward gives {router} more than the hidden states, or by keyword"
+    if not rank and not isinstance(original, nn.Linear):
+        return runs, f"its forward does not call {router}"
+    now = _attributes(twin)
+    if names := [k for k in now if k not in before or now[k] is not before[k]]:
+        return runs, f"its forward sets {', '.join(names)}, which a fused block would not"
+    results = [result for _, result in runs]
+    form = BlockForm(experts, router, "softmax", 1, router_rank=rank)
+    if all(isinstance(result, torch.Tensor) for result in results):
+        return runs, form
+    pair = results[0] if isinstance(results[0], tuple) and len(results[0]) == 2 else ()
+    if pair and all(isinstance(t, torch.Tensor) for t in pair):
+        return runs, dataclasses.replace(form, logits_rank=min(pair[1].ndim, 3))
+    what = type(results[0]).__name__ + (f" of {len(results[0])}" if pair == () else "")
+    return runs, f"its forward returns a {what}, neither a tensor nor (output, router logits)"
+
+
+def _hint(block: nn.Module) -> str:
+    return "; it is in training mode, call eval() first" if block.training else ""
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    tables = (vars(module), module._parameters, module._buffers)
+    return {k: v for table in tables for k, v in table.items() if not k.startswith("_")}
+
+
+def confirm_form(
+    block: nn.Module, form: BlockForm, experts: FloatExperts, hidden_size: int
+) -> tuple[BlockForm, list[str]]:
+    """Run the block itself on five tokens; return the form with its router's dtype, and reasons."""
+    weight = experts.parts[0]["up"].weight
+    generator = torch.Generator().manual_seed(0)
+    calls: list = []
+    clone = _shallow(block)
+    clone._modules[form.router] = _record_calls(getattr(block, form.router), calls)
+    refusal = ""
+    for shape in ((1, TOKENS, hidden_size), (TOKENS, hidden_size)):
+        hidden = _random(generator, shape, weight.device).to(weight.dtype)
+        try:
+            actual = _output(clone(hidden.clone()))
+            break
+        except Exception as raised:  # the model's code may raise anything
+            refusal = refusal or str(raised)
+    else:
+        return form, [f"its forward refuses {weight.dtype} tokens: {refusal}"]
+    if calls and (dtype := calls[-1][0][0].dtype) != weight.dtype:
+        form = dataclasses.replace(form, router_dtype=dtype)
+    expected = _output(FusedMoeBlock(block, form, experts)(hidden))
+    difference, limit = _relative(actual, expected), VERIFY_LIMIT[weight.dtype]
+    if difference <= limit:
+        return form, []
+    return form, [
+        f"it does not compute {form} with its own weights: relative error {difference:.2g} on "
+        f"random tokens, limit {limit:g}"
+    ]
