@@ -1,8 +1,9 @@
 """Find the regions of a captured graph that may be a mixture of experts.
 
-A region is the set of nodes that dynamo recorded inside one call of a stamped experts module (`nn_module_stack`), whatever
-implementation the module ran. Its inputs are told apart by shape and dtype: two 3-D weights, integer ids [T, K], float
-routing weights [T, K], hidden [T, H]. Not handled: graphs without module names.
+A region is the set of nodes that dynamo recorded inside one call of a stamped experts module
+(`nn_module_stack`), whatever implementation the module ran. Its inputs are told apart by shape and
+dtype: two 3-D weights, integer ids [T, K], float routing weights [T, K], hidden [T, H]. Not
+handled: graphs without module names.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Region:
         module_class: name of its class.
         nodes: the nodes of the call in graph order, without the placeholders of its weights.
         reasons: why it cannot be a region to rewrite; empty where it may.
-        hidden, expert_ids, routing_weights, first, down: the nodes that feed it; first is gate_up or up.
+        hidden, expert_ids, routing_weights, first, down: the nodes that feed it; first is gate_up
+            or up.
         output: the one tensor that leaves it.
     """
 
@@ -94,14 +96,16 @@ def _classify(region: Region) -> None:
     ]
     if len(weights) < 2 or len(outputs) != 1:
         region.reasons.append(
-            f"it was captured only in part: {len(weights)} stacked weights go in and {len(outputs)} tensors come out"
+            f"it was captured only in part: {len(weights)} stacked weights go in and "
+            f"{len(outputs)} tensors come out"
         )
         return
     others = [n for n in fed if n not in weights]
     ids = [n for n in others if meta_value(n).ndim == 2 and not meta_value(n).is_floating_point()]
     if len(weights) != 2 or len(ids) != 1:
         region.reasons.append(
-            f"it reads {len(weights)} 3-D weights and {len(ids)} integer [T, K] tensors, not 2 and 1 ({_names(fed)})"
+            f"it reads {len(weights)} 3-D weights and {len(ids)} integer [T, K] tensors, not 2 and "
+            f"1 ({_names(fed)})"
         )
         return
     tokens, top_k = meta_value(ids[0]).shape
@@ -115,7 +119,8 @@ def _classify(region: Region) -> None:
     ]
     if len(floats) != 2 or len(routing) < 1 or len(hidden) != 1:
         region.reasons.append(
-            f"it reads more than hidden [T, H] and routing weights [T, K] ({_names(fed)}); a bias or a scale?"
+            f"it reads more than hidden [T, H] and routing weights [T, K] ({_names(fed)}); a bias "
+            "or a scale?"
         )
         return
     region.hidden, region.routing_weights, region.expert_ids, region.output = (
@@ -130,7 +135,8 @@ def _classify(region: Region) -> None:
     size = meta_value(region.hidden).shape[1]
     if size not in first.shape[1:] or size not in down.shape[1:] or first.shape[0] != down.shape[0]:
         region.reasons.append(
-            f"its weights {list(first.shape)} and {list(down.shape)} do not fit hidden size {size} and each other"
+            f"its weights {list(first.shape)} and {list(down.shape)} do not fit hidden size {size} "
+            "and each other"
         )
     if meta_value(region.output).shape != meta_value(region.hidden).shape:
         region.reasons.append(

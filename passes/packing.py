@@ -1,6 +1,7 @@
 """Pack a weight once, however many graphs see it: prefill, decode, recompiled ones.
 
-Entries live as long as the first weight and hold for one state of both weights (identity, version, storage).
+Entries live as long as the first weight and hold for one state of both weights (identity, version,
+storage).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class PackedExperts:
 
 
 def weight_state(weight: torch.Tensor) -> tuple:
-    """Return what changes when the values may have changed: version and address; a released storage keeps its state."""
+    """Return what tells of changed values: the version, and the address (None once released)."""
     version = 0 if weight.is_inference() else weight._version
     return version, weight.data_ptr() if weight.untyped_storage().nbytes() else None
 
@@ -70,8 +71,10 @@ def pack_once(
             return packed
     if not first.untyped_storage().nbytes() or not down.untyped_storage().nbytes():
         raise UnsupportedError(
-            "pack_once: weights must have storage; got weights released by release_weights=True that were packed for "
-            f"{[f'{f} with {k}' for f, k in entries]} and are asked for as {form} with {kernel}. Load the model again."
+            "pack_once: weights must have storage; got weights released by release_weights=True "
+            "that were packed for "
+            f"{[f'{f} with {k}' for f, k in entries]} and are asked for as {form} with {kernel}. "
+            "Load the model again."
         )
     # Views of the storage, so that the cache keeps no parameter alive.
     stacked = (

@@ -31,7 +31,7 @@ class BlockMatch:
 
 @dataclasses.dataclass(frozen=True)
 class RewriteReport:
-    """The blocks of one graph; `count` of them were rewritten, `already_fused` operators were there before."""
+    """The blocks of one graph; `already_fused` operators were there before."""
 
     blocks: tuple[BlockMatch, ...]
     already_fused: int

@@ -1,8 +1,10 @@
 """Rewrite the mixture-of-experts blocks of a dynamo-level graph, in place.
 
-Before: the nodes of an experts module (sort, grouped_mm, gelu, mul, grouped_mm, index, sum, ...; or bmm's on gathered weights).
+Before: the nodes of an experts module (sort, grouped_mm, gelu, mul, grouped_mm, index, sum, ...; or
+bmm's on gathered weights).
 After:  packed weights as attributes of the graph module, and one fp4moe.nvfp4_moe.
-Kept: routing, placeholders, size nodes that others use. Not handled: graphs whose weights are not real tensors, training.
+Kept: routing, placeholders, size nodes that others use. Not handled: graphs whose weights are not
+real tensors, training.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ OPERATOR = torch.ops.fp4moe.nvfp4_moe.default
 
 @dataclasses.dataclass(frozen=True)
 class Rewritten:
-    """A rewritten block and where its float weights came from: positions in the graph's inputs, None for attributes."""
+    """A rewritten block and the nodes of its float weights."""
 
     path: str
     packed: PackedExperts
@@ -55,11 +57,12 @@ def rewrite_moe(
         graph_module: a graph as torch.compile gives it to a backend; changed in place.
         example_inputs: the values of its placeholders; expert weights must be real tensors.
         kernel: "auto" or a kernel's name, see `fp4moe.why_not`.
-        verify: compare each distinct block's numbers with the definition. False trusts the module's names: gate first,
-            concatenated, the activation of its `act_fn`.
+        verify: compare each distinct block's numbers with the definition. False trusts the module's
+            names: gate first, concatenated, the activation of its `act_fn`.
 
     Returns:
-        What was rewritten, and what was not with its reason. A block that does not fit stays as it is.
+        What was rewritten, and what was not with its reason. A block that does not fit stays as it
+        is.
 
     Raises:
         UnsupportedError: no such kernel.
@@ -92,9 +95,10 @@ def rewrite_moe_with_weights(
         if not reasons:
             name, why = _kernel(kernel, region, form, first)
             reasons += [why] if why else []
-        if not reasons:
+        if form and name and not reasons:
             packed = pack_once(first, down, form, name)
             _insert(gm, region, packed)
+            assert region.first and region.down
             done.append(Rewritten(region.path, packed, (region.first, region.down)))
         blocks.append(
             BlockMatch(
@@ -114,7 +118,7 @@ def rewrite_moe_with_weights(
 
 def _real_weight(gm: fx.GraphModule, values: dict[fx.Node, Any], node: fx.Node | None) -> Any:
     assert node is not None
-    if node.op == "get_attr":
+    if node.op == "get_attr" and isinstance(node.target, str):
         return (
             gm.get_parameter(node.target)
             if node.target in dict(gm.named_parameters())
@@ -127,13 +131,15 @@ def _weight_reasons(*weights: Any) -> list[str]:
     for weight in weights:
         if not isinstance(weight, torch.Tensor) or isinstance(weight, torch._subclasses.FakeTensor):
             return [
-                "its weights are computed in the graph or are not real tensors; only stored weights can be packed"
+                "its weights are computed in the graph or are not real tensors; only stored "
+                "weights can be packed"
             ]
         if type(weight.data) is not torch.Tensor:
             return [f"its weights are {type(weight.data).__name__}, not plain tensors"]
         if torch.is_grad_enabled() and weight.requires_grad:
             return [
-                "its weights require gradients; compile under torch.no_grad() or call model.requires_grad_(False)"
+                "its weights require gradients; compile under torch.no_grad() or call "
+                "model.requires_grad_(False)"
             ]
     return []
 

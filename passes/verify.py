@@ -1,8 +1,10 @@
 """Ask a region's numbers what it computes.
 
-The region runs once in float32 on random tokens and random weights of its own sizes, and is compared with the plain
-definition under every hypothesis: order of gate and up, interleaving, storage transposed or not, activation. Exactly one
-must fit. The experts' weights are overlapping windows of one small buffer, so that 128 experts cost the memory of one.
+The region runs once in float32 on random tokens and random weights of its own sizes, and is
+compared with the plain
+definition under every hypothesis: order of gate and up, interleaving, storage transposed or not,
+activation. Exactly one must fit. The experts' weights are overlapping windows of one small buffer,
+so that 128 experts cost the memory of one.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from .locate import Region, meta_value
 
 __all__ = ["Hypothesis", "trust_region", "verify_region"]
 
-# Relative RMS limit. Float32 sums of H terms err by about sqrt(H) * 2^-24 = 3e-6 at H = 2816; the closest pair of
-# hypotheses, the two GELUs, differ by about 3e-4.
+# Relative RMS limit. Float32 sums of H terms err by about sqrt(H) * 2^-24 = 3e-6 at H = 2816; the
+# closest pair of hypotheses, the two GELUs, differ by about 3e-4.
 LIMIT = 3e-5
 # Rows of the output that are compared.
 COMPARED_TOKENS = 16
@@ -37,8 +39,10 @@ class Hypothesis:
     """What a region may compute.
 
     Attributes:
-        gated: whether the first weight holds gate and up. layout: the order of its rows, None when not gated.
-        transposed: the weights are stored [E, H, ...] and [E, I, H]. activation: a name of ACTIVATIONS.
+        gated: whether the first weight holds gate and up. layout: the order of its rows, None when
+            not gated.
+        transposed: the weights are stored [E, H, ...] and [E, I, H]. activation: a name of
+            ACTIVATIONS.
     """
 
     gated: bool
@@ -52,7 +56,7 @@ class Hypothesis:
 
 
 def verify_region(gm: fx.GraphModule, region: Region) -> tuple[Hypothesis | None, str]:
-    """Return the one hypothesis that fits with "", or None with the reason and the closest hypothesis."""
+    """Return the one hypothesis that fits and "", or None and the reason with the closest one."""
     probes = _probes(region)
     before = {
         role: probe.clone()
@@ -69,7 +73,8 @@ def verify_region(gm: fx.GraphModule, region: Region) -> tuple[Hypothesis | None
         shapes = f"{list(probes['first'].shape)} and {list(probes['down'].shape)}"
         return (
             None,
-            f"weights {shapes} fit no gated or plain form for hidden size {probes['hidden'].shape[1]}",
+            f"weights {shapes} fit no gated or plain form for hidden size "
+            f"{probes['hidden'].shape[1]}",
         )
     fitting = [h for h, error in errors.items() if error <= LIMIT]
     if len(fitting) == 1:
@@ -78,12 +83,13 @@ def verify_region(gm: fx.GraphModule, region: Region) -> tuple[Hypothesis | None
         return None, f"it fits more than one form: {'; '.join(map(str, fitting))}"
     closest = min(errors, key=errors.__getitem__)
     return None, (
-        f"its numbers fit no known form; closest is {closest} with relative error {errors[closest]:.2g}, limit {LIMIT:g}"
+        f"its numbers fit no known form; closest is {closest} with relative error "
+        f"{errors[closest]:.2g}, limit {LIMIT:g}"
     )
 
 
 def trust_region(region: Region) -> tuple[Hypothesis | None, str]:
-    """Return the form that the module's names and shapes suggest, without running it; or None with the reason.
+    """Return the form that names and shapes suggest, without running it; or None and the reason.
 
     Assumes gate first and concatenated, and takes the activation from the class of `act_fn`.
     """
@@ -197,7 +203,7 @@ def _error(h: Hypothesis, probes: dict[str, torch.Tensor], actual: torch.Tensor)
 
 
 class _Float32Region:
-    """Runs the region's nodes on the probes; casts to a narrower float and grouped_mm stay in float32."""
+    """Runs the region's nodes on the probes, all in float32, casts and grouped_mm included."""
 
     def __init__(self, gm: fx.GraphModule, region: Region, probes: dict[str, torch.Tensor]):
         self.gm = gm
@@ -221,8 +227,8 @@ class _Float32Region:
     def _run(self, node: fx.Node) -> Any:
         if isinstance(meta_value(node), (int, torch.SymInt)):
             return _hint(meta_value(node))
-        args = fx.node.map_aggregate(fx.node.map_arg(node.args, self._value), _widen)
-        kwargs = fx.node.map_aggregate(fx.node.map_arg(node.kwargs, self._value), _widen)
+        args: Any = fx.node.map_aggregate(fx.node.map_arg(node.args, self._value), _widen)
+        kwargs: Any = fx.node.map_aggregate(fx.node.map_arg(node.kwargs, self._value), _widen)
         if "grouped_mm" in str(getattr(node.target, "__name__", node.target)):
             return _grouped_mm(*args, **kwargs)
         if node.op == "call_method":
@@ -247,7 +253,7 @@ def _grouped_mm(
     bias: None = None,
     out_dtype: Any = None,
 ) -> torch.Tensor:
-    """torch._grouped_mm for x [S, K] and weight [E, K, N] in float32; rows behind the last offset stay NaN."""
+    """torch._grouped_mm for x [S, K] and weight [E, K, N]; rows behind the last offset are NaN."""
     out = x.new_full((x.shape[0], weight.shape[2]), float("nan"))
     start = 0
     for expert, stop in enumerate(offs.tolist()):

@@ -332,7 +332,7 @@ MESSAGES = {
     "odd codes": (
         lambda: pack_codes(torch.zeros(3, dtype=torch.uint8)),
         "pack_codes: codes must be uint8 with an even last axis; got torch.uint8 (3,). "
-        "Cast or pad it.",
+        "Cast or pad them.",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""NVFP4 mixture-of-experts operators for PyTorch, and the passes that put them into a model's graph."""
+"""NVFP4 mixture-of-experts operators for PyTorch, and the passes that put them into a graph."""
 
 from . import errors
 from .activations import ACTIVATIONS

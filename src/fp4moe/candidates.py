@@ -19,8 +19,9 @@ from .reference import moe_definition
 __all__ = ["Candidate", "storage_reasons", "value_reasons"]
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Relative RMS limit between a block and the definition on the same float weights: four roundings to the dtype
-# (gate, up, their product, down) and cancellation in the sum give a few eps / 2; a wrong form gives 10 % and more.
+# Relative RMS limit between a block and the definition on the same float weights: four roundings to
+# the dtype (gate, up, their product, down) and cancellation in the sum give a few eps / 2; a wrong
+# form gives 10 % and more.
 VERIFY_LIMIT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
@@ -36,7 +37,8 @@ class Candidate:
         activation, gated, num_experts, top_k, hidden_size, intermediate_size: None where unknown.
         quantize: packs the weights ("max" or "mse").
         build: makes the module that takes its place out of the fused experts.
-        verify: runs the float block against the definition and returns the reasons where they differ.
+        verify: runs the float block against the definition and returns the reasons where they
+            differ.
     """
 
     path: str
@@ -63,19 +65,22 @@ def storage_reasons(module: nn.Module, parameters: dict[str, torch.Tensor]) -> l
     """Return why these weights cannot be read or replaced: where and how they are stored."""
     reasons = []
     for name, parameter in parameters.items():
-        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        if isinstance(parameter, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             reasons.append(f"{name} is uninitialised; run the model once or load its weights")
         elif parameter.device.type == "meta":
             reasons.append(
-                f"{name} is on the meta device (not loaded, or offloaded); load it onto a real device"
+                f"{name} is on the meta device (not loaded, or offloaded); load it onto a real "
+                "device"
             )
         elif type(parameter.data) is not torch.Tensor:
             reasons.append(
-                f"{name} is a {type(parameter.data).__name__}, not a plain tensor; gather or dequantise it first"
+                f"{name} is a {type(parameter.data).__name__}, not a plain tensor; gather or "
+                "dequantise it first"
             )
         elif parameter.dtype not in FLOAT_DTYPES:
             reasons.append(
-                f"{name} is {parameter.dtype}, not bfloat16, float16 or float32; dequantise it first"
+                f"{name} is {parameter.dtype}, not bfloat16, float16 or float32; dequantise it "
+                "first"
             )
         elif parameter.untyped_storage().nbytes() == 0 and parameter.numel():
             reasons.append(f"{name} has no storage (it was released); load the model again")
@@ -99,7 +104,7 @@ def storage_reasons(module: nn.Module, parameters: dict[str, torch.Tensor]) -> l
 
 
 def value_reasons(candidate: Candidate) -> list[str]:
-    """Return why the numbers forbid replacing: inf or NaN in a weight, or a block that computes something else."""
+    """Return why the numbers forbid replacing: inf, NaN, or a block that computes something else."""
     for name, parameter in candidate.parameters.items():
         for expert, weight in enumerate(
             parameter.detach() if parameter.ndim == 3 else parameter.detach().unsqueeze(0)
@@ -139,7 +144,8 @@ def verify_against_definition(
     if not error <= limit:
         form = "gated " if gate is not None else ""
         return [
-            f"it does not compute a {form}{activation} mixture of experts: relative error {error:.2g} on random tokens, "
+            f"it does not compute a {form}{activation} mixture of experts: relative error "
+            f"{error:.2g} on random tokens, "
             f"limit {limit:g}"
         ]
     return []

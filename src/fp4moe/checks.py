@@ -1,4 +1,4 @@
-"""Argument checks that an operator and its fake share: shapes, dtypes and devices only, never data."""
+"""Argument checks that an operator and its fake share: shapes, dtypes and devices, never data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`torch.compile(model, backend=fp4moe.backend)`: rewrite the captured graph, then hand it to another backend."""
+"""`torch.compile(model, backend=fp4moe.backend)`: rewrite the graph, then call another backend."""
 
 from __future__ import annotations
 
@@ -37,12 +37,14 @@ class BackendOptions:
     """The `options=` of `torch.compile(model, backend=fp4moe.backend, options={...})`.
 
     Attributes:
-        inner_backend: what compiles the rewritten graph: "inductor", any registered name, or a callable.
+        inner_backend: what compiles the rewritten graph: "inductor", any registered name, or a
+            callable.
         inner_options: handed to it as `options`.
         on_no_match: "warn", "error" or "ignore" when a graph has no block that is or was fused.
         kernel: "auto" or a kernel's name.
         verify: compare each distinct block's numbers with the definition before it is rewritten.
-        release_weights: free the float weights after packing. Shapes stay; any later use of the values fails.
+        release_weights: free the float weights after packing. Shapes stay; any later use of the
+            values fails.
         hidden_alignment: 128, 256 or 512, what the Blackwell kernel pads the hidden size to.
         routing: "given", the model's own router.
     """
@@ -87,7 +89,8 @@ class BackendOptions:
             if getattr(parsed, name) not in choices:
                 listed = ", ".join(map(str, choices))
                 raise UnsupportedError(
-                    f"backend: {name} must be one of {listed}; got {getattr(parsed, name)!r}. Pass one of these."
+                    f"backend: {name} must be one of {listed}; got {getattr(parsed, name)!r}. Pass "
+                    "one of these."
                 )
         inner = parsed.inner_backend
         if not callable(inner) and inner not in torch._dynamo.list_backends(exclude_tags=()):
@@ -105,11 +108,12 @@ def backend(
     options: dict[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable:
-    """Rewrite the mixture-of-experts blocks of a captured graph and compile the rest with the inner backend.
+    """Rewrite the mixture-of-experts blocks of a graph and compile it with the inner backend.
 
-    Pass it to `torch.compile(model, backend=fp4moe.backend, options={...})`; see `BackendOptions` for the options.
-    `mode` is handed on to the inner backend where that takes one. Each distinct weight is packed once and shared by all
-    graphs. The packed numbers are those at compile time: a later change of a weight raises at the next call.
+    Pass it to `torch.compile(model, backend=fp4moe.backend, options={...})`; see `BackendOptions`
+    for the options. `mode` is handed on to the inner backend where that takes one. Each distinct
+    weight is packed once and shared by all graphs. The packed numbers are those at compile time: a
+    later change of a weight raises at the next call.
 
     Raises:
         UnsupportedError: an unknown option, or no block in the graph with on_no_match="error".
@@ -140,11 +144,12 @@ def _report_problems(report: RewriteReport, options: BackendOptions) -> None:
         " ".join(f"{b.path}: {'; '.join(b.reasons)}." for b in report.near_misses)
         or "It has no experts module."
     )
-    message = f"backend: the graph must have a mixture-of-experts block that can be fused; got none. {why}"
+    message = f"backend: the graph must have a block of experts that can be fused; got none. {why}"
     eager = _eager_experts()
     if eager:
         message = (
-            f"backend: the experts' implementation must not be 'eager', whose loop breaks the graph; got {eager} in eager. "
+            "backend: the experts' implementation must not be 'eager', whose loop breaks the "
+            f"graph; got {eager} in eager. "
             "Call model.set_experts_implementation('grouped_mm') before compiling."
         )
     if options.on_no_match == "error":
@@ -156,7 +161,7 @@ def _report_problems(report: RewriteReport, options: BackendOptions) -> None:
 
 
 def _eager_experts() -> str | None:
-    """Name an experts module that runs in eager below one of the modules whose forward is being compiled.
+    """Name an experts module that runs in eager below a module whose forward is on the stack.
 
     Its loop never reaches a backend, so the callers' frames are asked.
     """
@@ -179,7 +184,7 @@ def _call_inner(
     if options.inner_backend == "inductor":
         # The wrapper that torch.compile itself uses: it knows modes and checks options.
         inductor = torch._TorchCompileInductorWrapper(mode, options.inner_options, None)
-        return inductor(gm, inputs)
+        return inductor(gm, list(inputs))
     inner = options.inner_backend
     inner = inner if callable(inner) else torch._dynamo.lookup_backend(inner)
     accepted = inspect.signature(inner).parameters
@@ -234,7 +239,8 @@ def _with_weight_check(
             now = weight_state(args[position])
             if now[0] != state[0] or now[1] not in (state[1], None):
                 raise UnsupportedError(
-                    f"backend: the expert weights of {path} must stay as they were when they were packed; got changed values. "
+                    f"backend: the expert weights of {path} must stay as they were when they were "
+                    "packed; got changed values. "
                     "Call torch.compiler.reset() and run the compiled model again."
                 )
         return compiled(*args)

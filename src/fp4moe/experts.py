@@ -1,6 +1,7 @@
 """ExpertWeights: the logical NVFP4 tensors of one mixture-of-experts layer.
 
-Decides: row order (gate first, then up), one global scale per expert and GEMM, exact zero padding, slicing.
+Decides: row order (gate first, then up), one global scale per expert and GEMM, exact zero padding,
+slicing.
 Not handled here: kernel layouts (each kernel's `prepare`), checkpoints.
 """
 
@@ -47,17 +48,21 @@ def split_gate_up(gate_up: torch.Tensor, layout: str) -> tuple[torch.Tensor, tor
 class ExpertWeights:
     """The quantised experts of one layer, in checkpoint order with linear scales.
 
-    With L local experts, M = 2 * I rows when gated (gate first, then up) or I rows (up), and Hp, Ip the padded sizes:
+    With L local experts, M = 2 * I rows when gated (gate first, then up) or I rows (up), and Hp, Ip
+    the padded sizes:
 
     Attributes:
-        gate_up: packed [L, M, Hp/2] uint8, block_scale [L, M, Hp/16] e4m3, global_scale [L] float32.
+        gate_up: packed [L, M, Hp/2] uint8, block_scale [L, M, Hp/16] e4m3, global_scale [L]
+            float32.
         down: packed [L, Hp, Ip/2], block_scale [L, Hp, Ip/16], global_scale [L].
-        activation: a name of `fp4moe.activations.ACTIVATIONS`, applied to gate (or to up when not gated).
+        activation: a name of `fp4moe.activations.ACTIVATIONS`, applied to gate (or to up when not
+            gated).
         gated: whether gate_up has gate rows.
         hidden_size, intermediate_size: the sizes that the model means, without padding.
         num_experts: experts of the whole layer; L of them are here, from `expert_offset` on.
         expert_offset: global id of the first local expert.
-        hidden_scale: float32 [1], decode multiplier of the quantised input (ModelOpt's input_scale).
+        hidden_scale: float32 [1], decode multiplier of the quantised input (ModelOpt's
+            input_scale).
         intermediate_scale: float32 [L], the same for the input of down. 1.0 means uncalibrated.
     """
 
@@ -96,18 +101,24 @@ class ExpertWeights:
                 or tensor.device != device
             ):
                 raise ShapeError(
-                    f"ExpertWeights: {name} must be {dtype} {list(expected[name])} on {device}; got {tensor.dtype} "
-                    f"{list(tensor.shape)} on {tensor.device}. Build it with ExpertWeights.quantize."
+                    f"ExpertWeights: {name} must be {dtype} {list(expected[name])} on {device}; "
+                    f"got {tensor.dtype} "
+                    f"{list(tensor.shape)} on {tensor.device}. Build it with "
+                    "ExpertWeights.quantize."
                 )
         if not (hidden - self.hidden_size >= 0 and 0 < self.intermediate_size <= intermediate):
             raise ShapeError(
-                f"ExpertWeights: hidden_size and intermediate_size must not exceed the padded {hidden} and {intermediate}; "
-                f"got {self.hidden_size} and {self.intermediate_size}. Pass the unpadded sizes of the model."
+                "ExpertWeights: hidden_size and intermediate_size must not exceed the padded "
+                f"{hidden} and {intermediate}; "
+                f"got {self.hidden_size} and {self.intermediate_size}. Pass the unpadded sizes of "
+                "the model."
             )
         if not 0 <= self.expert_offset <= self.num_experts - local:
             raise ShapeError(
-                f"ExpertWeights: expert_offset must lie in 0..{self.num_experts - local} for {local} of "
-                f"{self.num_experts} experts; got {self.expert_offset}. Pass the global id of the first local expert."
+                f"ExpertWeights: expert_offset must lie in 0..{self.num_experts - local} for "
+                f"{local} of "
+                f"{self.num_experts} experts; got {self.expert_offset}. Pass the global id of the "
+                "first local expert."
             )
 
     @property
@@ -176,8 +187,10 @@ class ExpertWeights:
         given = set(state) - {"metadata"}
         if given != names or metadata.pop("format", None) != NVFP4.name:
             raise ShapeError(
-                f"ExpertWeights.from_state_dict: state must hold {sorted(names)} and nvfp4 metadata; missing "
-                f"{sorted(names - given)}, unexpected {sorted(given - names)}, metadata {state.get('metadata')}. "
+                f"ExpertWeights.from_state_dict: state must hold {sorted(names)} and nvfp4 "
+                "metadata; missing "
+                f"{sorted(names - given)}, unexpected {sorted(given - names)}, metadata "
+                f"{state.get('metadata')}. "
                 "Pass what ExpertWeights.state_dict returned."
             )
         return cls.from_tensors({name: state[name] for name in names}, metadata)
@@ -224,19 +237,24 @@ class ExpertWeights:
             gate: [L, I, H] or None.
             gate_up: [L, 2 * I, H] instead of gate and up; `layout` says how its rows are ordered.
             activation: a name of `fp4moe.activations.ACTIVATIONS`.
-            layout: "gate_up", "up_gate", "gate_up_interleaved" (row 0 gate, row 1 up, ...) or "up_gate_interleaved".
-            transposed: the weights are stored as [L, H, I] (up), [L, H, 2 * I] (gate_up) and [L, I, H] (down).
-            hidden_scale: decode multiplier of the quantised input in the W4A4 path; 1.0 = uncalibrated.
+            layout: "gate_up", "up_gate", "gate_up_interleaved" (row 0 gate, row 1 up, ...) or
+                "up_gate_interleaved".
+            transposed: the weights are stored as [L, H, I] (up), [L, H, 2 * I] (gate_up) and [L, I,
+                H] (down).
+            hidden_scale: decode multiplier of the quantised input in the W4A4 path; 1.0 =
+                uncalibrated.
             intermediate_scale: the same for the input of down, one float or [L].
             method: "max" or "mse", see `quantize_nvfp4`.
             num_experts: experts of the whole layer; default L.
             expert_offset: global id of the first expert given.
 
         Returns:
-            Weights whose H and I are zero-padded to multiples of 16. An expert's gate and up share one global scale.
+            Weights whose H and I are zero-padded to multiples of 16. An expert's gate and up share
+            one global scale.
 
         Raises:
-            ShapeError: shapes, dtypes or devices disagree, or a value is inf or NaN; names the argument.
+            ShapeError: shapes, dtypes or devices disagree, or a value is inf or NaN; names the
+                argument.
         """
         get_activation(activation, caller="ExpertWeights.quantize")
         parts = _gate_and_up(up, gate, gate_up, layout, transposed)
@@ -331,7 +349,8 @@ class ExpertWeights:
         """Return local experts start..stop-1 as views; ids stay global through expert_offset."""
         if not 0 <= start < stop <= self.local_experts:
             raise ShapeError(
-                f"slice_experts: start and stop must satisfy 0 <= start < stop <= {self.local_experts}; "
+                "slice_experts: start and stop must satisfy 0 <= start < stop <= "
+                f"{self.local_experts}; "
                 f"got {start} and {stop}. Pass local indices."
             )
         return dataclasses.replace(
@@ -343,11 +362,13 @@ class ExpertWeights:
         )
 
     def slice_intermediate(self, start: int, stop: int) -> ExpertWeights:
-        """Return columns start..stop-1 of the intermediate axis; the outputs of all slices sum to the whole."""
+        """Return intermediate columns start..stop-1; the outputs of all slices sum to the whole."""
         if not 0 <= start < stop <= self.intermediate_padded or start % BLOCK or stop % BLOCK:
             raise ShapeError(
-                f"slice_intermediate: start and stop must be multiples of {BLOCK} with 0 <= start < stop <= "
-                f"{self.intermediate_padded}; got {start} and {stop}. Move them to a block boundary."
+                f"slice_intermediate: start and stop must be multiples of {BLOCK} with 0 <= start "
+                "< stop <= "
+                f"{self.intermediate_padded}; got {start} and {stop}. Move them to a block "
+                "boundary."
             )
 
         def rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -383,13 +404,15 @@ def _gate_and_up(
     if (gate_up is None) == (up is None) or (gate is not None and up is None):
         given = [n for n, t in (("up", up), ("gate", gate), ("gate_up", gate_up)) if t is not None]
         raise ShapeError(
-            f"ExpertWeights.quantize: arguments must be either gate_up, or up with an optional gate; got {given}. "
+            "ExpertWeights.quantize: arguments must be either gate_up, or up with an optional "
+            f"gate; got {given}. "
             "Pass one of the two forms."
         )
     if gate_up is not None:
         if gate_up.ndim != 3 or gate_up.shape[-1 if transposed else -2] % 2:
             raise ShapeError(
-                "ExpertWeights.quantize: gate_up must have shape [L, 2 * I, H] ([L, H, 2 * I] when transposed); "
+                "ExpertWeights.quantize: gate_up must have shape [L, 2 * I, H] ([L, H, 2 * I] when "
+                "transposed); "
                 f"got {list(gate_up.shape)}. Stack gate and up on the output axis."
             )
         gate, up = split_gate_up(gate_up.transpose(-1, -2) if transposed else gate_up, layout)
@@ -403,12 +426,14 @@ def _check_float_weights(parts: dict[str, torch.Tensor], down: torch.Tensor) -> 
     up = parts["up"]
     if up.ndim != 3:
         raise ShapeError(
-            f"ExpertWeights.quantize: up must have shape [L, I, H]; got {list(up.shape)}. Stack the experts on axis 0."
+            f"ExpertWeights.quantize: up must have shape [L, I, H]; got {list(up.shape)}. Stack "
+            "the experts on axis 0."
         )
     experts, intermediate, hidden = up.shape
     if not experts * intermediate * hidden:
         raise ShapeError(
-            f"ExpertWeights.quantize: up must not be empty; got {list(up.shape)}. Pass at least one expert with weights."
+            f"ExpertWeights.quantize: up must not be empty; got {list(up.shape)}. Pass at least "
+            "one expert with weights."
         )
     expected = {name: (experts, intermediate, hidden) for name in parts} | {
         "down": (experts, hidden, intermediate)
@@ -416,17 +441,21 @@ def _check_float_weights(parts: dict[str, torch.Tensor], down: torch.Tensor) -> 
     for name, tensor in {**parts, "down": down}.items():
         if tuple(tensor.shape) != expected[name]:
             raise ShapeError(
-                f"ExpertWeights.quantize: {name} must have shape {list(expected[name])} to match up [L, I, H] = "
-                f"{list(up.shape)}; got {list(tensor.shape)}. Check the order of the axes (transposed=)."
+                f"ExpertWeights.quantize: {name} must have shape {list(expected[name])} to match "
+                "up [L, I, H] = "
+                f"{list(up.shape)}; got {list(tensor.shape)}. Check the order of the axes "
+                "(transposed=)."
             )
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise ShapeError(
-                f"ExpertWeights.quantize: {name} must be bfloat16, float16, float32 or float64; got {tensor.dtype}. "
+                f"ExpertWeights.quantize: {name} must be bfloat16, float16, float32 or float64; "
+                f"got {tensor.dtype}. "
                 "Dequantise it first."
             )
         if tensor.device != up.device:
             raise ShapeError(
-                f"ExpertWeights.quantize: {name} must be on the device of up, {up.device}; got {tensor.device}. Move it there."
+                f"ExpertWeights.quantize: {name} must be on the device of up, {up.device}; got "
+                f"{tensor.device}. Move it there."
             )
 
 
@@ -457,7 +486,8 @@ def _quantize_into(
         values = quantize_nvfp4(weight, global_scale, method)
     except ShapeError as error:
         raise ShapeError(
-            f"ExpertWeights.quantize: {name} of expert {expert} must be finite and quantisable; got: {error}"
+            f"ExpertWeights.quantize: {name} of expert {expert} must be finite and quantisable; "
+            f"got: {error}"
         ) from error
     rows = slice(place.start, place.start + weight.shape[0])
     out.packed[expert, rows] = values.packed
@@ -471,7 +501,8 @@ def _scale(
     scale = torch.as_tensor(value, dtype=torch.float32, device=device).reshape(-1)
     if scale.numel() not in (1, count) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ShapeError(
-            f"ExpertWeights.quantize: {name} must be positive and finite, one value or {count}; got {value}. "
+            f"ExpertWeights.quantize: {name} must be positive and finite, one value or {count}; "
+            f"got {value}. "
             "Pass amax / (6 * 448), or 1.0 where it is unknown."
         )
     return scale.expand(count).clone()

@@ -97,7 +97,8 @@ class ModelReport:
         kinds = ("replaced", "replaceable", "not replaceable")
         counts = ", ".join(f"{self.count(kind)} {kind}" for kind in kinds if self.count(kind))
         lines.append(
-            f"{self.model}: {len(self.blocks)} blocks ({counts}), experts {format_bytes(self.nbytes)}"
+            f"{self.model}: {len(self.blocks)} blocks ({counts}), experts "
+            f"{format_bytes(self.nbytes)}"
         )
         return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """Block-scaled number formats as data: the single source of their constants.
 
-value = element code x block scale x global scale. Only a format's name crosses an operator's schema.
+value = element code x block scale x global scale. Only a format's name crosses an operator's
+schema.
 """
 
 from __future__ import annotations

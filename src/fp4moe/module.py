@@ -1,6 +1,7 @@
-"""FusedExperts: the experts of one layer as a module that holds packed weights and calls the operator.
+"""FusedExperts: the experts of one layer, packed, as a module that calls the operator.
 
-Its state_dict is always logical (checkpoint order, linear scales), whatever layout the kernel prepared.
+Its state_dict is always logical (checkpoint order, linear scales), whatever layout the kernel
+prepared.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ __all__ = ["FusedExperts"]
 
 
 class FusedExperts(nn.Module):
-    """The experts of one layer: forward(hidden [T, H], expert_ids [T, K], routing_weights [T, K]) -> [T, H].
+    """The experts of one layer: (hidden [T, H], ids [T, K], weights [T, K]) -> [T, H].
 
     The call signature is that of Hugging Face's experts modules.
-    Casting the module (`.to(torch.bfloat16)`, `.half()`) moves it but never changes a dtype: its numbers are NVFP4.
+    Casting the module (`.to(torch.bfloat16)`, `.half()`) moves it but never changes a dtype: its
+    numbers are NVFP4.
 
     Args:
         weights: the quantised experts.
-        kernel: "auto" or a kernel's name. "auto" is decided again when the module moves to another device.
+        kernel: "auto" or a kernel's name. "auto" is decided again when the module moves to another
+            device.
 
     Raises:
         UnsupportedError: no kernel runs these weights on their device; lists the reasons.
@@ -134,7 +137,8 @@ class FusedExperts(nn.Module):
         metadata: dict[str, Any] = json.loads(bytes(state.tolist()).decode())
         if metadata != self.metadata:
             raise ShapeError(
-                f"FusedExperts.load_state_dict: metadata must equal that of this layer, {self.metadata}; got {metadata}. "
+                "FusedExperts.load_state_dict: metadata must equal that of this layer, "
+                f"{self.metadata}; got {metadata}. "
                 "Load into a model that was replaced in the same way."
             )
 
@@ -157,7 +161,8 @@ class FusedExperts(nn.Module):
             given, tensor = state_dict[prefix + short], own[names[short]]
             if given.shape != tensor.shape or given.dtype != tensor.dtype:
                 errors.append(
-                    f"{prefix}{short} must be {tensor.dtype} {list(tensor.shape)}; got {given.dtype} {list(given.shape)}."
+                    f"{prefix}{short} must be {tensor.dtype} {list(tensor.shape)}; got "
+                    f"{given.dtype} {list(given.shape)}."
                 )
         if errors or (missing and strict):
             return
@@ -183,6 +188,7 @@ class FusedExperts(nn.Module):
         m = self.metadata
         form = "gated " if m["gated"] else ""
         return (
-            f"{m['num_experts']} experts of {m['hidden_size']} x {m['intermediate_size']}, {form}{m['activation']}, "
+            f"{m['num_experts']} experts of {m['hidden_size']} x {m['intermediate_size']}, "
+            f"{form}{m['activation']}, "
             f"nvfp4, kernel={self.kernel}"
         )

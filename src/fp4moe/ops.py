@@ -1,9 +1,11 @@
 """Every operator of fp4moe: schema, fake, dispatch. The table of contents of the package.
 
     fp4moe::nvfp4_moe          the fused mixture of experts, expert ids and routing weights given
-    fp4moe::refuse_backward    raises; stands in the backward graph of nvfp4_moe, which has no gradient
+    fp4moe::refuse_backward    raises; stands in the backward graph of nvfp4_moe, which has no
+    gradient
 
-The operators are registered with `Library.impl`, a third of the dispatch cost of `torch.library.custom_op`.
+The operators are registered with `Library.impl`, a third of the dispatch cost of
+`torch.library.custom_op`.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ library = torch.library.Library("fp4moe", "DEF")
 TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
 library.define(
-    # hidden [T, H]; expert_ids [T, K] global; routing_weights [T, K]; L local experts, M = 2I gated (gate first) or I.
-    # Block scales cross as their e4m3 bytes (uint8): opcheck, among others, cannot compare float8 tensors.
+    # hidden [T, H]; expert_ids [T, K] global; routing_weights [T, K]; L local experts, M = 2I gated
+    # (gate first) or I. Block scales cross as their e4m3 bytes (uint8): opcheck, among others,
+    # cannot compare float8 tensors.
     "nvfp4_moe(Tensor hidden, Tensor expert_ids, Tensor routing_weights, "
     "Tensor gate_up_packed, Tensor gate_up_block_scale, Tensor gate_up_global_scale, "
     "Tensor down_packed, Tensor down_block_scale, Tensor down_global_scale, "
@@ -135,7 +138,8 @@ def _nvfp4_moe_autograd(*args):
 
 def _refuse_backward(grad: torch.Tensor, like: torch.Tensor) -> NoReturn:
     raise UnsupportedError(
-        "nvfp4_moe: backward must not be called, the operator has no gradient; got a loss that depends on its output. "
+        "nvfp4_moe: backward must not be called, the operator has no gradient; got a loss that "
+        "depends on its output. "
         "Train the float model, or detach the output of the experts."
     )
 
@@ -152,7 +156,7 @@ library.impl("nvfp4_moe", _nvfp4_moe_autograd, "Autograd")
 
 
 def nvfp4_moe_arguments(weights: ExpertWeights, kernel: str) -> tuple:
-    """Return the operator's arguments after routing_weights, for prepared weights of that kernel."""
+    """Return the operator's arguments behind routing_weights, for weights prepared for a kernel."""
     return (
         *(
             t.view(torch.uint8) if t.dtype == NVFP4.scale_dtype else t
@@ -181,7 +185,8 @@ def fused_moe(
     Args:
         hidden: [T, H], bfloat16, float16 or float32, any strides; T may be 0.
         weights: the quantised experts of the layer, on the device of hidden.
-        expert_ids: [T, K], int32 or int64 global ids. An id that is not local, such as -1, contributes nothing.
+        expert_ids: [T, K], int32 or int64 global ids. An id that is not local, such as -1,
+            contributes nothing.
         routing_weights: [T, K] float, used as given.
         kernel: "auto" or a kernel's name, see `fp4moe.why_not`.
 
@@ -189,15 +194,18 @@ def fused_moe(
         [T, H] in the dtype of hidden, a fresh tensor; summed in float32 and cast once.
 
     Raises:
-        ShapeError: a shape, dtype or device does not fit. UnsupportedError: no kernel runs this; lists the reasons.
+        ShapeError: a shape, dtype or device does not fit. UnsupportedError: no kernel runs this;
+            lists the reasons.
     """
     if not isinstance(weights, ExpertWeights):
         raise ShapeError(
-            f"fused_moe: weights must be ExpertWeights; got {type(weights).__name__}. Use ExpertWeights.quantize."
+            f"fused_moe: weights must be ExpertWeights; got {type(weights).__name__}. Use "
+            "ExpertWeights.quantize."
         )
     if hidden.ndim == 2 and hidden.shape[1] != weights.hidden_size:
         raise ShapeError(
-            f"fused_moe: hidden must have shape [T, hidden_size] = [T, {weights.hidden_size}]; got {list(hidden.shape)}. "
+            f"fused_moe: hidden must have shape [T, hidden_size] = [T, {weights.hidden_size}]; got "
+            f"{list(hidden.shape)}. "
             "Pass the hidden states that these experts were made for."
         )
     spec = MoeSpec(

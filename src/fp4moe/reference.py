@@ -1,9 +1,11 @@
 """The definition of the operator, in plain torch and float32.
 
-    out[t] = sum_k routing_weights[t, k] * down[e](act(gate[e] x[t]) * up[e] x[t]),  e = expert_ids[t, k]
+    out[t] = sum_k routing_weights[t, k] * down[e](act(gate[e] x[t]) * up[e] x[t]),  e =
+    expert_ids[t, k]
 
-`moe_definition` takes float weights, `reference` and `reference_w4a4` quantised ones. Each hit expert is computed
-once for all its tokens. Nothing is rounded between the two GEMMs, except by the W4A4 quantiser.
+`moe_definition` takes float weights, `reference` and `reference_w4a4` quantised ones. Each hit
+expert is computed once for all its tokens. Nothing is rounded between the two GEMMs, except by the
+W4A4 quantiser.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ LoadExpert = Callable[[int], tuple[torch.Tensor | None, torch.Tensor, torch.Tens
 def sum_over_experts(
     expert_ids: torch.Tensor, routing_weights: torch.Tensor, first: int, count: int, apply: Callable
 ) -> torch.Tensor | None:
-    """Return sum_k routing_weights[t, k] * apply(e, tokens) for e in first..first+count-1, float32 [T, H].
+    """Return sum_k routing_weights[t, k] * apply(e, tokens), e in first..first+count-1, float32.
 
-    On a CPU only experts that are hit run, on their own tokens. Elsewhere every expert runs on all tokens: no host
-    synchronisation, safe under capture. None when nothing is hit.
+    On a CPU only experts that are hit run, on their own tokens. Elsewhere every expert runs on all
+    tokens: no host synchronisation, safe under capture. None when nothing is hit.
     """
     weights = routing_weights.float()
     out: torch.Tensor | None = None
@@ -113,11 +115,12 @@ def reference_w4a4(
     expert_ids: torch.Tensor,
     routing_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Compute the layer as the Blackwell kernel does: input and intermediate are quantised to NVFP4 too (W4A4).
+    """Compute the layer as the Blackwell kernel does: input and intermediate in NVFP4 too (W4A4).
 
-    The input is rounded to bfloat16 and quantised with `hidden_scale`, the intermediate in float32 with
-    `intermediate_scale`; each expert's output is rounded to bfloat16 before the weighted sum in float32.
-    Arguments and result as in `reference`. Source: FlashInfer 0.7.2, fp4_quantize and the TRT-LLM-Gen epilogue.
+    The input is rounded to bfloat16 and quantised with `hidden_scale`, the intermediate in float32
+    with `intermediate_scale`; each expert's output is rounded to bfloat16 before the weighted sum
+    in float32. Arguments and result as in `reference`. Source: FlashInfer 0.7.2, fp4_quantize and
+    the TRT-LLM-Gen epilogue.
     """
     x = fake_quantize_activation(hidden.to(torch.bfloat16).float(), weights.hidden_scale)
     args = (_loader(weights), weights.local_experts, weights.expert_offset, weights.activation)
@@ -125,10 +128,11 @@ def reference_w4a4(
 
 
 def fake_quantize_activation(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Round float32 x [..., K] to NVFP4 as FlashInfer's fp4_quantize does, K padded to blocks of 16.
+    """Round float32 x [..., K] to NVFP4 as FlashInfer's fp4_quantize does.
 
-    `scale` is the decode multiplier (ModelOpt's input_scale). Block scale = e4m3(amax / 6 / scale), saturated at 448;
-    a block whose scale rounds to 0 becomes 0. It differs from the weights' quantiser, which never writes scale 0.
+    `scale` is the decode multiplier (ModelOpt's input_scale). Block scale = e4m3(amax / 6 / scale),
+    saturated at 448; a block whose scale rounds to 0 becomes 0. It differs from the weights'
+    quantiser, which never writes scale 0.
     """
     columns = x.shape[-1]
     padding = -columns % NVFP4.block_size
@@ -138,7 +142,8 @@ def fake_quantize_activation(x: torch.Tensor, scale: torch.Tensor) -> torch.Tens
     reciprocal = torch.where(block_scale > 0, 1.0 / (block_scale * scale), 0.0)
     scaled = blocks * reciprocal
     magnitude = scaled.abs()
-    # Spacing of the E2M1 grid: 0.5 below 2, 1 below 4, 2 above; round() goes to the even code at a tie.
+    # Spacing of the E2M1 grid: 0.5 below 2, 1 below 4, 2 above; round() goes to the even code at a
+    # tie.
     step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
     element = ((magnitude / step).round() * step).clamp(max=NVFP4.element_max).copysign(scaled)
     return (element * (block_scale * scale)).flatten(-2)[..., :columns]
@@ -168,8 +173,10 @@ def _run(
         or expert_ids.shape[:1] != hidden.shape[:1]
     ):
         raise ShapeError(
-            "reference: hidden, expert_ids and routing_weights must be [T, H], [T, K] and [T, K]; got "
-            f"{list(hidden.shape)}, {list(expert_ids.shape)} and {list(routing_weights.shape)}. Flatten the tokens."
+            "reference: hidden, expert_ids and routing_weights must be [T, H], [T, K] and [T, K]; "
+            "got "
+            f"{list(hidden.shape)}, {list(expert_ids.shape)} and {list(routing_weights.shape)}. "
+            "Flatten the tokens."
         )
     act = get_activation(activation, caller="reference").function
     x = hidden.float()

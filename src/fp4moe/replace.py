@@ -1,8 +1,9 @@
-"""replace_moe: put fused NVFP4 experts in the place of a model's mixture-of-experts blocks, in eager mode.
+"""replace_moe: put fused NVFP4 experts in the place of a model's mixture-of-experts blocks.
 
-Everything is checked, the numbers included, before the first module changes; then one layer after the other is packed and
-its float weights are freed, so that the peak stays below the size of the model plus two layers.
-The router stays as it is. Not handled: gradients of the experts, calibration, checkpoints.
+Everything is checked, the numbers included, before the first module changes; then one layer after
+the other is packed and its float weights are freed, so that the peak stays below the size of the
+model plus two layers. The router stays as it is. Not handled: gradients of the experts,
+calibration, checkpoints.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ HIDDEN_ALIGNMENTS = (128, 256, 512)
 
 
 def find_candidates(model: nn.Module) -> list[Candidate]:
-    """Return every mixture-of-experts block of the model that is not fused yet, in module order, with its reasons."""
+    """Return every mixture-of-experts block that is not fused yet, in module order."""
     stamped = find_experts(model)
     inside = tuple(f"{c.path}." for c in stamped)
     found = stamped + [c for c in find_module_lists(model) if not c.path.startswith(inside)]
@@ -56,20 +57,23 @@ def replace_moe(
     """Replace the experts of every mixture-of-experts block by fused NVFP4 experts, in place.
 
     Args:
-        model: any module that holds Hugging Face experts modules, or blocks that loop over a ModuleList of expert MLPs.
+        model: any module that holds Hugging Face experts modules, or blocks that loop over a
+            ModuleList of expert MLPs.
         kernel: "auto" or a kernel's name, see `fp4moe.why_not`.
-        strict: a block that cannot be replaced is an error; False leaves such blocks as they are and logs the reasons.
+        strict: a block that cannot be replaced is an error; False leaves such blocks as they are
+            and logs the reasons.
         progress: show a progress bar on stderr.
         method: "max" or "mse", see `fp4moe.quantize_nvfp4`.
-        hidden_alignment: 128, 256 or 512: what the Blackwell kernel pads the hidden size to; other kernels do not need it.
+        hidden_alignment: 128, 256 or 512: what the Blackwell kernel pads the hidden size to; other
+            kernels do not need it.
         routing: "given": the model's own router chooses.
 
     Returns:
         The same model. Expert ids and routing weights come from the model's router as before.
 
     Raises:
-        UnsupportedError: no block found, a block cannot be replaced (strict), an unknown name, or no kernel for a block. The model
-            is as it was.
+        UnsupportedError: no block found, a block cannot be replaced (strict), an unknown name, or
+            no kernel for a block. The model is as it was.
     """
     check_kernel_name(kernel, caller="replace_moe")
     _check_choice("method", method, METHODS)
@@ -81,8 +85,10 @@ def replace_moe(
             logger.info("replace_moe: every block of %s is fused already", type(model).__name__)
             return model
         raise UnsupportedError(
-            f"replace_moe: model must have mixture-of-experts blocks; got {type(model).__name__} with none that is known. "
-            "Known are transformers' experts modules and blocks that loop over a ModuleList of expert MLPs."
+            f"replace_moe: model must have mixture-of-experts blocks; got {type(model).__name__} "
+            "with none that is known. "
+            "Known are transformers' experts modules and blocks that loop over a ModuleList of "
+            "expert MLPs."
         )
     refused = {}
     for candidate in tqdm(candidates, desc="checking experts", disable=not progress, leave=False):
@@ -94,7 +100,8 @@ def replace_moe(
     if refused and strict:
         listed = " ".join(f"{path}: {'; '.join(why)}." for path, why in refused.items())
         raise UnsupportedError(
-            f"replace_moe: model must have only blocks that can be replaced; got {len(refused)} of {len(candidates)} that "
+            f"replace_moe: model must have only blocks that can be replaced; got {len(refused)} of "
+            f"{len(candidates)} that "
             f"cannot. {listed} Pass strict=False to leave these as they are."
         )
     for path, why in refused.items():
@@ -111,7 +118,8 @@ def replace_moe(
         parent, _, name = path.rpartition(".")
         if not path:
             raise UnsupportedError(
-                f"replace_moe: model must contain its experts as a child; got the block {type(model).__name__} itself. "
+                "replace_moe: model must contain its experts as a child; got the block "
+                f"{type(model).__name__} itself. "
                 "Wrap it in a module, or use fp4moe.ExpertWeights."
             )
         setattr(model.get_submodule(parent), name, fused)
@@ -119,7 +127,7 @@ def replace_moe(
 
 
 def explain(model: nn.Module, kernel: str = "auto") -> ModelReport:
-    """Report on each mixture-of-experts block: replaced, replaceable or not and why, kernel, padded sizes, bytes.
+    """Report on each block: replaced, replaceable or not and why, kernel, padded sizes, bytes.
 
     Works before and after `replace_moe`; reads sizes and a few numbers, changes nothing.
     """
@@ -141,12 +149,13 @@ def _check_choice(name: str, value: object, known: Iterable) -> None:
     known = tuple(known)
     if value not in known:
         raise UnsupportedError(
-            f"replace_moe: {name} must be one of {', '.join(map(str, known))}; got {value!r}. Pass one of these."
+            f"replace_moe: {name} must be one of {', '.join(map(str, known))}; got {value!r}. Pass "
+            "one of these."
         )
 
 
 def _refuse_shared_weights(model: nn.Module, candidates: list[Candidate]) -> None:
-    names = defaultdict(list)
+    names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (
             parameter.device.type != "meta"
@@ -155,12 +164,12 @@ def _refuse_shared_weights(model: nn.Module, candidates: list[Candidate]) -> Non
         ):
             names[parameter.untyped_storage().data_ptr()].append(name)
     for candidate in candidates:
-        for name, parameter in candidate.parameters.items():
-            if parameter.device.type == "meta" or type(parameter.data) is not torch.Tensor:
+        for name, weight in candidate.parameters.items():
+            if weight.device.type == "meta" or type(weight.data) is not torch.Tensor:
                 continue
             full = f"{candidate.path}.{name}"
-            others = [n for n in names[parameter.untyped_storage().data_ptr()] if n != full]
-            if others and parameter.untyped_storage().nbytes():
+            others = [n for n in names[weight.untyped_storage().data_ptr()] if n != full]
+            if others and weight.untyped_storage().nbytes():
                 candidate.reasons.append(
                     f"{name} shares its storage with {', '.join(others[:3])}; untie them first"
                 )

@@ -191,9 +191,7 @@ def _quantize(
                 if index == 0:
                     count = 1 if name == "hidden_scale" else len(experts)
                     packed[name] = tensor.new_empty((count, *tensor.shape[1:]))
-                # As bytes: not every device copies float8.
-                place = 0 if name == "hidden_scale" else index
-                packed[name].view(torch.uint8)[place] = tensor.view(torch.uint8)[0]
+                packed[name][0 if name == "hidden_scale" else index] = tensor[0]
             metadata = one.metadata() | {"num_experts": len(experts)}
     return ExpertWeights.from_tensors(packed, metadata)
 

@@ -1,8 +1,9 @@
 """Hugging Face experts modules: those that `use_experts_implementation` has stamped.
 
-Reads the stamps (`has_gate`, `has_bias`, `is_transposed`, `is_concatenated`, ...), asks `act_fn` and `_apply_gate` for
-their numbers, and compares the class's own forward with the definition.
-Not handled, with the reason: biases, a gate that is not act(gate) * up (clamps), norms behind an expert, expert parallelism.
+Reads the stamps (`has_gate`, `has_bias`, `is_transposed`, `is_concatenated`, ...), asks `act_fn`
+and `_apply_gate` for their numbers, and compares the class's own forward with the definition.
+Not handled, with the reason: biases, a gate that is not act(gate) * up (clamps), norms behind an
+expert, expert parallelism.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def _half_loaded(model: nn.Module) -> str | None:
         return None
     # transformers skips methods that it does not know and leaves the experts at random values.
     return (
-        f"the model says that it was loaded from a {method!r} checkpoint, which transformers cannot read: its float experts "
+        f"the model says that it was loaded from a {method!r} checkpoint, which transformers "
+        "cannot read: its float experts "
         "are random; load a bfloat16 checkpoint"
     )
 
@@ -90,7 +92,7 @@ def describe_experts(path: str, module: Any) -> Candidate:
     candidate.activation, why = _activation(module)
     if why:
         reasons.append(why)
-    if reasons:
+    if reasons or candidate.activation is None:
         return candidate
     layout = "gate_up" if module.is_concatenated else "gate_up_interleaved"
     stacked = {"gate_up": first} if module.has_gate else {"up": first}
@@ -144,11 +146,13 @@ def _activation(module: Any) -> tuple[str | None, str]:
         return None, f"its _apply_gate refuses a float32 [1, {stacked.shape[1]}] probe: {error}"
     for name, activation in ACTIVATIONS.items():
         expected = activation.function(gate) * up
-        # 16 float32 roundings of a gate times |up| <= 40; the two GELUs differ by 4.7e-4 times |up|.
+        # 16 float32 roundings of a gate times |up| <= 40; the two GELUs differ by 4.7e-4 times
+        # |up|.
         limit = 2e-6 * 40 * torch.clamp(expected.abs(), min=1.0)
         if result.shape == expected.shape and bool(((result - expected).abs() <= limit).all()):
             return name, ""
     return (
         None,
-        f"its _apply_gate is not act(gate) * up with one of the activations {known} (a clamp or a variant?)",
+        f"its _apply_gate is not act(gate) * up with one of the activations {known} (a clamp or a "
+        "variant?)",
     )

@@ -1,8 +1,8 @@
 """The kernels in order of preference, and the choice among them, with reasons.
 
-A kernel has `name`, `automatic`, `reasons_not_to_run(spec)`, `size_multiples(spec)`, `prepare(weights)`,
-`restore(prepared)` and `run(...)`. The choice is made from sizes and device before anything runs; a kernel that
-fails is never replaced by another.
+A kernel has `name`, `automatic`, `reasons_not_to_run(spec)`, `size_multiples(spec)`,
+`prepare(weights)`, `restore(prepared)` and `run(...)`. The choice is made from sizes and device
+before anything runs; a kernel that fails is never replaced by another.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KERNEL_NAMES = (*PLANNED, *KERNELS)
 
 
 def current_capability(device: torch.device | None = None) -> tuple[int, int] | None:
-    """Return the CUDA compute capability of the device (default: the current one), None on a CPU."""
+    """Return the CUDA compute capability of the device (default: the current); None on a CPU."""
     if device is not None and device.type != "cuda":
         return None
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
@@ -46,7 +46,8 @@ def check_kernel_name(kernel: str, *, caller: str) -> None:
     """Raise UnsupportedError unless `kernel` is "auto" or a kernel's name."""
     if kernel != "auto" and kernel not in KERNEL_NAMES:
         raise UnsupportedError(
-            f"{caller}: kernel must be auto or one of {', '.join(KERNEL_NAMES)}; got {kernel!r}. Pass one of these names."
+            f"{caller}: kernel must be auto or one of {', '.join(KERNEL_NAMES)}; got {kernel!r}. "
+            "Pass one of these names."
         )
 
 
@@ -83,7 +84,8 @@ def why_not(
         padded: whether zero padding of the weights is allowed; False asks for exactly this size.
 
     Raises:
-        UnsupportedError: no such kernel or activation. ShapeError: a size below 1, or top_k above num_experts.
+        UnsupportedError: no such kernel or activation. ShapeError: a size below 1, or top_k above
+            num_experts.
     """
     check_kernel_name(kernel, caller="why_not")
     get_activation(activation, caller="why_not")
@@ -100,7 +102,8 @@ def why_not(
             )
     if top_k > num_experts:
         raise ShapeError(
-            f"why_not: top_k must not exceed num_experts = {num_experts}; got {top_k}. Pass experts per token."
+            f"why_not: top_k must not exceed num_experts = {num_experts}; got {top_k}. Pass "
+            "experts per token."
         )
     capability = current_capability() if capability is None else capability
     spec = MoeSpec(
@@ -153,7 +156,8 @@ def _reasons(name: str, spec: MoeSpec, padded: bool) -> list[str]:
         ):
             if getattr(spec, what) % multiple:
                 reasons.append(
-                    f"{what} must be a multiple of {multiple} without padding, got {getattr(spec, what)}"
+                    f"{what} must be a multiple of {multiple} without padding, got "
+                    f"{getattr(spec, what)}"
                 )
     return reasons
 

@@ -1,4 +1,4 @@
-"""Kernels `reference` and `reference_w4a4`: the definition itself, on any device, without a layout of their own."""
+"""Kernels `reference` and `reference_w4a4`: the definition itself, without a layout of its own."""
 
 from __future__ import annotations
 
