@@ -384,10 +384,10 @@ STRIDES = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("chunk", [1, 3, 7, 1 << 14])
+@pytest.mark.parametrize("chunk", [1, 7])
 @pytest.mark.parametrize("method", ["max", "mse"])
 def test_strides_and_chunks_do_not_matter(monkeypatch, dtype, chunk, method):
-    x = torch.randn(5, 6, 64).to(dtype)
+    x = torch.randn(3, 5, 64).to(dtype)
     scales = [None, nvfp4_global_scale(x, dim=(1, 2)), nvfp4_global_scale(x, dim=2)]
     want = [quantize_nvfp4(x, g, method) for g in scales]
     decoded = [dequantize_nvfp4(q) for q in want]
@@ -454,7 +454,7 @@ def test_scratch_is_bounded(monkeypatch, method, view):
     monkeypatch.setattr(quantize, "CHUNK_BLOCKS", {"cpu": 512, "other": 512})
     monkeypatch.setattr(quantize, "PIECE_BLOCKS", 2048)
     peaks = []
-    for experts in (4, 16):
+    for experts in (2, 6):
         x = torch.randn(experts, 128, 512, dtype=torch.bfloat16)
         x = x if view == "contiguous" else x.transpose(0, 1).contiguous().transpose(0, 1)
         with AllocatedBytes(x) as allocated:
@@ -469,7 +469,7 @@ def test_scratch_is_bounded(monkeypatch, method, view):
 
 
 def test_scratch_at_the_real_constants():
-    x = torch.randn(8, 512, 2816).bfloat16()
+    x = torch.randn(2, 1024, 2816).bfloat16()
     with AllocatedBytes(x) as allocated:
         q = quantize_nvfp4(x)
     scratch = allocated.peak - q.packed.nbytes - q.block_scale.nbytes

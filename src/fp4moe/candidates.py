@@ -104,7 +104,7 @@ def storage_reasons(module: nn.Module, parameters: dict[str, torch.Tensor]) -> l
 
 
 def value_reasons(candidate: Candidate) -> list[str]:
-    """Return why the numbers forbid replacing: inf, NaN, or a block that computes something else."""
+    """Return why the numbers forbid replacing: inf, NaN, or that it computes something else."""
     for name, parameter in candidate.parameters.items():
         for expert, weight in enumerate(
             parameter.detach() if parameter.ndim == 3 else parameter.detach().unsqueeze(0)

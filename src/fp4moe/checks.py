@@ -13,6 +13,7 @@ from .kernels import KERNELS, get_kernel
 
 __all__ = ["check_moe"]
 
+BLOCK = NVFP4.block_size
 HIDDEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ID_DTYPES = (torch.int32, torch.int64)
 
@@ -85,40 +86,54 @@ def check_moe(
     if not 0 <= expert_offset <= num_experts - local:
         rule = f"lie in 0..{num_experts - local} ({local} of {num_experts} experts)"
         _fail("expert_offset", rule, expert_offset, "Pass the global id of the first local expert.")
-    block = NVFP4.block_size
     rows = columns * 4 if gated else columns * 2
-    for name, tensor, dtype, shape in (
-        ("gate_up_packed", gate_up_packed, torch.uint8, (local, rows, hidden_padded // 2)),
-        (
-            "gate_up_block_scale",
-            gate_up_block_scale,
-            torch.uint8,
-            (local, rows, hidden_padded // block),
-        ),
-        ("gate_up_global_scale", gate_up_global_scale, torch.float32, (local,)),
-        ("down_packed", down_packed, torch.uint8, (local, hidden_padded, columns)),
-        (
-            "down_block_scale",
-            down_block_scale,
-            torch.uint8,
-            (local, hidden_padded, columns * 2 // block),
-        ),
-        ("down_global_scale", down_global_scale, torch.float32, (local,)),
-        ("hidden_scale", hidden_scale, torch.float32, (1,)),
-        ("intermediate_scale", intermediate_scale, torch.float32, (local,)),
+    # One expression: this runs at every call of the operator.
+    if not (
+        gate_up_packed.shape == (local, rows, hidden_padded // 2)
+        and gate_up_block_scale.shape == (local, rows, hidden_padded // BLOCK)
+        and down_block_scale.shape == (local, hidden_padded, columns * 2 // BLOCK)
+        and (local,) == gate_up_global_scale.shape == down_global_scale.shape
+        and intermediate_scale.shape == (local,)
+        and hidden_scale.shape == (1,)
+        and torch.uint8 == gate_up_packed.dtype == gate_up_block_scale.dtype
+        and torch.uint8 == down_packed.dtype == down_block_scale.dtype
+        and torch.float32 == gate_up_global_scale.dtype == down_global_scale.dtype
+        and torch.float32 == hidden_scale.dtype == intermediate_scale.dtype
+        and device == gate_up_packed.device == gate_up_block_scale.device
+        and device == gate_up_global_scale.device == down_packed.device
+        and device == down_block_scale.device == down_global_scale.device
+        and device == hidden_scale.device == intermediate_scale.device
     ):
-        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
-            _fail(
-                name,
-                f"be {dtype} {list(shape)} on {device}",
-                _describe(tensor),
-                "Use ExpertWeights.quantize and .to.",
-            )
-    if expert_ids.device != device or routing_weights.device != device:
-        got = f"{expert_ids.device} and {routing_weights.device}"
-        _fail(
-            "expert_ids and routing_weights",
-            f"be on the device of hidden, {device}",
-            got,
-            "Move them there.",
+        scales, packed = torch.float32, torch.uint8
+        _fail_at_first(
+            device,
+            ("gate_up_packed", gate_up_packed, packed, (local, rows, hidden_padded // 2)),
+            (
+                "gate_up_block_scale",
+                gate_up_block_scale,
+                packed,
+                (local, rows, hidden_padded // BLOCK),
+            ),
+            ("gate_up_global_scale", gate_up_global_scale, scales, (local,)),
+            ("down_packed", down_packed, packed, (local, hidden_padded, columns)),
+            (
+                "down_block_scale",
+                down_block_scale,
+                packed,
+                (local, hidden_padded, columns * 2 // BLOCK),
+            ),
+            ("down_global_scale", down_global_scale, scales, (local,)),
+            ("hidden_scale", hidden_scale, scales, (1,)),
+            ("intermediate_scale", intermediate_scale, scales, (local,)),
         )
+    if not device == expert_ids.device == routing_weights.device:
+        got = f"{expert_ids.device} and {routing_weights.device}"
+        rule = f"be on the device of hidden, {device}"
+        _fail("expert_ids and routing_weights", rule, got, "Move them there.")
+
+
+def _fail_at_first(device: torch.device, *expected: tuple) -> None:
+    for name, tensor, dtype, shape in expected:
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+            rule = f"be {dtype} {list(shape)} on {device}"
+            _fail(name, rule, _describe(tensor), "Use ExpertWeights.quantize and .to.")

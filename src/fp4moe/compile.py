@@ -10,7 +10,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -184,7 +184,7 @@ def _call_inner(
     if options.inner_backend == "inductor":
         # The wrapper that torch.compile itself uses: it knows modes and checks options.
         inductor = torch._TorchCompileInductorWrapper(mode, options.inner_options, None)
-        return inductor(gm, list(inputs))
+        return inductor(gm, cast("list[torch.Tensor]", inputs))
     inner = options.inner_backend
     inner = inner if callable(inner) else torch._dynamo.lookup_backend(inner)
     accepted = inspect.signature(inner).parameters

@@ -31,8 +31,8 @@ METHODS = ("max", "mse")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Scales are computed by the piece, codes by the chunk; a CPU's chunk stays near its L2 cache.
-PIECE_BLOCKS = 1 << 16
-CHUNK_BLOCKS = {"cpu": 1 << 14, "other": 1 << 16}
+PIECE_BLOCKS = 1 << 17
+CHUNK_BLOCKS = {"cpu": 1 << 14, "other": 1 << 17}
 
 # e4m3 codes that "mse" tries around the one of "max". Three codes down clip a third of the range,
 # six up map the largest magnitude to 4 or 3: tests/test_quantize.py compares with all 126 codes.
@@ -150,11 +150,8 @@ def dequantize_nvfp4(q: NVFP4Values, dtype: torch.dtype = torch.float32) -> torc
     out = packed.new_empty((*packed.shape[:-1], columns * NVFP4.block_size), dtype=dtype)
     if not out.numel():
         return out
-    flat, blocks, g_blocks = (
-        out.view(-1, 16),
-        packed.unflatten(-1, (-1, 8)),
-        _expand(g, scale.shape),
-    )
+    flat, blocks = out.view(-1, 16), packed.unflatten(-1, (-1, 8))
+    g_blocks = _expand(g, scale.shape)
     size = min(_chunk_blocks(packed.device), scale.numel())
     # A byte is looked up as two bfloat16 in one int32: every E2M1 value is exact in bfloat16.
     grid = torch.tensor(NVFP4.grid, device=packed.device)
@@ -260,10 +257,9 @@ def _block_amax(blocks: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
     Magnitudes order like their bits, so these are maxima of integers: over 64-bit words, whose
     transposed read is cheap, by lanes, then over the lanes of the word that is left.
     """
-    wide = blocks.dtype == torch.float32
-    lane, mask = (
-        (torch.int32, (1 << 63) - (1 << 31) - 1) if wide else (torch.int16, 0x7FFF7FFF7FFF7FFF)
-    )
+    lane, mask = torch.int16, 0x7FFF7FFF7FFF7FFF
+    if blocks.dtype == torch.float32:
+        lane, mask = torch.int32, 0x7FFFFFFF7FFFFFFF
     words = blocks.view(torch.int64).t()
     magnitudes = scratch.floats[0].view(torch.int64)[: words.numel()].view(words.shape)
     torch.bitwise_and(words, mask, out=magnitudes)
@@ -274,22 +270,20 @@ def _block_amax(blocks: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
 def _search_scales(x: torch.Tensor, s: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """The e4m3 scales near s with the least squared error; x [B, 16], s and g [B]."""
     a = torch.empty(x.shape[::-1], device=x.device).copy_(x.t()).abs_()
-    first, norm = s.view(torch.uint8).short(), (s.float() * g).reciprocal_()
-    best, best_code = _block_error(a, s, g, norm), first
+    first, step = s.view(torch.uint8).short(), s.float() * g
+    norm = step.reciprocal()
+    best, best_code = _block_error(a, step, norm), first
     for delta in MSE_WINDOW:
         code = (first + delta).clamp_(1, 126)
-        error = _block_error(a, code.byte().view(s.dtype), g, norm)
+        error = _block_error(a, code.byte().view(s.dtype).float() * g, norm)
         # Sums of 16 squares are good to 2^-20: with this margin a win here is one in exact terms.
         better = error < best * (1 - 2.0**-18)
         best, best_code = torch.where(better, error, best), torch.where(better, code, best_code)
     return best_code.byte().view(s.dtype)
 
 
-def _block_error(
-    a: torch.Tensor, s: torch.Tensor, g: torch.Tensor, norm: torch.Tensor
-) -> torch.Tensor:
+def _block_error(a: torch.Tensor, step: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     """Sums over axis 0 of ((decoded - a) x norm)^2; a [16, B] magnitudes, the others [B]."""
-    step = s.float() * g
     y = (a / step).clamp_(max=NVFP4.element_max)
     # Adding 2^22 x its power of two (at least 1) and taking it off leaves one mantissa bit.
     power = y.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32).clamp_(1.0, 4.0)
@@ -351,11 +345,9 @@ def _checked_scale(name: str, value: float | torch.Tensor, x: torch.Tensor) -> t
         _fail(name, rule, got, "Pass one scale per leading index, or a 0-d tensor")
     bad = g[~((g > 0) & torch.isfinite(g))]
     if bad.numel():
-        rule, fix = (
-            "global_scale must be finite and above 0 in float32",
-            "Pass the decode multiplier",
-        )
-        _fail(name, rule, float(bad[0]), f"{fix}, amax / (6 x 448), or None")
+        rule = "global_scale must be finite and above 0 in float32"
+        fix = "Pass the decode multiplier, amax / (6 x 448), or None"
+        _fail(name, rule, float(bad[0]), fix)
     return g
 
 

@@ -98,6 +98,7 @@ def _describe(
     unequal = _expert_reasons(experts, roles)
     reasons += unequal
     if not unequal:
+        roles = _confirmed_roles(experts[0], roles)
         candidate.activation, why = _activation(experts, roles)
         reasons += [why] if why else []
     if reasons or candidate.activation is None:
@@ -159,6 +160,16 @@ def _expert_reasons(experts: list[nn.Module], roles: dict[str, str]) -> list[str
         if reasons:
             break
     return reasons
+
+
+def _confirmed_roles(expert: nn.Module, roles: dict[str, str]) -> dict[str, str]:
+    """Exchange gate and up where the names say one thing and the numbers the other."""
+    if "gate" not in roles:
+        return roles
+    exchanged = {"gate": roles["up"], "up": roles["gate"], "down": roles["down"]}
+    with torch.random.fork_rng(devices=[]):
+        fits = [identify_expert(expert, r)[0] for r in (roles, exchanged)]
+    return exchanged if fits[0] is None and fits[1] is not None else roles
 
 
 def _activation(experts: list[nn.Module], roles: dict[str, str]) -> tuple[str | None, str]:

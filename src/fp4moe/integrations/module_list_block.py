@@ -185,7 +185,11 @@ class _Probe(nn.Linear):
 
 
 def _float_linear(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return linear(x) if isinstance(linear, _Probe) else F.linear(x, linear.weight.float())
+    return (
+        linear(x)
+        if isinstance(linear, _Probe)
+        else F.linear(x, linear.get_parameter("weight").float())
+    )
 
 
 def _shallow(module: nn.Module) -> nn.Module:
@@ -219,15 +223,17 @@ def identify_expert(expert: nn.Module, roles: dict[str, str]) -> tuple[str | Non
             raise ValueError(f"a result of shape {list(result.shape)} for {list(gate.shape)}")
     except Exception as error:  # the model's code may raise anything
         return None, f"whose forward cannot be asked for its numbers: {error}"
-    errors = {}
+    errors, near = {}, {}
     for name, activation in ACTIVATIONS.items():
         expected = activation.function(gate) * up
         # 16 float32 roundings, times |up| <= 40 where gated.
         limit = 2e-6 * (40 if "gate" in roles else 1) * expected.abs().clamp(min=1.0)
         if bool(((result - expected).abs() <= limit).all()):
             return name, ""
-        errors[name] = float((result - expected).norm() / expected.norm())
-    closest = min(errors, key=lambda name: errors[name])
+        errors[name] = _relative(result, expected)
+        # A clamp at large values must not hide which activation it is.
+        near[name] = _relative(result[gate.abs() <= 4], expected[gate.abs() <= 4])
+    closest = min(near, key=lambda name: near[name])
     form = "act(gate) * up" if "gate" in roles else "act(up)"
     return None, (
         f"which is not down({form}) with one of our activations; closest is {closest}, relative "
@@ -270,13 +276,14 @@ def _make_twin(
                 for p in copied.parameters():
                     p.copy_(1.5 * _random(generator, p.shape, device) / p.shape[-1] ** 0.5)
         twin._modules[name] = copied
-    for table in (twin._parameters, twin._buffers):
-        for name, tensor in table.items():
-            if tensor is not None and tensor.is_floating_point():
-                random = 0.3 * _random(generator, tensor.shape, device)
-                # The tables hold parameters or buffers; a buffer is a plain tensor.
-                fixed = nn.Parameter(random, requires_grad=False)
-                table[name] = fixed if table is twin._parameters else random
+    tensors = [*twin.named_parameters(recurse=False), *twin.named_buffers(recurse=False)]
+    for name, tensor in tensors:
+        if tensor.is_floating_point():
+            random = 0.3 * _random(generator, tensor.shape, device)
+            if name in twin._parameters:
+                twin._parameters[name] = nn.Parameter(random, requires_grad=False)
+            else:
+                twin._buffers[name] = random
     return twin
 
 
@@ -298,45 +305,48 @@ def _children(block: nn.Module, width: int, experts: str, router: str) -> tuple[
     return shared, gates, pairs
 
 
-def _numbers(block: nn.Module, router: nn.Module, experts: int) -> tuple[list[int], list[float]]:
-    """Return what may be top_k, and what may be a factor of the weights."""
-    config = getattr(block, "config", None)
-    owners = [vars(o) for o in (block, router, config) if hasattr(o, "__dict__")]
-    found = [(name, value) for owner in owners for name, value in owner.items()]
-    top_k = {v for _, v in found if type(v) is int and 1 <= v <= experts}
-    factors = {float(v) for n, v in found if "scal" in n and type(v) in (int, float) and v > 0}
-    return sorted(top_k | set(range(1, min(experts, 8) + 1))), [1.0, *sorted(factors - {1.0})]
-
-
-def _routings(block: nn.Module, router: nn.Module, result: Any, experts: int) -> Iterator[dict]:
-    all_top_k, factors = _numbers(block, router, experts)
-    if isinstance(result, torch.Tensor):
-        tensors = {**dict(block.named_parameters(recurse=False)), **dict(block.named_buffers())}
-        biases = [n for n, t in tensors.items() if "." not in n and t.shape == (experts,)]
-        kinds = [("softmax", None), ("sigmoid", None), *(("sigmoid", n) for n in biases)]
-        options = itertools.product(kinds, all_top_k, (True, False), factors)
-        for (routing, correction), top_k, renormalize, scaling in options:
-            yield {
-                "routing": routing,
-                "correction": correction,
-                "top_k": top_k,
-                "renormalize": renormalize,
-                "scaling": scaling,
-            }
+def _routings(
+    block: nn.Module, router: nn.Module, result: Any, experts: int, named: bool
+) -> Iterator[dict]:
+    """Yield the fields of every routing; `named`: only top_k that an attribute is called."""
+    owners = [vars(o) for o in (block, router, getattr(block, "config", None)) if _has_fields(o)]
+    fields = [(n, v) for owner in owners for n, v in owner.items() if type(v) in (int, float)]
+    factors = [1.0, *sorted({float(v) for n, v in fields if "scal" in n and v > 0} - {1.0})]
+    if not isinstance(result, torch.Tensor):
+        yield from _given_routings(result, factors)
         return
-    tensors = {i: t for i, t in enumerate(result) if isinstance(t, torch.Tensor) and t.ndim > 1}
-    for i, ids in tensors.items():
-        for j, weights in tensors.items():
-            integer = not ids.is_floating_point() and not ids.is_complex()
-            if integer and weights.is_floating_point() and ids.shape == weights.shape:
-                for scaling in factors:
-                    top_k = ids.shape[-1]
-                    yield {
-                        "routing": "given",
-                        "given": (i, j),
-                        "top_k": top_k,
-                        "scaling": scaling,
-                    }
+    names = [n for n, _ in fields if n == "k" or "top" in n or "per_tok" in n]
+    numbers = {v for n, v in fields if type(v) is int and 1 <= v <= experts and n in names}
+    everything = set(range(1, min(experts, 16) + 1)) - numbers
+    tensors = [*block.named_parameters(recurse=False), *block.named_buffers(recurse=False)]
+    biases = [("sigmoid", n) for n, t in tensors if t.shape == (experts,)]
+    kinds: list[tuple[str, str | None]] = [("softmax", None), ("sigmoid", None), *biases]
+    for top_k in sorted(numbers if named else everything):
+        for (routing, correction), renormalize in itertools.product(kinds, (True, False)):
+            for scaling in factors:
+                yield {
+                    "routing": routing,
+                    "correction": correction,
+                    "top_k": top_k,
+                    "renormalize": renormalize,
+                    "scaling": scaling,
+                }
+
+
+def _has_fields(thing: Any) -> bool:
+    return hasattr(thing, "__dict__")
+
+
+def _given_routings(result: Any, factors: list[float]) -> Iterator[dict]:
+    if not isinstance(result, (tuple, list)):
+        return
+    tensors = [(i, t) for i, t in enumerate(result) if isinstance(t, torch.Tensor) and t.ndim > 1]
+    for (i, ids), (j, weights) in itertools.permutations(tensors, 2):
+        integers = ids.dtype in (torch.int32, torch.int64)
+        if integers and weights.is_floating_point() and ids.shape == weights.shape:
+            for scaling in factors:
+                given = {"routing": "given", "given": (i, j), "top_k": ids.shape[-1]}
+                yield {**given, "scaling": scaling}
 
 
 def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -345,6 +355,14 @@ def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     difference, size = (actual.float() - expected.float()).norm(), expected.float().norm()
     error = float(difference / size) if bool(size != 0) else float(difference)
     return error if error == error else float("inf")
+
+
+def _predict(block: nn.Module, form: BlockForm, experts: nn.Module, hidden: torch.Tensor) -> Any:
+    try:
+        return FusedMoeBlock(block, form, experts)(hidden)
+    except (RuntimeError, ValueError):
+        # A form whose shapes do not fit predicts nothing, hence fits nothing.
+        return hidden.new_empty(0), hidden.new_empty(0)
 
 
 def _output(result: Any) -> torch.Tensor:
@@ -373,18 +391,21 @@ def find_form(
     tokens = hidden.reshape(-1, hidden_size)
     scores = getattr(twin, router)(tokens if form.router_rank < 3 else tokens.unsqueeze(0))
     errors: dict[BlockForm, float] = {}
-    for routing in _routings(block, getattr(twin, router), scores, len(twin_experts)):
-        for (name, gate), latent in around:
+    limit = VERIFY_LIMIT[torch.float32]
+    args = (block, getattr(twin, router), scores, len(twin_experts))
+    for named in (True, False):
+        if errors and min(errors.values()) <= limit:
+            break
+        for routing, ((name, gate), latent) in itertools.product(_routings(*args, named), around):
             options = {**routing, "shared": name, "shared_gate": gate, "latent": latent}
             guess = dataclasses.replace(form, **options)
-            predicted = FusedMoeBlock(twin, guess, definition)(hidden)
+            predicted = _predict(twin, guess, definition, hidden)
             errors[guess] = _relative(_output(result), _output(predicted))
     if not errors:
         return None, f"its {router} returns neither logits nor expert ids with their weights"
-    limit = VERIFY_LIMIT[torch.float32]
     fitting = {}
     for guess in [g for g, error in errors.items() if error <= limit]:
-        results = [FusedMoeBlock(twin, guess, definition)(hidden) for hidden, _ in runs]
+        results = [_predict(twin, guess, definition, hidden) for hidden, _ in runs]
         pairs = list(zip((result for _, result in runs), results, strict=True))
         errors[guess] = max(_relative(_output(x), _output(y)) for x, y in pairs)
         if errors[guess] <= limit:
@@ -480,7 +501,7 @@ def confirm_form(
         return form, [f"its forward refuses {weight.dtype} tokens: {refusal}"]
     if calls and (dtype := calls[-1][0][0].dtype) != weight.dtype:
         form = dataclasses.replace(form, router_dtype=dtype)
-    expected = _output(FusedMoeBlock(block, form, experts)(hidden))
+    expected = _output(_predict(block, form, experts, hidden))
     difference, limit = _relative(actual, expected), VERIFY_LIMIT[weight.dtype]
     if difference <= limit:
         return form, []
