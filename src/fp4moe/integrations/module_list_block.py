@@ -464,11 +464,16 @@ def _run_twin(
     form = BlockForm(experts, router, "softmax", 1, router_rank=rank)
     if all(isinstance(result, torch.Tensor) for result in results):
         return runs, form
-    pair = results[0] if isinstance(results[0], tuple) and len(results[0]) == 2 else ()
-    if pair and all(isinstance(t, torch.Tensor) for t in pair):
-        return runs, dataclasses.replace(form, logits_rank=min(pair[1].ndim, 3))
-    what = type(results[0]).__name__ + (f" of {len(results[0])}" if pair == () else "")
+    if all(_is_pair(result) for result in results):
+        return runs, dataclasses.replace(form, logits_rank=results[0][1].ndim)
+    what = type(results[0]).__name__
+    what += f" of {len(results[0])}" if isinstance(results[0], (tuple, list)) else ""
     return runs, f"its forward returns a {what}, neither a tensor nor (output, router logits)"
+
+
+def _is_pair(result: Any) -> bool:
+    pair = isinstance(result, tuple) and len(result) == 2
+    return pair and all(isinstance(tensor, torch.Tensor) for tensor in result)
 
 
 def _hint(block: nn.Module) -> str:
