@@ -5,6 +5,7 @@ from .activations import ACTIVATIONS
 from .experts import ExpertWeights
 from .explain import ModelReport
 from .formats import NVFP4
+from .integrations.experts_implementation import register_transformers, register_when_imported
 from .kernels import why_not
 from .module import FusedExperts
 from .ops import fused_moe
@@ -31,6 +32,9 @@ __all__ = [
     "fused_moe",
     "passes",
     "quantize_nvfp4",
+    "register_transformers",
     "replace_moe",
     "why_not",
 ]
+
+register_when_imported()

@@ -261,13 +261,11 @@ def _make_twin(
 ) -> nn.Module:
     twin = _shallow(block)
     device = next(block._modules[experts].parameters()).device  # type: ignore[union-attr]
-    for name, child in block._modules.items():
+    for name, child in block.named_children():
         if name == experts:
             factors = 1.0 + 0.5 * torch.randn(len(child), 2, generator=generator)  # type: ignore[arg-type]
             items = zip(child, factors.tolist(), strict=True)  # type: ignore[call-overload]
             copied: nn.Module = nn.ModuleList(_probe_expert(e, roles, f, device) for e, f in items)
-        elif child is None:
-            continue
         elif name != router and not isinstance(child, nn.Linear) and _holds_weights(child):
             copied = _Probe(0.7, True, device)
         else:
@@ -309,7 +307,7 @@ def _routings(
     block: nn.Module, router: nn.Module, result: Any, experts: int, named: bool
 ) -> Iterator[dict]:
     """Yield the fields of every routing; `named`: only top_k that an attribute is called."""
-    owners = [vars(o) for o in (block, router, getattr(block, "config", None)) if _has_fields(o)]
+    owners = (getattr(o, "__dict__", {}) for o in (block, router, getattr(block, "config", None)))
     fields = [(n, v) for owner in owners for n, v in owner.items() if type(v) in (int, float)]
     factors = [1.0, *sorted({float(v) for n, v in fields if "scal" in n and v > 0} - {1.0})]
     if not isinstance(result, torch.Tensor):
@@ -321,20 +319,10 @@ def _routings(
     tensors = [*block.named_parameters(recurse=False), *block.named_buffers(recurse=False)]
     biases = [("sigmoid", n) for n, t in tensors if t.shape == (experts,)]
     kinds: list[tuple[str, str | None]] = [("softmax", None), ("sigmoid", None), *biases]
-    for top_k in sorted(numbers if named else everything):
-        for (routing, correction), renormalize in itertools.product(kinds, (True, False)):
-            for scaling in factors:
-                yield {
-                    "routing": routing,
-                    "correction": correction,
-                    "top_k": top_k,
-                    "renormalize": renormalize,
-                    "scaling": scaling,
-                }
-
-
-def _has_fields(thing: Any) -> bool:
-    return hasattr(thing, "__dict__")
+    options = (sorted(numbers if named else everything), kinds, (True, False), factors)
+    for top_k, (routing, correction), renormalize, scaling in itertools.product(*options):
+        choice = {"routing": routing, "correction": correction, "top_k": top_k}
+        yield {**choice, "renormalize": renormalize, "scaling": scaling}
 
 
 def _given_routings(result: Any, factors: list[float]) -> Iterator[dict]:

@@ -21,6 +21,8 @@ from ..stamps import STAMPS, is_experts_class
 
 __all__ = ["describe_experts", "find_experts", "is_experts_module"]
 
+# Where `experts_implementation="fp4moe"` keeps the fused experts of a module.
+FUSED_CHILD = "fp4moe"
 TOP_K_NAMES = (
     "num_experts_per_tok",
     "top_k_experts",
@@ -32,8 +34,9 @@ TOP_K_NAMES = (
 
 
 def is_experts_module(module: nn.Module) -> bool:
-    """Whether the module carries the stamps of Hugging Face's decorator."""
-    return is_experts_class(type(module)) and all(hasattr(module, stamp) for stamp in STAMPS)
+    """Whether the module carries the decorator's stamps and is not fused already."""
+    stamped = is_experts_class(type(module)) and all(hasattr(module, stamp) for stamp in STAMPS)
+    return stamped and FUSED_CHILD not in module._modules
 
 
 def find_experts(model: nn.Module) -> list[Candidate]:
