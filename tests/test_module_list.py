@@ -552,6 +552,26 @@ def expert_choice(self, logits):
     return Plain.route(self, logits.softmax(0))
 
 
+def weights_first(self, x):
+    """Weigh the input of an expert, not its output, as Llama 4 does."""
+    tokens = x.reshape(-1, H)
+    ids, weights = self.route(self.router(tokens))
+    out = torch.zeros_like(tokens)
+    for index, expert in enumerate(self.mlps):
+        token, slot = torch.where(ids == index)
+        out.index_add_(0, token, expert(tokens[token] * weights[token, slot, None]))
+    return out.reshape(x.shape)
+
+
+def limited(self, x):
+    """Drop what exceeds 20 tokens per expert."""
+    tokens = x.reshape(-1, H)
+    ids, weights = self.route(self.router(tokens))
+    place = F.one_hot(ids.flatten(), E).cumsum(0).gather(1, ids.flatten()[:, None])
+    weights = torch.where(place.view(ids.shape) <= 20, weights, 0.0)
+    return loop(self.mlps, tokens, ids, weights).reshape(x.shape)
+
+
 def three_results(self, x):
     return Plain.forward(self, x), None, None
 
@@ -622,6 +642,21 @@ NEAR_MISSES = {
     "unknown routing": (block_with(route=cosine), "none of the forms .* relative error"),
     "softcap": (block_with(route=softcap), "none of the forms .* relative error"),
     "expert choice": (block_with(route=expert_choice), "none of the forms"),
+    "clamped logits": (
+        block_with(route=lambda self, logits: Plain.route(self, logits.clamp(-4, 4))),
+        "none of the forms .* closest is softmax routing, top 2, renormalised",
+    ),
+    "norm in front": (
+        block_with(forward=lambda self, x: Plain.forward(self, F.layer_norm(x, (H,)))),
+        "none of the forms",
+    ),
+    "residual": (block_with(forward=lambda self, x: x + Plain.forward(self, x)), "none of the"),
+    "weights first": (block_with(forward=weights_first), "none of the forms"),
+    "capacity": (block_with(forward=limited), "none of the forms .* top 2, renormalised"),
+    "router by keyword": (
+        block_with(forward=lambda self, x: Plain.forward(self, x) + self.router(input=x).sum()),
+        "by keyword",
+    ),
     "three results": (block_with(forward=three_results), "returns a tuple of 3"),
     "probabilities": (block_with(OlmoeOld, forward=probabilities), "second result is not"),
     "arguments": (block_with(forward=with_mask), r"takes \(x, mask\)"),
@@ -677,6 +712,18 @@ def test_top_1_renormalised_forms_are_one():
     model = make_model(block_with(route=first))
     replace_moe(model, kernel="reference", progress=False)
     assert model.blocks[0].form.top_k == 1
+
+
+@pytest.mark.parametrize("top_k", [3, E])
+@torch.no_grad()
+def test_top_k_without_an_attribute(top_k):
+    def route(self, logits):
+        values, ids = logits.topk(top_k)
+        return ids, values.softmax(-1)
+
+    model = make_model(block_with(route=route))
+    replace_moe(model, kernel="reference", progress=False)
+    assert model.blocks[0].form.top_k == top_k
 
 
 def test_router_that_reads_float32():

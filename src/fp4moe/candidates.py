@@ -18,6 +18,7 @@ from .reference import moe_definition
 
 __all__ = ["Candidate", "storage_reasons", "value_reasons"]
 
+ON_META = "is on the meta device (not loaded, or offloaded); load it onto a real device"
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Relative RMS limit between a block and the definition on the same float weights: four roundings to
 # the dtype (gate, up, their product, down) and cancellation in the sum give a few eps / 2; a wrong

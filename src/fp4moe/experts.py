@@ -79,6 +79,12 @@ class ExpertWeights:
 
     def __post_init__(self) -> None:
         get_activation(self.activation, caller="ExpertWeights")
+        if self.gate_up.packed.ndim != 3 or self.down.packed.ndim != 3:
+            raise ShapeError(
+                "ExpertWeights: gate_up.packed and down.packed must have 3 axes; got "
+                f"{list(self.gate_up.packed.shape)} and {list(self.down.packed.shape)}. Build it "
+                "with ExpertWeights.quantize."
+            )
         local, rows, _ = self.gate_up.packed.shape
         hidden, intermediate = self.hidden_padded, self.intermediate_padded
         expected = {
@@ -106,9 +112,9 @@ class ExpertWeights:
                     f"{list(tensor.shape)} on {tensor.device}. Build it with "
                     "ExpertWeights.quantize."
                 )
-        if not (hidden - self.hidden_size >= 0 and 0 < self.intermediate_size <= intermediate):
+        if not (0 < self.hidden_size <= hidden and 0 < self.intermediate_size <= intermediate):
             raise ShapeError(
-                "ExpertWeights: hidden_size and intermediate_size must not exceed the padded "
+                "ExpertWeights: hidden_size and intermediate_size must lie in 1 to the padded "
                 f"{hidden} and {intermediate}; "
                 f"got {self.hidden_size} and {self.intermediate_size}. Pass the unpadded sizes of "
                 "the model."
@@ -258,7 +264,7 @@ class ExpertWeights:
         """
         get_activation(activation, caller="ExpertWeights.quantize")
         parts = _gate_and_up(up, gate, gate_up, layout, transposed)
-        down = down.transpose(-1, -2) if transposed else down
+        down = _oriented(down, transposed)
         _check_float_weights(parts, down)
         gated = len(parts) == 2
         experts, intermediate, hidden = parts["up"].shape
@@ -267,13 +273,13 @@ class ExpertWeights:
         second = _empty(experts, h_padded, i_padded, down.device)
         for expert in range(experts):
             shared_scale = torch.stack(
-                [nvfp4_global_scale(w[expert]) for w in parts.values()]
+                [_global_scale(w[expert], expert, name) for name, w in parts.items()]
             ).amax()
-            for index, (name, weight) in enumerate(parts.items()):
+            for index, weight in enumerate(parts.values()):
                 place = slice(index * i_padded, index * i_padded + i_padded)
-                _quantize_into(first, expert, place, weight[expert], shared_scale, method, name)
-            scale = nvfp4_global_scale(down[expert])
-            _quantize_into(second, expert, slice(0, h_padded), down[expert], scale, method, "down")
+                _quantize_into(first, expert, place, weight[expert], shared_scale, method)
+            scale = _global_scale(down[expert], expert, "down")
+            _quantize_into(second, expert, slice(0, h_padded), down[expert], scale, method)
         return cls(
             gate_up=first,
             down=second,
@@ -417,9 +423,14 @@ def _gate_and_up(
             )
         gate, up = split_gate_up(gate_up.transpose(-1, -2) if transposed else gate_up, layout)
     else:
-        gate, up = (w.transpose(-1, -2) if transposed and w is not None else w for w in (gate, up))
+        gate, up = (None if w is None else _oriented(w, transposed) for w in (gate, up))
     assert up is not None
     return {"up": up} if gate is None else {"gate": gate, "up": up}
+
+
+def _oriented(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    # Below 2 axes there is nothing to transpose; the shape check names it.
+    return weight.transpose(-1, -2) if transposed and weight.ndim > 1 else weight
 
 
 def _check_float_weights(parts: dict[str, torch.Tensor], down: torch.Tensor) -> None:
@@ -470,6 +481,16 @@ def _empty(experts: int, rows: int, columns: int, device: torch.device) -> NVFP4
     )
 
 
+def _global_scale(weight: torch.Tensor, expert: int, name: str) -> torch.Tensor:
+    try:
+        return nvfp4_global_scale(weight)
+    except ShapeError as error:
+        raise ShapeError(
+            f"ExpertWeights.quantize: {name} of expert {expert} must be finite; got inf or NaN. "
+            "Find the layer that made them."
+        ) from error
+
+
 def _quantize_into(
     out: NVFP4Values,
     expert: int,
@@ -477,18 +498,11 @@ def _quantize_into(
     weight: torch.Tensor,
     global_scale: torch.Tensor,
     method: str,
-    name: str,
 ) -> None:
     columns = _round_up(weight.shape[1], BLOCK)
     if columns != weight.shape[1]:
         weight = F.pad(weight, (0, columns - weight.shape[1]))
-    try:
-        values = quantize_nvfp4(weight, global_scale, method)
-    except ShapeError as error:
-        raise ShapeError(
-            f"ExpertWeights.quantize: {name} of expert {expert} must be finite and quantisable; "
-            f"got: {error}"
-        ) from error
+    values = quantize_nvfp4(weight, global_scale, method)
     rows = slice(place.start, place.start + weight.shape[0])
     out.packed[expert, rows] = values.packed
     out.block_scale.view(torch.uint8)[expert, rows] = values.block_scale.view(torch.uint8)
@@ -498,7 +512,7 @@ def _quantize_into(
 def _scale(
     name: str, value: float | torch.Tensor, count: int, device: torch.device
 ) -> torch.Tensor:
-    scale = torch.as_tensor(value, dtype=torch.float32, device=device).reshape(-1)
+    scale = torch.as_tensor(value, dtype=torch.float32, device=device).detach().reshape(-1)
     if scale.numel() not in (1, count) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ShapeError(
             f"ExpertWeights.quantize: {name} must be positive and finite, one value or {count}; "

@@ -151,27 +151,38 @@ class FusedExperts(nn.Module):
         self, state_dict, prefix, metadata, strict, missing, unexpected, errors
     ):
         own = self.weights.tensors()
+        assign = metadata.get("assign_to_params_buffers", False)
         names = {name.replace(".", "_"): name for name in own}
         extra = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
         found = {short for short in names if prefix + short in state_dict}
-        missing.extend(prefix + short for short in names if short not in found)
+        missing.extend(
+            prefix + short for short in (*names, extra) if prefix + short not in state_dict
+        )
         known = {prefix + short for short in (*names, extra)}
         unexpected.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
-        for short in found:
+        if not found:
+            return
+        # The lists that torch passes are those of the whole model: only this layer's errors count.
+        wrong = []
+        for short in sorted(found):
             given, tensor = state_dict[prefix + short], own[names[short]]
             if given.shape != tensor.shape or given.dtype != tensor.dtype:
-                errors.append(
+                wrong.append(
                     f"{prefix}{short} must be {tensor.dtype} {list(tensor.shape)}; got "
                     f"{given.dtype} {list(given.shape)}."
                 )
-        if errors or (missing and strict):
+        if self.gate_up_packed.is_meta and not assign:
+            wrong.append(f"{prefix}: the layer is on the meta device; pass assign=True.")
+        if wrong:
+            errors.extend(wrong)
             return
         if prefix + extra in state_dict:
             self.set_extra_state(state_dict[prefix + extra])
-        loaded = {
-            name: state_dict[prefix + short].to(own[name].device) if short in found else own[name]
-            for short, name in names.items()
-        }
+        loaded = {name: state_dict.get(prefix + short, own[name]) for short, name in names.items()}
+        if assign:
+            self._prepare(ExpertWeights.from_tensors(loaded, self.metadata))
+            return
+        loaded = {name: tensor.to(own[name].device) for name, tensor in loaded.items()}
         prepared = get_kernel(self.kernel).prepare(
             ExpertWeights.from_tensors(loaded, self.metadata)
         )

@@ -50,9 +50,10 @@ def sum_over_experts(
                 out.index_add_(0, token, y)
         return out
     for expert in range(count):
-        per_token = torch.where(expert_ids == expert + first, weights, 0.0).sum(1, keepdim=True)
+        hit = expert_ids == expert + first
+        per_token = torch.where(hit, weights, 0.0).sum(1, keepdim=True)
         # where, not a product: a token that is not routed here must not pass on inf or NaN.
-        y = torch.where(per_token != 0, apply(expert, slice(None)) * per_token, 0.0)
+        y = torch.where(hit.any(1, keepdim=True), apply(expert, slice(None)) * per_token, 0.0)
         out = y if out is None else out.add_(y)
     return out
 
@@ -189,5 +190,7 @@ def _run(
             return y @ down.T
         return (fake_quantize_activation(y, intermediate_scale[expert]) @ down.T).bfloat16().float()
 
-    out = sum_over_experts(expert_ids, routing_weights, expert_offset, local_experts, apply)
+    # float32 is part of the definition: an ambient autocast must not lower the GEMMs.
+    with torch.autocast(hidden.device.type, enabled=False):
+        out = sum_over_experts(expert_ids, routing_weights, expert_offset, local_experts, apply)
     return hidden.new_zeros(hidden.shape) if out is None else out.to(hidden.dtype)

@@ -17,12 +17,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .candidates import Candidate, value_reasons
+from .candidates import ON_META, Candidate, value_reasons
 from .errors import UnsupportedError
 from .explain import BlockReport, ModelReport
 from .integrations.module_list import find_module_lists
 from .integrations.transformers import find_experts
-from .kernels import MoeSpec, check_kernel_name, current_capability, get_kernel, select_kernel
+from .kernels import (
+    MoeSpec,
+    check_kernel_name,
+    choose_kernel,
+    current_capability,
+    get_kernel,
+    select_kernel,
+)
 from .module import FusedExperts
 
 __all__ = ["explain", "find_candidates", "replace_moe"]
@@ -126,7 +133,7 @@ def replace_moe(
     return model
 
 
-def explain(model: nn.Module, kernel: str = "auto") -> ModelReport:
+def explain(model: nn.Module, kernel: str = "auto", *, only_structure: bool = False) -> ModelReport:
     """Report on each block: replaced, replaceable or not and why, kernel, padded sizes, bytes.
 
     Works before and after `replace_moe`; reads sizes and a few numbers, changes nothing.
@@ -135,6 +142,8 @@ def explain(model: nn.Module, kernel: str = "auto") -> ModelReport:
     rows = {}
     for candidate in find_candidates(model):
         reasons = candidate.reasons or (candidate.verify() if candidate.verify else [])
+        if only_structure:
+            reasons = [reason for reason in reasons if not reason.endswith(ON_META)]
         rows[candidate.path] = _candidate_row(candidate, kernel, reasons)
     for path, module in model.named_modules():
         if isinstance(module, FusedExperts):
@@ -191,11 +200,7 @@ def _spec(candidate: Candidate) -> MoeSpec:
 
 
 def _kernel_reasons(candidate: Candidate, kernel: str) -> list[str]:
-    try:
-        select_kernel(kernel, _spec(candidate), caller="replace_moe")
-    except UnsupportedError as error:
-        return [str(error)]
-    return []
+    return choose_kernel(kernel, _spec(candidate))[1]
 
 
 def _candidate_row(candidate: Candidate, kernel: str, reasons: list[str]) -> BlockReport:

@@ -41,8 +41,8 @@ def experts_forward(
     if fused is None:
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break(
-                msg="fp4moe: experts are packed at their first eager call; got a first call under torch.compile. "
-                "Call fp4moe.replace_moe(model), or the model once, before compiling."
+                msg="fp4moe: experts are packed at their first eager call; got one under "
+                "torch.compile. Call fp4moe.replace_moe(model), or the model once, before that."
             )
         fused = _pack(self)
     return fused(hidden_states, top_k_index, top_k_weights)

@@ -23,8 +23,8 @@ from ..candidates import VERIFY_LIMIT
 from ..reference import sum_over_experts
 from ..routing import sigmoid_topk, softmax_topk
 
-__all__ = ["BlockForm", "FloatExperts", "FusedMoeBlock", "confirm_form", "find_form"]
-__all__ += ["identify_expert"]
+__all__ = ["BlockForm", "FloatExperts", "FusedMoeBlock"]
+__all__ += ["confirm_form", "find_form", "identify_expert"]
 
 TOKENS = 5
 
@@ -274,14 +274,12 @@ def _make_twin(
                 for p in copied.parameters():
                     p.copy_(1.5 * _random(generator, p.shape, device) / p.shape[-1] ** 0.5)
         twin._modules[name] = copied
-    tensors = [*twin.named_parameters(recurse=False), *twin.named_buffers(recurse=False)]
-    for name, tensor in tensors:
-        if tensor.is_floating_point():
-            random = 0.3 * _random(generator, tensor.shape, device)
-            if name in twin._parameters:
-                twin._parameters[name] = nn.Parameter(random, requires_grad=False)
-            else:
-                twin._buffers[name] = random
+    for name, parameter in twin.named_parameters(recurse=False):
+        random = 0.3 * _random(generator, parameter.shape, device)
+        twin._parameters[name] = nn.Parameter(random, requires_grad=False)
+    for name, buffer in twin.named_buffers(recurse=False):
+        if buffer.is_floating_point():
+            twin._buffers[name] = 0.3 * _random(generator, buffer.shape, device)
     return twin
 
 
@@ -392,7 +390,8 @@ def find_form(
     if not errors:
         return None, f"its {router} returns neither logits nor expert ids with their weights"
     fitting = {}
-    for guess in [g for g, error in errors.items() if error <= limit]:
+    passed = [guess for guess, error in errors.items() if error <= limit]
+    for guess in passed:
         results = [_predict(twin, guess, definition, hidden) for hidden, _ in runs]
         pairs = list(zip((result for _, result in runs), results, strict=True))
         errors[guess] = max(_relative(_output(x), _output(y)) for x, y in pairs)
@@ -400,7 +399,7 @@ def find_form(
             fitting[guess] = torch.cat([_output(result).reshape(-1) for result in results])
             if form.logits_rank and not max(_relative(x[1], y[1]) for x, y in pairs) <= limit:
                 return None, "its second result is not what its router returns"
-    closest = min(errors, key=lambda guess: errors[guess])
+    closest = min(passed or errors, key=lambda guess: errors[guess])
     if not fitting:
         return None, (
             f"it computes none of the forms that are known; closest is {closest} with relative "

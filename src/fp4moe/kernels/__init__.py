@@ -19,6 +19,7 @@ __all__ = [
     "KERNEL_NAMES",
     "MoeSpec",
     "check_kernel_name",
+    "choose_kernel",
     "get_kernel",
     "select_kernel",
     "why_not",
@@ -55,8 +56,9 @@ def get_kernel(name: str) -> ReferenceKernel:
     """Return the kernel of that name, which must be present in this version."""
     if name not in KERNELS:
         check_kernel_name(name, caller="get_kernel")
+        advice = _absent(name) if name in PLANNED else "Choose one with select_kernel."
         raise UnsupportedError(
-            f"get_kernel: kernel must be one that this version has; got {name!r}. {_absent(name)}"
+            f"get_kernel: kernel must be one that this version has; got {name!r}. {advice}"
         )
     return KERNELS[name]
 
@@ -123,6 +125,20 @@ def why_not(
     )
 
 
+def choose_kernel(kernel: str, spec: MoeSpec) -> tuple[str | None, list[str]]:
+    """Return (the first kernel that runs this, []), or (None, each candidate with its reasons)."""
+    candidates = [kernel]
+    if kernel == "auto":
+        candidates = [n for n in KERNEL_NAMES if n not in KERNELS or KERNELS[n].automatic]
+    refused = []
+    for name in candidates:
+        reasons = _reasons(name, spec, padded=True)
+        if not reasons:
+            return name, []
+        refused.append(f"{name}: {'; '.join(reasons)}")
+    return None, refused
+
+
 def select_kernel(kernel: str, spec: MoeSpec, *, caller: str) -> str:
     """Return the name of the kernel to use.
 
@@ -130,19 +146,13 @@ def select_kernel(kernel: str, spec: MoeSpec, *, caller: str) -> str:
         UnsupportedError: it cannot run this; lists each candidate with its reasons.
     """
     check_kernel_name(kernel, caller=caller)
-    if kernel == "auto":
-        candidates = [n for n in KERNEL_NAMES if n not in KERNELS or KERNELS[n].automatic]
-    else:
-        candidates = [kernel]
-    reasons = {}
-    for name in candidates:
-        reasons[name] = _reasons(name, spec, padded=True)
-        if not reasons[name]:
-            return name
-    listed = " ".join(f"{name}: {'; '.join(why)}." for name, why in reasons.items())
-    raise UnsupportedError(
-        f"{caller}: kernel must be one that runs this layer; got {kernel!r} for {spec}. {listed}"
-    )
+    name, refused = choose_kernel(kernel, spec)
+    if name is None:
+        raise UnsupportedError(
+            f"{caller}: kernel must be one that runs this layer ({spec}); got {kernel!r}. "
+            f"{'. '.join(refused)}."
+        )
+    return name
 
 
 def _reasons(name: str, spec: MoeSpec, padded: bool) -> list[str]:
@@ -163,6 +173,4 @@ def _reasons(name: str, spec: MoeSpec, padded: bool) -> list[str]:
 
 
 def _absent(name: str) -> str:
-    return (
-        f"this version of fp4moe does not have the {name} kernel yet (it will need {PLANNED[name]})"
-    )
+    return f"not in this version of fp4moe (it will need {PLANNED[name]})"

@@ -26,3 +26,10 @@ class MoeSpec:
     num_experts: int
     top_k: int | None
     capability: tuple[int, int] | None
+
+    def __str__(self) -> str:
+        device = ".".join(map(str, self.capability)) if self.capability else "CPU"
+        return (
+            f"{'gated ' if self.gated else ''}{self.activation}, {self.num_experts} experts of "
+            f"{self.hidden_size} x {self.intermediate_size}, {device}"
+        )

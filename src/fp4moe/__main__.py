@@ -1,0 +1,7 @@
+"""`python -m fp4moe`: the same as the command `fp4moe`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

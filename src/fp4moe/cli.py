@@ -1,0 +1,140 @@
+"""The command line: `fp4moe info` and `fp4moe explain MODEL`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import pathlib
+import platform
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .errors import CheckpointError, Fp4MoeError, UnsupportedError
+from .explain import format_table
+from .kernels import KERNEL_NAMES, current_capability, why_not
+from .replace import explain
+from .version import __version__
+
+__all__ = ["main"]
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "flashinfer-python",
+    "torch-tensorrt",
+    "humming-kernels",
+)
+# The two layers that the package is built for.
+LAYERS = {
+    "Gemma4-26B-A4B": {
+        "activation": "gelu_tanh",
+        "gated": True,
+        "hidden_size": 2816,
+        "intermediate_size": 704,
+        "num_experts": 128,
+        "top_k": 8,
+    },
+    "Nemotron-3-Nano-30B": {
+        "activation": "relu2",
+        "gated": False,
+        "hidden_size": 2688,
+        "intermediate_size": 1856,
+        "num_experts": 128,
+        "top_k": 6,
+    },
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, or 2 for an error of fp4moe."""
+    parser = argparse.ArgumentParser(
+        prog="fp4moe", description="NVFP4 mixture-of-experts operators for PyTorch."
+    )
+    parser.add_argument("--version", action="version", version=f"fp4moe {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, GPU, and which kernels run here and why not")
+    command = commands.add_parser(
+        "explain", help="what replace_moe would do to a model, from its configuration alone"
+    )
+    command.add_argument("model", help="a directory with config.json, that file, or a hub id")
+    command.add_argument("--kernel", default="auto", help="auto or a kernel's name")
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "info":
+            print(info())
+        else:
+            report = explain(
+                model_from_config(arguments.model), arguments.kernel, only_structure=True
+            )
+            print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
+    except Fp4MoeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def info() -> str:
+    """Return a text: versions, device, and each kernel with its reasons for the two main layers."""
+    rows = [["fp4moe", __version__], ["python", platform.python_version()]]
+    rows += [[name, _version(name)] for name in PACKAGES]
+    capability = current_capability()
+    if capability:
+        name = torch.cuda.get_device_name()
+        rows.append(["device", f"{name}, compute capability {capability[0]}.{capability[1]}"])
+    else:
+        rows.append(["device", f"CPU, {torch.get_num_threads()} threads"])
+    lines = [format_table(["what", "version"], rows)]
+    for layer, sizes in LAYERS.items():
+        lines.append(f"\nKernels for a layer of {layer}:")
+        table = []
+        for kernel in KERNEL_NAMES:
+            reasons = why_not(kernel, **sizes)  # type: ignore[arg-type]
+            table.append([kernel, "no" if reasons else "yes", "; ".join(reasons)])
+        lines.append(format_table(["kernel", "runs", "why not"], table))
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def model_from_config(source: str) -> nn.Module:
+    """Build a transformers model on the meta device, without weights.
+
+    Raises:
+        UnsupportedError: transformers is not installed, or knows no such model.
+        CheckpointError: there is no readable configuration.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise UnsupportedError(
+            "explain: transformers must be installed to build a model from its configuration; "
+            "got none. Run pip install 'fp4moe[transformers]'."
+        )
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = pathlib.Path(source)
+    path = path.parent if path.name == "config.json" else path
+    if path.exists() and not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"explain: model must be a directory with config.json or a hub id; got {source}. "
+            "Pass the directory that from_pretrained loads."
+        )
+    try:
+        config = AutoConfig.from_pretrained(str(path) if path.exists() else source)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"explain: model must have a configuration that transformers can build; got {source}: "
+            f"{error}. Check the path, or the spelling of model_type."
+        ) from error
