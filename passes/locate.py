@@ -90,6 +90,22 @@ def _classify(region: Region) -> None:
             for source in node.all_input_nodes
             if source not in inside and _is_tensor(source)
         }
+    tuples = [n.name for n in fed if not isinstance(meta_value(n), torch.Tensor)]
+    if tuples:
+        region.reasons.append(f"it reads the tuple {', '.join(tuples)}, not tensors")
+        return
+    numbers = [
+        source.name
+        for node in region.nodes
+        for source in node.all_input_nodes
+        if source not in inside and isinstance(meta_value(source), (float, torch.SymFloat))
+    ]
+    if numbers:
+        region.reasons.append(
+            f"it reads {', '.join(dict.fromkeys(numbers))}, a number that may change from call to "
+            "call"
+        )
+        return
     weights = [n for n in fed if meta_value(n).ndim == 3 and meta_value(n).is_floating_point()]
     outputs = [
         n for n in region.nodes if _is_tensor(n) and any(user not in inside for user in n.users)
@@ -111,7 +127,8 @@ def _classify(region: Region) -> None:
     tokens, top_k = meta_value(ids[0]).shape
     floats = [n for n in others if n is not ids[0]]
     routing = [n for n in floats if tuple(meta_value(n).shape) == (tokens, top_k)]
-    sizes = {s for n in weights for s in meta_value(n).shape[1:]}
+    # A list: symbolic sizes cannot be hashed.
+    sizes = [s for n in weights for s in meta_value(n).shape[1:]]
     hidden = [
         n
         for n in floats

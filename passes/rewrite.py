@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 
-from fp4moe.errors import UnsupportedError
+from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.experts import ExpertWeights
 from fp4moe.formats import NVFP4
 from fp4moe.kernels import MoeSpec, check_kernel_name, current_capability, select_kernel
@@ -65,7 +65,8 @@ def rewrite_moe(
         is.
 
     Raises:
-        UnsupportedError: no such kernel.
+        UnsupportedError: no such kernel, or the kernel asked for by name cannot run a block; the
+            graph is as it was.
     """
     return rewrite_moe_with_weights(graph_module, example_inputs, kernel, verify)[0]
 
@@ -79,9 +80,10 @@ def rewrite_moe_with_weights(
     values: dict[fx.Node, Any] = dict(zip(placeholders, example_inputs, strict=True))
     already = sum(node.target is OPERATOR for node in gm.graph.nodes)
     verified: dict[str, tuple[Hypothesis | None, str]] = {}
-    blocks, done = [], []
+    # Everything is decided before the graph changes, so that an error leaves it as it was.
+    plans = []
     for region in find_regions(gm.graph, is_experts_class):
-        form, name = None, None
+        form, name, first, down = None, None, None, None
         reasons = list(region.reasons)
         if not reasons:
             first, down = (_real_weight(gm, values, node) for node in (region.first, region.down))
@@ -92,28 +94,38 @@ def rewrite_moe_with_weights(
                 verified[key] = verify_region(gm, region) if verify else trust_region(region)
             form, why = verified[key]
             reasons += [why] if why else []
-        if not reasons:
+        if form and not reasons:
             name, why = _kernel(kernel, region, form, first)
             reasons += [why] if why else []
+        packed = None
         if form and name and not reasons:
-            packed = pack_once(first, down, form, name)
+            try:
+                packed = pack_once(first, down, form, name)
+            except ShapeError as error:
+                reasons.append(str(error))
+        plans.append((region, form, name, packed, reasons))
+    blocks = tuple(
+        BlockMatch(
+            path=region.path,
+            module=region.module_class,
+            rewritten=packed is not None,
+            form=str(form) if form else None,
+            kernel=name,
+            reasons=tuple(reasons),
+        )
+        for region, form, name, packed, reasons in plans
+    )
+    done = []
+    # From the last one: a region may read the output of an earlier one.
+    for region, _, _, packed, _ in reversed(plans):
+        if packed is not None:
             _insert(gm, region, packed)
             assert region.first and region.down
-            done.append(Rewritten(region.path, packed, (region.first, region.down)))
-        blocks.append(
-            BlockMatch(
-                path=region.path,
-                module=region.module_class,
-                rewritten=not reasons,
-                form=str(form) if form else None,
-                kernel=name,
-                reasons=tuple(reasons),
-            )
-        )
+            done.insert(0, Rewritten(region.path, packed, (region.first, region.down)))
     if done:
         gm.graph.lint()
         gm.recompile()
-    return RewriteReport(tuple(blocks), already), done
+    return RewriteReport(blocks, already), done
 
 
 def _real_weight(gm: fx.GraphModule, values: dict[fx.Node, Any], node: fx.Node | None) -> Any:
@@ -162,9 +174,9 @@ def _structure(region: Region) -> str:
 
 
 def _kernel(
-    kernel: str, region: Region, form: Hypothesis | None, first: torch.Tensor
+    kernel: str, region: Region, form: Hypothesis, first: torch.Tensor
 ) -> tuple[str | None, str]:
-    assert form is not None and region.hidden and region.expert_ids and region.first and region.down
+    assert region.hidden and region.expert_ids and region.first and region.down
     rows = first.shape[2] if form.transposed else first.shape[1]
     spec = MoeSpec(
         activation=form.activation,
@@ -178,6 +190,9 @@ def _kernel(
     try:
         return select_kernel(kernel, spec, caller="rewrite_moe"), ""
     except UnsupportedError as error:
+        # A kernel asked for by name is an order, not a preference.
+        if kernel != "auto":
+            raise
         return None, str(error)
 
 

@@ -34,7 +34,7 @@ LAYERS: list[set[str]] = [
     {"passes"},
     {"compile"},
     {""},
-    {"cli"},
+    {"__main__", "cli"},
 ]
 
 # Further limits, for names that a lower layer would allow: passes work on graphs, not on modules.

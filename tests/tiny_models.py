@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from transformers import (
+    Gemma4Config,
     Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
     Gemma4TextConfig,
+    Gemma4VisionConfig,
     NemotronHConfig,
     NemotronHForCausalLM,
     Qwen3MoeConfig,
@@ -87,3 +91,102 @@ MODELS = {
     "nemotron_h_latent": nemotron_h_latent,
     "qwen3_moe": qwen3_moe,
 }
+
+# What most families call the number of experts and of those that a token chooses.
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
+LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
+ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+DEEPSEEK = {**ROUTED, "first_k_dense_replace": 1, "n_shared_experts": 1}
+# Multi-head latent attention.
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+}
+SHARED = {"shared_expert_intermediate_size": 48}
+LINEAR = {
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 0, "mamba_d_state": 8}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
+# Model class, and what its configuration takes beyond COMMON.
+FAMILIES = {
+    "afmoe": ("AfmoeForCausalLM", {**EXPERTS, "num_dense_layers": 1}),
+    "aria": ("AriaTextForCausalLM", {"moe_num_experts": 8, "moe_topk": 2}),
+    "cohere2_moe": ("Cohere2MoeForCausalLM", {**EXPERTS, **TOKENS}),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", DEEPSEEK | LATENT),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", DEEPSEEK | LATENT),
+    "deepseek_v4": ("DeepseekV4ForCausalLM", ROUTED),
+    "dots1": ("Dots1ForCausalLM", DEEPSEEK),
+    "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", {"moe_num_experts": 8, "moe_k": 2}),
+    "exaone_moe": ("ExaoneMoeForCausalLM", {**EXPERTS, "first_k_dense_replace": 1}),
+    "flex_olmo": ("FlexOlmoForCausalLM", {**EXPERTS, **TOKENS}),
+    "glm4_moe": ("Glm4MoeForCausalLM", DEEPSEEK),
+    "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", DEEPSEEK | LATENT),
+    "gpt_oss": ("GptOssForCausalLM", {**LOCAL, **TOKENS}),
+    "granitemoe": ("GraniteMoeForCausalLM", LOCAL),
+    "granitemoeshared": ("GraniteMoeSharedForCausalLM", LOCAL | {"shared_intermediate_size": 48}),
+    "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", {"num_experts": 8, "moe_topk": 2}),
+    "hy_v4": ("HYV4ForCausalLM", {**LOCAL, **TOKENS}),
+    "inkling2": ("Inkling2ForCausalLM", {**ROUTED, **TOKENS}),
+    "jamba": ("JambaForCausalLM", EXPERTS | JAMBA),
+    "kolibri1": ("Kolibri1ForCausalLM", EXPERTS),
+    "laguna": ("LagunaForCausalLM", EXPERTS | SHARED),
+    "lfm2_moe": (
+        "Lfm2MoeForCausalLM",
+        {**EXPERTS, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    ),
+    "llama4": (
+        "Llama4ForCausalLM",
+        {**LOCAL, "num_experts_per_tok": 1, "intermediate_size_mlp": 96},
+    ),
+    "mellum": ("MellumForCausalLM", EXPERTS),
+    "mimo_v2_flash": ("MiMoV2FlashForCausalLM", DEEPSEEK),
+    "minimax": ("MiniMaxForCausalLM", LOCAL),
+    "minimax_m2": ("MiniMaxM2ForCausalLM", {**LOCAL, **TOKENS}),
+    "minimax_m3": ("MiniMaxM3VLForCausalLM", {**LOCAL, **TOKENS}),
+    "mixtral": ("MixtralForCausalLM", LOCAL),
+    "muse_spark": ("MuseSparkTextModel", {**LOCAL, **TOKENS, "moe_hidden_size": 32}),
+    "olmoe": ("OlmoeForCausalLM", {**EXPERTS, **TOKENS}),
+    "phimoe": ("PhimoeForCausalLM", LOCAL),
+    "privacy_filter": ("OpenAIPrivacyFilterModel", {**LOCAL, **TOKENS}),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", EXPERTS | SHARED),
+    "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", EXPERTS | SHARED | LINEAR),
+    "qwen3_next": ("Qwen3NextForCausalLM", EXPERTS | SHARED | LINEAR),
+    "solar_open": ("SolarOpenForCausalLM", DEEPSEEK),
+    "zaya": ("ZayaForCausalLM", EXPERTS | {"num_experts_per_tok": 1, "router_hidden_size": 32}),
+}
+
+
+def family(name, implementation="grouped_mm", dtype=torch.float32):
+    """Two layers of another family, its experts beside whatever else it has."""
+    model_class = getattr(transformers, FAMILIES[name][0])
+    config = model_class.config_class(**{**COMMON, "num_hidden_layers": 2, **FAMILIES[name][1]})
+    return finish(model_class, config, implementation, dtype)
+
+
+def gemma4_multimodal(implementation="grouped_mm", dtype=torch.float32):
+    """The wrapper of text and vision around the experts of `gemma4`."""
+    vision = Gemma4VisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        position_embedding_size=64,
+    )
+    tokens = {"image_token_id": 120, "video_token_id": 121, "audio_token_id": 122}
+    tokens |= {"boi_token_id": 123, "eoi_token_id": 124}
+    tokens |= {"boa_token_id": 125, "eoa_token_index": 126}
+    text = gemma4("eager").config
+    config = Gemma4Config(text_config=text, vision_config=vision, audio_config=None, **tokens)
+    return finish(Gemma4ForConditionalGeneration, config, implementation, dtype)

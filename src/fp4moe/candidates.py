@@ -69,10 +69,7 @@ def storage_reasons(module: nn.Module, parameters: dict[str, torch.Tensor]) -> l
         if isinstance(parameter, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             reasons.append(f"{name} is uninitialised; run the model once or load its weights")
         elif parameter.device.type == "meta":
-            reasons.append(
-                f"{name} is on the meta device (not loaded, or offloaded); load it onto a real "
-                "device"
-            )
+            reasons.append(f"{name} {ON_META}")
         elif type(parameter.data) is not torch.Tensor:
             reasons.append(
                 f"{name} is a {type(parameter.data).__name__}, not a plain tensor; gather or "

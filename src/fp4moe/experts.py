@@ -272,13 +272,11 @@ class ExpertWeights:
         first = _empty(experts, (1 + gated) * i_padded, h_padded, down.device)
         second = _empty(experts, h_padded, i_padded, down.device)
         for expert in range(experts):
-            shared_scale = torch.stack(
-                [_global_scale(w[expert], expert, name) for name, w in parts.items()]
-            ).amax()
+            shared_scale = _global_scale(parts, expert)
             for index, weight in enumerate(parts.values()):
                 place = slice(index * i_padded, index * i_padded + i_padded)
                 _quantize_into(first, expert, place, weight[expert], shared_scale, method)
-            scale = _global_scale(down[expert], expert, "down")
+            scale = _global_scale({"down": down}, expert)
             _quantize_into(second, expert, slice(0, h_padded), down[expert], scale, method)
         return cls(
             gate_up=first,
@@ -463,6 +461,11 @@ def _check_float_weights(parts: dict[str, torch.Tensor], down: torch.Tensor) -> 
                 f"got {tensor.dtype}. "
                 "Dequantise it first."
             )
+        if tensor.is_meta and up.is_meta:
+            raise ShapeError(
+                f"ExpertWeights.quantize: {name} must hold values; got a meta tensor. Load the "
+                "checkpoint first."
+            )
         if tensor.device != up.device:
             raise ShapeError(
                 f"ExpertWeights.quantize: {name} must be on the device of up, {up.device}; got "
@@ -481,14 +484,16 @@ def _empty(experts: int, rows: int, columns: int, device: torch.device) -> NVFP4
     )
 
 
-def _global_scale(weight: torch.Tensor, expert: int, name: str) -> torch.Tensor:
-    try:
-        return nvfp4_global_scale(weight)
-    except ShapeError as error:
-        raise ShapeError(
-            f"ExpertWeights.quantize: {name} of expert {expert} must be finite; got inf or NaN. "
-            "Find the layer that made them."
-        ) from error
+def _global_scale(weights: dict[str, torch.Tensor], expert: int) -> torch.Tensor:
+    # From the largest magnitude of all of them: an all-zero gate must not bring its scale of 1.
+    ends = {name: torch.stack(torch.aminmax(w[expert])).float() for name, w in weights.items()}
+    for name, pair in ends.items():
+        if not bool(torch.isfinite(pair).all()):
+            raise ShapeError(
+                f"ExpertWeights.quantize: {name} of expert {expert} must be finite in float32; got "
+                f"values from {float(pair[0])} to {float(pair[1])}. Find the layer that made them."
+            )
+    return nvfp4_global_scale(torch.stack(list(ends.values())))
 
 
 def _quantize_into(

@@ -10,6 +10,7 @@ W4A4 quantiser.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -191,6 +192,8 @@ def _run(
         return (fake_quantize_activation(y, intermediate_scale[expert]) @ down.T).bfloat16().float()
 
     # float32 is part of the definition: an ambient autocast must not lower the GEMMs.
-    with torch.autocast(hidden.device.type, enabled=False):
+    device = hidden.device.type
+    available = torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if available else contextlib.nullcontext():
         out = sum_over_experts(expert_ids, routing_weights, expert_offset, local_experts, apply)
     return hidden.new_zeros(hidden.shape) if out is None else out.to(hidden.dtype)

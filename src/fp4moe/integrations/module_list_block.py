@@ -68,8 +68,7 @@ class BlockForm:
         words += [f"times {self.scaling:g}"] if self.scaling != 1 else []
         words += [f"selected with {self.correction}"] if self.correction else []
         words += [f"within {' and '.join(self.latent)}"] if self.latent else []
-        if self.shared:
-            words.append(f"plus {self.shared}")
+        words += [f"plus {self.shared}"] if self.shared else []
         return ", ".join(words) + (f" times {self.shared_gate}" if self.shared_gate else "")
 
 
@@ -96,9 +95,7 @@ class FusedMoeBlock(nn.Module):
         """What this block computes around its experts."""
         return self._form
 
-    def forward(
-        self, hidden_states: torch.Tensor
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, hidden_states: torch.Tensor) -> Any:
         """Route, apply the experts, and add the shared expert."""
         form = self._form
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -453,8 +450,8 @@ def _run_twin(
         return runs, form
     if all(_is_pair(result) for result in results):
         return runs, dataclasses.replace(form, logits_rank=results[0][1].ndim)
-    what = type(results[0]).__name__
-    what += f" of {len(results[0])}" if isinstance(results[0], (tuple, list)) else ""
+    sized = isinstance(results[0], (tuple, list))
+    what = type(results[0]).__name__ + (f" of {len(results[0])}" if sized else "")
     return runs, f"its forward returns a {what}, neither a tensor nor (output, router logits)"
 
 
