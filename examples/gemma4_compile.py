@@ -1,4 +1,4 @@
-"""One layer of Gemma4-26B-A4B at its real width, random weights, on whatever device there is.
+"""One layer of Gemma4-26B-A4B at its real width, random weights, on any device.
 
 Run: python examples/gemma4_compile.py
 """
@@ -11,7 +11,7 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 
 def main() -> None:
-    """Build the layer: 128 experts, top-8, hidden 2816, intermediate 704, gelu_tanh; a small vocabulary."""
+    """Build the layer: 128 experts, top-8, hidden 2816, intermediate 704; small vocabulary."""
     torch.manual_seed(0)
     config = Gemma4TextConfig(
         hidden_size=2816,

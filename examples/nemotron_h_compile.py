@@ -1,4 +1,4 @@
-"""One MoE layer of Nemotron-3-Nano-30B-A3B at its real width, random weights, on whatever device there is.
+"""One MoE layer of Nemotron-3-Nano-30B-A3B at its real width, random weights, on any device.
 
 Run: python examples/nemotron_h_compile.py
 """
@@ -11,7 +11,7 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 
 def main() -> None:
-    """Build Mamba, attention and MoE once each: 128 experts, top-6, hidden 2688, intermediate 1856."""
+    """Build Mamba, attention and MoE: 128 experts, top-6, hidden 2688, intermediate 1856."""
     torch.manual_seed(0)
     config = NemotronHConfig(
         hidden_size=2688,

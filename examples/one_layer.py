@@ -1,6 +1,7 @@
 """What both examples do with a model of one MoE layer at its real width.
 
-explain -> graph breaks before and after -> compiled generation through the backend -> replace_moe -> errors and bytes.
+explain, graph breaks before and after, generation compiled through the backend, replace_moe,
+errors, bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from fp4moe.reference import moe_definition, reference, reference_w4a4
 
 PROMPT_TOKENS = 12
 NEW_TOKENS = 6
+VOCABULARY = 4096
+INNER_BACKEND = "inductor"
 
 
 class Experts:
@@ -35,8 +38,10 @@ class Experts:
         self._hook.remove()
 
 
-def count_breaks(model: torch.nn.Module, ids: torch.Tensor, backend: Any = "eager") -> str:
-    """Compile one forward pass; return "graphs / breaks"."""
+def count_breaks(
+    model: torch.nn.Module, ids: torch.Tensor, backend: Any = "eager"
+) -> tuple[str, torch.Tensor]:
+    """Compile one forward pass; return "graphs / breaks" and the logits."""
     torch._dynamo.reset()
     graphs = 0
 
@@ -46,8 +51,8 @@ def count_breaks(model: torch.nn.Module, ids: torch.Tensor, backend: Any = "eage
         return gm.forward if backend == "eager" else backend(gm, inputs)
 
     with torch.no_grad():
-        torch.compile(model, backend=counting)(ids)
-    return f"{graphs} / {graphs - 1}"
+        logits = torch.compile(model, backend=counting)(ids).logits
+    return f"{graphs} / {graphs - 1}", logits
 
 
 def generate(model: torch.nn.Module, ids: torch.Tensor, **options: Any) -> list[int]:
@@ -59,6 +64,8 @@ def generate(model: torch.nn.Module, ids: torch.Tensor, **options: Any) -> list[
         min_new_tokens=NEW_TOKENS,
         do_sample=False,
         cache_implementation="static",
+        # generate() runs the prefill in eager, unless it comes in chunks: then it is compiled too.
+        prefill_chunk_size=PROMPT_TOKENS,
         **options,
     )
     return out[0, ids.shape[1] :].tolist()
@@ -70,7 +77,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def layer_errors(candidate: Any, inputs: tuple, weights: fp4moe.ExpertWeights) -> dict[str, float]:
-    """Errors of the layer's output for real inputs against its bf16 weights in float32 arithmetic."""
+    """Errors of the layer's output on real inputs against its float weights in float32."""
     stacked, down = (w.detach() for w in candidate.parameters.values())
     gate, up = stacked.chunk(2, dim=1) if weights.gated else (None, stacked)
     exact = moe_definition(*inputs, up=up, down=down, gate=gate, activation=weights.activation)
@@ -91,7 +98,7 @@ def run(model: torch.nn.Module) -> None:
     started = time.time()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()
-    ids = torch.randint(1, 1000, (1, PROMPT_TOKENS), device=device)
+    ids = torch.randint(1, VOCABULARY, (1, PROMPT_TOKENS), device=device)
     before = fp4moe.explain(model)
     print(f"{before}\n")
 
@@ -104,13 +111,15 @@ def run(model: torch.nn.Module) -> None:
     # Attention and the rest stay as they are, so the quick inner backend shows all there is to see.
     backend = lambda gm, inputs: fp4moe.backend(gm, inputs, options={"inner_backend": "eager"})  # noqa: E731
     rows = []
-    for implementation in ("eager", "batched_mm", "grouped_mm"):
+    for implementation in ("eager", "grouped_mm"):
         model.set_experts_implementation(implementation)
-        rows.append([f"Hugging Face, {implementation}", count_breaks(model, ids)])
-    rows.append(["fp4moe.backend, grouped_mm", count_breaks(model, ids, backend)])
+        rows.append([f"Hugging Face, {implementation}", count_breaks(model, ids)[0]])
+    breaks, compiled_logits = count_breaks(model, ids, backend)
+    rows.append(["fp4moe.backend, grouped_mm", breaks])
 
     torch._dynamo.reset()
-    config = CompileConfig(backend=fp4moe.backend, fullgraph=True, mode=None)
+    options = {"inner_backend": INNER_BACKEND}
+    config = CompileConfig(backend=fp4moe.backend, options=options, fullgraph=True, mode=None)
     config._compile_all_devices = True
     compiled_tokens = generate(model, ids, compile_config=config)
     float_tokens = generate(model, ids, disable_compile=True)
@@ -131,10 +140,10 @@ def run(model: torch.nn.Module) -> None:
     fp4moe.replace_moe(model)
     after = fp4moe.explain(model)
     print(f"{after}\n")
-    rows.append(["replace_moe", count_breaks(model, ids)])
+    rows.append(["replace_moe", count_breaks(model, ids)[0]])
     print(format_table(["graphs / breaks of one forward pass", ""], rows))
     with torch.no_grad():
-        logits_error = relative(model(ids).logits, float_logits)
+        logits = model(ids).logits
     replaced_tokens = generate(model, ids, disable_compile=True)
 
     print(
@@ -142,7 +151,9 @@ def run(model: torch.nn.Module) -> None:
     )
     for name, error in errors.items():
         print(f"  {name}: {error:.4f}")
-    print(f"relative RMS error of the logits, replaced against bf16: {logits_error:.4f}")
+    print(
+        f"relative RMS error of the logits, replaced against bf16: {relative(logits, float_logits):.4f}"
+    )
     print(
         f"expert weights: {format_bytes(before.nbytes)} -> {format_bytes(after.nbytes)}, "
         f"{before.nbytes / after.nbytes:.2f} times smaller"
@@ -150,6 +161,7 @@ def run(model: torch.nn.Module) -> None:
     print(f"tokens, bf16:                          {float_tokens}")
     print(f"tokens, compiled with fp4moe.backend:  {compiled_tokens}")
     print(f"tokens, replace_moe in eager:          {replaced_tokens}")
-    if compiled_tokens != replaced_tokens:
-        raise SystemExit("the compiled and the replaced model generate different tokens")
+    # Both run the same operator on the same bytes; what is left is bf16 rounding elsewhere (2^-8).
+    if not (difference := relative(compiled_logits, logits)) < 2**-6:
+        raise SystemExit(f"logits of the backend and of replace_moe differ by {difference:.2g}")
     print(f"done in {time.time() - started:.0f} s on {device}")

@@ -484,3 +484,7 @@ def test_pack_and_unpack_are_inverses():
     assert codes[0, :6].tolist() == [0, 0, 1, 0, 2, 0]
     assert codes[1, 0:2].tolist() == [0x0, 0x4]
     assert torch.equal(pack_codes(codes), packed)
+
+
+def test_grid_from_arithmetic_is_the_format_s_grid():
+    assert tuple(quantize._grid(torch.device("cpu")).tolist()) == NVFP4.grid

@@ -129,10 +129,15 @@ def verify_against_definition(
     ids = torch.rand(5, experts, generator=generator).argsort(1)[:, :top_k].to(up.device)
     weights = torch.rand(5, top_k, generator=generator).to(up.device)
     with torch.no_grad():
-        actual = forward(hidden, ids, weights).float()
+        try:
+            actual = forward(hidden, ids, weights).float()
+        except Exception as error:  # the model's code may raise anything
+            return [f"its forward refuses five random {up.dtype} tokens: {error}"]
         expected = moe_definition(
             hidden.float(), ids, weights, up=up, down=down, gate=gate, activation=activation
         )
+    if actual.shape != expected.shape:
+        return [f"its forward returns {list(actual.shape)} for {list(hidden.shape)} tokens"]
     error = float(
         (actual - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny)
     )

@@ -92,6 +92,11 @@ class BackendOptions:
                     f"backend: {name} must be one of {listed}; got {getattr(parsed, name)!r}. Pass "
                     "one of these."
                 )
+        if not isinstance(parsed.inner_options, (dict, type(None))):
+            raise UnsupportedError(
+                "backend: inner_options must be a dict or None; got "
+                f"{parsed.inner_options!r}. Pass the options of the inner backend by name."
+            )
         inner = parsed.inner_backend
         if not callable(inner) and inner not in torch._dynamo.list_backends(exclude_tags=()):
             raise UnsupportedError(
@@ -220,7 +225,12 @@ def _release(
                     "fp4moe.backend: %s keeps %s, whose storage others share", block.path, node.name
                 )
             elif storage.nbytes():
-                storage.resize_(0)
+                if not storage.resizable():
+                    # Memory-mapped checkpoints: the mapping goes with its last user.
+                    weight.data = torch.empty_strided(
+                        weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device
+                    )
+                weight.untyped_storage().resize_(0)
 
 
 def _with_weight_check(

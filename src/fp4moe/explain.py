@@ -92,7 +92,7 @@ class ModelReport:
         notes: dict[str, list[str]] = {}
         for b in self.blocks:
             for reason in b.reasons:
-                notes.setdefault(reason, []).append(b.path)
+                notes.setdefault(reason, []).append(b.path or b.module)
         lines += [f"{_few(paths)}: {reason}" for reason, paths in notes.items()]
         kinds = ("replaced", "replaceable", "not replaceable")
         counts = ", ".join(f"{self.count(kind)} {kind}" for kind in kinds if self.count(kind))

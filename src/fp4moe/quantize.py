@@ -154,7 +154,7 @@ def dequantize_nvfp4(q: NVFP4Values, dtype: torch.dtype = torch.float32) -> torc
     g_blocks = _expand(g, scale.shape)
     size = min(_chunk_blocks(packed.device), scale.numel())
     # A byte is looked up as two bfloat16 in one int32: every E2M1 value is exact in bfloat16.
-    grid = torch.tensor(NVFP4.grid, device=packed.device)
+    grid = _grid(packed.device)
     both = unpack_codes(torch.arange(256, dtype=torch.uint8, device=packed.device)).int()
     table = torch.cat((grid, 0 - grid))[both].bfloat16().view(torch.int32)
     index, pairs = torch.empty(2, size * 8, dtype=torch.int32, device=packed.device)
@@ -289,6 +289,12 @@ def _block_error(a: torch.Tensor, step: torch.Tensor, norm: torch.Tensor) -> tor
     power = y.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32).clamp_(1.0, 4.0)
     y.add_(power, alpha=2.0**22).sub_(power, alpha=2.0**22)
     return y.mul_(step).sub_(a).mul_(norm).square_().sum(0)
+
+
+def _grid(device: torch.device) -> torch.Tensor:
+    # NVFP4.grid by arithmetic: no copy from the host is allowed while a CUDA graph is captured.
+    code = torch.arange(8, dtype=torch.float32, device=device)
+    return torch.where(code < 4, code / 2, torch.where(code < 6, code - 2, 2 * code - 8))
 
 
 def _chunk_blocks(device: torch.device) -> int:

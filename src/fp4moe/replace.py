@@ -86,6 +86,7 @@ def replace_moe(
     _check_choice("method", method, METHODS)
     _check_choice("hidden_alignment", hidden_alignment, HIDDEN_ALIGNMENTS)
     _check_choice("routing", routing, ("given",))
+    _refuse_other_kernels(model, kernel)
     candidates = find_candidates(model)
     if not candidates:
         if any(isinstance(m, FusedExperts) for m in model.modules()):
@@ -98,6 +99,7 @@ def replace_moe(
             "expert MLPs."
         )
     refused = {}
+    root = type(model).__name__
     for candidate in tqdm(candidates, desc="checking experts", disable=not progress, leave=False):
         reasons = (
             candidate.reasons or value_reasons(candidate) or _kernel_reasons(candidate, kernel)
@@ -105,14 +107,14 @@ def replace_moe(
         if reasons:
             refused[candidate.path] = reasons
     if refused and strict:
-        listed = " ".join(f"{path}: {'; '.join(why)}." for path, why in refused.items())
+        listed = " ".join(f"{path or root}: {'; '.join(why)}." for path, why in refused.items())
         raise UnsupportedError(
             f"replace_moe: model must have only blocks that can be replaced; got {len(refused)} of "
             f"{len(candidates)} that "
             f"cannot. {listed} Pass strict=False to leave these as they are."
         )
     for path, why in refused.items():
-        logger.warning("replace_moe: %s is left as it is: %s", path, "; ".join(why))
+        logger.warning("replace_moe: %s is left as it is: %s", path or root, "; ".join(why))
     paths = [c.path for c in candidates if c.path not in refused]
     jobs = {c.path: c for c in candidates}
     # The lists must not keep a replaced layer's weights alive.
@@ -123,12 +125,6 @@ def replace_moe(
         fused = job.build(FusedExperts(job.quantize(method), kernel))
         fused.train(job.module.training)
         parent, _, name = path.rpartition(".")
-        if not path:
-            raise UnsupportedError(
-                "replace_moe: model must contain its experts as a child; got the block "
-                f"{type(model).__name__} itself. "
-                "Wrap it in a module, or use fp4moe.ExpertWeights."
-            )
         setattr(model.get_submodule(parent), name, fused)
     return model
 
@@ -163,11 +159,23 @@ def _check_choice(name: str, value: object, known: Iterable) -> None:
         )
 
 
+def _refuse_other_kernels(model: nn.Module, kernel: str) -> None:
+    fused = {path: m.kernel for path, m in model.named_modules() if isinstance(m, FusedExperts)}
+    for path, present in fused.items():
+        if kernel not in ("auto", present):
+            raise UnsupportedError(
+                "replace_moe: kernel must be that of the blocks which are fused already; got "
+                f"{kernel!r}, but {path or type(model).__name__} has {present!r}. Load the float "
+                "model again."
+            )
+
+
 def _refuse_shared_weights(model: nn.Module, candidates: list[Candidate]) -> None:
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (
-            parameter.device.type != "meta"
+            not isinstance(parameter, nn.UninitializedParameter)
+            and parameter.device.type != "meta"
             and type(parameter.data) is torch.Tensor
             and parameter.numel()
         ):
@@ -176,7 +184,7 @@ def _refuse_shared_weights(model: nn.Module, candidates: list[Candidate]) -> Non
         for name, weight in candidate.parameters.items():
             if weight.device.type == "meta" or type(weight.data) is not torch.Tensor:
                 continue
-            full = f"{candidate.path}.{name}"
+            full = f"{candidate.path}.{name}".lstrip(".")
             others = [n for n in names[weight.untyped_storage().data_ptr()] if n != full]
             if others and weight.untyped_storage().nbytes():
                 candidate.reasons.append(
@@ -235,7 +243,8 @@ def _candidate_row(candidate: Candidate, kernel: str, reasons: list[str]) -> Blo
 def _fused_row(path: str, module: FusedExperts) -> BlockReport:
     meta, prepared = module.metadata, module.weights
     notes = []
-    if bool((prepared.hidden_scale == 1).all()) and bool((prepared.intermediate_scale == 1).all()):
+    scales = (prepared.hidden_scale, prepared.intermediate_scale)
+    if prepared.device.type != "meta" and all(bool((scale == 1).all()) for scale in scales):
         notes.append("activation ranges are not calibrated (only W4A4 kernels use them)")
     return BlockReport(
         path=path,

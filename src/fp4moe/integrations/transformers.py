@@ -17,7 +17,7 @@ from torch import nn
 from ..activations import ACTIVATIONS, identify_activation, probe_values
 from ..candidates import Candidate, storage_reasons, verify_against_definition
 from ..experts import ExpertWeights, split_gate_up
-from ..stamps import STAMPS, is_experts_class
+from ..stamps import STAMPS
 
 __all__ = ["describe_experts", "find_experts", "is_experts_module"]
 
@@ -35,7 +35,7 @@ TOP_K_NAMES = (
 
 def is_experts_module(module: nn.Module) -> bool:
     """Whether the module carries the decorator's stamps and is not fused already."""
-    stamped = is_experts_class(type(module)) and all(hasattr(module, stamp) for stamp in STAMPS)
+    stamped = all(hasattr(module, stamp) for stamp in STAMPS)
     return stamped and FUSED_CHILD not in module._modules
 
 
@@ -46,6 +46,8 @@ def find_experts(model: nn.Module) -> list[Candidate]:
     for candidate in found:
         if reason:
             candidate.reasons.append(reason)
+        if not candidate.path:
+            candidate.reasons.append("it is the model itself; wrap it in a module")
     return found
 
 
@@ -65,10 +67,12 @@ def _half_loaded(model: nn.Module) -> str | None:
 def describe_experts(path: str, module: Any) -> Candidate:
     """Read one stamped experts module."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
+    tensors = {n: getattr(module, n, None) for n in (name, "down_proj")}
+    lazy = {n: p for n, p in tensors.items() if isinstance(p, nn.UninitializedParameter)}
     parameters = {
         n: p
-        for n in (name, "down_proj")
-        if isinstance(p := getattr(module, n, None), torch.Tensor) and p.ndim == 3
+        for n, p in tensors.items()
+        if n not in lazy and isinstance(p, torch.Tensor) and p.ndim == 3
     }
     candidate = Candidate(
         path=path, module=module, parameters=parameters, gated=bool(module.has_gate)
@@ -79,13 +83,16 @@ def describe_experts(path: str, module: Any) -> Candidate:
     )
     reasons = candidate.reasons
     if len(parameters) != 2:
-        reasons.append(f"it has no 3-D parameters {name} and down_proj")
+        why = [] if lazy else [f"it has no 3-D parameters {name} and down_proj"]
+        reasons += why + storage_reasons(module, lazy)
         return candidate
     first, down = parameters[name], parameters["down_proj"]
     rows, columns = (2, 1) if module.is_transposed else (1, 2)
     candidate.num_experts, candidate.hidden_size = first.shape[0], first.shape[columns]
     candidate.intermediate_size = first.shape[rows] // (2 if module.has_gate else 1)
     reasons += storage_reasons(module, parameters)
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        reasons.append("its forward was replaced on the instance; undo that first")
     if module.has_bias:
         reasons.append("its experts have biases, which the operator does not add")
     if getattr(module, "has_post_expert_norm", False):
@@ -123,9 +130,25 @@ def _verify(
     if module.is_transposed:
         first, down = first.transpose(1, 2), down.transpose(1, 2)
     gate, up = split_gate_up(first, layout) if module.has_gate else (None, first)
-    # The class's own loop: it does not depend on the configured implementation.
-    forward = functools.partial(type(module).forward.__wrapped__, module)
-    return verify_against_definition(forward, up=up, down=down, gate=gate, activation=activation)
+    # The class's own loop, whatever implementation is configured, and what a subclass adds to it.
+    eager = object.__new__(type(module))
+    vars(eager).update(vars(module))
+    eager.config = _EagerConfig(module.config)
+    return verify_against_definition(
+        eager.forward, up=up, down=down, gate=gate, activation=activation
+    )
+
+
+class _EagerConfig:
+    """A configuration that asks for the class's own forward; else that of the model."""
+
+    _experts_implementation = "eager"
+
+    def __init__(self, config: Any):
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
 
 
 def _activation(module: Any) -> tuple[str | None, str]:

@@ -1,0 +1,66 @@
+"""`fp4moe info` and `fp4moe explain`, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tiny_models import gemma4, nemotron_h
+
+import fp4moe
+from fp4moe.cli import LAYERS, main
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "fp4moe", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_info_as_a_module():
+    result = run("info")
+    assert result.returncode == 0
+    assert f"fp4moe             {fp4moe.__version__}" in result.stdout
+    for layer in LAYERS:
+        assert f"Kernels for a layer of {layer}:" in result.stdout
+    assert "reference           yes" in result.stdout
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"fp4moe {fp4moe.__version__}\n"
+
+
+@pytest.mark.parametrize("build, blocks", [(gemma4, 2), (nemotron_h, 2)])
+def test_explain_from_a_configuration(build, blocks, tmp_path, capsys):
+    model = build()
+    model.config.save_pretrained(tmp_path)
+    assert main(["explain", str(tmp_path), "--json"]) == 0
+    from_config = json.loads(capsys.readouterr().out)
+    assert from_config == json.loads(json.dumps(fp4moe.explain(model).to_dict()))
+    assert [b["status"] for b in from_config["blocks"]] == ["replaceable"] * blocks
+    assert main(["explain", str(tmp_path / "config.json")]) == 0
+    assert f"{blocks} replaceable" in capsys.readouterr().out
+
+
+def test_explain_says_what_is_wrong(tmp_path, capsys):
+    assert main(["explain", str(tmp_path)]) == 2
+    assert "model must be a directory with config.json" in capsys.readouterr().err
+    gemma4().config.save_pretrained(tmp_path)
+    assert main(["explain", str(tmp_path), "--kernel", "fast"]) == 2
+    assert "kernel must be auto or one of" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
+    assert main(["explain", str(tmp_path)]) == 2
+    assert "must have a configuration that transformers can build" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{not json")
+    assert main(["explain", str(tmp_path)]) == 2
+    assert "must have a configuration that transformers can build" in capsys.readouterr().err
+
+
+def test_an_unknown_command_lists_the_known_ones(capsys):
+    with pytest.raises(SystemExit):
+        main(["fly"])
+    assert "info" in capsys.readouterr().err

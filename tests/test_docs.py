@@ -1,0 +1,92 @@
+"""The README's code and commands work as they stand, and the examples run."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shlex
+import sys
+
+import pytest
+import torch
+from tiny_models import gemma4, nemotron_h
+
+import fp4moe
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "\n".join(blocks("bash")).splitlines()
+    return [line.partition("#")[0].strip() for line in lines if line.partition("#")[0].strip()]
+
+
+def test_readme_code_runs(tmp_path, fresh_dynamo, capsys):
+    gemma4(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    names: dict = {"__name__": "readme"}
+    for code in blocks("python"):
+        code = code.replace("google/gemma-4-26B-A4B-it", str(tmp_path))
+        assert str(tmp_path) in code or "from_pretrained" not in code
+        exec(compile(code, "README.md", "exec"), names)
+    assert "2 replaced" in capsys.readouterr().out
+
+
+def test_every_command_of_the_readme_is_run_somewhere():
+    makefile = (ROOT / "Makefile").read_text()
+    ci = (ROOT / ".ci" / "run").read_text()
+    for command in commands():
+        words = shlex.split(command)
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), command
+        elif words[:2] == ["pip", "install"]:
+            assert "install" in makefile and "." in words[-1], command
+        elif words[0] == "python":
+            # Examples run below, benchmarks by `make bench`.
+            assert (ROOT / words[1]).is_file(), command
+        else:
+            # tests/test_cli.py runs these.
+            assert words[0] == "fp4moe" and words[1] in ("info", "explain"), command
+    assert "make test" in ci and "make demo" in ci and "make bench" in ci
+
+
+@pytest.mark.parametrize("build", [gemma4, nemotron_h])
+def test_what_the_examples_do_works_on_a_small_model(build, fresh_dynamo, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import one_layer
+
+    monkeypatch.setattr(one_layer, "INNER_BACKEND", "eager")
+    monkeypatch.setattr(one_layer, "VOCABULARY", 100)
+    one_layer.run(build())
+    out = capsys.readouterr().out
+    # In float32 no near tie flips: compiled and replaced models generate the same tokens.
+    compiled, replaced = re.findall(
+        r"^tokens, (?:compiled|replace).*: +(\[.*\])$", out, re.MULTILINE
+    )
+    assert compiled == replaced
+    assert re.search(r"fp4moe.backend, grouped_mm +1 / 0", out)
+    assert re.search(r"replace_moe +1 / 0", out)
+    assert re.search(r"Hugging Face, eager +(\d\d|[2-9]) / ", out)
+    assert "times smaller" in out
+
+
+@pytest.mark.parametrize("name", ["gemma4_compile", "nemotron_h_compile"])
+def test_the_examples_have_the_real_widths(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    module = __import__(name)
+    seen = []
+    monkeypatch.setattr(module, "run", seen.append)
+    with torch.device("meta"):
+        module.main()
+    (block,) = fp4moe.explain(seen[0], only_structure=True).blocks
+    sizes = (block.num_experts, block.top_k, block.hidden_size, block.intermediate_size)
+    assert (sizes, block.activation) in [
+        ((128, 8, 2816, 704), "gelu_tanh"),
+        ((128, 6, 2688, 1856), "relu2"),
+    ]
+    assert block.status == "replaceable" and block.nbytes > 1.4e9
