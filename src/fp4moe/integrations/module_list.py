@@ -1,7 +1,7 @@
 """Blocks that loop in Python over a ModuleList of per-expert MLPs.
 
 Structure proposes: two or more items with up, down (and gate) Linears, next to a router.
-Numbers decide: `module_list_block` asks the experts' and the block's own forward.
+Numbers decide: `module_list_probe` asks the experts' and the block's own forward.
 Not handled, with the reason: biases, unequal experts, norms and clamps within experts, hooks.
 """
 
@@ -21,14 +21,8 @@ from torch import nn
 from ..candidates import Candidate, storage_reasons
 from ..experts import ExpertWeights
 from ..module import FusedExperts
-from .module_list_block import (
-    BlockForm,
-    FloatExperts,
-    FusedMoeBlock,
-    confirm_form,
-    find_form,
-    identify_expert,
-)
+from .module_list_block import BlockForm, FusedMoeBlock
+from .module_list_probe import FloatExperts, confirm_form, find_form, identify_expert
 
 __all__ = ["find_module_lists"]
 
