@@ -25,9 +25,8 @@ def main() -> None:
         num_attention_heads=16,
         num_key_value_heads=8,
         head_dim=256,
-        global_head_dim=512,
-        num_global_key_value_heads=2,
-        attention_k_eq_v=True,
+        # As in a local layer; transformers 5.17 makes no static cache where head sizes differ.
+        global_head_dim=256,
         hidden_size_per_layer_input=0,
         num_kv_shared_layers=0,
         vocab_size=4096,

@@ -151,9 +151,8 @@ def run(model: torch.nn.Module) -> None:
     )
     for name, error in errors.items():
         print(f"  {name}: {error:.4f}")
-    print(
-        f"relative RMS error of the logits, replaced against bf16: {relative(logits, float_logits):.4f}"
-    )
+    error = relative(logits, float_logits)
+    print(f"relative RMS error of the logits, replaced against bf16: {error:.4f}")
     print(
         f"expert weights: {format_bytes(before.nbytes)} -> {format_bytes(after.nbytes)}, "
         f"{before.nbytes / after.nbytes:.2f} times smaller"
