@@ -170,13 +170,14 @@ def _needed_by_sizes(region: Region, inside: set[fx.Node]) -> list[fx.Node]:
     leaving = [
         n for n in region.nodes if not _is_tensor(n) and any(user not in inside for user in n.users)
     ]
-    seen: set[fx.Node] = set()
+    seen: dict[fx.Node, None] = {}
     while leaving:
         node = leaving.pop()
         for source in node.all_input_nodes:
             if source in inside and source not in seen:
-                seen.add(source)
-                leaving.append(source)
+                seen[source] = None
+                if not _is_tensor(source):
+                    leaving.append(source)
     return [n for n in seen if _is_tensor(n)]
 
 

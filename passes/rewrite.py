@@ -103,21 +103,21 @@ def rewrite_moe_with_weights(
                 packed = pack_once(first, down, form, name)
             except ShapeError as error:
                 reasons.append(str(error))
-        plans.append((region, form, name, packed, reasons))
+        plans.append((region, form, packed, reasons))
     blocks = tuple(
         BlockMatch(
             path=region.path,
             module=region.module_class,
             rewritten=packed is not None,
             form=str(form) if form else None,
-            kernel=name,
+            kernel=packed.kernel if packed else None,
             reasons=tuple(reasons),
         )
-        for region, form, name, packed, reasons in plans
+        for region, form, packed, reasons in plans
     )
     done = []
     # From the last one: a region may read the output of an earlier one.
-    for region, _, _, packed, _ in reversed(plans):
+    for region, _, packed, _ in reversed(plans):
         if packed is not None:
             _insert(gm, region, packed)
             assert region.first and region.down
@@ -214,7 +214,10 @@ def _insert(gm: fx.GraphModule, region: Region, packed: PackedExperts) -> None:
                 if sources is not None:
                     sources[attribute] = ConstantSource(attribute)
             node = graph.get_attr(attribute)
-            node.meta["example_value"] = fake_mode.from_tensor(tensor) if fake_mode else tensor
+            # Static: the shape environment would otherwise make a symbol of each size.
+            node.meta["example_value"] = (
+                fake_mode.from_tensor(tensor, static_shapes=True) if fake_mode else tensor
+            )
             node.meta["nn_module_stack"] = stack
             attributes.append(node)
         settings = nvfp4_moe_arguments(weights, packed.kernel)[len(attributes) :]

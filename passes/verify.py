@@ -57,18 +57,14 @@ class Hypothesis:
 
 def verify_region(gm: fx.GraphModule, region: Region) -> tuple[Hypothesis | None, str]:
     """Return the one hypothesis that fits and "", or None and the reason with the closest one."""
-    probes = _probes(region)
-    before = {
-        role: probe.clone()
-        for role, probe in probes.items()
-        if role in ("hidden", "expert_ids", "routing_weights")
-    }
-    with torch.no_grad(), _undisturbed(probes["hidden"].device):
+    with torch.inference_mode(False), torch.no_grad(), _undisturbed(region):
+        probes = _probes(region)
+        versions = {role: probe._version for role, probe in probes.items()}
         try:
             actual = _Float32Region(gm, region, probes).compute()
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             return None, f"it does not run by itself on random numbers: {error}"
-        changed = [role for role, value in before.items() if not torch.equal(value, probes[role])]
+        changed = [role for role, probe in probes.items() if probe._version != versions[role]]
         if changed:
             return None, f"it changes its input {', '.join(changed)} in place"
         errors = {h: _error(h, probes, actual) for h in _hypotheses(probes)}
@@ -103,7 +99,7 @@ def trust_region(region: Region) -> tuple[Hypothesis | None, str]:
         for path, cls in node.meta.get("nn_module_stack", {}).values()
         if path.endswith(".act_fn")
     }
-    names = {identify_activation(cls()) for cls in classes}
+    names = {_default_activation(cls) for cls in classes}
     if len(names) != 1 or None in names:
         return None, "its act_fn module is not recorded in the graph or unknown; use verify=True"
     probes = {
@@ -117,6 +113,14 @@ def trust_region(region: Region) -> tuple[Hypothesis | None, str]:
         None,
         f"its weights fit no gated or plain form for hidden size {probes['hidden'].shape[1]}",
     )
+
+
+def _default_activation(cls: type) -> str | None:
+    try:
+        return identify_activation(cls())
+    except TypeError:
+        # Its class needs arguments, which the graph does not record.
+        return None
 
 
 def _hint(size: Any) -> int:
@@ -267,8 +271,10 @@ def _grouped_mm(
 
 
 @contextlib.contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
+def _undisturbed(region: Region) -> Iterator[None]:
     """Float32 as it is written, and the caller's random state untouched."""
+    assert region.hidden is not None
+    device = meta_value(region.hidden).device
     # TF32 and autocast would blur the two GELUs.
     precision = torch.get_float32_matmul_precision()
     devices = [device] if device.type == "cuda" else []

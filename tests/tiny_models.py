@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 import transformers
 from transformers import (
@@ -15,6 +17,8 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.integrations.moe import use_experts_implementation
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 COMMON = {
     "hidden_size": 64,
@@ -190,3 +194,145 @@ def gemma4_multimodal(implementation="grouped_mm", dtype=torch.float32):
     text = gemma4("eager").config
     config = Gemma4Config(text_config=text, vision_config=vision, audio_config=None, **tokens)
     return finish(Gemma4ForConditionalGeneration, config, implementation, dtype)
+
+
+def enlarge_experts(model):
+    """Give stamped experts weights of unit gain, so that they show in the logits; returns it."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if hasattr(module, "is_transposed"):
+            for weight in (p for p in module.parameters() if p.ndim == 3):
+                fan_in = weight.shape[1 if module.is_transposed else 2]
+                values = torch.randn(weight.shape, generator=generator) * fan_in**-0.5
+                weight.data.copy_(values)
+    return model
+
+
+def fingerprint(model):
+    """What must not change: every module object, and every tensor's object, place and values."""
+    modules = [(name, id(module), module.training) for name, module in model.named_modules()]
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return modules, [(name, id(tensor), *_content(tensor)) for name, tensor in tensors]
+
+
+def _content(tensor):
+    if isinstance(tensor, torch.nn.UninitializedParameter) or tensor.device.type == "meta":
+        return (tensor.dtype,)
+    plain = tensor.detach().as_subclass(torch.Tensor)
+    if not plain.untyped_storage().nbytes():
+        return plain.dtype, plain.shape
+    values = plain.clone().flatten().view(torch.uint8).numpy().tobytes()
+    return plain.dtype, plain.shape, plain.data_ptr(), tensor._version, values
+
+
+def enlarge_latent_experts(model):
+    """As `enlarge_experts`, and NemotronH's latent projections too; returns the model."""
+    generator = torch.Generator().manual_seed(2)
+    for name, weight in enlarge_experts(model).named_parameters():
+        if name.endswith("latent_proj.weight"):
+            values = torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5
+            weight.data.copy_(values)
+    return model
+
+
+def keep_layers(model, *indices):
+    """Drop all other decoder layers, in place; returns the model."""
+    model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in indices)
+    model.config.num_hidden_layers = len(indices)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[i] for i in indices]
+    return model
+
+
+class CapturingBackend:
+    """A torch.compile backend that keeps each graph and its inputs and runs it as it is."""
+
+    def __init__(self):
+        self.graphs = []
+        self.inputs = []
+        self.keywords = []
+
+    def __call__(self, graph_module, example_inputs, **keywords):
+        self.graphs.append(graph_module)
+        self.inputs.append(list(example_inputs))
+        self.keywords.append(keywords)
+        return graph_module.forward
+
+    def __deepcopy__(self, memo):
+        # generate() copies its configuration, options of the backend included.
+        return self
+
+
+def experts_class(
+    has_gate=True, is_transposed=False, has_bias=False, act_fn=torch.nn.SiLU, **stamps
+):
+    """A class of 8 experts of 64 x 48 as transformers' decorator stamps it."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.num_experts = 8
+            rows = 96 if has_gate else 48
+            first, down = torch.randn(8, rows, 64) / 8, torch.randn(8, 64, 48) / 7
+            if is_transposed:
+                first, down = first.mT.contiguous(), down.mT.contiguous()
+            name = "gate_up_proj" if has_gate else "up_proj"
+            self.register_parameter(name, torch.nn.Parameter(first))
+            self.down_proj = torch.nn.Parameter(down)
+            if has_bias:
+                self.register_parameter(f"{name}_bias", torch.nn.Parameter(torch.randn(8, rows)))
+                self.down_proj_bias = torch.nn.Parameter(torch.randn(8, 64))
+            self.act_fn = act_fn()
+
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            out = torch.zeros_like(hidden_states)
+            for token, slot in torch.cartesian_prod(*map(torch.arange, top_k_index.shape)).tolist():
+                expert = top_k_index[token, slot]
+                x = hidden_states[token]
+                first = self.gate_up_proj if has_gate else self.up_proj
+                matrices = [weight[expert] for weight in (first, self.down_proj)]
+                first, down = (m.T if is_transposed else m for m in matrices)
+                y = first @ x
+                if has_bias:
+                    y = y + (self.gate_up_proj_bias if has_gate else self.up_proj_bias)[expert]
+                y = self._apply_gate(y) if has_gate else self.act_fn(y)
+                y = down @ y + (self.down_proj_bias[expert] if has_bias else 0)
+                out[token] += y * top_k_weights[token, slot]
+            return out
+
+    stamps |= {"has_gate": has_gate, "is_transposed": is_transposed, "has_bias": has_bias}
+    return use_experts_implementation(**stamps)(Experts)
+
+
+class Block(torch.nn.Module):
+    """One experts module below a module, frozen; call it with what `routed` returns."""
+
+    def __init__(self, experts, implementation="grouped_mm"):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.experts = experts(SimpleNamespace(_experts_implementation=implementation))
+        self.requires_grad_(False)
+
+    def forward(self, hidden, expert_ids, routing_weights):
+        return self.experts(hidden, expert_ids, routing_weights)
+
+
+def routed(tokens, hidden_size=64, top_k=2, experts=8):
+    """Hidden states, distinct expert ids and routing weights of some tokens."""
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, hidden_size, generator=generator)
+    ids = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :top_k]
+    return hidden, ids, torch.rand(tokens, top_k, generator=generator)
+
+
+def mixed_gates():
+    """Four experts modules of 1 to 4 experts, each with another activation."""
+    layers = torch.nn.ModuleList()
+    for count, name in enumerate(("silu", "gelu_pytorch_tanh", "gelu", "relu"), start=1):
+        config = transformers.MixtralConfig(
+            hidden_size=32, intermediate_size=48, num_local_experts=count, hidden_act=name
+        )
+        config._experts_implementation = "eager"
+        layers.append(MixtralExperts(config))
+    return enlarge_experts(layers)

@@ -68,7 +68,9 @@ def describe_experts(path: str, module: Any) -> Candidate:
     """Read one stamped experts module."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
     tensors = {n: getattr(module, n, None) for n in (name, "down_proj")}
-    lazy = {n: p for n, p in tensors.items() if isinstance(p, nn.UninitializedParameter)}
+    lazy: dict[str, torch.Tensor] = {
+        n: p for n, p in tensors.items() if isinstance(p, nn.UninitializedParameter)
+    }
     parameters = {
         n: p
         for n, p in tensors.items()
@@ -83,8 +85,9 @@ def describe_experts(path: str, module: Any) -> Candidate:
     )
     reasons = candidate.reasons
     if len(parameters) != 2:
-        why = [] if lazy else [f"it has no 3-D parameters {name} and down_proj"]
-        reasons += why + storage_reasons(module, lazy)
+        if not lazy:
+            reasons.append(f"it has no 3-D parameters {name} and down_proj")
+        reasons += storage_reasons(module, lazy)
         return candidate
     first, down = parameters[name], parameters["down_proj"]
     rows, columns = (2, 1) if module.is_transposed else (1, 2)

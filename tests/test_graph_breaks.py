@@ -1,0 +1,451 @@
+"""Captured whole: no graph break, one operator a block, the numbers of the replaced model.
+
+Through `fp4moe.backend` and after `replace_moe`, with both implementations of the experts, static
+and dynamic shapes, and through `generate()`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import warnings
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from tiny_models import MODELS, CapturingBackend, enlarge_latent_experts, keep_layers
+from transformers import CompileConfig
+
+import fp4moe
+import fp4moe.compile
+from fp4moe.errors import UnsupportedError
+from fp4moe.passes import packing, show_graph
+from fp4moe.stamps import is_experts_class
+
+OPERATOR = torch.ops.fp4moe.nvfp4_moe.default
+# One MoE layer, for NemotronH attention behind it: what a case of the matrix compiles.
+ONE_BLOCK = {"gemma4": (0,), "nemotron_h": (1, 2), "nemotron_h_latent": (1, 2), "qwen3_moe": (0,)}
+IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
+GRAD_MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+SHAPES = ("static", "mark_dynamic", "dynamic=True")
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+@functools.cache
+def template(name, whole=False):
+    """The float model in evaluation mode; tests work on copies."""
+    model = enlarge_latent_experts(MODELS[name]())
+    return model if whole else keep_layers(model, *ONE_BLOCK[name])
+
+
+def float_model(name, implementation="grouped_mm", whole=False):
+    model = copy.deepcopy(template(name, whole))
+    model.set_experts_implementation(implementation)
+    return model
+
+
+def replaced_model(name, implementation="grouped_mm", whole=False):
+    return fp4moe.replace_moe(float_model(name, implementation, whole), progress=False)
+
+
+def tokens(length):
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(1, 128, (2, length), generator=generator)
+
+
+def logits(model, ids):
+    return model(input_ids=ids, use_cache=False).logits
+
+
+@functools.cache
+def expected(name, length, whole=False):
+    """The replaced model in eager."""
+    with torch.no_grad():
+        return logits(replaced_model(name, whole=whole), tokens(length))
+
+
+def inside_experts(node):
+    stack = node.meta.get("nn_module_stack", {}).values()
+    return any(is_experts_class(cls) or cls is fp4moe.module.FusedExperts for _, cls in stack)
+
+
+def operators(graph_module):
+    return [node for node in graph_module.graph.nodes if node.target is OPERATOR]
+
+
+def check_graph(graph_module, blocks):
+    """One operator a block, and nothing else where the experts were."""
+    assert len(operators(graph_module)) == blocks
+    left = [
+        node
+        for node in graph_module.graph.nodes
+        if inside_experts(node)
+        and node.op not in ("placeholder", "get_attr")
+        and node.target is not OPERATOR
+        # Sizes, which others may use.
+        and isinstance(node.meta.get("example_value"), torch.Tensor)
+    ]
+    assert left == []
+    assert not any("grouped_mm" in str(node.target) for node in graph_module.graph.nodes)
+
+
+def check_unbroken(graphs):
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def marked(ids, shapes):
+    if shapes == "mark_dynamic":
+        ids = ids.clone()
+        torch._dynamo.mark_dynamic(ids, 1)
+    return ids
+
+
+@pytest.fixture
+def counters():
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.mark.usefixtures("counters")
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("grad_mode", GRAD_MODES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_backend(name, implementation, grad_mode, shapes):
+    inner = CapturingBackend()
+    compiled = torch.compile(
+        float_model(name, implementation),
+        backend=fp4moe.backend,
+        options={"inner_backend": inner, "on_no_match": "error"},
+        fullgraph=True,
+        dynamic=True if shapes == "dynamic=True" else None,
+    )
+    with GRAD_MODES[grad_mode]():
+        actual = logits(compiled, marked(tokens(5), shapes))
+        assert torch.equal(actual, expected(name, 5))
+        if shapes != "static":
+            assert torch.equal(logits(compiled, tokens(7)), expected(name, 7))
+    check_unbroken(graphs=1)
+    assert len(inner.graphs) == 1
+    check_graph(inner.graphs[0], blocks=1)
+    (operator,) = operators(inner.graphs[0])
+    sizes = operator.meta["example_value"].shape
+    assert isinstance(sizes[0], torch.SymInt) == (shapes != "static")
+    assert isinstance(sizes[1], int)
+
+
+# After replace_moe nobody asks for the implementation: one graph must serve both.
+@pytest.mark.usefixtures("counters")
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("grad_mode", GRAD_MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_replaced_with_either_implementation(name, grad_mode, shapes):
+    inner = CapturingBackend()
+    model = replaced_model(name, "grouped_mm")
+    compiled = torch.compile(
+        model, backend=inner, fullgraph=True, dynamic=True if shapes == "dynamic=True" else None
+    )
+    with GRAD_MODES[grad_mode]():
+        for implementation in IMPLEMENTATIONS:
+            model.set_experts_implementation(implementation)
+            actual = logits(compiled, marked(tokens(5), shapes))
+            assert torch.equal(actual, expected(name, 5))
+        if shapes != "static":
+            assert torch.equal(logits(compiled, tokens(7)), expected(name, 7))
+    check_unbroken(graphs=1)
+    assert len(inner.graphs) == 1
+    check_graph(inner.graphs[0], blocks=1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_matrix_can_fail(name):
+    # What the cases above look for is there without fp4moe, and the experts move the logits.
+    for implementation, target in zip(IMPLEMENTATIONS, ("grouped_mm", "bmm"), strict=True):
+        inner = CapturingBackend()
+        compiled = torch.compile(float_model(name, implementation), backend=inner, fullgraph=True)
+        with torch.no_grad():
+            actual = logits(compiled, tokens(5))
+        (graph,) = inner.graphs
+        found = [n for n in graph.graph.nodes if target in str(n.target) and inside_experts(n)]
+        assert len(found) == 2
+        error = (actual - expected(name, 5)).norm() / actual.norm()
+        assert error > 1e-2
+
+
+@pytest.mark.usefixtures("counters")
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_models_of_two_blocks(name):
+    inner = CapturingBackend()
+    compiled = torch.compile(
+        float_model(name, "batched_mm", whole=True),
+        backend=fp4moe.backend,
+        options={"inner_backend": inner},
+        fullgraph=True,
+    )
+    with torch.no_grad():
+        assert torch.equal(logits(compiled, tokens(5)), expected(name, 5, whole=True))
+    check_unbroken(graphs=1)
+    assert len(inner.graphs) == 1
+    check_graph(inner.graphs[0], blocks=2)
+
+
+def buffers(graph_module):
+    """The addresses of what the operators read."""
+    return {
+        name: buffer.data_ptr()
+        for name, buffer in graph_module.named_buffers()
+        if name.startswith("fp4moe_") and buffer.numel()
+    }
+
+
+@pytest.mark.parametrize("name, whole", [("gemma4", False), ("nemotron_h", True)])
+def test_three_lengths_compile_twice_and_pack_once(name, whole):
+    inner = CapturingBackend()
+    model = float_model(name, whole=whole)
+    compiled = torch.compile(
+        model, backend=fp4moe.backend, options={"inner_backend": inner}, fullgraph=True
+    )
+    with torch.no_grad():
+        # Static, then automatic dynamic.
+        for length, compiles in ((5, 1), (7, 2), (9, 2)):
+            actual = logits(compiled, tokens(length))
+            assert torch.equal(actual, expected(name, length, whole))
+            assert len(inner.graphs) == compiles
+    blocks = len(operators(inner.graphs[0]))
+    assert blocks == (2 if whole else 1)
+    weights = [p for n, p in model.named_parameters() if n.endswith(("up_proj", "gate_up_proj"))]
+    weights = [p for p in weights if p.ndim == 3]
+    assert len(weights) == blocks
+    assert all(len(packing._packed[weight]) == 1 for weight in weights)
+    first, second = map(buffers, inner.graphs)
+    # Six packed tensors and two activation scales a block.
+    assert first == second and len(first) == 8 * blocks
+
+
+def test_marked_dynamic_compiles_once_for_three_lengths():
+    inner = CapturingBackend()
+    compiled = torch.compile(
+        float_model("gemma4", whole=True),
+        backend=fp4moe.backend,
+        options={"inner_backend": inner},
+        fullgraph=True,
+    )
+    with torch.no_grad():
+        for length in (5, 7, 9):
+            actual = logits(compiled, marked(tokens(length), "mark_dynamic"))
+            assert torch.equal(actual, expected("gemma4", length, True))
+    assert len(inner.graphs) == 1
+
+
+def generate(model, prompt, compile_config=None, prefill_chunk_size=None):
+    return model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        cache_implementation="static",
+        disable_compile=compile_config is None,
+        compile_config=compile_config,
+        prefill_chunk_size=prefill_chunk_size,
+    )
+
+
+def compile_config(**settings):
+    config = CompileConfig(fullgraph=True, **settings)
+    config._compile_all_devices = True
+    return config
+
+
+def seen_tokens(graph_module):
+    """What T the operators of a graph see; None where it is symbolic."""
+    sizes = [n.meta["example_value"].shape[0] for n in operators(graph_module)]
+    return {size if isinstance(size, int) else None for size in sizes}
+
+
+# generate() runs the prefill in eager, unless it comes in chunks: then they are compiled too.
+@pytest.mark.parametrize("name", ["gemma4", "nemotron_h"])
+def test_generate_compiles_prefill_and_decode(name):
+    prompt = tokens(8)
+    eager = generate(replaced_model(name, whole=True), prompt)
+    model = float_model(name, whole=True)
+    assert not torch.equal(generate(model, prompt), eager)
+    inner = CapturingBackend()
+    backend = functools.partial(fp4moe.backend, options={"inner_backend": inner})
+    actual = generate(model, prompt, compile_config(backend=backend), prefill_chunk_size=4)
+    assert torch.equal(actual, eager)
+    assert actual.shape == (2, 14)
+    # Two rows of four prompt tokens, two rows of one token.
+    assert {8, 2} <= set.union(*map(seen_tokens, inner.graphs))
+    assert all(len(operators(graph)) == 2 for graph in inner.graphs)
+    assert all(buffers(graph) == buffers(inner.graphs[0]) for graph in inner.graphs)
+    # What generate() passes reaches the inner backend.
+    assert all(keywords == {"mode": "reduce-overhead"} for keywords in inner.keywords)
+
+
+def test_generate_takes_options_in_place_of_a_mode():
+    prompt = tokens(8)
+    inner = CapturingBackend()
+    config = compile_config(
+        backend=fp4moe.backend, mode=None, options={"inner_backend": inner, "kernel": "reference"}
+    )
+    model = replaced_model("gemma4", whole=True)
+    eager = generate(model, prompt)
+    assert torch.equal(generate(model, prompt, config), eager)
+    assert inner.graphs and all(keywords == {} for keywords in inner.keywords)
+
+
+class TestEagerImplementation:
+    @pytest.fixture(autouse=True)
+    def not_yet_warned(self, monkeypatch):
+        monkeypatch.setattr(fp4moe.compile, "_warned_eager", False)
+
+    def test_warns_once_with_the_fix(self):
+        inner = CapturingBackend()
+        model = float_model("qwen3_moe", "eager")
+        compiled = torch.compile(model, backend=fp4moe.backend, options={"inner_backend": inner})
+        with torch.no_grad():
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                actual = logits(compiled, tokens(5))
+            assert torch.equal(actual, logits(model, tokens(5)))
+        assert len(inner.graphs) > 1
+        ours = [str(w.message) for w in caught if "fp4moe" in str(w.message)]
+        assert len(ours) == 1
+        assert "must not be 'eager', whose loop breaks the graph" in ours[0]
+        assert "set_experts_implementation('grouped_mm') before compiling" in ours[0]
+
+    def test_can_be_an_error(self):
+        compiled = torch.compile(
+            float_model("qwen3_moe", "eager"),
+            backend=fp4moe.backend,
+            options={"inner_backend": "eager", "on_no_match": "error"},
+        )
+        with (
+            torch.no_grad(),
+            pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="'eager'") as caught,
+        ):
+            logits(compiled, tokens(5))
+        assert isinstance(caught.value.inner_exception, UnsupportedError)
+
+
+def shown(name, dynamic):
+    inner = CapturingBackend()
+    compiled = torch.compile(
+        float_model(name),
+        backend=fp4moe.backend,
+        options={"inner_backend": inner},
+        fullgraph=True,
+    )
+    with torch.no_grad():
+        logits(compiled, marked(tokens(5), "mark_dynamic" if dynamic else "static"))
+    path = "model.layers.0.mixer.experts" if name == "nemotron_h" else "model.layers.0.experts"
+    text = show_graph(inner.graphs[0], within=path)
+    # Two numbers that depend on what ran before: of the packed weights, and of the symbol.
+    text = re.sub(r"\bs\d+\b", "s", re.sub(r"fp4moe_\d+", "fp4moe_N", text))
+    # The operator's arguments one a line.
+    text = text.replace("nvfp4_moe.default(", "nvfp4_moe.default(\n    ")
+    return text.replace(", fp4moe_N", ",\n    fp4moe_N")
+
+
+class TestShownGraph:
+    def test_gemma4_static(self):
+        assert_expected_inline(
+            shown("gemma4", dynamic=False),
+            """\
+fp4moe_N_gate_up_packed: u8[8, 96, 32] = attribute fp4moe_N_gate_up_packed
+fp4moe_N_gate_up_block_scale: u8[8, 96, 4] = attribute fp4moe_N_gate_up_block_scale
+fp4moe_N_gate_up_global_scale: f32[8] = attribute fp4moe_N_gate_up_global_scale
+fp4moe_N_down_packed: u8[8, 64, 24] = attribute fp4moe_N_down_packed
+fp4moe_N_down_block_scale: u8[8, 64, 3] = attribute fp4moe_N_down_block_scale
+fp4moe_N_down_global_scale: f32[8] = attribute fp4moe_N_down_global_scale
+fp4moe_N_hidden_scale: f32[1] = attribute fp4moe_N_hidden_scale
+fp4moe_N_intermediate_scale: f32[8] = attribute fp4moe_N_intermediate_scale
+nvfp4_moe_default: f32[10, 64] = fp4moe.nvfp4_moe.default(
+    hidden_states_9, top_k_index, top_k_weights_2,
+    fp4moe_N_gate_up_packed,
+    fp4moe_N_gate_up_block_scale,
+    fp4moe_N_gate_up_global_scale,
+    fp4moe_N_down_packed,
+    fp4moe_N_down_block_scale,
+    fp4moe_N_down_global_scale,
+    fp4moe_N_hidden_scale,
+    fp4moe_N_intermediate_scale, gelu_tanh, True, reference, 8, 0)""",
+        )
+
+    def test_gemma4_dynamic(self):
+        assert_expected_inline(
+            shown("gemma4", dynamic=True),
+            """\
+fp4moe_N_gate_up_packed: u8[8, 96, 32] = attribute fp4moe_N_gate_up_packed
+fp4moe_N_gate_up_block_scale: u8[8, 96, 4] = attribute fp4moe_N_gate_up_block_scale
+fp4moe_N_gate_up_global_scale: f32[8] = attribute fp4moe_N_gate_up_global_scale
+fp4moe_N_down_packed: u8[8, 64, 24] = attribute fp4moe_N_down_packed
+fp4moe_N_down_block_scale: u8[8, 64, 3] = attribute fp4moe_N_down_block_scale
+fp4moe_N_down_global_scale: f32[8] = attribute fp4moe_N_down_global_scale
+fp4moe_N_hidden_scale: f32[1] = attribute fp4moe_N_hidden_scale
+fp4moe_N_intermediate_scale: f32[8] = attribute fp4moe_N_intermediate_scale
+nvfp4_moe_default: f32[2*s, 64] = fp4moe.nvfp4_moe.default(
+    hidden_states_9, top_k_index, top_k_weights_2,
+    fp4moe_N_gate_up_packed,
+    fp4moe_N_gate_up_block_scale,
+    fp4moe_N_gate_up_global_scale,
+    fp4moe_N_down_packed,
+    fp4moe_N_down_block_scale,
+    fp4moe_N_down_global_scale,
+    fp4moe_N_hidden_scale,
+    fp4moe_N_intermediate_scale, gelu_tanh, True, reference, 8, 0)""",
+        )
+
+    def test_nemotron_h_static(self):
+        assert_expected_inline(
+            shown("nemotron_h", dynamic=False),
+            """\
+fp4moe_N_gate_up_packed: u8[8, 48, 32] = attribute fp4moe_N_gate_up_packed
+fp4moe_N_gate_up_block_scale: u8[8, 48, 4] = attribute fp4moe_N_gate_up_block_scale
+fp4moe_N_gate_up_global_scale: f32[8] = attribute fp4moe_N_gate_up_global_scale
+fp4moe_N_down_packed: u8[8, 64, 24] = attribute fp4moe_N_down_packed
+fp4moe_N_down_block_scale: u8[8, 64, 3] = attribute fp4moe_N_down_block_scale
+fp4moe_N_down_global_scale: f32[8] = attribute fp4moe_N_down_global_scale
+fp4moe_N_hidden_scale: f32[1] = attribute fp4moe_N_hidden_scale
+fp4moe_N_intermediate_scale: f32[8] = attribute fp4moe_N_intermediate_scale
+nvfp4_moe_default: f32[10, 64] = fp4moe.nvfp4_moe.default(
+    hidden_states_4, topk_indices, topk_weights_2,
+    fp4moe_N_gate_up_packed,
+    fp4moe_N_gate_up_block_scale,
+    fp4moe_N_gate_up_global_scale,
+    fp4moe_N_down_packed,
+    fp4moe_N_down_block_scale,
+    fp4moe_N_down_global_scale,
+    fp4moe_N_hidden_scale,
+    fp4moe_N_intermediate_scale, relu2, False, reference, 8, 0)""",
+        )
+
+    def test_nemotron_h_dynamic(self):
+        assert_expected_inline(
+            shown("nemotron_h", dynamic=True),
+            """\
+fp4moe_N_gate_up_packed: u8[8, 48, 32] = attribute fp4moe_N_gate_up_packed
+fp4moe_N_gate_up_block_scale: u8[8, 48, 4] = attribute fp4moe_N_gate_up_block_scale
+fp4moe_N_gate_up_global_scale: f32[8] = attribute fp4moe_N_gate_up_global_scale
+fp4moe_N_down_packed: u8[8, 64, 24] = attribute fp4moe_N_down_packed
+fp4moe_N_down_block_scale: u8[8, 64, 3] = attribute fp4moe_N_down_block_scale
+fp4moe_N_down_global_scale: f32[8] = attribute fp4moe_N_down_global_scale
+fp4moe_N_hidden_scale: f32[1] = attribute fp4moe_N_hidden_scale
+fp4moe_N_intermediate_scale: f32[8] = attribute fp4moe_N_intermediate_scale
+nvfp4_moe_default: f32[2*s, 64] = fp4moe.nvfp4_moe.default(
+    hidden_states_4, topk_indices, topk_weights_2,
+    fp4moe_N_gate_up_packed,
+    fp4moe_N_gate_up_block_scale,
+    fp4moe_N_gate_up_global_scale,
+    fp4moe_N_down_packed,
+    fp4moe_N_down_block_scale,
+    fp4moe_N_down_global_scale,
+    fp4moe_N_hidden_scale,
+    fp4moe_N_intermediate_scale, relu2, False, reference, 8, 0)""",
+        )

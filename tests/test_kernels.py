@@ -1,0 +1,220 @@
+"""Which kernel runs what: why_not, select_kernel, and the reasons that they give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp4moe import ExpertWeights, FusedExperts, fused_moe, why_not
+from fp4moe.activations import ACTIVATIONS
+from fp4moe.errors import ShapeError, UnsupportedError
+from fp4moe.kernels import (
+    KERNEL_NAMES,
+    KERNELS,
+    MoeSpec,
+    choose_kernel,
+    current_capability,
+    get_kernel,
+    select_kernel,
+)
+
+LAYER = {
+    "activation": "silu",
+    "gated": True,
+    "hidden_size": 2816,
+    "intermediate_size": 704,
+    "num_experts": 128,
+    "top_k": 8,
+}
+ABSENT = {
+    "flashinfer_trtllm": "compute capability 10.0 or 10.3",
+    "flashinfer_cutlass": "compute capability 12.0 or 12.1",
+    "triton": "compute capability 8.0 or newer",
+    "humming": "compute capability 7.5 or newer",
+}
+PRESENT = ("reference", "reference_w4a4")
+
+
+def absent(name):
+    return f"not in this version of fp4moe (it will need {ABSENT[name]})"
+
+
+def test_the_names_are_those_of_the_contract():
+    assert KERNEL_NAMES == (*ABSENT, *PRESENT)
+    assert tuple(KERNELS) == PRESENT
+    assert all(KERNELS[name].name == name for name in PRESENT)
+
+
+@pytest.mark.parametrize("capability", [None, (8, 0), (9, 0), (10, 0), (12, 1)])
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("name", KERNEL_NAMES)
+def test_why_not_by_name(name, padded, capability):
+    reasons = why_not(name, **LAYER, padded=padded, capability=capability)
+    assert reasons == ([absent(name)] if name in ABSENT else [])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_auto_runs_every_activation(activation, gated):
+    assert why_not("auto", **LAYER | {"activation": activation, "gated": gated}) == []
+    assert why_not("reference", **LAYER | {"activation": activation, "gated": gated}) == []
+
+
+@pytest.mark.parametrize("name", PRESENT)
+def test_without_padding_sizes_must_be_multiples_of_16(name):
+    odd = LAYER | {"hidden_size": 2880, "intermediate_size": 2882}
+    assert why_not(name, **odd) == []
+    assert why_not(name, **odd, padded=False) == [
+        "intermediate_size must be a multiple of 16 without padding, got 2882"
+    ]
+    odd["hidden_size"] = 31
+    assert why_not(name, **odd, padded=False) == [
+        "hidden_size must be a multiple of 16 without padding, got 31",
+        "intermediate_size must be a multiple of 16 without padding, got 2882",
+    ]
+    # The kernel's own word on padding is what ExpertWeights holds.
+    spec = MoeSpec("silu", True, 31, 50, 4, 2, None)
+    weights = ExpertWeights.quantize(
+        up=torch.ones(1, 50, 31), down=torch.ones(1, 31, 50), activation="silu"
+    )
+    prepared = get_kernel(name).prepare(weights)
+    multiples = get_kernel(name).size_multiples(spec)
+    assert prepared.hidden_padded % multiples[0] == prepared.intermediate_padded % multiples[1] == 0
+    assert get_kernel(name).restore(prepared) is weights
+
+
+def test_auto_lists_each_candidate_with_its_reasons():
+    odd = LAYER | {"hidden_size": 31}
+    assert why_not("auto", **odd) == []
+    # reference_w4a4 would never be chosen by itself, and is not listed.
+    assert why_not("auto", **odd, padded=False) == [
+        *(f"{name}: {absent(name)}" for name in ABSENT),
+        "reference: hidden_size must be a multiple of 16 without padding, got 31",
+    ]
+
+
+@pytest.mark.parametrize("call", [why_not, select_kernel], ids=["why_not", "select_kernel"])
+def test_unknown_kernel_names_the_known_ones(call):
+    with pytest.raises(UnsupportedError) as error:
+        if call is why_not:
+            why_not("trtllm", **LAYER)
+        else:
+            select_kernel("trtllm", MoeSpec(**LAYER, capability=None), caller="why_not")
+    assert str(error.value) == (
+        "why_not: kernel must be auto or one of flashinfer_trtllm, flashinfer_cutlass, triton, "
+        "humming, reference, reference_w4a4; got 'trtllm'. Pass one of these names."
+    )
+
+
+def test_unknown_activation():
+    with pytest.raises(UnsupportedError) as error:
+        why_not("reference", **LAYER | {"activation": "swiglu"})
+    assert str(error.value) == (
+        "why_not: activation must be one of silu, gelu_tanh, gelu, relu2, relu, identity; got "
+        "'swiglu'. Pass one of these names."
+    )
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "intermediate_size", "num_experts", "top_k"])
+@pytest.mark.parametrize("value", [0, -16])
+def test_sizes_below_one(name, value):
+    with pytest.raises(ShapeError) as error:
+        why_not("auto", **LAYER | {name: value})
+    assert str(error.value) == (
+        f"why_not: {name} must be at least 1; got {value}. Pass the size of the layer."
+    )
+
+
+def test_more_experts_a_token_than_there_are():
+    with pytest.raises(ShapeError) as error:
+        why_not("auto", **LAYER | {"top_k": 129})
+    assert str(error.value) == (
+        "why_not: top_k must not exceed num_experts = 128; got 129. Pass experts per token."
+    )
+    assert why_not("auto", **LAYER | {"top_k": 128}) == []
+
+
+def test_select_kernel():
+    spec = MoeSpec(**LAYER, capability=None)
+    assert select_kernel("auto", spec, caller="f") == "reference"
+    assert choose_kernel("auto", spec) == ("reference", [])
+    assert choose_kernel("triton", spec) == (None, [f"triton: {absent('triton')}"])
+    for name in PRESENT:
+        assert select_kernel(name, spec, caller="f") == name
+    for name in ABSENT:
+        with pytest.raises(UnsupportedError) as error:
+            select_kernel(name, spec, caller="f")
+        assert str(error.value) == (
+            "f: kernel must be one that runs this layer (gated silu, 128 experts of 2816 x 704, "
+            f"CPU); got '{name}'. "
+            f"{name}: {absent(name)}."
+        )
+
+
+def test_auto_that_finds_none_lists_every_candidate(monkeypatch):
+    """With `reference` refusing, nothing is left, and each refusal is in the message."""
+    monkeypatch.setattr(
+        type(KERNELS["reference"]), "reasons_not_to_run", lambda self, spec: ["a", "b"]
+    )
+    spec = MoeSpec(**LAYER, capability=(9, 0))
+    assert choose_kernel("auto", spec)[0] is None
+    with pytest.raises(UnsupportedError) as error:
+        select_kernel("auto", spec, caller="f")
+    assert str(error.value) == (
+        "f: kernel must be one that runs this layer (gated silu, 128 experts of 2816 x 704, 9.0); "
+        "got 'auto'. "
+        + "".join(f"{name}: {absent(name)}. " for name in ABSENT)
+        + "reference: a; b."
+    )
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_get_kernel_that_is_not_there_yet(name):
+    with pytest.raises(UnsupportedError) as error:
+        get_kernel(name)
+    assert str(error.value) == (
+        f"get_kernel: kernel must be one that this version has; got '{name}'. {absent(name)}"
+    )
+
+
+def test_get_kernel_wants_a_choice():
+    with pytest.raises(UnsupportedError) as error:
+        get_kernel("auto")
+    assert str(error.value) == (
+        "get_kernel: kernel must be one that this version has; got 'auto'. "
+        "Choose one with select_kernel."
+    )
+    with pytest.raises(UnsupportedError, match=r"^get_kernel: kernel must be auto or one of"):
+        get_kernel("nope")
+
+
+def test_capability_of_a_cpu():
+    assert current_capability(torch.device("cpu")) is None
+    if not torch.cuda.is_available():
+        assert current_capability() is None
+
+
+@pytest.mark.gpu
+def test_capability_of_a_gpu():
+    assert current_capability() == torch.cuda.get_device_capability()
+    assert current_capability(torch.device("cuda:0")) == torch.cuda.get_device_capability(0)
+    assert current_capability(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_a_kernel_asked_for_by_name_is_never_replaced(name):
+    weights = ExpertWeights.quantize(
+        up=torch.randn(4, 32, 48), down=torch.randn(4, 48, 32), activation="relu2"
+    )
+    x, ids, routing = torch.randn(5, 48), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    calls = {
+        "fused_moe": lambda: fused_moe(x, weights, ids, routing, kernel=name),
+        "FusedExperts": lambda: FusedExperts(weights, name),
+    }
+    for caller, call in calls.items():
+        with pytest.raises(UnsupportedError) as error:
+            call()
+        assert str(error.value) == (
+            f"{caller}: kernel must be one that runs this layer (relu2, 4 experts of 48 x 32, "
+            f"CPU); got '{name}'. {name}: {absent(name)}."
+        )

@@ -1,0 +1,711 @@
+"""The rewrite of a captured graph: what matches, what only looks alike, and what stays."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+import operator
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from tiny_models import Block, CapturingBackend, experts_class, routed
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fp4moe
+from fp4moe.activations import ACTIVATIONS
+from fp4moe.errors import UnsupportedError
+from fp4moe.passes import find_regions, rewrite_moe, show_graph, verify, verify_region
+from fp4moe.stamps import is_experts_class
+
+OPERATOR = torch.ops.fp4moe.nvfp4_moe.default
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+Gated = experts_class()
+Plain = experts_class(has_gate=False, act_fn=nn.ReLU)
+
+
+def capture(model, *inputs, dynamic=None):
+    """The graph of one call as dynamo hands it to a backend, and its inputs."""
+    backend = CapturingBackend()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
+    (graph,), (values,) = backend.graphs, backend.inputs
+    return graph, values
+
+
+def rewrite(model, tokens=5, **settings):
+    graph, values = capture(model, *routed(tokens))
+    with torch.no_grad():
+        report = rewrite_moe(graph, values, **settings)
+        return report, graph(*values)[0], graph
+
+
+def region_of(graph):
+    (region,) = find_regions(graph.graph, is_experts_class)
+    return region
+
+
+def operators(graph):
+    return [node for node in graph.graph.nodes if node.target is OPERATOR]
+
+
+def replaced(block):
+    block = fp4moe.replace_moe(copy.deepcopy(block), progress=False)
+    with torch.no_grad():
+        return block(*routed(5))
+
+
+class TestReport:
+    def test_one_rewritten_and_one_not(self):
+        class Both(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.good, self.biased = Block(Gated), Block(experts_class(has_bias=True))
+
+            def forward(self, hidden, ids, weights):
+                return self.good(hidden, ids, weights) + self.biased(hidden, ids, weights)
+
+        report, _, graph = rewrite(Both())
+        assert report.count == 1 and report.already_fused == 0 and len(report.blocks) == 2
+        assert [block.path for block in report.near_misses] == ["biased.experts"]
+        assert len(operators(graph)) == 1
+        plain = report.to_dict()
+        assert json.loads(json.dumps(plain)) == {
+            "count": 1,
+            "already_fused": 0,
+            "blocks": [
+                {
+                    "path": "good.experts",
+                    "module": "Experts",
+                    "rewritten": True,
+                    "form": "gated (gate_up) silu",
+                    "kernel": "reference",
+                    "reasons": [],
+                },
+                {
+                    "path": "biased.experts",
+                    "module": "Experts",
+                    "rewritten": False,
+                    "form": None,
+                    "kernel": None,
+                    "reasons": list(report.blocks[1].reasons),
+                },
+            ],
+        }
+        report = dataclasses.replace(
+            report,
+            blocks=(report.blocks[0], dataclasses.replace(report.blocks[1], reasons=("a", "b"))),
+        )
+        assert_expected_inline(
+            str(report),
+            """\
+block           module   rewritten  form                  kernel
+good.experts    Experts  yes        gated (gate_up) silu  reference
+biased.experts  Experts  no         -                     -
+biased.experts: a; b
+1 of 2 blocks rewritten""",
+        )
+
+    def test_second_rewrite_finds_it_fused(self):
+        graph, values = capture(Block(Gated), *routed(5))
+        with torch.no_grad():
+            rewrite_moe(graph, values)
+            before = show_graph(graph)
+            report = rewrite_moe(graph, values)
+        assert (report.count, report.already_fused) == (0, 1)
+        assert show_graph(graph) == before
+        assert str(report).endswith("1 already fused")
+
+    def test_nothing_to_do(self):
+        graph, values = capture(nn.Linear(4, 4), torch.ones(2, 4))
+        before = str(graph.graph)
+        assert rewrite_moe(graph, values).to_dict() == {
+            "count": 0,
+            "already_fused": 0,
+            "blocks": [],
+        }
+        assert str(graph.graph) == before
+
+
+def overriding(forward):
+    """Experts with this forward, marked as wrapped so that it counts as stamped."""
+
+    class Overriding(Gated):
+        pass
+
+    Overriding.forward = functools.wraps(Gated.forward)(forward)
+    return Overriding
+
+
+def with_gate(function):
+    class Gating(Gated):
+        def _apply_gate(self, both):
+            return function(*both.chunk(2, dim=-1))
+
+    return Gating
+
+
+def twice(self, *inputs):
+    return Gated.forward(self, *inputs) * 2
+
+
+def plus_input(self, hidden, ids, weights):
+    return Gated.forward(self, hidden, ids, weights) + hidden
+
+
+def weights_squared(self, hidden, ids, weights):
+    return Gated.forward(self, hidden, ids, weights * weights)
+
+
+def next_expert(self, hidden, ids, weights):
+    return Gated.forward(self, hidden, (ids + 1) % 8, weights)
+
+
+def changes_hidden(self, hidden, ids, weights):
+    out = Gated.forward(self, hidden, ids, weights)
+    hidden.mul_(2)
+    return out
+
+
+def changes_ids(self, hidden, ids, weights):
+    out = Gated.forward(self, hidden, ids, weights)
+    ids.zero_()
+    return out
+
+
+def changes_a_weight(self, hidden, ids, weights):
+    out = Gated.forward(self, hidden, ids, weights)
+    self.down_proj.mul_(1)
+    return out
+
+
+def noisy(self, hidden, ids, weights):
+    return Gated.forward(self, hidden, ids, weights) * (1 + torch.rand(()))
+
+
+def clamped(gate, up):
+    return nn.functional.silu(gate).clamp(max=0.5) * up
+
+
+def gelu_with_sigmoid(gate, up):
+    return gate * torch.sigmoid(1.702 * gate) * up
+
+
+NEAR = {
+    "clamp in the gate": (with_gate(clamped), "its numbers fit no known form; closest is gated "),
+    "gelu of sigmoids": (with_gate(gelu_with_sigmoid), "its numbers fit no known form; closest is"),
+    "output times two": (overriding(twice), "its numbers fit no known form; closest is gated "),
+    "input added": (overriding(plus_input), "its numbers fit no known form; closest is gated "),
+    "weights squared": (overriding(weights_squared), "its numbers fit no known form; closest is"),
+    "another expert": (overriding(next_expert), "its numbers fit no known form; closest is gated "),
+    "hidden changed": (overriding(changes_hidden), "it changes its input hidden in place"),
+    "ids changed": (overriding(changes_ids), "it changes its input expert_ids in place"),
+    "weight changed": (overriding(changes_a_weight), "it changes its input down in place"),
+    "noise": (overriding(noisy), "its numbers fit no known form; closest is gated "),
+    "bias": (experts_class(has_bias=True), "it reads more than hidden"),
+    "bias without a gate": (
+        experts_class(has_bias=True, has_gate=False, act_fn=nn.ReLU),
+        "it reads more than hidden",
+    ),
+    "tanh": (experts_class(act_fn=nn.Tanh), "its numbers fit no known form; closest is gated "),
+}
+
+
+class TestNearMisses:
+    @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+    @pytest.mark.parametrize("what", NEAR)
+    def test_is_left_with_its_reason(self, what, implementation):
+        experts, reason = NEAR[what]
+        graph, values = capture(Block(experts, implementation), *routed(5))
+        before = str(graph.graph)
+        with torch.no_grad():
+            report = rewrite_moe(graph, values)
+        assert report.count == 0
+        (block,) = report.near_misses
+        assert len(block.reasons) == 1 and block.kernel is None
+        assert block.reasons[0].startswith(reason)
+        assert str(graph.graph) == before
+
+    def test_does_not_run_on_other_ids(self):
+        def forward(self, hidden, ids, weights):
+            return Gated.forward(self, hidden, ids, weights * torch.ones(2)[ids])
+
+        hidden, _, weights = routed(5)
+        ids = torch.tensor([[0, 1]]).expand(5, 2)
+        graph, values = capture(Block(overriding(forward)), hidden, ids, weights)
+        report = rewrite_moe(graph, values)
+        assert (
+            report.near_misses[0]
+            .reasons[0]
+            .startswith("it does not run by itself on random numbers: index ")
+        )
+
+    def test_extra_output(self):
+        def forward(self, hidden, ids, weights):
+            self.seen = Gated.forward(self, hidden, ids, weights)
+            return self.seen * 1
+
+        class Reads(Block):
+            def forward(self, *inputs):
+                return self.experts(*inputs) + self.experts.seen.sum()
+
+        report, _, _ = rewrite(Reads(overriding(forward)))
+        assert report.near_misses[0].reasons == (
+            "it was captured only in part: 2 stacked weights go in and 2 tensors come out",
+        )
+
+    def test_number_that_may_change(self):
+        # With dynamic=True a float attribute becomes an input of the graph; here the router has
+        # read it before the experts do.
+        def forward(self, hidden, ids, weights):
+            return Gated.forward(self, hidden, ids, weights) * self.owner[0].scale
+
+        class Scaled(Block):
+            scale = 1.5
+
+            def forward(self, hidden, ids, weights):
+                object.__setattr__(self.experts, "owner", [self])
+                return self.experts(hidden * self.scale, ids, weights)
+
+        block = Scaled(overriding(forward))
+        block.scale = 1.5
+        graph, values = capture(block, *routed(5), dynamic=True)
+        report = rewrite_moe(graph, values)
+        assert report.near_misses[0].reasons == (
+            "it reads item, a number that may change from call to call",
+        )
+
+    def test_weights_made_in_the_graph(self):
+        class Made(Block):
+            def forward(self, hidden, ids, weights):
+                self.experts.__dict__["gate_up_proj"] = self.raw * 2
+                return self.experts(hidden, ids, weights)
+
+        block = Made(Gated)
+        block.raw = block.experts.gate_up_proj
+        del block.experts.gate_up_proj
+        report, _, _ = rewrite(block)
+        assert report.near_misses[0].reasons[0].startswith("its weights are computed in the graph")
+
+    def test_a_tuple_goes_in(self):
+        def forward(self, hidden, chosen):
+            return Gated.forward(self, hidden, chosen[1], chosen[0])
+
+        class Chooses(Block):
+            def forward(self, hidden):
+                return self.experts(hidden, torch.topk(hidden[:, :8], 2))
+
+        graph, values = capture(Chooses(overriding(forward)), routed(5)[0])
+        stack = region_of(graph).output.meta["nn_module_stack"]
+        # Dynamo takes the tuple apart at once, outside; another tracer may not.
+        again = copy.deepcopy(graph)
+        for node in again.graph.nodes:
+            if node.target is operator.getitem and node.args[0].name == "topk":
+                node.meta["nn_module_stack"] = stack
+        assert rewrite_moe(again, values).near_misses[0].reasons == (
+            "it reads the tuple topk, not tensors",
+        )
+        assert rewrite_moe(graph, values).count == 1
+
+
+class SquaredReLU(nn.Module):
+    def forward(self, x):
+        return nn.functional.relu(x) ** 2
+
+
+class PowerReLU(nn.Module):
+    def __init__(self, power):
+        super().__init__()
+        self.power = power
+
+    def forward(self, x):
+        return nn.functional.relu(x) ** self.power
+
+
+def interleaved_gate(self, both):
+    return nn.functional.silu(both[..., ::2]) * both[..., 1::2]
+
+
+def form_class(name):
+    if name == "gated (gate_up_interleaved) silu":
+        cls = experts_class(is_concatenated=False)
+        cls._apply_gate = interleaved_gate
+        return cls
+    return {
+        "gated (gate_up) silu": Gated,
+        "gated (gate_up) gelu": experts_class(act_fn=nn.GELU),
+        "gated (gate_up) gelu_tanh": experts_class(
+            act_fn=functools.partial(nn.GELU, approximate="tanh")
+        ),
+        "gated (up_gate) silu": with_gate(lambda up, gate: nn.functional.silu(gate) * up),
+        "gated (gate_up) silu, transposed weights": experts_class(is_transposed=True),
+        "relu": Plain,
+        "relu2": experts_class(has_gate=False, act_fn=SquaredReLU),
+        "relu2, transposed weights": experts_class(
+            has_gate=False, act_fn=SquaredReLU, is_transposed=True
+        ),
+        "gated (gate_up) identity": experts_class(act_fn=nn.Identity),
+    }[name]
+
+
+FORMS = (
+    "gated (gate_up) silu",
+    "gated (gate_up) gelu",
+    "gated (gate_up) gelu_tanh",
+    "gated (up_gate) silu",
+    "gated (gate_up_interleaved) silu",
+    "gated (gate_up) silu, transposed weights",
+    "gated (gate_up) identity",
+    "relu",
+    "relu2",
+    "relu2, transposed weights",
+)
+
+
+def float_output(block):
+    with torch.no_grad():
+        return block(*routed(5))
+
+
+class TestForms:
+    @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+    @pytest.mark.parametrize("form", FORMS)
+    def test_is_told_from_its_numbers(self, form, implementation):
+        block = Block(form_class(form), implementation)
+        before = float_output(block)
+        report, actual, _ = rewrite(block)
+        assert report.blocks[0].form == form
+        assert report.count == 1
+        # Two GEMMs with NVFP4 weights, each of relative error 0.08 to 0.1; the forms differ by
+        # 0.3 and more, except for the two GELUs, which the name above tells apart.
+        assert (actual - before).norm() / before.norm() < 0.2
+
+    @pytest.mark.parametrize("form", ["gated (up_gate) silu", "relu2, transposed weights"])
+    def test_exact_on_weights_that_nvfp4_holds(self, form):
+        block = Block(form_class(form))
+        for weight in block.parameters():
+            # One block scale and one global scale: the codes alone carry the value.
+            codes = torch.tensor([-6.0, -3.0, -1.5, -0.5, 0.0, 0.5, 1.0, 4.0, 6.0])
+            drawn = codes[torch.randint(9, weight.shape)]
+            drawn[..., ::4] = drawn[..., ::4].sign() * 6 + 6 * (drawn[..., ::4] == 0)
+            drawn[:, ::4] = drawn[:, ::4].sign() * 6 + 6 * (drawn[:, ::4] == 0)
+            weight.copy_(drawn / 32)
+        before = float_output(block)
+        report, actual, _ = rewrite(block)
+        assert report.count == 1
+        # Float32 sums of 64 and 48 terms in another order: sqrt(64) * 2^-24 each, five-fold.
+        assert (actual - before).norm() / before.norm() < 5e-6
+
+    def test_square_weights(self):
+        # H = I: shapes tell nothing about transposition.
+        class Square(Plain):
+            def __init__(self, config):
+                super().__init__(config)
+                self.up_proj = nn.Parameter(torch.randn(8, 64, 64) / 8)
+                self.down_proj = nn.Parameter(torch.randn(8, 64, 64) / 8)
+
+        report, _, _ = rewrite(Block(Square))
+        assert report.blocks[0].form == "relu"
+
+    def test_chain_of_two(self):
+        # The second reads what the first has written, with nothing between.
+        class Chain(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second = Block(Gated), Block(Plain)
+
+            def forward(self, hidden, ids, weights):
+                return self.second(self.first(hidden, ids, weights), ids, weights)
+
+        model = Chain()
+        report, actual, graph = rewrite(model)
+        assert report.count == 2 and [b.path for b in report.blocks] == [
+            "first.experts",
+            "second.experts",
+        ]
+        assert torch.equal(actual, replaced(model))
+        first, second = operators(graph)
+        assert second.args[0] is first
+
+    def test_one_module_called_twice(self):
+        class Twice(Block):
+            def forward(self, hidden, ids, weights):
+                return self.experts(self.experts(hidden, ids, weights), ids, weights)
+
+        model = Twice(Gated)
+        report, actual, graph = rewrite(model)
+        assert report.count == len(operators(graph)) == 2
+        assert torch.equal(actual, replaced(model))
+        first, second = operators(graph)
+        assert [n.target for n in first.args[3:11]] == [n.target for n in second.args[3:11]]
+
+    @pytest.mark.parametrize("tokens", [1, 2, 33])
+    def test_numbers_of_tokens(self, tokens):
+        report, actual, _ = rewrite(Block(Gated), tokens)
+        assert report.count == 1 and actual.shape == (tokens, 64)
+
+
+class TestKernel:
+    def test_named_and_absent_leaves_the_graph(self):
+        graph, values = capture(Block(Gated), *routed(5))
+        before = str(graph.graph)
+        with pytest.raises(UnsupportedError, match="rewrite_moe: kernel must be one that runs"):
+            rewrite_moe(graph, values, kernel="triton")
+        with pytest.raises(UnsupportedError, match="rewrite_moe: kernel must be auto or one of"):
+            rewrite_moe(graph, values, kernel="tritn")
+        assert str(graph.graph) == before
+
+
+class TestTrust:
+    def test_takes_names_for_granted(self):
+        # verify=False is a promise of the caller: what only looks alike is rewritten.
+        block = Block(overriding(twice))
+        report, actual, _ = rewrite(block, verify=False)
+        assert report.count == 1
+        plain = Block(Gated)
+        plain.load_state_dict(block.state_dict())
+        assert torch.equal(actual, replaced(plain))
+
+    def test_same_as_verified_where_names_are_right(self):
+        for form in ("gated (gate_up) gelu", "relu2", "gated (gate_up) silu, transposed weights"):
+            report, _, _ = rewrite(Block(form_class(form)), verify=False)
+            if form == "relu2":
+                assert report.count == 1
+            else:
+                assert report.blocks[0].form == form
+
+    @pytest.mark.parametrize("act_fn", [nn.Tanh, functools.partial(PowerReLU, 2)])
+    def test_unknown_activation(self, act_fn):
+        report, _, _ = rewrite(Block(experts_class(act_fn=act_fn)), verify=False)
+        assert report.near_misses[0].reasons == (
+            "its act_fn module is not recorded in the graph or unknown; use verify=True",
+        )
+
+
+class LargestStorage(TorchDispatchMode):
+    """The largest storage that any operator returns."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in torch.utils._pytree.tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self.nbytes = max(self.nbytes, value.untyped_storage().nbytes())
+        return result
+
+
+class TestVerification:
+    def test_same_result_twice(self):
+        graph, _ = capture(Block(overriding(twice)), *routed(5))
+        first, second = (verify_region(graph, region_of(graph)) for _ in range(2))
+        assert first == second and first[0] is None and "relative error" in first[1]
+        graph, _ = capture(Block(overriding(noisy)), *routed(5))
+        torch.manual_seed(7)
+        reason = verify_region(graph, region_of(graph))
+        torch.manual_seed(8)
+        assert reason[0] is None
+        assert verify_region(graph, region_of(graph))[0] is None
+
+    @pytest.mark.parametrize("experts", [Gated, overriding(noisy)])
+    def test_no_side_effects(self, experts):
+        block = Block(experts)
+        graph, _ = capture(block, *routed(5))
+        region = region_of(graph)
+        text = str(graph.graph)
+        values = [p.clone() for p in block.parameters()]
+        versions = [p._version for p in block.parameters()]
+        state = torch.get_rng_state()
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            with torch.enable_grad():
+                verify_region(graph, region)
+                assert torch.is_grad_enabled()
+            with torch.no_grad():
+                verify_region(graph, region)
+                assert not torch.is_grad_enabled()
+            assert torch.get_float32_matmul_precision() == "high"
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(map(torch.equal, values, block.parameters()))
+        assert [p._version for p in block.parameters()] == versions
+        assert str(graph.graph) == text
+
+    def test_memory_of_many_experts(self):
+        class Many(Gated):
+            def __init__(self, config):
+                super().__init__(config)
+                self.num_experts = 128
+                self.gate_up_proj = nn.Parameter(torch.zeros(128, 512, 128))
+                self.down_proj = nn.Parameter(torch.zeros(128, 128, 256))
+
+        graph, _ = capture(Block(Many), *routed(5, hidden_size=128, experts=128))
+        expert = 512 * 128 * 4
+        with LargestStorage() as largest:
+            form, _ = verify_region(graph, region_of(graph))
+        assert str(form) == "gated (gate_up) silu"
+        # One expert and 127 shifts of its window; the comparison gathers one for each of 5 tokens.
+        assert expert < largest.nbytes <= 5 * expert
+        probes = verify._probes(region_of(graph))
+        for role, one in (("first", expert), ("down", expert // 2)):
+            assert probes[role].shape[0] == 128
+            assert probes[role].untyped_storage().nbytes() < 1.4 * one
+
+    def test_experts_differ(self):
+        # Windows of one buffer must not make two experts alike.
+        graph, _ = capture(Block(Gated), *routed(5))
+        probes = verify._probes(region_of(graph))
+        for role in ("first", "down"):
+            rows = probes[role].flatten(0, 1)
+            assert torch.unique(rows, dim=0).shape == rows.shape
+
+    def test_structure_is_verified_once(self, monkeypatch):
+        class Four(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.blocks = nn.ModuleList([*(Block(Gated) for _ in range(3)), Block(Plain)])
+
+            def forward(self, hidden, ids, weights):
+                return sum(block(hidden, ids, weights) for block in self.blocks)
+
+        runs = []
+        probes = verify._probes
+        monkeypatch.setattr(verify, "_probes", lambda region: runs.append(1) or probes(region))
+        report, _, _ = rewrite(Four())
+        assert report.count == 4 and len(runs) == 2
+
+
+class TestMutations:
+    """A wrong definition must show."""
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            lambda x: nn.functional.silu(x) * 1.001,
+            lambda x: nn.functional.silu(x + 1e-3),
+            nn.functional.mish,
+        ],
+        ids=["scaled", "shifted", "another"],
+    )
+    def test_activation(self, monkeypatch, wrong):
+        monkeypatch.setitem(
+            ACTIVATIONS, "silu", dataclasses.replace(ACTIVATIONS["silu"], function=wrong)
+        )
+        report, _, _ = rewrite(Block(Gated))
+        assert report.count == 0
+        assert "closest is gated (gate_up) silu with" in report.near_misses[0].reasons[0]
+
+    def test_the_two_gelus(self, monkeypatch):
+        # With the other one in its place, gelu is found under the wrong name: numbers decide.
+        tanh = ACTIVATIONS["gelu_tanh"]
+        monkeypatch.setitem(ACTIVATIONS, "gelu_tanh", ACTIVATIONS["gelu"])
+        monkeypatch.setitem(ACTIVATIONS, "gelu", tanh)
+        report, _, _ = rewrite(Block(form_class("gated (gate_up) gelu")))
+        assert report.blocks[0].form == "gated (gate_up) gelu_tanh"
+
+    def test_two_that_fit_are_one_too_many(self, monkeypatch):
+        monkeypatch.setitem(ACTIVATIONS, "relu", ACTIVATIONS["silu"])
+        report, _, _ = rewrite(Block(Gated))
+        assert report.near_misses[0].reasons[0] == (
+            "it fits more than one form: gated (gate_up) silu; gated (gate_up) relu"
+        )
+
+    def test_order_of_gate_and_up(self, monkeypatch):
+        split = verify.split_gate_up
+        monkeypatch.setattr(
+            verify, "split_gate_up", lambda stacked, layout: split(stacked, layout)[::-1]
+        )
+        report, _, _ = rewrite(Block(Gated))
+        assert report.blocks[0].form == "gated (up_gate) silu"
+
+
+class TestGraph:
+    def test_metadata(self):
+        graph, values = capture(Block(Gated), *routed(5))
+        region = region_of(graph)
+        stack, value = region.output.meta["nn_module_stack"], region.output.meta["example_value"]
+        placeholders = [(n.name, dict(n.meta)) for n in graph.graph.nodes if n.op == "placeholder"]
+        rewrite_moe(graph, values)
+        graph.graph.lint()
+        (fused,) = operators(graph)
+        assert fused.meta["nn_module_stack"] == stack
+        assert fused.meta["example_value"] is value
+        assert [(n.name, n.meta) for n in graph.graph.nodes if n.op == "placeholder"] == (
+            placeholders
+        )
+        attributes = [n for n in graph.graph.nodes if n.op == "get_attr"]
+        assert len(attributes) == 8
+        for node in attributes:
+            assert node.meta["nn_module_stack"] == stack
+            real, fake = graph.get_buffer(node.target), node.meta["example_value"]
+            assert isinstance(fake, torch._subclasses.FakeTensor)
+            assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+            assert all(isinstance(size, int) for size in fake.shape)
+
+    def test_only_one_operator_is_left(self):
+        report, _, graph = rewrite(Block(Gated))
+        assert report.count == 1
+        counts = {}
+        for node in graph.graph.nodes:
+            counts[node.op] = counts.get(node.op, 0) + 1
+        assert counts == {"placeholder": 5, "get_attr": 8, "call_function": 1, "output": 1}
+
+    def test_sizes_that_others_use_survive(self):
+        def forward(self, hidden, ids, weights):
+            pairs = ids.size(0) * ids.size(1)
+            return Gated.forward(self, hidden, ids, weights), pairs
+
+        class UsesSize(Block):
+            def forward(self, *inputs):
+                out, pairs = self.experts(*inputs)
+                return out, torch.arange(pairs)
+
+        backend = CapturingBackend()
+        options = {"inner_backend": backend, "on_no_match": "error"}
+        model = UsesSize(overriding(forward))
+        compiled = torch.compile(
+            model, backend=fp4moe.backend, options=options, fullgraph=True, dynamic=True
+        )
+        plain = Block(Gated)
+        plain.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            for tokens in (5, 9):
+                out, pairs = compiled(*routed(tokens))
+                assert torch.equal(pairs, torch.arange(2 * tokens))
+                if tokens == 5:
+                    assert torch.equal(out, replaced(plain))
+        (graph,) = backend.graphs
+        assert len(operators(graph)) == 1
+        # The product is made by a node of the experts module.
+        assert any(
+            isinstance(n.meta.get("example_value"), torch.SymInt) and n.op == "call_function"
+            for n in graph.graph.nodes
+        )
+
+    def test_sizes_of_what_goes_away(self):
+        graph, values = capture(Block(Gated), *routed(5))
+        node = next(n for n in graph.graph.nodes if n.name == "proj_out")
+        with graph.graph.inserting_after(node):
+            size = graph.graph.call_method("size", (node, 0))
+            size.meta = {"example_value": 10, "nn_module_stack": node.meta["nn_module_stack"]}
+        output = next(n for n in graph.graph.nodes if n.op == "output")
+        output.args = ((*output.args[0], size),)
+        report = rewrite_moe(graph, values)
+        assert report.near_misses[0].reasons == (
+            "sizes of its intermediate proj_out are used outside",
+        )
+        assert size in graph.graph.nodes
+
+    def test_fake_weights_are_not_packed(self):
+        graph, values = capture(Block(Gated), *routed(5))
+        with torch._subclasses.FakeTensorMode() as mode:
+            fake = [mode.from_tensor(value) for value in values]
+        report = rewrite_moe(graph, fake)
+        assert "not real tensors" in report.near_misses[0].reasons[0]
