@@ -25,6 +25,7 @@ LAYERS: list[set[str]] = [
     {"formats"},
     {"activations", "quantize", "routing"},
     {"layout"},
+    {"expert_quantize"},
     {"experts", "reference"},
     {"kernels"},
     {"checks"},

@@ -131,8 +131,8 @@ def verify_against_definition(
     with torch.no_grad():
         try:
             actual = forward(hidden, ids, weights).float()
-        except Exception as error:  # the model's code may raise anything
-            return [f"its forward refuses five random {up.dtype} tokens: {error}"]
+        except Exception as raised:  # the model's code may raise anything
+            return [f"its forward refuses five random {up.dtype} tokens: {raised}"]
         expected = moe_definition(
             hidden.float(), ids, weights, up=up, down=down, gate=gate, activation=activation
         )
