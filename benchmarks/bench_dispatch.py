@@ -55,15 +55,12 @@ def bare_operators() -> dict[str, Callable[..., torch.Tensor]]:
     return {"Library.impl": registered.impl.default, "custom_op": registered.custom_op.default}
 
 
-def microseconds(call: Callable[..., object], args: tuple, calls: int, repeats: int) -> float:
-    """Shortest time of one call among `repeats` runs of `calls`."""
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call(*args)
-        best = min(best, time.perf_counter() - start)
-    return best / calls * 1e6
+def microseconds(call: Callable[..., object], args: tuple, calls: int) -> float:
+    """Time of one call, the mean of a run of `calls`."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call(*args)
+    return (time.perf_counter() - start) / calls * 1e6
 
 
 def problem(call: Callable[..., torch.Tensor], args: tuple) -> str:
@@ -114,10 +111,12 @@ def main() -> int:
     for mode, context in MODES.items():
         with context():
             arguments = call_arguments(0)  # in inference mode these are inference tensors
-            for operator in operators.values():
-                microseconds(operator, arguments, args.calls, 1)
-            for label, operator in operators.items():
-                times[label][mode] = microseconds(operator, arguments, args.calls, args.repeats)
+            # They take turns, so that a busy moment hits all of them; the first is warm-up.
+            for repeat in range(args.repeats + 1):
+                for label, operator in operators.items():
+                    run = microseconds(operator, arguments, args.calls)
+                    best = times[label].get(mode, run) if repeat > 1 else run
+                    times[label][mode] = min(best, run)
     for label, row in times.items():
         print(f"{label:20s}" + "".join(f"{row[mode]:12.2f}" for mode in MODES))
     for label in list(operators)[1:]:

@@ -83,7 +83,10 @@ def rewrite_moe_with_weights(
     # Everything is decided before the graph changes, so that an error leaves it as it was.
     plans = []
     for region in find_regions(gm.graph, is_experts_class):
-        form, name, first, down = None, None, None, None
+        form: Hypothesis | None = None
+        name: str | None = None
+        first: Any = None
+        down: Any = None
         reasons = list(region.reasons)
         if not reasons:
             first, down = (_real_weight(gm, values, node) for node in (region.first, region.down))
@@ -115,7 +118,7 @@ def rewrite_moe_with_weights(
         )
         for region, form, packed, reasons in plans
     )
-    done = []
+    done: list[Rewritten] = []
     # From the last one: a region may read the output of an earlier one.
     for region, _, packed, _ in reversed(plans):
         if packed is not None:

@@ -166,6 +166,19 @@ def next_expert(self, hidden, ids, weights):
     return Gated.forward(self, hidden, (ids + 1) % 8, weights)
 
 
+class Scaled(Gated):
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = nn.Parameter(torch.ones(64))
+
+
+def scaled_by_a_parameter(self, hidden, ids, weights):
+    return Gated.forward(self, hidden, ids, weights) * self.scale
+
+
+Scaled.forward = functools.wraps(Gated.forward)(scaled_by_a_parameter)
+
+
 def changes_hidden(self, hidden, ids, weights):
     out = Gated.forward(self, hidden, ids, weights)
     hidden.mul_(2)
@@ -212,6 +225,7 @@ NEAR = {
         experts_class(has_bias=True, has_gate=False, act_fn=nn.ReLU),
         "it reads more than hidden",
     ),
+    "scale of ones": (Scaled, "it reads more than hidden"),
     "tanh": (experts_class(act_fn=nn.Tanh), "its numbers fit no known form; closest is gated "),
 }
 

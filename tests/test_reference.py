@@ -243,7 +243,7 @@ def test_the_branch_without_host_synchronisation():
     experts = torch.randn(4, 16, 16)
     x = torch.randn(7, 16)
     ids, routing = torch.randint(-1, 6, (7, 3)), torch.randn(7, 3)
-    ids[0] = 2
+    ids[0] = 3
     routing[0] = torch.tensor([1.0, -1.0, 0.0])
     experts[2] = math.inf
 
@@ -404,6 +404,14 @@ def test_a_block_on_paper():
     x = torch.tensor([[6.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -5.0, -2.5, -0.25] + [0.0] * 5])
     want = [[6.0, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, -4.0, -2.0, 0.0] + [0.0] * 5]
     assert fake_quantize_activation(x, torch.tensor([1.0])).tolist() == want
+
+
+def test_the_block_scale_is_a_product():
+    # amax x fl(1/6) is 1.1875, a tie that goes to 1.25; amax / 6 would be just below it, 1.125.
+    x = torch.zeros(1, 16)
+    x[0, 0] = torch.nextafter(torch.tensor(7.125), torch.tensor(0.0))
+    assert fake_quantize_activation(x, torch.tensor([1.0]))[0, 0] == 6 * 1.25
+    assert (x[0, 0] / 6).to(torch.float8_e4m3fn).item() == 1.125
 
 
 def activations(columns):
