@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
 
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.experts import ExpertWeights
@@ -215,7 +214,7 @@ def _insert(gm: fx.GraphModule, region: Region, packed: PackedExperts) -> None:
                 # AOTAutograd asks where each attribute of a dynamo graph comes from.
                 sources = getattr(gm, "_param_name_to_source", None)
                 if sources is not None:
-                    sources[attribute] = ConstantSource(attribute)
+                    sources[attribute] = torch._dynamo.source.ConstantSource(attribute)
             node = graph.get_attr(attribute)
             # Static: the shape environment would otherwise make a symbol of each size.
             node.meta["example_value"] = (

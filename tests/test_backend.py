@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import io
 import logging
 import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     Block,
     CapturingBackend,
@@ -253,6 +255,27 @@ class TestReleaseWeights:
         block.experts.config._experts_implementation = implementation
         with pytest.raises(RuntimeError, match=r"not allocated|out of bounds"):
             run(block, *routed(5))
+
+    def test_later_writing_and_saving_fails(self):
+        block = Block(Gated)
+        state = copy.deepcopy(block.state_dict())
+        run(compiled(block, release_weights=True), *routed(5))
+        with pytest.raises(RuntimeError, match="While copying the parameter"):
+            block.load_state_dict(state)
+        with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+            torch.save(block.state_dict(), io.BytesIO())
+
+    def test_memory_mapped_weights_are_released(self, tmp_path):
+        save_file(dict(Block(Gated).state_dict()), tmp_path / "block.safetensors")
+        block = Block(Gated)
+        state = load_file(tmp_path / "block.safetensors")
+        for name, parameter in block.named_parameters():
+            parameter.data = state.pop(name)
+            assert not parameter.untyped_storage().resizable()
+        expected = run(replaced(block), *routed(5))
+        model = compiled(block, release_weights=True)
+        assert torch.equal(run(model, *routed(5)), expected)
+        assert all(p.untyped_storage().nbytes() == 0 for p in block.parameters())
 
     def test_another_form_of_released_weights_fails(self):
         block = Block(Gated)

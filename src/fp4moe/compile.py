@@ -43,8 +43,8 @@ class BackendOptions:
         on_no_match: "warn", "error" or "ignore" when a graph has no block that is or was fused.
         kernel: "auto" or a kernel's name.
         verify: compare each distinct block's numbers with the definition before it is rewritten.
-        release_weights: free the float weights after packing. Shapes stay; any later use of the
-            values fails.
+        release_weights: free the float weights after packing. Shapes stay. Running the experts in
+            eager, writing to these weights or saving them raises from then on.
         hidden_alignment: 128, 256 or 512, what the Blackwell kernel pads the hidden size to.
         routing: "given", the model's own router.
     """
@@ -204,7 +204,7 @@ def _call_inner(
             logger.warning(
                 "fp4moe.backend: inner backend %s takes no mode; %r is not used", inner, mode
             )
-    return inner(gm, inputs, **keywords)
+    return inner(gm, cast("list[torch.Tensor]", inputs), **keywords)
 
 
 def _release(
@@ -231,6 +231,8 @@ def _release(
                         weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device
                     )
                 weight.untyped_storage().resize_(0)
+                # Writing to it or saving it raises then, where torch would crash or save nothing.
+                torch._C._set_throw_on_mutable_data_ptr(weight)
 
 
 def _with_weight_check(

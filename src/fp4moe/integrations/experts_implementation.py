@@ -44,11 +44,11 @@ def experts_forward(
                 msg="fp4moe: experts are packed at their first eager call; got one under "
                 "torch.compile. Call fp4moe.replace_moe(model), or the model once, before that."
             )
-        fused = _pack(self)
+        # Decorating _pack would import dynamo with the package.
+        fused = torch.compiler.disable(_pack)(self)
     return fused(hidden_states, top_k_index, top_k_weights)
 
 
-@torch.compiler.disable
 def _pack(module: Any) -> FusedExperts:
     candidate = describe_experts("experts", module)
     reasons = candidate.reasons or value_reasons(candidate)
