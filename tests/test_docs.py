@@ -59,7 +59,6 @@ def test_what_the_examples_do_works_on_a_small_model(build, fresh_dynamo, capsys
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import one_layer
 
-    monkeypatch.setattr(one_layer, "INNER_BACKEND", "eager")
     monkeypatch.setattr(one_layer, "VOCABULARY", 100)
     one_layer.run(build())
     out = capsys.readouterr().out

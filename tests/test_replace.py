@@ -473,7 +473,9 @@ MEMORY = """
             return int(file.read().split()[1]) * resource.getpagesize()
 
     def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # Not ru_maxrss: that starts with what the parent process had.
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
     def experts(hidden_size, intermediate_size, count):
         config = MixtralConfig(
