@@ -19,7 +19,6 @@ from torch import fx
 
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.experts import ExpertWeights
-from fp4moe.formats import NVFP4
 from fp4moe.kernels import MoeSpec, check_kernel_name, current_capability, select_kernel
 from fp4moe.ops import nvfp4_moe_arguments
 from fp4moe.stamps import is_experts_class
@@ -206,9 +205,8 @@ def _insert(gm: fx.GraphModule, region: Region, packed: PackedExperts) -> None:
     weights: ExpertWeights = packed.weights
     with graph.inserting_before(output):
         attributes = []
-        for name, tensor in weights.tensors().items():
-            attribute = f"{packed.name}_{name.replace('.', '_')}"
-            tensor = tensor.view(torch.uint8) if tensor.dtype == NVFP4.scale_dtype else tensor
+        for name, tensor in weights.operands().items():
+            attribute = f"{packed.name}_{name}"
             if not hasattr(gm, attribute):
                 gm.register_buffer(attribute, tensor, persistent=False)
                 # AOTAutograd asks where each attribute of a dynamo graph comes from.

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from .errors import UnsupportedError
-from .kernels import check_kernel_name
+from .kernels import HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
 from .passes.packing import weight_state
 from .passes.report import RewriteReport
 from .passes.rewrite import Rewritten, rewrite_moe_with_weights
@@ -26,9 +26,6 @@ __all__ = ["BackendOptions", "backend"]
 
 logger = logging.getLogger("fp4moe")
 ON_NO_MATCH = ("warn", "error", "ignore")
-# Settings that only kernels of later versions will use; their values are checked all the same.
-HIDDEN_ALIGNMENTS = (128, 256, 512)
-ROUTINGS = ("given",)
 _warned_eager = False
 
 

@@ -153,6 +153,13 @@ class ExpertWeights:
             "intermediate_scale": self.intermediate_scale,
         }
 
+    def operands(self) -> dict[str, torch.Tensor]:
+        """Return the tensors as the operator takes them: block scales as bytes, dotless names."""
+        return {
+            name.replace(".", "_"): t.view(torch.uint8) if t.dtype == NVFP4.scale_dtype else t
+            for name, t in self.tensors().items()
+        }
+
     def metadata(self) -> dict[str, Any]:
         """Return what is not a tensor, as plain JSON values."""
         return {

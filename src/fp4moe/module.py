@@ -58,10 +58,8 @@ class FusedExperts(nn.Module):
         self.kernel = select_kernel(self.requested_kernel, spec, caller="FusedExperts")
         prepared = get_kernel(self.kernel).prepare(weights)
         self.metadata = prepared.metadata()
-        for name, tensor in prepared.tensors().items():
-            # Block scales are kept as bytes, the form in which the operator takes them.
-            tensor = tensor.view(torch.uint8) if tensor.dtype == NVFP4.scale_dtype else tensor
-            self.register_buffer(name.replace(".", "_"), tensor)
+        for name, tensor in prepared.operands().items():
+            self.register_buffer(name, tensor)
         self._arguments = nvfp4_moe_arguments(prepared, self.kernel)[len(prepared.tensors()) :]
 
     @property
@@ -119,9 +117,7 @@ class FusedExperts(nn.Module):
             moved[name] = result if result.dtype == tensor.dtype else tensor.to(result.device)
         weights = ExpertWeights.from_tensors(moved, weights.metadata())
         if weights.device.type == "meta" or weights.device == before:
-            for name, tensor in get_kernel(self.kernel).prepare(weights).tensors().items():
-                tensor = tensor.view(torch.uint8) if tensor.dtype == NVFP4.scale_dtype else tensor
-                self._buffers[name.replace(".", "_")] = tensor
+            self._buffers.update(get_kernel(self.kernel).prepare(weights).operands())
         else:
             self._prepare(weights)
         return self
@@ -188,11 +184,8 @@ class FusedExperts(nn.Module):
         )
         with torch.no_grad():
             # copy_ keeps the storage that compiled graphs and CUDA graphs know.
-            for name, tensor in prepared.tensors().items():
-                buffer = self.get_buffer(name.replace(".", "_"))
-                buffer.copy_(
-                    tensor.view(torch.uint8) if tensor.dtype == NVFP4.scale_dtype else tensor
-                )
+            for name, tensor in prepared.operands().items():
+                self.get_buffer(name).copy_(tensor)
 
     def extra_repr(self) -> str:
         """One line: sizes, activation, kernel."""

@@ -158,10 +158,7 @@ library.impl("nvfp4_moe", _nvfp4_moe_autograd, "Autograd")
 def nvfp4_moe_arguments(weights: ExpertWeights, kernel: str) -> tuple:
     """Return the operator's arguments behind routing_weights, for weights prepared for a kernel."""
     return (
-        *(
-            t.view(torch.uint8) if t.dtype == NVFP4.scale_dtype else t
-            for t in weights.tensors().values()
-        ),
+        *weights.operands().values(),
         weights.activation,
         weights.gated,
         kernel,

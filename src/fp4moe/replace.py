@@ -23,6 +23,8 @@ from .explain import BlockReport, ModelReport
 from .integrations.module_list import find_module_lists
 from .integrations.transformers import find_experts
 from .kernels import (
+    HIDDEN_ALIGNMENTS,
+    ROUTINGS,
     MoeSpec,
     check_kernel_name,
     choose_kernel,
@@ -31,13 +33,12 @@ from .kernels import (
     select_kernel,
 )
 from .module import FusedExperts
+from .quantize import METHODS
 
 __all__ = ["explain", "find_candidates", "replace_moe"]
 
 logger = logging.getLogger("fp4moe")
 Model = TypeVar("Model", bound=nn.Module)
-METHODS = ("max", "mse")
-HIDDEN_ALIGNMENTS = (128, 256, 512)
 
 
 def find_candidates(model: nn.Module) -> list[Candidate]:
@@ -85,7 +86,7 @@ def replace_moe(
     check_kernel_name(kernel, caller="replace_moe")
     _check_choice("method", method, METHODS)
     _check_choice("hidden_alignment", hidden_alignment, HIDDEN_ALIGNMENTS)
-    _check_choice("routing", routing, ("given",))
+    _check_choice("routing", routing, ROUTINGS)
     _refuse_other_kernels(model, kernel)
     candidates = find_candidates(model)
     if not candidates:

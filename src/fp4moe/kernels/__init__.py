@@ -12,11 +12,13 @@ import torch
 from ..activations import get_activation
 from ..errors import ShapeError, UnsupportedError
 from .reference import REFERENCE, REFERENCE_W4A4, ReferenceKernel
-from .spec import MoeSpec
+from .spec import HIDDEN_ALIGNMENTS, ROUTINGS, MoeSpec
 
 __all__ = [
+    "HIDDEN_ALIGNMENTS",
     "KERNELS",
     "KERNEL_NAMES",
+    "ROUTINGS",
     "MoeSpec",
     "check_kernel_name",
     "choose_kernel",

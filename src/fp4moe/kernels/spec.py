@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["MoeSpec"]
+__all__ = ["HIDDEN_ALIGNMENTS", "ROUTINGS", "MoeSpec"]
+
+# What the Blackwell kernel may pad the hidden size to, and who routes; only checked as yet.
+HIDDEN_ALIGNMENTS = (128, 256, 512)
+ROUTINGS = ("given",)
 
 
 @dataclasses.dataclass(frozen=True)
