@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import platform
 import sys
 import time
 from collections.abc import Callable
 
 import torch
+from machine import cpu_name
 
 from fp4moe import ExpertWeights
 from fp4moe.ops import nvfp4_moe_arguments
@@ -29,15 +29,6 @@ MODES: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
 }
-
-
-def cpu_name() -> str:
-    """The model name that the kernel reports, or what the platform module knows."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def bare_operators() -> dict[str, Callable[..., torch.Tensor]]:

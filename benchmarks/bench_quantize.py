@@ -8,24 +8,15 @@ GB/s counts the bfloat16 input of a quantiser, or the bfloat16 size of what is d
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 from collections.abc import Callable
 
 import torch
+from machine import cpu_name
 from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 
 from fp4moe.quantize import dequantize_nvfp4, quantize_nvfp4
-
-
-def cpu_name() -> str:
-    """The model name that the kernel reports, or what the platform module knows."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def best_seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:

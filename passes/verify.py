@@ -257,10 +257,12 @@ def _grouped_mm(
     x: torch.Tensor,
     weight: torch.Tensor,
     offs: torch.Tensor,
-    bias: None = None,
+    bias: torch.Tensor | None = None,
     out_dtype: Any = None,
 ) -> torch.Tensor:
     """torch._grouped_mm for x [S, K] and weight [E, K, N]; rows behind the last offset are NaN."""
+    if bias is not None:
+        raise ValueError("grouped_mm with a bias, which the operator does not add")
     out = x.new_full((x.shape[0], weight.shape[2]), float("nan"))
     start = 0
     for expert, stop in enumerate(offs.tolist()):

@@ -723,3 +723,10 @@ class TestGraph:
             fake = [mode.from_tensor(value) for value in values]
         report = rewrite_moe(graph, fake)
         assert "not real tensors" in report.near_misses[0].reasons[0]
+
+
+def test_a_bias_of_grouped_mm_is_refused_not_dropped():
+    x, weight, offs = torch.ones(2, 3), torch.ones(1, 3, 4), torch.tensor([2], dtype=torch.int32)
+    assert torch.equal(verify._grouped_mm(x, weight, offs), torch.full((2, 4), 3.0))
+    with pytest.raises(ValueError, match="grouped_mm with a bias"):
+        verify._grouped_mm(x, weight, offs, bias=torch.ones(1, 4))

@@ -220,7 +220,6 @@ for norm in (False, True):
 
 
 def transformers_classes(model: str, router: str, config: str) -> tuple[type, type]:
-    pytest.importorskip("transformers")
     package = f"transformers.models.{model}"
     modeling = importlib.import_module(f"{package}.modeling_{model}")
     configuration = importlib.import_module(f"{package}.configuration_{model}")

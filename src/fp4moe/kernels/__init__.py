@@ -115,25 +115,16 @@ def why_not(
     )
     if kernel != "auto":
         return _reasons(kernel, spec, padded)
-    reasons = {
-        name: _reasons(name, spec, padded)
-        for name in KERNEL_NAMES
-        if name not in KERNELS or KERNELS[name].automatic
-    }
-    return (
-        []
-        if not all(reasons.values())
-        else [f"{name}: {why}" for name, whys in reasons.items() for why in whys]
-    )
+    reasons = {name: _reasons(name, spec, padded) for name in _candidates(kernel)}
+    if not all(reasons.values()):
+        return []
+    return [f"{name}: {why}" for name, whys in reasons.items() for why in whys]
 
 
 def choose_kernel(kernel: str, spec: MoeSpec) -> tuple[str | None, list[str]]:
     """Return (the first kernel that runs this, []), or (None, each candidate with its reasons)."""
-    candidates = [kernel]
-    if kernel == "auto":
-        candidates = [n for n in KERNEL_NAMES if n not in KERNELS or KERNELS[n].automatic]
     refused = []
-    for name in candidates:
+    for name in _candidates(kernel):
         reasons = _reasons(name, spec, padded=True)
         if not reasons:
             return name, []
@@ -155,6 +146,12 @@ def select_kernel(kernel: str, spec: MoeSpec, *, caller: str) -> str:
             f"{'. '.join(refused)}."
         )
     return name
+
+
+def _candidates(kernel: str) -> list[str]:
+    if kernel != "auto":
+        return [kernel]
+    return [name for name in KERNEL_NAMES if name not in KERNELS or KERNELS[name].automatic]
 
 
 def _reasons(name: str, spec: MoeSpec, padded: bool) -> list[str]:
