@@ -42,7 +42,8 @@ def test_the_tables_of_this_file_are_complete():
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_values_by_hand(name):
     got = ACTIVATIONS[name].function(torch.tensor([-1.0, 0.5, 2.0]))
-    torch.testing.assert_close(got, torch.tensor(BY_HAND[name]), rtol=0, atol=2e-7)
+    # Half a unit of the table's last digit, and 4 ulp: each CPU has its own vector erf and tanh.
+    torch.testing.assert_close(got, torch.tensor(BY_HAND[name]), rtol=4 * 2.0**-23, atol=5e-8)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
