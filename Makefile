@@ -1,6 +1,6 @@
 # make demo   run both examples, from a fresh clone on
 # make test   lint, types and tests, from a fresh clone on; what CI runs
-# make lint | types | bench   one part of it; `make format` rewrites files as lint wants them
+# make lint | types | bench | flashinfer   one part of it; `make format` rewrites files as lint wants them
 #
 # PYTHON=python3.12 picks the interpreter of the environment, JOBS=4 the test processes.
 # pip keeps its own settings: PIP_FIND_LINKS or PIP_INDEX_URL choose which build of torch comes.
@@ -14,15 +14,29 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint format types bench
+# The tests of FlashInfer's kernels run with both: the version that has its cubins on PyPI, which the
+# environment holds, and the current one, which is put before it on the path.
+FLASHINFER := 0.7.2.post1
+OTHER := build/flashinfer-$(FLASHINFER)
+
+.PHONY: demo test lint format types bench flashinfer
 
 demo: $(READY)
 	$(BIN)/python examples/gemma4_compile.py
 	$(BIN)/python examples/nemotron_h_compile.py
 
 # One thread per process: JOBS processes with the threads of a whole machine each are slower.
-test: lint types
+test: lint types flashinfer
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+flashinfer: $(OTHER)/ready
+	PYTHONPATH=$(OTHER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/with_flashinfer \
+		tests/test_flashinfer_emulator.py tests/test_flashinfer_cutlass_rules.py tests/test_trtllm_gen.py
+
+$(OTHER)/ready: $(READY)
+	rm -rf $(OTHER)
+	$(BIN)/python -m pip install --no-deps --target $(OTHER) flashinfer-python==$(FLASHINFER)
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ import torch
 from machine import cpu_name
 
 from fp4moe import ExpertWeights
+from fp4moe.kernels import get_kernel
 from fp4moe.ops import nvfp4_moe_arguments
 
 OP = torch.ops.fp4moe.nvfp4_moe.default
@@ -78,13 +79,14 @@ def main() -> int:
         down=torch.randn(EXPERTS, HIDDEN, INTERMEDIATE),
         activation="silu",
     ).to(device)
+    prepared = get_kernel("reference").prepare(weights, hidden_alignment=256)
 
     def call_arguments(tokens: int) -> tuple:
         return (
             torch.randn(tokens, HIDDEN, dtype=torch.bfloat16, device=device),
             torch.randint(0, EXPERTS, (tokens, TOP_K), device=device),
             torch.rand(tokens, TOP_K, dtype=torch.bfloat16, device=device),
-            *nvfp4_moe_arguments(weights, "reference"),
+            *nvfp4_moe_arguments(prepared, "reference"),
         )
 
     operators = {"fp4moe::nvfp4_moe": OP, **bare_operators()}

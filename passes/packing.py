@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fp4moe.errors import UnsupportedError
 from fp4moe.experts import ExpertWeights
-from fp4moe.kernels import get_kernel
+from fp4moe.kernels import PreparedWeights, get_kernel
 
 from .verify import Hypothesis
 
@@ -36,7 +36,7 @@ class PackedExperts:
     """
 
     name: str
-    weights: ExpertWeights
+    weights: PreparedWeights
     kernel: str
     states: tuple[tuple, tuple]
 
@@ -53,7 +53,11 @@ def _same(before: tuple, now: tuple) -> bool:
 
 
 def pack_once(
-    first: torch.Tensor, down: torch.Tensor, form: Hypothesis, kernel: str
+    first: torch.Tensor,
+    down: torch.Tensor,
+    form: Hypothesis,
+    kernel: str,
+    hidden_alignment: int,
 ) -> PackedExperts:
     """Return the packed weights, from the cache where neither weight has changed since.
 
@@ -62,7 +66,7 @@ def pack_once(
         ShapeError: a weight holds inf or NaN.
     """
     entries = _packed.setdefault(first, {})
-    key = (form, kernel)
+    key = (form, kernel, hidden_alignment)
     if key in entries:
         down_reference, packed = entries[key]
         if down_reference() is down and all(
@@ -73,8 +77,8 @@ def pack_once(
         raise UnsupportedError(
             "pack_once: weights must have storage; got weights released by release_weights=True "
             "that were packed for "
-            f"{[f'{f} with {k}' for f, k in entries]} and are asked for as {form} with {kernel}. "
-            "Load the model again."
+            f"{[f'{f} with {k}' for f, k, _ in entries]} and are asked for as {form} with "
+            f"{kernel}. Load the model again."
         )
     # Views of the storage, so that the cache keeps no parameter alive.
     stacked = (
@@ -86,7 +90,7 @@ def pack_once(
         )
     packed = PackedExperts(
         name=f"fp4moe_{next(_numbers)}",
-        weights=get_kernel(kernel).prepare(weights),
+        weights=get_kernel(kernel).prepare(weights, hidden_alignment=hidden_alignment),
         kernel=kernel,
         states=(weight_state(first), weight_state(down)),
     )

@@ -18,8 +18,14 @@ import torch
 from torch import fx
 
 from fp4moe.errors import ShapeError, UnsupportedError
-from fp4moe.experts import ExpertWeights
-from fp4moe.kernels import MoeSpec, check_kernel_name, current_capability, select_kernel
+from fp4moe.kernels import (
+    DEFAULT_HIDDEN_ALIGNMENT,
+    HIDDEN_ALIGNMENTS,
+    MoeSpec,
+    check_kernel_name,
+    current_capability,
+    select_kernel,
+)
 from fp4moe.ops import nvfp4_moe_arguments
 from fp4moe.stamps import is_experts_class
 
@@ -48,6 +54,8 @@ def rewrite_moe(
     example_inputs: Sequence[Any],
     kernel: str = "auto",
     verify: bool = True,
+    *,
+    hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
 ) -> RewriteReport:
     """Replace each mixture-of-experts block by one operator on packed weights.
 
@@ -57,6 +65,7 @@ def rewrite_moe(
         kernel: "auto" or a kernel's name, see `fp4moe.why_not`.
         verify: compare each distinct block's numbers with the definition. False trusts the module's
             names: gate first, concatenated, the activation of its `act_fn`.
+        hidden_alignment: 128, 256 or 512, what the Blackwell kernel pads the hidden size to.
 
     Returns:
         What was rewritten, and what was not with its reason. A block that does not fit stays as it
@@ -66,14 +75,25 @@ def rewrite_moe(
         UnsupportedError: no such kernel, or the kernel asked for by name cannot run a block; the
             graph is as it was.
     """
-    return rewrite_moe_with_weights(graph_module, example_inputs, kernel, verify)[0]
+    return rewrite_moe_with_weights(graph_module, example_inputs, kernel, verify, hidden_alignment)[
+        0
+    ]
 
 
 def rewrite_moe_with_weights(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], kernel: str, verify: bool
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    kernel: str,
+    verify: bool,
+    hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
 ) -> tuple[RewriteReport, list[Rewritten]]:
     """As `rewrite_moe`, also returning what was packed."""
     check_kernel_name(kernel, caller="rewrite_moe")
+    if hidden_alignment not in HIDDEN_ALIGNMENTS:
+        raise UnsupportedError(
+            f"rewrite_moe: hidden_alignment must be one of {HIDDEN_ALIGNMENTS}; got "
+            f"{hidden_alignment!r}. Pass one of these."
+        )
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values: dict[fx.Node, Any] = dict(zip(placeholders, example_inputs, strict=True))
     already = sum(node.target is OPERATOR for node in gm.graph.nodes)
@@ -101,7 +121,7 @@ def rewrite_moe_with_weights(
         packed = None
         if form and name and not reasons:
             try:
-                packed = pack_once(first, down, form, name)
+                packed = pack_once(first, down, form, name, hidden_alignment)
             except ShapeError as error:
                 reasons.append(str(error))
         plans.append((region, form, packed, reasons))
@@ -202,10 +222,9 @@ def _insert(gm: fx.GraphModule, region: Region, packed: PackedExperts) -> None:
     output, graph = region.output, gm.graph
     fake_mode = getattr(meta_value(region.hidden), "fake_mode", None)
     stack = output.meta.get("nn_module_stack")
-    weights: ExpertWeights = packed.weights
     with graph.inserting_before(output):
         attributes = []
-        for name, tensor in weights.operands().items():
+        for name, tensor in packed.weights.operands._asdict().items():
             attribute = f"{packed.name}_{name}"
             if not hasattr(gm, attribute):
                 gm.register_buffer(attribute, tensor, persistent=False)
@@ -220,7 +239,7 @@ def _insert(gm: fx.GraphModule, region: Region, packed: PackedExperts) -> None:
             )
             node.meta["nn_module_stack"] = stack
             attributes.append(node)
-        settings = nvfp4_moe_arguments(weights, packed.kernel)[len(attributes) :]
+        settings = nvfp4_moe_arguments(packed.weights, packed.kernel)[len(attributes) :]
         fused = graph.call_function(
             OPERATOR,
             (region.hidden, region.expert_ids, region.routing_weights, *attributes, *settings),

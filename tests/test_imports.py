@@ -31,7 +31,8 @@ LAYERS: list[set[str]] = [
     {"checks"},
     {"ops"},
     {"module"},
-    {"calibrate", "candidates", "checkpoint", "integrations", "replace"},
+    {"autotune", "calibrate", "candidates", "checkpoint", "integrations", "replace", "selftest"}
+    | {"selftest_checks"},
     {"passes"},
     {"compile"},
     {""},

@@ -17,6 +17,8 @@ from fp4moe.kernels import (
     get_kernel,
     select_kernel,
 )
+from fp4moe.kernels import spec as spec_module
+from fp4moe.kernels.reference import ReferenceKernel
 
 LAYER = {
     "activation": "silu",
@@ -27,10 +29,13 @@ LAYER = {
     "top_k": 8,
 }
 ABSENT = {
-    "flashinfer_trtllm": "compute capability 10.0 or 10.3",
-    "flashinfer_cutlass": "compute capability 12.0 or 12.1",
     "triton": "compute capability 8.0 or newer",
     "humming": "compute capability 7.5 or newer",
+}
+# Their own tests are in tests/with_flashinfer; on other devices they say no.
+FLASHINFER = {
+    "flashinfer_trtllm": "needs compute capability 10.0 or 10.3, got ",
+    "flashinfer_cutlass": "needs compute capability 12.0, 12.1, 10.0 or 10.3, got ",
 }
 PRESENT = ("reference", "reference_w4a4")
 
@@ -39,18 +44,24 @@ def absent(name):
     return f"not in this version of fp4moe (it will need {ABSENT[name]})"
 
 
+def refusal(name, got):
+    return absent(name) if name in ABSENT else FLASHINFER[name] + got
+
+
 def test_the_names_are_those_of_the_contract():
-    assert KERNEL_NAMES == (*ABSENT, *PRESENT)
-    assert tuple(KERNELS) == PRESENT
-    assert all(KERNELS[name].name == name for name in PRESENT)
+    assert KERNEL_NAMES == (*FLASHINFER, *ABSENT, *PRESENT)
+    assert tuple(KERNELS) == (*FLASHINFER, *PRESENT)
+    assert all(kernel.name == name for name, kernel in KERNELS.items())
 
 
-@pytest.mark.parametrize("capability", [None, (8, 0), (9, 0), (10, 0), (12, 1)])
+@pytest.mark.parametrize("capability", [None, (8, 0), (9, 0), (11, 0)])
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("name", KERNEL_NAMES)
-def test_why_not_by_name(name, padded, capability):
+def test_why_not_by_name(name, padded, capability, monkeypatch):
+    monkeypatch.setattr(spec_module, "query_capability", lambda device: None)
     reasons = why_not(name, **LAYER, padded=padded, capability=capability)
-    assert reasons == ([absent(name)] if name in ABSENT else [])
+    got = f"{capability[0]}.{capability[1]}" if capability else "a CPU"
+    assert reasons == ([] if name in PRESENT else [refusal(name, got)])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -77,17 +88,25 @@ def test_without_padding_sizes_must_be_multiples_of_16(name):
     weights = ExpertWeights.quantize(
         up=torch.ones(1, 50, 31), down=torch.ones(1, 31, 50), activation="silu"
     )
-    prepared = get_kernel(name).prepare(weights)
-    multiples = get_kernel(name).size_multiples(spec)
-    assert prepared.hidden_padded % multiples[0] == prepared.intermediate_padded % multiples[1] == 0
-    assert get_kernel(name).restore(prepared) is weights
+    prepared = get_kernel(name).prepare(weights, hidden_alignment=256)
+    multiples = get_kernel(name).size_multiples(spec, 256)
+    assert weights.hidden_padded % multiples[0] == weights.intermediate_padded % multiples[1] == 0
+    back = get_kernel(name).restore(prepared)
+    assert back.metadata() == weights.metadata()
+    assert all(back.tensors()[n].data_ptr() == t.data_ptr() for n, t in weights.tensors().items())
 
 
-def test_auto_lists_each_candidate_with_its_reasons():
+def test_auto_lists_each_candidate_with_its_reasons(monkeypatch):
+    monkeypatch.setattr(spec_module, "query_capability", lambda device: None)
     odd = LAYER | {"hidden_size": 31}
     assert why_not("auto", **odd) == []
     # reference_w4a4 would never be chosen by itself, and is not listed.
     assert why_not("auto", **odd, padded=False) == [
+        f"flashinfer_trtllm: {FLASHINFER['flashinfer_trtllm']}a CPU",
+        "flashinfer_trtllm: no kernel for hidden_size 31 x intermediate_size 704 at exactly this "
+        "size; the next size with one is 128 x 704",
+        f"flashinfer_cutlass: {FLASHINFER['flashinfer_cutlass']}a CPU",
+        "flashinfer_cutlass: hidden_size must be a multiple of 128 without padding, got 31",
         *(f"{name}: {absent(name)}" for name in ABSENT),
         "reference: hidden_size must be a multiple of 16 without padding, got 31",
     ]
@@ -141,21 +160,19 @@ def test_select_kernel():
     assert choose_kernel("triton", spec) == (None, [f"triton: {absent('triton')}"])
     for name in PRESENT:
         assert select_kernel(name, spec, caller="f") == name
-    for name in ABSENT:
+    for name in (*FLASHINFER, *ABSENT):
         with pytest.raises(UnsupportedError) as error:
             select_kernel(name, spec, caller="f")
         assert str(error.value) == (
             "f: kernel must be one that runs this layer (gated silu, 128 experts of 2816 x 704, "
             f"CPU); got '{name}'. "
-            f"{name}: {absent(name)}."
+            f"{name}: {refusal(name, 'a CPU')}."
         )
 
 
 def test_auto_that_finds_none_lists_every_candidate(monkeypatch):
     """With `reference` refusing, nothing is left, and each refusal is in the message."""
-    monkeypatch.setattr(
-        type(KERNELS["reference"]), "reasons_not_to_run", lambda self, spec: ["a", "b"]
-    )
+    monkeypatch.setattr(ReferenceKernel, "reasons_not_to_run", lambda self, spec: ["a", "b"])
     spec = MoeSpec(**LAYER, capability=(9, 0))
     assert choose_kernel("auto", spec)[0] is None
     with pytest.raises(UnsupportedError) as error:
@@ -163,7 +180,7 @@ def test_auto_that_finds_none_lists_every_candidate(monkeypatch):
     assert str(error.value) == (
         "f: kernel must be one that runs this layer (gated silu, 128 experts of 2816 x 704, 9.0); "
         "got 'auto'. "
-        + "".join(f"{name}: {absent(name)}. " for name in ABSENT)
+        + "".join(f"{name}: {refusal(name, '9.0')}. " for name in (*FLASHINFER, *ABSENT))
         + "reference: a; b."
     )
 
@@ -201,7 +218,7 @@ def test_capability_of_a_gpu():
     assert current_capability(torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize("name", ABSENT)
+@pytest.mark.parametrize("name", [*FLASHINFER, *ABSENT])
 def test_a_kernel_asked_for_by_name_is_never_replaced(name):
     weights = ExpertWeights.quantize(
         up=torch.randn(4, 32, 48), down=torch.randn(4, 48, 32), activation="relu2"
@@ -216,5 +233,5 @@ def test_a_kernel_asked_for_by_name_is_never_replaced(name):
             call()
         assert str(error.value) == (
             f"{caller}: kernel must be one that runs this layer (relu2, 4 experts of 48 x 32, "
-            f"CPU); got '{name}'. {name}: {absent(name)}."
+            f"CPU); got '{name}'. {name}: {refusal(name, 'a CPU')}."
         )

@@ -7,29 +7,112 @@ from typing import NoReturn
 import torch
 
 from .activations import ACTIVATIONS, get_activation
-from .errors import ShapeError
+from .errors import ShapeError, UnsupportedError
 from .formats import NVFP4
-from .kernels import KERNELS, get_kernel
+from .kernels import FUSED_ROUTING_METHODS, KERNELS, get_kernel
 
-__all__ = ["check_moe"]
+__all__ = ["check_moe", "check_moe_from_logits"]
 
 BLOCK = NVFP4.block_size
 HIDDEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ID_DTYPES = (torch.int32, torch.int64)
 
 
-def _fail(argument: str, rule: str, got: object, advice: str) -> NoReturn:
-    raise ShapeError(f"nvfp4_moe: {argument} must {rule}; got {got}. {advice}")
+def _fail(caller: str, argument: str, rule: str, got: object, advice: str) -> NoReturn:
+    raise ShapeError(f"{caller}: {argument} must {rule}; got {got}. {advice}")
 
 
 def _describe(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
 
 
-def check_moe(
+def check_moe(hidden, expert_ids, routing_weights, *args) -> None:
+    """Raise unless the arguments of `fp4moe::nvfp4_moe` fit together."""
+    name = "nvfp4_moe"
+    _check_hidden(name, hidden)
+    tokens = hidden.shape[0]
+    if expert_ids.ndim != 2 or expert_ids.dtype not in ID_DTYPES or expert_ids.shape[0] != tokens:
+        _fail(
+            name,
+            "expert_ids",
+            f"be int32 or int64 [T, K] with T = {tokens}",
+            _describe(expert_ids),
+            "Pass one row a token.",
+        )
+    if routing_weights.dtype not in HIDDEN_DTYPES or routing_weights.shape != expert_ids.shape:
+        _fail(
+            name,
+            "routing_weights",
+            f"be float, of the shape of expert_ids {list(expert_ids.shape)}",
+            _describe(routing_weights),
+            "Pass one weight an id.",
+        )
+    _check_weights(name, hidden, *args)
+    if not hidden.device == expert_ids.device == routing_weights.device:
+        got = f"{expert_ids.device} and {routing_weights.device}"
+        rule = f"be on the device of hidden, {hidden.device}"
+        _fail(name, "expert_ids and routing_weights", rule, got, "Move them there.")
+
+
+def check_moe_from_logits(hidden, router_logits, routing_bias, *args) -> None:
+    """Raise unless the arguments of `fp4moe::nvfp4_moe_from_logits` fit together."""
+    name = "nvfp4_moe_from_logits"
+    _check_hidden(name, hidden)
+    method, top_k, num_groups, top_groups, _ = args[8:13]
+    num_experts = args[16]
+    expected = (hidden.shape[0], num_experts)
+    if router_logits.dtype not in HIDDEN_DTYPES or router_logits.shape != expected:
+        _fail(
+            name,
+            "router_logits",
+            f"be float [T, E] = {list(expected)}",
+            _describe(router_logits),
+            "Pass the router's output before softmax or sigmoid.",
+        )
+    if method not in FUSED_ROUTING_METHODS:
+        known = ", ".join(FUSED_ROUTING_METHODS)
+        raise UnsupportedError(
+            f"{name}: routing_method must be one of {known}; got {method!r}. Route outside and "
+            "call nvfp4_moe."
+        )
+    bias_lengths = (0, num_experts) if method == "sigmoid_topk" else (0,)
+    if (
+        routing_bias.dtype not in HIDDEN_DTYPES
+        or routing_bias.ndim != 1
+        or routing_bias.shape[0] not in bias_lengths
+    ):
+        rule = f"be float of length {' or '.join(map(str, bias_lengths))} for {method}"
+        advice = "Pass an empty tensor for none."
+        _fail(name, "routing_bias", rule, _describe(routing_bias), advice)
+    size = num_experts // num_groups if num_groups > 0 else 0
+    if size * num_groups != num_experts or (method != "sigmoid_topk" and num_groups != 1):
+        rule = f"divide {num_experts} experts (1 unless sigmoid_topk)"
+        _fail(name, "num_groups", rule, num_groups, "Pass the model's n_group.")
+    if not 1 <= top_groups <= num_groups or not 1 <= top_k <= top_groups * size:
+        rule = f"satisfy 1 <= top_groups <= {num_groups} and 1 <= top_k <= top_groups x {size}"
+        got = f"{top_groups} and {top_k}"
+        _fail(name, "top_groups and top_k", rule, got, "Pass the model's own.")
+    _check_weights(name, hidden, *args[:8], *args[13:])
+    if not hidden.device == router_logits.device == routing_bias.device:
+        got = f"{router_logits.device} and {routing_bias.device}"
+        rule = f"be on the device of hidden, {hidden.device}"
+        _fail(name, "router_logits and routing_bias", rule, got, "Move them there.")
+
+
+def _check_hidden(name, hidden) -> None:
+    if hidden.ndim != 2 or hidden.dtype not in HIDDEN_DTYPES:
+        _fail(
+            name,
+            "hidden",
+            "be bfloat16, float16 or float32 [T, H]",
+            _describe(hidden),
+            "Flatten the tokens to one axis.",
+        )
+
+
+def _check_weights(
+    name,
     hidden,
-    expert_ids,
-    routing_weights,
     gate_up_packed,
     gate_up_block_scale,
     gate_up_global_scale,
@@ -44,40 +127,24 @@ def check_moe(
     num_experts,
     expert_offset,
 ) -> None:
-    """Raise unless the arguments of `fp4moe::nvfp4_moe` fit together."""
     if activation not in ACTIVATIONS:
-        get_activation(activation, caller="nvfp4_moe")
+        get_activation(activation, caller=name)
     if kernel not in KERNELS:
         get_kernel(kernel)
-    device = hidden.device
-    if hidden.ndim != 2 or hidden.dtype not in HIDDEN_DTYPES:
-        _fail(
-            "hidden",
-            "be bfloat16, float16 or float32 [T, H]",
-            _describe(hidden),
-            "Flatten the tokens to one axis.",
-        )
-    tokens, hidden_size = hidden.shape
-    if expert_ids.ndim != 2 or expert_ids.dtype not in ID_DTYPES or expert_ids.shape[0] != tokens:
-        _fail(
-            "expert_ids",
-            f"be int32 or int64 [T, K] with T = {tokens}",
-            _describe(expert_ids),
-            "Pass one row a token.",
-        )
-    if routing_weights.dtype not in HIDDEN_DTYPES or routing_weights.shape != expert_ids.shape:
-        _fail(
-            "routing_weights",
-            f"be float, of the shape of expert_ids {list(expert_ids.shape)}",
-            _describe(routing_weights),
-            "Pass one weight an id.",
-        )
+    device, hidden_size = hidden.device, hidden.shape[1]
     if gate_up_packed.ndim != 3 or down_packed.ndim != 3:
         got = f"{list(gate_up_packed.shape)} and {list(down_packed.shape)}"
-        _fail("gate_up_packed and down_packed", "have 3 axes", got, "Use ExpertWeights.quantize.")
+        _fail(
+            name,
+            "gate_up_packed and down_packed",
+            "have 3 axes",
+            got,
+            "Use ExpertWeights.quantize.",
+        )
     local, hidden_padded, columns = down_packed.shape
     if not 0 < hidden_size <= hidden_padded:
         _fail(
+            name,
             "hidden",
             f"have 1 to {hidden_padded} columns, as its experts",
             list(hidden.shape),
@@ -85,7 +152,13 @@ def check_moe(
         )
     if not 0 <= expert_offset <= num_experts - local:
         rule = f"lie in 0..{num_experts - local} ({local} of {num_experts} experts)"
-        _fail("expert_offset", rule, expert_offset, "Pass the global id of the first local expert.")
+        _fail(
+            name,
+            "expert_offset",
+            rule,
+            expert_offset,
+            "Pass the global id of the first local expert.",
+        )
     rows = columns * 4 if gated else columns * 2
     # One expression: this runs at every call of the operator.
     if not (
@@ -106,6 +179,7 @@ def check_moe(
     ):
         scales, packed = torch.float32, torch.uint8
         _fail_at_first(
+            name,
             device,
             ("gate_up_packed", gate_up_packed, packed, (local, rows, hidden_padded // 2)),
             (
@@ -126,14 +200,10 @@ def check_moe(
             ("hidden_scale", hidden_scale, scales, (1,)),
             ("intermediate_scale", intermediate_scale, scales, (local,)),
         )
-    if not device == expert_ids.device == routing_weights.device:
-        got = f"{expert_ids.device} and {routing_weights.device}"
-        rule = f"be on the device of hidden, {device}"
-        _fail("expert_ids and routing_weights", rule, got, "Move them there.")
 
 
-def _fail_at_first(device: torch.device, *expected: tuple) -> None:
+def _fail_at_first(caller: str, device: torch.device, *expected: tuple) -> None:
     for name, tensor, dtype, shape in expected:
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
             rule = f"be {dtype} {list(shape)} on {device}"
-            _fail(name, rule, _describe(tensor), "Use ExpertWeights.quantize and .to.")
+            _fail(caller, name, rule, _describe(tensor), "Use ExpertWeights.quantize and .to.")

@@ -1,4 +1,4 @@
-"""The command line: `fp4moe info` and `fp4moe explain MODEL`."""
+"""The command line: `fp4moe info`, `fp4moe explain MODEL` and `fp4moe selftest`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ from torch import nn
 
 from .errors import CheckpointError, Fp4MoeError, UnsupportedError
 from .explain import format_table
-from .kernels import KERNEL_NAMES, current_capability, why_not
+from .kernels import (
+    DEFAULT_HIDDEN_ALIGNMENT,
+    HIDDEN_ALIGNMENTS,
+    KERNEL_NAMES,
+    current_capability,
+    why_not,
+)
 from .replace import explain
+from .selftest import LAYERS, TOKENS, run_selftest, selftest
 from .version import __version__
 
 __all__ = ["main"]
@@ -30,29 +37,10 @@ PACKAGES = (
     "torch-tensorrt",
     "humming-kernels",
 )
-# The two layers that the package is built for.
-LAYERS = {
-    "Gemma4-26B-A4B": {
-        "activation": "gelu_tanh",
-        "gated": True,
-        "hidden_size": 2816,
-        "intermediate_size": 704,
-        "num_experts": 128,
-        "top_k": 8,
-    },
-    "Nemotron-3-Nano-30B": {
-        "activation": "relu2",
-        "gated": False,
-        "hidden_size": 2688,
-        "intermediate_size": 1856,
-        "num_experts": 128,
-        "top_k": 6,
-    },
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 2 for an error of fp4moe."""
+    """Run one command; returns the exit code: 0, 1 (selftest failed), 2 (an error of fp4moe)."""
     parser = argparse.ArgumentParser(
         prog="fp4moe", description="NVFP4 mixture-of-experts operators for PyTorch."
     )
@@ -65,10 +53,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("model", help="a directory with config.json, that file, or a hub id")
     command.add_argument("--kernel", default="auto", help="auto or a kernel's name")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command = commands.add_parser("selftest", help="does a kernel compute what it should here?")
+    command.add_argument("--kernel", default="auto", help="auto or a kernel's name")
+    command.add_argument("--device", help="cuda, cuda:1, cpu; default the GPU, if there is one")
+    command.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    command.add_argument(
+        "--hidden-alignment",
+        type=int,
+        choices=HIDDEN_ALIGNMENTS,
+        default=DEFAULT_HIDDEN_ALIGNMENT,
+        help="what the Blackwell kernel pads the hidden size to",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "info":
             print(info())
+        elif arguments.command == "selftest":
+            return 0 if _selftest(arguments) else 1
         else:
             report = explain(
                 model_from_config(arguments.model), arguments.kernel, only_structure=True
@@ -78,6 +80,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def _selftest(arguments: argparse.Namespace) -> bool:
+    names = ("kernel", "device", "tokens", "hidden_alignment")
+    options = {name: getattr(arguments, name) for name in names}
+    if not arguments.json:
+        return selftest(**options)
+    report = run_selftest(**options)
+    print(json.dumps(report.to_dict(), indent=2))
+    return report.passed
 
 
 def info() -> str:
@@ -95,7 +107,7 @@ def info() -> str:
         lines.append(f"\nKernels for a layer of {layer}:")
         table = []
         for kernel in KERNEL_NAMES:
-            reasons = why_not(kernel, **sizes)  # type: ignore[arg-type]
+            reasons = why_not(kernel, **sizes)
             table.append([kernel, "no" if reasons else "yes", "; ".join(reasons)])
         lines.append(format_table(["kernel", "runs", "why not"], table))
     return "\n".join(lines)

@@ -16,7 +16,12 @@ import torch
 from torch import fx
 
 from .errors import UnsupportedError
-from .kernels import HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
+from .kernels import (
+    DEFAULT_HIDDEN_ALIGNMENT,
+    HIDDEN_ALIGNMENTS,
+    ROUTINGS,
+    check_kernel_name,
+)
 from .passes.packing import weight_state
 from .passes.report import RewriteReport
 from .passes.rewrite import Rewritten, rewrite_moe_with_weights
@@ -43,7 +48,7 @@ class BackendOptions:
         release_weights: free the float weights after packing. Shapes stay. Running the experts in
             eager, writing to these weights or saving them raises from then on.
         hidden_alignment: 128, 256 or 512, what the Blackwell kernel pads the hidden size to.
-        routing: "given", the model's own router.
+        routing: "given", the model's own router; "fused" is for `replace_moe`.
     """
 
     inner_backend: str | Callable = "inductor"
@@ -52,7 +57,7 @@ class BackendOptions:
     kernel: str = "auto"
     verify: bool = True
     release_weights: bool = False
-    hidden_alignment: int = 256
+    hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT
     routing: str = "given"
 
     @classmethod
@@ -89,6 +94,11 @@ class BackendOptions:
                     f"backend: {name} must be one of {listed}; got {getattr(parsed, name)!r}. Pass "
                     "one of these."
                 )
+        if parsed.routing == "fused":
+            raise UnsupportedError(
+                "backend: routing must be 'given', the router is not rewritten in a graph; got "
+                "'fused'. Call fp4moe.replace_moe(model, routing='fused') before compiling."
+            )
         if not isinstance(parsed.inner_options, (dict, type(None))):
             raise UnsupportedError(
                 "backend: inner_options must be a dict or None; got "
@@ -122,7 +132,7 @@ def backend(
     """
     parsed = BackendOptions.parse(options)
     report, rewritten = rewrite_moe_with_weights(
-        graph_module, example_inputs, parsed.kernel, parsed.verify
+        graph_module, example_inputs, parsed.kernel, parsed.verify, parsed.hidden_alignment
     )
     logger.info("fp4moe.backend: %s", report)
     _report_problems(report, parsed)

@@ -8,10 +8,10 @@ Not handled here: kernel layouts (each kernel's `prepare`), checkpoints.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .activations import get_activation
 from .errors import ShapeError
@@ -26,6 +26,7 @@ from .expert_quantize import (
     split_gate_up,
 )
 from .formats import NVFP4
+from .layout import pad_matrix, trim_matrix
 from .quantize import NVFP4Values, dequantize_nvfp4
 
 __all__ = ["GATE_UP_LAYOUTS", "ExpertWeights", "split_gate_up"]
@@ -33,7 +34,7 @@ __all__ = ["GATE_UP_LAYOUTS", "ExpertWeights", "split_gate_up"]
 _TENSORS = ("packed", "block_scale", "global_scale")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ExpertWeights:
     """The quantised experts of one layer, in checkpoint order with linear scales.
 
@@ -309,30 +310,39 @@ class ExpertWeights:
                 raise ShapeError(
                     f"padded: {name} must be a multiple of {BLOCK}; got {multiple}. Round it up."
                 )
-        more_h = round_up(self.hidden_padded, hidden_multiple) - self.hidden_padded
-        more_i = (
-            round_up(self.intermediate_padded, intermediate_multiple) - self.intermediate_padded
-        )
-        if not more_h and not more_i:
+        hidden = round_up(self.hidden_padded, hidden_multiple)
+        intermediate = round_up(self.intermediate_padded, intermediate_multiple)
+        return self._resized(pad_matrix, hidden, intermediate)
+
+    def unpadded(self) -> ExpertWeights:
+        """Undo `padded`: cut H and I to hidden_size and intermediate_size, rounded up to 16.
+
+        What is cut off is taken to be zero and not looked at: the host does not wait for a device.
+        """
+        hidden = round_up(self.hidden_size, BLOCK)
+        intermediate = round_up(self.intermediate_size, BLOCK)
+        return self._resized(trim_matrix, hidden, intermediate)
+
+    def _resized(
+        self, resize: Callable[..., torch.Tensor], hidden: int, intermediate: int
+    ) -> ExpertWeights:
+        if (hidden, intermediate) == (self.hidden_padded, self.intermediate_padded):
             return self
 
-        def grow(tensor: torch.Tensor, rows: int, columns: int, halves: int = 1) -> torch.Tensor:
-            # float8 has no constant_pad; its zero is byte 0.
-            bytes_ = tensor.view(torch.uint8).unflatten(1, (halves, -1))
-            return F.pad(bytes_, (0, columns, 0, rows)).flatten(1, 2).view(tensor.dtype)
+        def values(old: NVFP4Values, rows: int, columns: int, halves: int) -> NVFP4Values:
+            scale = old.block_scale.view(torch.uint8)
+            return NVFP4Values(
+                resize(old.packed, rows, NVFP4.packed_columns(columns), halves),
+                resize(scale, rows, NVFP4.scale_columns(columns), halves).view(NVFP4.scale_dtype),
+                old.global_scale,
+            )
 
         halves = 1 + self.gated
-        gate_up = NVFP4Values(
-            grow(self.gate_up.packed, more_i, more_h // 2, halves),
-            grow(self.gate_up.block_scale, more_i, more_h // BLOCK, halves),
-            self.gate_up.global_scale,
+        return dataclasses.replace(
+            self,
+            gate_up=values(self.gate_up, halves * intermediate, hidden, halves),
+            down=values(self.down, hidden, intermediate, 1),
         )
-        down = NVFP4Values(
-            grow(self.down.packed, more_h, more_i // 2),
-            grow(self.down.block_scale, more_h, more_i // BLOCK),
-            self.down.global_scale,
-        )
-        return dataclasses.replace(self, gate_up=gate_up, down=down)
 
     def slice_experts(self, start: int, stop: int) -> ExpertWeights:
         """Return local experts start..stop-1 as views; ids stay global through expert_offset."""

@@ -1,7 +1,7 @@
 """FusedExperts: the experts of one layer, packed, as a module that calls the operator.
 
 Its state_dict is always logical (checkpoint order, linear scales), whatever layout the kernel
-prepared.
+prepared. RoutedExperts leaves the choice of the experts to the kernel, too.
 """
 
 from __future__ import annotations
@@ -12,13 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import ShapeError
+from .errors import ShapeError, UnsupportedError
 from .experts import ExpertWeights
-from .formats import NVFP4
-from .kernels import MoeSpec, check_kernel_name, current_capability, get_kernel, select_kernel
-from .ops import nvfp4_moe_arguments
+from .kernels import (
+    DEFAULT_HIDDEN_ALIGNMENT,
+    MoeSpec,
+    Operands,
+    PreparedWeights,
+    Routing,
+    check_kernel_name,
+    current_capability,
+    get_kernel,
+    select_kernel,
+)
+from .ops import nvfp4_moe_arguments, nvfp4_moe_from_logits_arguments
 
-__all__ = ["FusedExperts"]
+__all__ = ["FusedExperts", "RoutedExperts"]
 
 
 class FusedExperts(nn.Module):
@@ -32,6 +41,8 @@ class FusedExperts(nn.Module):
         weights: the quantised experts.
         kernel: "auto" or a kernel's name. "auto" is decided again when the module moves to another
             device.
+        hidden_alignment: what the Blackwell kernel pads the hidden size to: 128, 256 or 512.
+        top_k: experts per token where it is known; only `autotune` asks.
 
     Raises:
         UnsupportedError: no kernel runs these weights on their device; lists the reasons.
@@ -39,28 +50,54 @@ class FusedExperts(nn.Module):
 
     gate_up_packed: torch.Tensor
 
-    def __init__(self, weights: ExpertWeights, kernel: str = "auto"):
+    def __init__(
+        self,
+        weights: ExpertWeights,
+        kernel: str = "auto",
+        *,
+        hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
+        top_k: int | None = None,
+    ):
         super().__init__()
         check_kernel_name(kernel, caller="FusedExperts")
+        self.top_k = top_k
         self.requested_kernel = kernel
+        self.hidden_alignment = hidden_alignment
         self._prepare(weights)
 
-    def _prepare(self, weights: ExpertWeights) -> None:
-        spec = MoeSpec(
-            activation=weights.activation,
-            gated=weights.gated,
-            hidden_size=weights.hidden_size,
-            intermediate_size=weights.intermediate_size,
-            num_experts=weights.num_experts,
+    def _spec(self, metadata: dict[str, Any], device: torch.device) -> MoeSpec:
+        return MoeSpec(
+            activation=metadata["activation"],
+            gated=metadata["gated"],
+            hidden_size=metadata["hidden_size"],
+            intermediate_size=metadata["intermediate_size"],
+            num_experts=metadata["num_experts"],
             top_k=None,
-            capability=current_capability(weights.device),
+            capability=current_capability(device),
         )
-        self.kernel = select_kernel(self.requested_kernel, spec, caller="FusedExperts")
-        prepared = get_kernel(self.kernel).prepare(weights)
-        self.metadata = prepared.metadata()
-        for name, tensor in prepared.operands().items():
+
+    def _select(self, metadata: dict[str, Any], device: torch.device) -> str:
+        spec = self._spec(metadata, device)
+        return select_kernel(self.requested_kernel, spec, caller=type(self).__name__)
+
+    def _prepare(self, weights: ExpertWeights) -> None:
+        self.kernel = self._select(weights.metadata(), weights.device)
+        self._hold(self._laid_out(weights))
+
+    def _laid_out(self, weights: ExpertWeights) -> PreparedWeights:
+        return get_kernel(self.kernel).prepare(weights, hidden_alignment=self.hidden_alignment)
+
+    def _hold(self, prepared: PreparedWeights) -> None:
+        for name in getattr(self, "_kept", ()):
+            del self._buffers[name]
+        for name, tensor in prepared.tensors().items():
             self.register_buffer(name, tensor)
-        self._arguments = nvfp4_moe_arguments(prepared, self.kernel)[len(prepared.tensors()) :]
+        self.metadata = prepared.metadata
+        self._kept = tuple(prepared.kept)
+        self._arguments = self._operator_arguments(prepared)[len(prepared.operands) :]
+
+    def _operator_arguments(self, prepared: PreparedWeights) -> tuple:
+        return nvfp4_moe_arguments(prepared, self.kernel)
 
     @property
     def num_experts(self) -> int:
@@ -70,32 +107,41 @@ class FusedExperts(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of the packed weights and scales."""
-        return sum(buffer.nbytes for buffer in self.buffers())
+        return sum(tensor.nbytes for tensor in self.prepared.operands)
 
     @property
     def weights(self) -> ExpertWeights:
-        """The logical weights."""
-        return get_kernel(self.kernel).restore(self._prepared())
+        """The logical weights; undoes the kernel's layout."""
+        return get_kernel(self.kernel).restore(self.prepared)
 
-    def _prepared(self) -> ExpertWeights:
-        tensors = {}
-        for gemm in ("gate_up", "down"):
-            tensors[f"{gemm}.packed"] = self.get_buffer(f"{gemm}_packed")
-            tensors[f"{gemm}.block_scale"] = self.get_buffer(f"{gemm}_block_scale").view(
-                NVFP4.scale_dtype
-            )
-            tensors[f"{gemm}.global_scale"] = self.get_buffer(f"{gemm}_global_scale")
-        tensors |= {name: self.get_buffer(name) for name in ("hidden_scale", "intermediate_scale")}
-        return ExpertWeights.from_tensors(tensors, self.metadata)
+    def activation_scales(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logical (hidden_scale [1], intermediate_scale [L]) without other work."""
+        tensors = self.prepared.tensors()
+        return tuple(  # type: ignore[return-value]
+            tensors.get(f"logical_{name}", tensors[name])
+            for name in ("hidden_scale", "intermediate_scale")
+        )
+
+    @property
+    def prepared(self) -> PreparedWeights:
+        """What the kernel reads."""
+        return PreparedWeights(
+            Operands(*self._operands()),
+            {name: self.get_buffer(name) for name in self._kept},
+            self.metadata,
+        )
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Apply the experts; see `fp4moe.fused_moe` for the arguments."""
         return torch.ops.fp4moe.nvfp4_moe.default(
-            hidden_states,
-            top_k_index,
-            top_k_weights,
+            hidden_states, top_k_index, top_k_weights, *self._operands(), *self._arguments
+        )
+
+    def _operands(self) -> tuple[torch.Tensor, ...]:
+        # Spelled out: torch.compile follows attributes, and a call costs less so.
+        return (
             self.gate_up_packed,
             self.gate_up_block_scale,
             self.gate_up_global_scale,
@@ -104,23 +150,32 @@ class FusedExperts(nn.Module):
             self.down_global_scale,
             self.hidden_scale,
             self.intermediate_scale,
-            *self._arguments,
         )
 
     def _apply(self, fn, recurse: bool = True):
         before = self.gate_up_packed.device
-        weights = self.weights
-        moved = {}
-        for name, tensor in weights.tensors().items():
+        for name, tensor in self._buffers.items():
+            assert tensor is not None
             result = fn(tensor)
             # A cast would destroy scales; take over the device only.
-            moved[name] = result if result.dtype == tensor.dtype else tensor.to(result.device)
-        weights = ExpertWeights.from_tensors(moved, weights.metadata())
-        if weights.device.type == "meta" or weights.device == before:
-            self._buffers.update(get_kernel(self.kernel).prepare(weights).operands())
-        else:
-            self._prepare(weights)
+            self._buffers[name] = (
+                result if result.dtype == tensor.dtype else tensor.to(result.device)
+            )
+        after = self.gate_up_packed.device
+        if after not in (before, torch.device("meta")):
+            kernel = self._select(self.metadata, after)
+            if kernel != self.kernel:
+                weights = self.weights
+                self.kernel = kernel
+                self._hold(self._laid_out(weights))
         return self
+
+    def _logical(self, prepared: PreparedWeights) -> dict[str, torch.Tensor]:
+        """What the state_dict holds, by dotted name."""
+        return get_kernel(self.kernel).restore(prepared).tensors()
+
+    def _take(self, loaded: dict[str, torch.Tensor]) -> None:
+        """Take loaded tensors beyond those of ExpertWeights."""
 
     def get_extra_state(self) -> torch.Tensor:
         """Return the metadata as JSON bytes; a tensor, so that safetensors can hold it."""
@@ -139,14 +194,16 @@ class FusedExperts(nn.Module):
             )
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        for name, tensor in self.weights.tensors().items():
+        for name, tensor in self._logical(self.prepared).items():
             destination[prefix + name.replace(".", "_")] = tensor if keep_vars else tensor.detach()
         destination[prefix + nn.modules.module._EXTRA_STATE_KEY_SUFFIX] = self.get_extra_state()
 
     def _load_from_state_dict(
         self, state_dict, prefix, metadata, strict, missing, unexpected, errors
     ):
-        own = self.weights.tensors()
+        # Shapes only: undoing the layout of the values takes a while.
+        blank = {name: t.to("meta") for name, t in self.prepared.tensors().items()}
+        own = self._logical(self.prepared.replaced(blank))
         assign = metadata.get("assign_to_params_buffers", False)
         names = {name.replace(".", "_"): name for name in own}
         extra = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
@@ -174,17 +231,20 @@ class FusedExperts(nn.Module):
             return
         if prefix + extra in state_dict:
             self.set_extra_state(state_dict[prefix + extra])
+        if len(found) < len(names):
+            own = self._logical(self.prepared)
         loaded = {name: state_dict.get(prefix + short, own[name]) for short, name in names.items()}
         if assign:
+            self._take(loaded)
             self._prepare(ExpertWeights.from_tensors(loaded, self.metadata))
             return
-        loaded = {name: tensor.to(own[name].device) for name, tensor in loaded.items()}
-        prepared = get_kernel(self.kernel).prepare(
-            ExpertWeights.from_tensors(loaded, self.metadata)
-        )
+        device = self.gate_up_packed.device
+        loaded = {name: tensor.to(device) for name, tensor in loaded.items()}
+        self._take(loaded)
+        prepared = self._laid_out(ExpertWeights.from_tensors(loaded, self.metadata))
         with torch.no_grad():
             # copy_ keeps the storage that compiled graphs and CUDA graphs know.
-            for name, tensor in prepared.operands().items():
+            for name, tensor in prepared.tensors().items():
                 self.get_buffer(name).copy_(tensor)
 
     def extra_repr(self) -> str:
@@ -195,4 +255,84 @@ class FusedExperts(nn.Module):
             f"{m['num_experts']} experts of {m['hidden_size']} x {m['intermediate_size']}, "
             f"{form}{m['activation']}, "
             f"nvfp4, kernel={self.kernel}"
+        )
+
+
+class RoutedExperts(FusedExperts):
+    """Fused experts whose kernel also chooses them: (hidden, router logits, bias) -> [T, H].
+
+    It stands where FusedExperts does, behind a router that returns its logits; see
+    `integrations/fused_routing.py`.
+
+    Args:
+        weights, kernel, hidden_alignment: see FusedExperts.
+        routing: how to choose.
+        output_scale: [E] factor of each expert's output (Gemma4's per_expert_scale), folded into
+            the weights' scales; None is 1.
+
+    Raises:
+        UnsupportedError: the kernel cannot run these weights or this routing; lists the reasons.
+    """
+
+    output_scale: torch.Tensor
+
+    def __init__(
+        self,
+        weights: ExpertWeights,
+        routing: Routing,
+        kernel: str = "auto",
+        *,
+        hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
+        output_scale: torch.Tensor | None = None,
+    ):
+        nn.Module.__init__(self)
+        check_kernel_name(kernel, caller="RoutedExperts")
+        self.routing, self.top_k = routing, routing.top_k
+        self.requested_kernel = kernel
+        self.hidden_alignment = hidden_alignment
+        if output_scale is None:
+            output_scale = torch.ones(weights.num_experts, device=weights.device)
+        if output_scale.shape != (weights.num_experts,):
+            raise ShapeError(
+                f"RoutedExperts: output_scale must have shape [{weights.num_experts}], one value "
+                f"an expert; got {list(output_scale.shape)}. Pass the router's per_expert_scale."
+            )
+        self.register_buffer("output_scale", output_scale.detach().float().clone())
+        self._prepare(weights)
+
+    def _select(self, metadata: dict[str, Any], device: torch.device) -> str:
+        name = super()._select(metadata, device)
+        spec = self._spec(metadata, device)
+        reasons = get_kernel(name).reasons_not_to_route(spec, self.routing)
+        if reasons:
+            raise UnsupportedError(
+                f"RoutedExperts: routing must be one that kernel {name} can do ({spec}); got "
+                f"{self.routing}: {'; '.join(reasons)}. Use routing='given'."
+            )
+        return name
+
+    def _laid_out(self, weights: ExpertWeights) -> PreparedWeights:
+        first = weights.expert_offset
+        return get_kernel(self.kernel).prepare(
+            weights,
+            hidden_alignment=self.hidden_alignment,
+            output_scale=self.output_scale[first : first + weights.local_experts],
+        )
+
+    def _operator_arguments(self, prepared: PreparedWeights) -> tuple:
+        return nvfp4_moe_from_logits_arguments(prepared, self.routing, self.kernel)
+
+    def _logical(self, prepared: PreparedWeights) -> dict[str, torch.Tensor]:
+        return {**super()._logical(prepared), "output_scale": self.output_scale}
+
+    def _take(self, loaded: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            self.output_scale.copy_(loaded["output_scale"])
+
+    def forward(
+        self, hidden_states: torch.Tensor, router_logits: torch.Tensor, routing_bias: torch.Tensor
+    ) -> torch.Tensor:
+        """Choose and apply the experts; see torch.ops.fp4moe.nvfp4_moe_from_logits."""
+        return torch.ops.fp4moe.nvfp4_moe_from_logits.default(
+            hidden_states, router_logits, routing_bias, *self._operands(), *self._arguments
         )

@@ -1,8 +1,8 @@
 """Every operator of fp4moe: schema, fake, dispatch. The table of contents of the package.
 
-    fp4moe::nvfp4_moe          the fused mixture of experts, expert ids and routing weights given
-    fp4moe::refuse_backward    raises; stands in the backward graph of nvfp4_moe, which has no
-    gradient
+    fp4moe::nvfp4_moe              the fused mixture of experts, ids and routing weights given
+    fp4moe::nvfp4_moe_from_logits  the same, and the kernel chooses the experts
+    fp4moe::refuse_backward        raises; stands in the backward graphs, for there is no gradient
 
 The operators are registered with `Library.impl`: less dispatch than `torch.library.custom_op`, see
 benchmarks/bench_dispatch.py.
@@ -10,33 +10,54 @@ benchmarks/bench_dispatch.py.
 
 from __future__ import annotations
 
-from typing import NoReturn
+import weakref
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 
 from . import checks
 from .errors import ShapeError, UnsupportedError
 from .experts import ExpertWeights
-from .formats import NVFP4
-from .kernels import MoeSpec, current_capability, get_kernel, select_kernel
-from .quantize import NVFP4Values
+from .kernels import (
+    DEFAULT_HIDDEN_ALIGNMENT,
+    KERNELS,
+    LayerSettings,
+    MoeSpec,
+    Operands,
+    PreparedWeights,
+    Routing,
+    current_capability,
+    get_kernel,
+    select_kernel,
+)
 
-__all__ = ["fused_moe", "nvfp4_moe_arguments"]
+__all__ = ["fused_moe", "nvfp4_moe_arguments", "nvfp4_moe_from_logits_arguments"]
 
 library = torch.library.Library("fp4moe", "DEF")
 # Packed weights and block scales are read by their strides: no relayout by Inductor.
 TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
-library.define(
-    # hidden [T, H]; expert_ids [T, K] global; routing_weights [T, K]; L local experts, M = 2I gated
-    # (gate first) or I. Block scales cross as their e4m3 bytes (uint8): opcheck, among others,
-    # cannot compare float8 tensors.
-    "nvfp4_moe(Tensor hidden, Tensor expert_ids, Tensor routing_weights, "
+# hidden [T, H]; L local experts, M = 2I gated (gate first) or I. Shapes are those of the padded
+# weights; block scales cross as their e4m3 bytes (uint8): opcheck, among others, cannot compare
+# float8 tensors. kernel names the prepared layout; num_experts counts the whole layer.
+WEIGHTS = (
     "Tensor gate_up_packed, Tensor gate_up_block_scale, Tensor gate_up_global_scale, "
     "Tensor down_packed, Tensor down_block_scale, Tensor down_global_scale, "
     "Tensor hidden_scale, Tensor intermediate_scale, "
-    # kernel names the prepared layout of the weights; num_experts counts the whole layer.
-    "str activation, bool gated, str kernel, int num_experts, int expert_offset) -> Tensor",
+)
+SETTINGS = "str activation, bool gated, str kernel, int num_experts, int expert_offset"
+library.define(
+    # expert_ids [T, K] global; routing_weights [T, K].
+    "nvfp4_moe(Tensor hidden, Tensor expert_ids, Tensor routing_weights, "
+    f"{WEIGHTS}{SETTINGS}) -> Tensor",
+    tags=TAGS,
+)
+library.define(
+    # router_logits [T, E]; routing_bias [E], or [0] for none; routing_method of fp4moe.routing.
+    "nvfp4_moe_from_logits(Tensor hidden, Tensor router_logits, Tensor routing_bias, "
+    f"{WEIGHTS}str routing_method, int top_k, int num_groups, int top_groups, "
+    f"float routing_scaling, {SETTINGS}) -> Tensor",
     tags=TAGS,
 )
 library.define(
@@ -50,90 +71,78 @@ def _nvfp4_moe_fake(hidden, expert_ids, routing_weights, *args):
     return hidden.new_empty(hidden.shape)
 
 
+@torch.library.register_fake("fp4moe::nvfp4_moe_from_logits", lib=library)
+def _nvfp4_moe_from_logits_fake(hidden, router_logits, routing_bias, *args):
+    checks.check_moe_from_logits(hidden, router_logits, routing_bias, *args)
+    return hidden.new_empty(hidden.shape)
+
+
 def _nvfp4_moe(
-    hidden: torch.Tensor,
-    expert_ids: torch.Tensor,
-    routing_weights: torch.Tensor,
-    gate_up_packed: torch.Tensor,
-    gate_up_block_scale: torch.Tensor,
-    gate_up_global_scale: torch.Tensor,
-    down_packed: torch.Tensor,
-    down_block_scale: torch.Tensor,
-    down_global_scale: torch.Tensor,
-    hidden_scale: torch.Tensor,
-    intermediate_scale: torch.Tensor,
-    activation: str,
-    gated: bool,
-    kernel: str,
-    num_experts: int,
-    expert_offset: int,
+    hidden: torch.Tensor, expert_ids: torch.Tensor, routing_weights: torch.Tensor, *args: Any
 ) -> torch.Tensor:
-    checks.check_moe(
+    checks.check_moe(hidden, expert_ids, routing_weights, *args)
+    if not expert_ids.numel():
+        return hidden.new_zeros(hidden.shape)
+    activation, gated, kernel, num_experts, expert_offset = args[8:]
+    return KERNELS[kernel].run(
         hidden,
         expert_ids,
         routing_weights,
-        gate_up_packed,
-        gate_up_block_scale,
-        gate_up_global_scale,
-        down_packed,
-        down_block_scale,
-        down_global_scale,
-        hidden_scale,
-        intermediate_scale,
-        activation,
-        gated,
-        kernel,
-        num_experts,
-        expert_offset,
+        Operands(*args[:8]),
+        LayerSettings(activation, gated, num_experts, expert_offset),
     )
+
+
+def _nvfp4_moe_from_logits(
+    hidden: torch.Tensor, router_logits: torch.Tensor, routing_bias: torch.Tensor, *args: Any
+) -> torch.Tensor:
+    checks.check_moe_from_logits(hidden, router_logits, routing_bias, *args)
     if hidden.shape[0] == 0:
         return hidden.new_empty(hidden.shape)
-    weights = ExpertWeights(
-        gate_up=NVFP4Values(
-            gate_up_packed, gate_up_block_scale.view(NVFP4.scale_dtype), gate_up_global_scale
-        ),
-        down=NVFP4Values(down_packed, down_block_scale.view(NVFP4.scale_dtype), down_global_scale),
-        activation=activation,
-        gated=gated,
-        hidden_size=hidden.shape[1],
-        intermediate_size=down_packed.shape[2] * 2,
-        num_experts=num_experts,
-        expert_offset=expert_offset,
-        hidden_scale=hidden_scale,
-        intermediate_scale=intermediate_scale,
+    activation, gated, kernel, num_experts, expert_offset = args[13:]
+    return KERNELS[kernel].run_from_logits(
+        hidden,
+        router_logits,
+        routing_bias,
+        Routing(*args[8:13]),
+        Operands(*args[:8]),
+        LayerSettings(activation, gated, num_experts, expert_offset),
     )
-    return get_kernel(kernel).run(hidden, weights, expert_ids, routing_weights)
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """The operator under autograd: the forward as it is, a backward that refuses when it runs."""
+    """An operator under autograd: the forward as it is, a backward that refuses when it runs."""
 
     @staticmethod
-    def forward(ctx, *args):
-        ctx.save_for_backward(args[0], args[2])
+    def forward(ctx, operator, *args):
+        ctx.count = len(args)
+        # hidden, and routing weights or router logits: the float inputs that may need a gradient.
+        ctx.places = [i for i in range(3) if ctx.needs_input_grad[i + 1]]
+        ctx.save_for_backward(*(args[i] for i in ctx.places))
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.fp4moe.nvfp4_moe.default(*args)
+            return operator(*args)
 
     @staticmethod
     def backward(ctx, *grads):
         refuse = torch.ops.fp4moe.refuse_backward.default
-        hidden, routing_weights = (
-            refuse(grads[0], saved) if needed else None
-            for saved, needed in zip(
-                ctx.saved_tensors, (ctx.needs_input_grad[0], ctx.needs_input_grad[2]), strict=True
-            )
-        )
-        return hidden, None, routing_weights, *(None,) * 13
+        result = [None] * (1 + ctx.count)
+        for place, saved in zip(ctx.places, ctx.saved_tensors, strict=True):
+            result[1 + place] = refuse(grads[0], saved)
+        return tuple(result)
 
 
-def _nvfp4_moe_autograd(*args):
-    if torch.is_grad_enabled() and (args[0].requires_grad or args[2].requires_grad):
-        return _WithoutGradient.apply(*args)
-    # A plain call skips the second dispatch; tracing and tensor subclasses take it.
-    if type(args[0]) is torch.Tensor and not torch._C._len_torch_dispatch_stack():
-        return _nvfp4_moe(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fp4moe.nvfp4_moe.default(*args)
+def _autograd(name: str, implementation: Callable) -> Callable:
+    def call(*args):
+        operator = getattr(torch.ops.fp4moe, name).default
+        if torch.is_grad_enabled() and any(args[i].requires_grad for i in range(3)):
+            return _WithoutGradient.apply(operator, *args)
+        # A plain call skips the second dispatch; tracing and tensor subclasses take it.
+        if type(args[0]) is torch.Tensor and not torch._C._len_torch_dispatch_stack():
+            return implementation(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    return call
 
 
 def _refuse_backward(grad: torch.Tensor, like: torch.Tensor) -> NoReturn:
@@ -149,22 +158,31 @@ def _refuse_backward_fake(grad, like):
     return torch.empty_like(like)
 
 
+_IMPLEMENTATIONS = {
+    "nvfp4_moe": _nvfp4_moe,
+    "nvfp4_moe_from_logits": _nvfp4_moe_from_logits,
+}
 for _key in ("CPU", "CUDA"):
-    library.impl("nvfp4_moe", _nvfp4_moe, _key)
     library.impl("refuse_backward", _refuse_backward, _key)
-library.impl("nvfp4_moe", _nvfp4_moe_autograd, "Autograd")
+    for _name, _implementation in _IMPLEMENTATIONS.items():
+        library.impl(_name, _implementation, _key)
+for _name, _implementation in _IMPLEMENTATIONS.items():
+    library.impl(_name, _autograd(_name, _implementation), "Autograd")
 
 
-def nvfp4_moe_arguments(weights: ExpertWeights, kernel: str) -> tuple:
-    """Return the operator's arguments behind routing_weights, for weights prepared for a kernel."""
-    return (
-        *weights.operands().values(),
-        weights.activation,
-        weights.gated,
-        kernel,
-        weights.num_experts,
-        weights.expert_offset,
-    )
+def nvfp4_moe_arguments(prepared: PreparedWeights, kernel: str) -> tuple:
+    """Return nvfp4_moe's arguments behind routing_weights, for weights prepared for a kernel."""
+    activation, gated, num_experts, expert_offset = prepared.settings
+    return (*prepared.operands, activation, gated, kernel, num_experts, expert_offset)
+
+
+def nvfp4_moe_from_logits_arguments(
+    prepared: PreparedWeights, routing: Routing, kernel: str
+) -> tuple:
+    """Return nvfp4_moe_from_logits' arguments behind routing_bias."""
+    activation, gated, num_experts, expert_offset = prepared.settings
+    settings = (activation, gated, kernel, num_experts, expert_offset)
+    return (*prepared.operands, *routing, *settings)
 
 
 def fused_moe(
@@ -178,6 +196,9 @@ def fused_moe(
     """Apply the selected experts to each token and sum them by routing weight.
 
     out[t] = sum_k routing_weights[t, k] * expert(expert_ids[t, k], hidden[t])
+
+    A kernel's layout is prepared at the first call and kept as long as `weights`. Under
+    torch.compile use `FusedExperts`, which prepares outside the graph.
 
     Args:
         hidden: [T, H], bfloat16, float16 or float32, any strides; T may be 0.
@@ -215,7 +236,25 @@ def fused_moe(
         capability=current_capability(hidden.device),
     )
     name = select_kernel(kernel, spec, caller="fused_moe")
-    prepared = get_kernel(name).prepare(weights)
+    prepared = _prepare_once(weights, name)
     return torch.ops.fp4moe.nvfp4_moe.default(
         hidden, expert_ids, routing_weights, *nvfp4_moe_arguments(prepared, name)
     )
+
+
+_prepared: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _prepare_once(weights: ExpertWeights, kernel: str) -> PreparedWeights:
+    """Return the prepared weights, those of the last call where no tensor has changed since."""
+    if torch.compiler.is_compiling():
+        return get_kernel(kernel).prepare(weights, hidden_alignment=DEFAULT_HIDDEN_ALIGNMENT)
+    versions = tuple(0 if t.is_inference() else t._version for t in weights.tensors().values())
+    entries = _prepared.setdefault(weights, {})
+    if kernel not in entries or entries[kernel][0] != versions:
+        prepared = get_kernel(kernel).prepare(weights, hidden_alignment=DEFAULT_HIDDEN_ALIGNMENT)
+        # Weights in their logical layout need no entry, and would keep themselves alive.
+        if prepared.operands.gate_up_packed is weights.gate_up.packed:
+            return prepared
+        entries[kernel] = (versions, prepared)
+    return entries[kernel][1]

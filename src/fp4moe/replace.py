@@ -2,12 +2,13 @@
 
 Everything is checked, the numbers included, before the first module changes; then one layer after
 the other is packed and its float weights are freed, so that the peak stays below the size of the
-model plus two layers. The router stays as it is. Not handled: gradients of the experts,
-calibration, checkpoints.
+model plus two layers. The router stays as it is, or is left its logits (routing="fused"). Not
+handled: gradients of the experts, calibration, checkpoints.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import defaultdict
 from collections.abc import Iterable
@@ -20,9 +21,11 @@ from tqdm import tqdm
 from .candidates import ON_META, Candidate, value_reasons
 from .errors import UnsupportedError
 from .explain import BlockReport, ModelReport
+from .integrations.fused_routing import FusedRouting, plan_fused_routing
 from .integrations.module_list import find_module_lists
 from .integrations.transformers import find_experts
 from .kernels import (
+    DEFAULT_HIDDEN_ALIGNMENT,
     HIDDEN_ALIGNMENTS,
     ROUTINGS,
     MoeSpec,
@@ -32,7 +35,7 @@ from .kernels import (
     get_kernel,
     select_kernel,
 )
-from .module import FusedExperts
+from .module import FusedExperts, RoutedExperts
 from .quantize import METHODS
 
 __all__ = ["explain", "find_candidates", "replace_moe"]
@@ -59,7 +62,7 @@ def replace_moe(
     progress: bool = True,
     *,
     method: str = "max",
-    hidden_alignment: int = 256,
+    hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
     routing: str = "given",
 ) -> Model:
     """Replace the experts of every mixture-of-experts block by fused NVFP4 experts, in place.
@@ -74,10 +77,11 @@ def replace_moe(
         method: "max" or "mse", see `fp4moe.quantize_nvfp4`.
         hidden_alignment: 128, 256 or 512: what the Blackwell kernel pads the hidden size to; other
             kernels do not need it.
-        routing: "given": the model's own router chooses.
+        routing: "given": the model's own router chooses. "fused": the kernel does, from the
+            router's logits; `output_router_logits` then finds no router to record.
 
     Returns:
-        The same model. Expert ids and routing weights come from the model's router as before.
+        The same model.
 
     Raises:
         UnsupportedError: no block found, a block cannot be replaced (strict), an unknown name, or
@@ -88,6 +92,7 @@ def replace_moe(
     _check_choice("hidden_alignment", hidden_alignment, HIDDEN_ALIGNMENTS)
     _check_choice("routing", routing, ROUTINGS)
     _refuse_other_kernels(model, kernel)
+    _refuse_other_routing(model, routing)
     candidates = find_candidates(model)
     if not candidates:
         if any(isinstance(m, FusedExperts) for m in model.modules()):
@@ -107,6 +112,12 @@ def replace_moe(
         )
         if reasons:
             refused[candidate.path] = reasons
+    plans: dict[str, FusedRouting] = {}
+    if routing == "fused":
+        plans, unroutable = _plan_routing(
+            model, [c for c in candidates if c.path not in refused], kernel
+        )
+        refused |= unroutable
     if refused and strict:
         listed = " ".join(f"{path or root}: {'; '.join(why)}." for path, why in refused.items())
         raise UnsupportedError(
@@ -123,10 +134,24 @@ def replace_moe(
     for path in tqdm(paths, desc="packing experts", disable=not progress):
         job = jobs.pop(path)
         assert job.quantize is not None
-        fused = job.build(FusedExperts(job.quantize(method), kernel))
+        plan = plans.get(path)
+        if plan is None:
+            experts = FusedExperts(
+                job.quantize(method), kernel, hidden_alignment=hidden_alignment, top_k=job.top_k
+            )
+        else:
+            experts = RoutedExperts(
+                job.quantize(method),
+                plan.routing,
+                kernel,
+                hidden_alignment=hidden_alignment,
+                output_scale=plan.output_scale,
+            )
+        fused = job.build(experts)
         fused.train(job.module.training)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, fused)
+        if plan is not None:
+            _set_submodule(model, plan.path, plan.router)
+        _set_submodule(model, path, fused)
     return model
 
 
@@ -171,6 +196,22 @@ def _refuse_other_kernels(model: nn.Module, kernel: str) -> None:
             )
 
 
+def _refuse_other_routing(model: nn.Module, routing: str) -> None:
+    for path, module in model.named_modules():
+        given = isinstance(module, FusedExperts) and not isinstance(module, RoutedExperts)
+        if given and routing == "fused":
+            raise UnsupportedError(
+                "replace_moe: routing must be that of the blocks which are fused already; got "
+                f"{routing!r}, but {path or type(model).__name__} has 'given'. Load the float "
+                "model again."
+            )
+
+
+def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
 def _refuse_shared_weights(model: nn.Module, candidates: list[Candidate]) -> None:
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -212,6 +253,20 @@ def _kernel_reasons(candidate: Candidate, kernel: str) -> list[str]:
     return choose_kernel(kernel, _spec(candidate))[1]
 
 
+def _plan_routing(
+    model: nn.Module, candidates: list[Candidate], kernel: str
+) -> tuple[dict[str, FusedRouting], dict[str, list[str]]]:
+    plans, refused = plan_fused_routing(model, candidates)
+    for candidate in candidates:
+        if plan := plans.get(candidate.path):
+            spec = dataclasses.replace(_spec(candidate), top_k=plan.routing.top_k)
+            name = select_kernel(kernel, spec, caller="replace_moe")
+            reasons = get_kernel(name).reasons_not_to_route(spec, plan.routing)
+            if reasons:
+                refused[candidate.path] = [f"{name}: {why}" for why in reasons]
+    return plans, refused
+
+
 def _candidate_row(candidate: Candidate, kernel: str, reasons: list[str]) -> BlockReport:
     name, padded = None, None
     if not reasons:
@@ -219,7 +274,7 @@ def _candidate_row(candidate: Candidate, kernel: str, reasons: list[str]) -> Blo
     if not reasons:
         spec = _spec(candidate)
         name = select_kernel(kernel, spec, caller="explain")
-        multiples = get_kernel(name).size_multiples(spec)
+        multiples = get_kernel(name).size_multiples(spec, DEFAULT_HIDDEN_ALIGNMENT)
         padded = tuple(
             -(-s // m) * m
             for s, m in zip((spec.hidden_size, spec.intermediate_size), multiples, strict=True)
@@ -242,10 +297,11 @@ def _candidate_row(candidate: Candidate, kernel: str, reasons: list[str]) -> Blo
 
 
 def _fused_row(path: str, module: FusedExperts) -> BlockReport:
-    meta, prepared = module.metadata, module.weights
-    notes = []
-    scales = (prepared.hidden_scale, prepared.intermediate_scale)
-    if prepared.device.type != "meta" and all(bool((scale == 1).all()) for scale in scales):
+    meta, prepared = module.metadata, module.prepared.operands
+    routing = module.routing if isinstance(module, RoutedExperts) else None
+    notes = [f"the kernel routes ({routing.method})"] if routing else []
+    scales = module.activation_scales()
+    if not prepared.hidden_scale.is_meta and all(bool((s == 1).all()) for s in scales):
         notes.append("activation ranges are not calibrated (only W4A4 kernels use them)")
     return BlockReport(
         path=path,
@@ -255,10 +311,10 @@ def _fused_row(path: str, module: FusedExperts) -> BlockReport:
         activation=meta["activation"],
         gated=meta["gated"],
         num_experts=meta["num_experts"],
-        top_k=None,
+        top_k=routing.top_k if routing else None,
         hidden_size=meta["hidden_size"],
         intermediate_size=meta["intermediate_size"],
-        padded_sizes=(prepared.hidden_padded, prepared.intermediate_padded),
+        padded_sizes=(prepared.down_packed.shape[1], prepared.down_packed.shape[2] * 2),
         kernel=module.kernel,
         nbytes=module.nbytes,
     )

@@ -1,48 +1,68 @@
 """The kernels in order of preference, and the choice among them, with reasons.
 
-A kernel has `name`, `automatic`, `reasons_not_to_run(spec)`, `size_multiples(spec)`,
-`prepare(weights)`, `restore(prepared)` and `run(...)`. The choice is made from sizes and device
-before anything runs; a kernel that fails is never replaced by another.
+The interface of a kernel is `prepared.Kernel`. The choice is made from sizes and device before
+anything runs; a kernel that fails is never replaced by another.
 """
 
 from __future__ import annotations
 
-import torch
-
 from ..activations import get_activation
 from ..errors import ShapeError, UnsupportedError
-from .reference import REFERENCE, REFERENCE_W4A4, ReferenceKernel
-from .spec import HIDDEN_ALIGNMENTS, ROUTINGS, MoeSpec
+from .flashinfer_cutlass import FLASHINFER_CUTLASS
+from .flashinfer_trtllm import FLASHINFER_TRTLLM
+from .prepared import Kernel, Operands, PreparedWeights
+from .reference import REFERENCE, REFERENCE_W4A4
+from .spec import (
+    DEFAULT_HIDDEN_ALIGNMENT,
+    FUSED_ROUTING_METHODS,
+    HIDDEN_ALIGNMENTS,
+    ROUTINGS,
+    LayerSettings,
+    MoeSpec,
+    Routing,
+    current_capability,
+)
 
 __all__ = [
+    "DEFAULT_HIDDEN_ALIGNMENT",
+    "FUSED_ROUTING_METHODS",
     "HIDDEN_ALIGNMENTS",
     "KERNELS",
     "KERNEL_NAMES",
     "ROUTINGS",
+    "Kernel",
+    "LayerSettings",
     "MoeSpec",
+    "Operands",
+    "PreparedWeights",
+    "Routing",
     "check_kernel_name",
     "choose_kernel",
+    "current_capability",
     "get_kernel",
     "select_kernel",
     "why_not",
 ]
 
-KERNELS: dict[str, ReferenceKernel] = {k.name: k for k in (REFERENCE, REFERENCE_W4A4)}
+_PRESENT: tuple[Kernel, ...] = (
+    FLASHINFER_TRTLLM,
+    FLASHINFER_CUTLASS,
+    REFERENCE,
+    REFERENCE_W4A4,
+)
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _PRESENT}
 # Names of the contract whose kernels later versions bring.
 PLANNED = {
-    "flashinfer_trtllm": "compute capability 10.0 or 10.3",
-    "flashinfer_cutlass": "compute capability 12.0 or 12.1",
     "triton": "compute capability 8.0 or newer",
     "humming": "compute capability 7.5 or newer",
 }
-KERNEL_NAMES = (*PLANNED, *KERNELS)
-
-
-def current_capability(device: torch.device | None = None) -> tuple[int, int] | None:
-    """Return the CUDA compute capability of the device (default: the current); None on a CPU."""
-    if device is not None and device.type != "cuda":
-        return None
-    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
+KERNEL_NAMES = (
+    "flashinfer_trtllm",
+    "flashinfer_cutlass",
+    *PLANNED,
+    "reference",
+    "reference_w4a4",
+)
 
 
 def check_kernel_name(kernel: str, *, caller: str) -> None:
@@ -54,7 +74,7 @@ def check_kernel_name(kernel: str, *, caller: str) -> None:
         )
 
 
-def get_kernel(name: str) -> ReferenceKernel:
+def get_kernel(name: str) -> Kernel:
     """Return the kernel of that name, which must be present in this version."""
     if name not in KERNELS:
         check_kernel_name(name, caller="get_kernel")
@@ -159,16 +179,7 @@ def _reasons(name: str, spec: MoeSpec, padded: bool) -> list[str]:
         return [_absent(name)]
     kernel = KERNELS[name]
     reasons = kernel.reasons_not_to_run(spec)
-    if not padded:
-        for what, multiple in zip(
-            ("hidden_size", "intermediate_size"), kernel.size_multiples(spec), strict=True
-        ):
-            if getattr(spec, what) % multiple:
-                reasons.append(
-                    f"{what} must be a multiple of {multiple} without padding, got "
-                    f"{getattr(spec, what)}"
-                )
-    return reasons
+    return reasons if padded else reasons + kernel.reasons_without_padding(spec)
 
 
 def _absent(name: str) -> str:

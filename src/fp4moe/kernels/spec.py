@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
-__all__ = ["HIDDEN_ALIGNMENTS", "ROUTINGS", "MoeSpec"]
+import torch
 
-# What the Blackwell kernel may pad the hidden size to, and who routes; only checked as yet.
+__all__ = [
+    "DEFAULT_HIDDEN_ALIGNMENT",
+    "FUSED_ROUTING_METHODS",
+    "HIDDEN_ALIGNMENTS",
+    "ROUTINGS",
+    "LayerSettings",
+    "MoeSpec",
+    "Routing",
+    "current_capability",
+]
+
+# What the Blackwell kernel may pad the hidden size to, and who routes: the model or the kernel.
 HIDDEN_ALIGNMENTS = (128, 256, 512)
-ROUTINGS = ("given",)
+DEFAULT_HIDDEN_ALIGNMENT = 256
+ROUTINGS = ("given", "fused")
+# Functions of fp4moe.routing that a kernel may compute itself, both renormalising.
+FUSED_ROUTING_METHODS = ("softmax_topk", "sigmoid_topk")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,3 +52,41 @@ class MoeSpec:
             f"{'gated ' if self.gated else ''}{self.activation}, {self.num_experts} experts of "
             f"{self.hidden_size} x {self.intermediate_size}, {device}"
         )
+
+
+class LayerSettings(NamedTuple):
+    """The operator's arguments behind its tensors, without the kernel's name."""
+
+    activation: str
+    gated: bool
+    num_experts: int
+    expert_offset: int
+
+
+class Routing(NamedTuple):
+    """How a kernel routes by itself, see `fp4moe.routing`.
+
+    Attributes:
+        method: one of FUSED_ROUTING_METHODS, with renormalize=True.
+        top_k: experts per token.
+        num_groups, top_groups: groups of experts and how many of them stay; 1 and 1 without.
+        scaling: factor of every weight.
+    """
+
+    method: str
+    top_k: int
+    num_groups: int = 1
+    top_groups: int = 1
+    scaling: float = 1.0
+
+
+def current_capability(device: torch.device | None = None) -> tuple[int, int] | None:
+    """Return the CUDA compute capability of the device (default: the current); None on a CPU."""
+    return query_capability(device)
+
+
+def query_capability(device: torch.device | None) -> tuple[int, int] | None:
+    """Ask torch; apart, so that a test can stand in another device for all callers at once."""
+    if device is not None and device.type != "cuda":
+        return None
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None

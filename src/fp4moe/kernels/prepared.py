@@ -1,0 +1,133 @@
+"""The weights of one layer as a kernel reads them, and the interface of a kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from ..experts import ExpertWeights
+from ..formats import NVFP4
+from .spec import LayerSettings, MoeSpec, Routing
+
+__all__ = ["Kernel", "Operands", "PreparedWeights", "logical_weights"]
+
+
+class Operands(NamedTuple):
+    """The operator's weight tensors, in its order. Shapes are those of the padded weights.
+
+    Packed codes and block scales are bytes. What the four scales mean is the kernel's choice.
+    """
+
+    gate_up_packed: torch.Tensor
+    gate_up_block_scale: torch.Tensor
+    gate_up_global_scale: torch.Tensor
+    down_packed: torch.Tensor
+    down_block_scale: torch.Tensor
+    down_global_scale: torch.Tensor
+    hidden_scale: torch.Tensor
+    intermediate_scale: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedWeights:
+    """What `prepare` makes of ExpertWeights.
+
+    Attributes:
+        operands: what the operator takes.
+        kept: logical tensors that `restore` needs and the operands no longer show to the last bit.
+        metadata: `ExpertWeights.metadata()`.
+    """
+
+    operands: Operands
+    kept: dict[str, torch.Tensor]
+    metadata: dict[str, Any]
+
+    @property
+    def settings(self) -> LayerSettings:
+        """The operator's arguments behind the tensors."""
+        return LayerSettings(*(self.metadata[name] for name in LayerSettings._fields))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return operands and kept tensors by name."""
+        return {**self.operands._asdict(), **self.kept}
+
+    def replaced(self, tensors: dict[str, torch.Tensor]) -> PreparedWeights:
+        """Return the same with other tensors of the same names, such as moved ones."""
+        return PreparedWeights(
+            Operands(*(tensors[name] for name in Operands._fields)),
+            {name: tensors[name] for name in self.kept},
+            self.metadata,
+        )
+
+
+class Kernel(Protocol):
+    """What every kernel offers."""
+
+    name: str
+    # Whether "auto" may choose it, and whether it is `reference_w4a4` that it computes.
+    automatic: bool
+    quantizes_activations: bool
+
+    def reasons_not_to_run(self, spec: MoeSpec) -> list[str]:
+        """Return why it cannot run such a layer, padded; empty where it can."""
+
+    def reasons_not_to_route(self, spec: MoeSpec, routing: Routing) -> list[str]:
+        """Return why it cannot route by itself; empty where it can."""
+
+    def reasons_without_padding(self, spec: MoeSpec) -> list[str]:
+        """Return why it cannot run exactly this size."""
+
+    def size_multiples(self, spec: MoeSpec, hidden_alignment: int) -> tuple[int, int]:
+        """Return the multiples that hidden and intermediate size are padded to."""
+
+    def prepare(
+        self,
+        weights: ExpertWeights,
+        *,
+        hidden_alignment: int,
+        output_scale: torch.Tensor | None = None,
+    ) -> PreparedWeights:
+        """Lay the weights out; output_scale [L] multiplies each expert's output."""
+
+    def restore(self, prepared: PreparedWeights) -> ExpertWeights:
+        """Undo `prepare`: the logical weights, bit for bit, without this kernel's padding."""
+
+    def run(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        routing_weights: torch.Tensor,
+        operands: Operands,
+        settings: LayerSettings,
+    ) -> torch.Tensor:
+        """Compute [T, H] of hidden's dtype, T > 0, from checked arguments."""
+
+    def run_from_logits(
+        self,
+        hidden: torch.Tensor,
+        router_logits: torch.Tensor,
+        routing_bias: torch.Tensor,
+        routing: Routing,
+        operands: Operands,
+        settings: LayerSettings,
+    ) -> torch.Tensor:
+        """The same, choosing the experts itself; routing_bias is [E], or [0] for none."""
+
+
+def logical_weights(
+    operands: Operands, settings: LayerSettings, hidden_size: int, intermediate_size: int
+) -> ExpertWeights:
+    """Read operands in the logical layout as ExpertWeights, without a copy."""
+    tensors = {
+        f"{gemm}.{part}": getattr(operands, f"{gemm}_{part}")
+        for gemm in ("gate_up", "down")
+        for part in ("packed", "block_scale", "global_scale")
+    }
+    for gemm in ("gate_up", "down"):
+        tensors[f"{gemm}.block_scale"] = tensors[f"{gemm}.block_scale"].view(NVFP4.scale_dtype)
+    tensors["hidden_scale"] = operands.hidden_scale
+    tensors["intermediate_scale"] = operands.intermediate_scale
+    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
+    return ExpertWeights.from_tensors(tensors, {**settings._asdict(), **sizes})

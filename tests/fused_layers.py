@@ -1,0 +1,63 @@
+"""Layers, tokens and errors for tests of the kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from fp4moe import ExpertWeights
+
+# Gemma4-26B-A4B on a B200, as `why_not` takes it.
+LAYER = {
+    "activation": "gelu_tanh",
+    "gated": True,
+    "hidden_size": 2816,
+    "intermediate_size": 704,
+    "num_experts": 128,
+    "top_k": 8,
+    "capability": (10, 0),
+}
+
+
+def layer(
+    hidden=256,
+    intermediate=192,
+    experts=4,
+    activation="silu",
+    gated=True,
+    num_experts=None,
+    expert_offset=0,
+    seed=0,
+) -> ExpertWeights:
+    """Random experts whose four scales all differ from 1 and from expert to expert."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        size = torch.rand(experts, 1, 1, generator=generator) + 0.5
+        return torch.randn(*shape, generator=generator) * size / shape[-1] ** 0.5
+
+    named = {
+        "up": randn(experts, intermediate, hidden),
+        "down": randn(experts, hidden, intermediate),
+    }
+    if gated:
+        named["gate"] = randn(experts, intermediate, hidden)
+    return ExpertWeights.quantize(
+        **named,
+        activation=activation,
+        hidden_scale=4.5 / 2688,
+        intermediate_scale=torch.linspace(0.5, 2.0, experts) * 3 / 2688,
+        num_experts=num_experts,
+        expert_offset=expert_offset,
+    )
+
+
+def tokens(count, weights, top_k=2, dtype=torch.bfloat16, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(count, weights.hidden_size, generator=generator).to(dtype)
+    scores = torch.rand(count, weights.num_experts, generator=generator)
+    routing_weights, ids = scores.topk(top_k, dim=-1)
+    return hidden, ids, routing_weights
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.float() - want.float()).norm() / want.float().norm())
