@@ -204,10 +204,10 @@ def _experts(
         rows[token, slot] = y.bfloat16().float()
 
     total = torch.zeros(tokens, hidden)
-    for slot in range(ids.shape[1]):
-        here = ids[:, slot] - local_expert_offset
+    for k in range(ids.shape[1]):
+        here = ids[:, k] - local_expert_offset
         local = (here >= 0) & (here < local_num_experts)
-        total += weights[:, slot].where(local, torch.zeros(())).unsqueeze(1) * rows[:, slot]
+        total += weights[:, k].where(local, torch.zeros(())).unsqueeze(1) * rows[:, k]
     if output is None:
         return total.bfloat16()
     return output.copy_(total[:, : output.shape[1]])

@@ -2,11 +2,13 @@
 
 from . import errors
 from .activations import ACTIVATIONS
+from .autotune import autotune
 from .experts import ExpertWeights
 from .explain import ModelReport
 from .formats import NVFP4
 from .integrations.experts_implementation import register_transformers, register_when_imported
 from .kernels import why_not
+from .kernels.flashinfer_library import set_flashinfer
 from .module import FusedExperts
 from .ops import fused_moe
 from .quantize import NVFP4Values, dequantize_nvfp4, quantize_nvfp4
@@ -25,6 +27,7 @@ __all__ = [
     "ModelReport",
     "NVFP4Values",
     "__version__",
+    "autotune",
     "backend",
     "dequantize_nvfp4",
     "errors",
@@ -34,6 +37,7 @@ __all__ = [
     "quantize_nvfp4",
     "register_transformers",
     "replace_moe",
+    "set_flashinfer",
     "why_not",
 ]
 

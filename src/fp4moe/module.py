@@ -49,6 +49,13 @@ class FusedExperts(nn.Module):
     """
 
     gate_up_packed: torch.Tensor
+    gate_up_block_scale: torch.Tensor
+    gate_up_global_scale: torch.Tensor
+    down_packed: torch.Tensor
+    down_block_scale: torch.Tensor
+    down_global_scale: torch.Tensor
+    hidden_scale: torch.Tensor
+    intermediate_scale: torch.Tensor
 
     def __init__(
         self,

@@ -50,7 +50,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 # Multiples of no kernel's tile, and a hidden size that is none of 8.
 ODD = {"hidden_size": 2740, "intermediate_size": 1000, "num_experts": 16}
-SMALL = {"hidden_size": 84, "intermediate_size": 40, "num_experts": 9, "top_k": 3}
+SMALL = {"hidden_size": 84, "intermediate_size": 40, "num_experts": 7, "top_k": 3}
 TOKENS = (0, 1, 7, 128, 8192)
 HEADER = ["layer", "check", "tokens", "error", "limit", "verdict", "note"]
 WIDTHS = [0, 22, 6, 8, 8, 13, 0]

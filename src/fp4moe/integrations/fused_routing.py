@@ -375,10 +375,7 @@ class _Trace:
     def after_router(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self.waiting:
             self.refuse("runs the router twice before the experts")
-        if not isinstance(output, tuple) or len(output) != 3:
-            self.refuse("has a router that does not return (logits, weights, ids)")
-            return
-        self.chosen, self.waiting = output, True
+        self.chosen, self.waiting = tuple(output), True
 
     def before_experts(self, module: nn.Module, args: tuple, keywords: dict) -> None:
         self.inside = True

@@ -146,7 +146,7 @@ class FlashInferCutlass:
         first = settings.expert_offset
         ids = local_ids(expert_ids, first, local, base=first)
         weights = routing_weights.to(torch.float32).contiguous()
-        if not sorts_in_one_block(*ids.shape, local):
+        if not sorts_in_one_block(ids.shape[0], ids.shape[1], local):
             ids, weights = merge_repeated(ids, weights)
         output = hidden.new_empty((hidden.shape[0], hidden_padded), dtype=torch.bfloat16)
         speed = flashinfer_settings()

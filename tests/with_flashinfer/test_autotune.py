@@ -1,0 +1,113 @@
+"""`fp4moe.autotune` with FlashInfer's own tuner; only the kernels that it times are emulated."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from fused_layers import layer, tokens
+from torch import nn
+
+from fp4moe import FusedExperts
+from fp4moe.autotune import autotune, cache_stamp
+from fp4moe.errors import CheckpointError, ShapeError, UnsupportedError
+from fp4moe.kernels import Routing
+from fp4moe.kernels.flashinfer_library import (
+    flashinfer_settings,
+    is_tuning,
+    library,
+    set_flashinfer,
+)
+from fp4moe.module import RoutedExperts
+
+pytest.importorskip("flashinfer.fused_moe", reason="needs flashinfer-python")
+ROUTED, FROM_LOGITS = "trtllm_fp4_block_scale_routed_moe", "trtllm_fp4_block_scale_moe"
+
+
+@pytest.fixture(autouse=True)
+def blackwell(claim):
+    claim((10, 0))
+    yield
+    set_flashinfer()
+
+
+def model() -> nn.ModuleList:
+    """Four layers of three kinds."""
+    return nn.ModuleList(
+        [
+            FusedExperts(layer(), top_k=2),
+            FusedExperts(layer(seed=4), top_k=2),
+            FusedExperts(layer(activation="gelu_tanh"), top_k=2),
+            RoutedExperts(layer(), Routing("sigmoid_topk", 2)),
+        ]
+    )
+
+
+def test_one_call_for_each_kind_of_layer(emulated):
+    emulated.tune_max_num_tokens = 64
+    assert autotune(model(), max_tokens=50) == 3
+    assert flashinfer_settings().tune_max_num_tokens == 64
+    calls = emulated.of(ROUTED)
+    assert [call["hidden_states"].shape[0] for call in calls] == [50, 50]
+    assert len(emulated.of(FROM_LOGITS)) == 1
+    assert not is_tuning()
+    # Later calls say the same number, or the tuner would look for another entry.
+    experts = FusedExperts(layer())
+    experts(*tokens(3, layer()))
+    assert emulated.of(ROUTED)[-1]["tune_max_num_tokens"] == 64
+
+
+def test_the_tuner_sees_what_it_tunes(emulated, monkeypatch):
+    """0.6.13 makes packed random ids whatever it was called with, so it is called with those."""
+    seen = []
+    real = library().module.autotune
+    tuner = lambda *args, **kwargs: seen.append(args) or real(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(library().module, "autotune", tuner)
+    autotune(FusedExperts(layer(), top_k=2), max_tokens=8)
+    assert seen == [(True,)]
+    (call,) = emulated.of(ROUTED)
+    assert isinstance(call["topk_ids"], tuple) == library().version.startswith("0.7")
+    FusedExperts(layer())(*tokens(2, layer()))
+    assert isinstance(emulated.of(ROUTED)[-1]["topk_ids"], tuple)
+
+
+def test_cache_and_its_versions(emulated, tmp_path):
+    path = tmp_path / "tune.json"
+    experts = FusedExperts(layer(), top_k=2)
+    autotune(experts, max_tokens=8, cache=path)
+    stamp = json.loads((tmp_path / "tune.json.versions.json").read_text())
+    assert stamp == cache_stamp(torch.device("cpu"))
+    assert stamp["flashinfer-python"] == library().version and stamp["capability"] == [10, 0]
+    path.write_text("{}")
+    assert autotune(experts, max_tokens=8, cache=path) == 1
+    (tmp_path / "tune.json.versions.json").write_text(json.dumps(stamp | {"torch": "1.0"}))
+    with pytest.raises(CheckpointError) as refusal:
+        autotune(experts, max_tokens=8, cache=path)
+    assert str(refusal.value) == (
+        f"autotune: cache must be of this GPU and these versions; got torch 1.0 (now "
+        f"{torch.__version__}). Pass another path, or delete {path}."
+    )
+    (tmp_path / "tune.json.versions.json").unlink()
+    with pytest.raises(CheckpointError, match=r"^autotune: cache must have its tune.json.versions"):
+        autotune(experts, max_tokens=8, cache=path)
+
+
+def test_refusals(emulated, claim):
+    with pytest.raises(ShapeError, match=r"^autotune: max_tokens must be at least 1; got 0\."):
+        autotune(FusedExperts(layer(), top_k=2), max_tokens=0)
+    with pytest.raises(ShapeError, match=r"^autotune: every layer must know its top_k; got Fused"):
+        autotune(FusedExperts(layer()))
+    with pytest.raises(UnsupportedError, match=r"got none that is fused\. Call fp4moe\.rep"):
+        autotune(nn.Linear(2, 2))
+    claim(None)
+    with pytest.raises(UnsupportedError, match=r"got \['reference'\]\. Call fp4moe\.replace_moe"):
+        autotune(FusedExperts(layer(), top_k=2))
+    assert emulated.calls == []
+
+
+def test_an_error_inside_ends_the_tuning(emulated, monkeypatch):
+    monkeypatch.setattr(FusedExperts, "forward", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        autotune(FusedExperts(layer(), top_k=2), max_tokens=8)
+    assert not is_tuning()
