@@ -38,6 +38,7 @@ __all__ = ["Rewritten", "rewrite_moe", "rewrite_moe_with_weights"]
 
 logger = logging.getLogger("fp4moe")
 OPERATOR = torch.ops.fp4moe.nvfp4_moe.default
+FUSED_OPERATORS = (OPERATOR, torch.ops.fp4moe.nvfp4_moe_from_logits.default)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ def rewrite_moe_with_weights(
         )
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values: dict[fx.Node, Any] = dict(zip(placeholders, example_inputs, strict=True))
-    already = sum(node.target is OPERATOR for node in gm.graph.nodes)
+    already = sum(node.target in FUSED_OPERATORS for node in gm.graph.nodes)
     verified: dict[str, tuple[Hypothesis | None, str]] = {}
     # Everything is decided before the graph changes, so that an error leaves it as it was.
     plans = []

@@ -32,6 +32,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeTopKRouter,
 )
 
+import fp4moe
+from fp4moe.compile import BackendOptions
 from fp4moe.errors import UnsupportedError
 from fp4moe.integrations.fused_routing import ROUTERS, LogitsRouter
 from fp4moe.kernels.reference import REFERENCE, route
@@ -231,6 +233,21 @@ def test_a_state_dict_moves_the_routing_too(name):
     target.load_state_dict(state)
     assert torch.equal(logits(target), logits(source))
     assert all(torch.equal(value, target.state_dict()[key]) for key, value in state.items())
+    # Experts that wait on the meta device take the tensors themselves.
+    experts = [m for m in target.modules() if isinstance(m, RoutedExperts)]
+    others = [m for m in source.modules() if isinstance(m, RoutedExperts)]
+    for module, own in zip(experts, others, strict=True):
+        module.to("meta").load_state_dict(own.state_dict(), assign=True)
+    assert torch.equal(logits(target), logits(source))
+
+
+def test_the_backend_takes_it_as_fused_already(fresh_dynamo):
+    model, capture = replaced(build("gemma4")), CapturingBackend()
+    options = {"inner_backend": capture, "on_no_match": "error"}
+    compiled = torch.compile(model, backend=fp4moe.backend, options=options, fullgraph=True)
+    assert torch.equal(logits(compiled), logits(model)) and len(capture.graphs) == 1
+    with pytest.raises(UnsupportedError, match=r"^backend: routing must be 'given', the router"):
+        BackendOptions.parse({"routing": "fused"})
 
 
 @pytest.mark.parametrize("name", MODELS)

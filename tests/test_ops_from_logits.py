@@ -169,3 +169,34 @@ def test_bad_groups():
         with pytest.raises(ShapeError) as refusal:
             OP(*bad)
         assert text in str(refusal.value) and "nvfp4_moe_from_logits: " in str(refusal.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("routing", [SOFTMAX, SIGMOID], ids=["softmax", "sigmoid"])
+def test_gpu_capture_without_host_synchronisation(routing):
+    prepared = get_kernel("reference").prepare(WEIGHTS.to("cuda"), hidden_alignment=256)
+    fixed = nvfp4_moe_from_logits_arguments(prepared, routing, "reference")
+    bias = torch.zeros(E if routing.method == "sigmoid_topk" else 0, device="cuda")
+    hidden, logits = (t.cuda() for t in inputs(33))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        OP(hidden, logits, bias, *fixed)
+    stream.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        OP(hidden, logits, bias, *fixed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = OP(hidden, logits, bias, *fixed)
+    for _ in range(2):
+        other = inputs(33)
+        hidden.copy_(other[0])
+        logits.copy_(other[1])
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, OP(hidden, logits, bias, *fixed))
+        want = OP(*other, bias.cpu(), *arguments(routing))
+        # Sums of 48 terms in another order, another exp.
+        torch.testing.assert_close(out.cpu(), want, rtol=1e-4, atol=1e-5)

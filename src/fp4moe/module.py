@@ -333,6 +333,9 @@ class RoutedExperts(FusedExperts):
         return {**super()._logical(prepared), "output_scale": self.output_scale}
 
     def _take(self, loaded: dict[str, torch.Tensor]) -> None:
+        if self.output_scale.is_meta:
+            self.output_scale = loaded["output_scale"]
+            return
         with torch.no_grad():
             self.output_scale.copy_(loaded["output_scale"])
 

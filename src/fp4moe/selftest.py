@@ -19,6 +19,7 @@ from .explain import format_table
 from .kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
     HIDDEN_ALIGNMENTS,
+    KERNEL_NAMES,
     MoeSpec,
     check_kernel_name,
     choose_kernel,
@@ -203,7 +204,7 @@ def selftest(
     """Print a table of checks of a kernel while they run; return whether none failed.
 
     Args:
-        kernel: a kernel's name, or "auto" for what `fp4moe.why_not` allows for the first layer.
+        kernel: a kernel's name, or "auto" for the most preferred one that runs any of the layers.
         device: default the current CUDA device; without one the CPU, with small layers.
         layers: sizes by name, as keywords of `fp4moe.why_not`; default both main models' layers
             and every other activation. A layer that the kernel cannot run is listed with the
@@ -276,24 +277,23 @@ def _choose(
 ) -> tuple[str, dict[str, str]]:
     """Return the kernel for all layers, and the reasons by name of the layers that it cannot run.
 
-    "auto" is the choice for the first layer that any kernel runs.
+    "auto" is the most preferred of the kernels that it means for any of the layers.
     """
     capability = current_capability(device)
-    chosen, refused = None, {}
+    specs = {}
     for name, sizes in layers.items():
         why_not("reference", **sizes)  # it can all: only the sizes are checked
-        spec = MoeSpec(**sizes, capability=capability)
-        found, reasons = choose_kernel(chosen or kernel, spec)
-        chosen = chosen or found
-        if found is None:
-            refused[name] = "; ".join(reasons)
+        specs[name] = MoeSpec(**sizes, capability=capability)
+    automatic = {choose_kernel(kernel, spec)[0] for spec in specs.values()}
+    chosen = next((name for name in KERNEL_NAMES if name in automatic), None)
+    refused = {name: "; ".join(choose_kernel(chosen or kernel, s)[1]) for name, s in specs.items()}
     if chosen is None:
         listed = ". ".join(f"{name}: {why}" for name, why in refused.items()) or "no layers"
         raise UnsupportedError(
             f"selftest: kernel must be one that runs a layer on {_describe(device)}; got "
             f"{kernel!r}. {listed}."
         )
-    return chosen, refused
+    return chosen, {name: why for name, why in refused.items() if why}
 
 
 def _outcome(run: Callable[[], Outcome]) -> Outcome:

@@ -27,7 +27,7 @@ OK, FAILED, NOT_SUPPORTED, SKIPPED = "ok", "FAILED", "not supported", "skipped"
 
 # Relative RMS of one rounding to bfloat16, at most: half a step of 2^-7 is uniform noise.
 BF16_ROUNDING = 2**-7 / 12**0.5
-# One kernel called in two ways: at most four roundings differ, and their errors add up as squares.
+# One kernel called in two ways: at most four roundings differ, sqrt(4) = 2, and a margin of 2.
 SAME_KERNEL = 4 * BF16_ROUNDING
 # A W4A16 kernel may round input, weights, both products, the intermediate and two sums; relu2
 # doubles the first ones: sqrt(3 * 4 + 4) = 4 roundings, and a margin of 2.
@@ -35,10 +35,10 @@ W4A16 = 8 * BF16_ROUNDING
 # W4A4: approximate reciprocals move values across a rounding boundary. Rounding all of them anew
 # would give 0.2, a wrong layout more.
 W4A4 = 5e-2
-# The worst token, relative to the RMS: below 1/sqrt(top_k) = 0.35, one of 8 experts lost.
+# The worst token, relative to the RMS of all: 0.2 stays below 0.35, one of 8 experts lost.
 TOKEN_FACTOR = 4
-# Global scales only shrink, so that the calibrated activation scales stay wide enough. A smaller
-# activation scale saturates the E4M3 block scales: powers of two alone would cancel.
+# Global scales shrink, so that the calibrated activation scales stay wide enough. Activation scales
+# shrink until E4M3 block scales saturate: elsewhere a power of two would cancel.
 FACTORS = {
     "gate_up.global_scale": (0.5, 0.8, 0.65, 0.35),
     "down.global_scale": (0.35, 0.65, 0.8, 0.5),
@@ -105,7 +105,9 @@ class Subject:
 
     def fused(self, weights: ExpertWeights) -> FusedExperts:
         """Prepare other weights for the same kernel."""
-        return FusedExperts(weights, self.kernel, hidden_alignment=self.hidden_alignment)
+        return FusedExperts(
+            weights, self.kernel, hidden_alignment=self.hidden_alignment, top_k=self.top_k
+        )
 
     def expected(self, weights: ExpertWeights, *inputs: torch.Tensor) -> torch.Tensor:
         """Compute the definition of (hidden, expert ids, routing weights)."""

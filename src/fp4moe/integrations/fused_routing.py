@@ -17,13 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_leaves
 
 from ..candidates import Candidate, storage_reasons
 from ..kernels import Routing
 from ..kernels.reference import route
-from .module_list import _untouched
+from .routing_trace import RoutingTrace, watch, ways_to_run
 from .transformers import is_experts_module
 
 __all__ = ["ROUTERS", "FusedRouting", "LogitsRouter", "RouterForm", "plan_fused_routing"]
@@ -186,7 +184,7 @@ def plan_fused_routing(
     """
     plans: dict[str, FusedRouting] = {}
     refused: dict[str, list[str]] = {}
-    traces: dict[str, _Trace] = {}
+    traces: dict[str, RoutingTrace] = {}
     for candidate in candidates:
         router, why = _find_router(model, candidate)
         if router is not None:
@@ -194,16 +192,18 @@ def plan_fused_routing(
             if plan is not None:
                 plans[candidate.path] = plan
                 parent = model.get_submodule(candidate.path.rpartition(".")[0])
-                traces[candidate.path] = _Trace(
+                traces[candidate.path] = RoutingTrace(
                     parent, model.get_submodule(router), candidate.module
                 )
         if why:
             refused[candidate.path] = [why]
     for path, trace in traces.items():
-        for run in _runs(model, path, attrgetter(plans[path].router.form.projection)(trace.router)):
+        for run in ways_to_run(
+            model, path, attrgetter(plans[path].router.form.projection)(trace.router)
+        ):
             if trace.finished:
                 break
-            _watch(run, [t for t in traces.values() if not t.finished])
+            watch(run, [t for t in traces.values() if not t.finished])
         if why := trace.problem or trace.error:
             refused[path] = [why]
             del plans[path]
@@ -350,120 +350,3 @@ def _clear(logits: torch.Tensor, bias: torch.Tensor, routing: Routing) -> torch.
         kept = torch.zeros_like(totals).scatter(1, totals.topk(routing.top_groups).indices, 1)
         scores = grouped.masked_fill(kept[..., None] == 0, -torch.inf).flatten(1)
     return clear & (gap(scores, routing.top_k) > margin)
-
-
-class _Trace:
-    """What a run shows of one block: whether its router's choice reaches the experts unchanged."""
-
-    def __init__(self, parent: nn.Module, router: nn.Module, experts: nn.Module):
-        self.parent, self.router, self.experts = parent, router, experts
-        self.problem = self.error = ""
-        self.start()
-
-    def start(self) -> None:
-        self.runs = 0
-        self.inside = self.waiting = False
-        self.chosen: tuple[torch.Tensor, ...] = ()
-
-    @property
-    def finished(self) -> bool:
-        return bool(self.runs or self.problem)
-
-    def refuse(self, problem: str) -> None:
-        self.problem = self.problem or f"its block {problem}"
-
-    def after_router(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self.waiting:
-            self.refuse("runs the router twice before the experts")
-        self.chosen, self.waiting = tuple(output), True
-
-    def before_experts(self, module: nn.Module, args: tuple, keywords: dict) -> None:
-        self.inside = True
-        if not self.waiting:
-            self.refuse("runs the experts without running the router before")
-        elif len(args) != 3 or keywords:
-            self.refuse("does not hand (hidden, ids, weights) to the experts by position")
-        elif args[1] is not self.chosen[2] or args[2] is not self.chosen[1]:
-            self.refuse("changes the router's choice on its way to the experts")
-        self.waiting = False
-
-    def after_experts(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.inside = False
-        self.runs += 1
-
-    def after_parent(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self.uses(tree_leaves(output)):
-            self.refuse("returns what the router returned")
-
-    def uses(self, values: list) -> bool:
-        """Whether one of these is the router's, outside the experts."""
-        return not self.inside and any(v is c for c in self.chosen for v in values)
-
-
-class _Uses(TorchFunctionMode):
-    """Tells the traces of every torch function that is called with their router's results."""
-
-    def __init__(self, traces: list[_Trace]):
-        super().__init__()
-        self.traces = traces
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        values = tree_leaves((args, kwargs))
-        for trace in self.traces:
-            if trace.uses(values):
-                name = resolve_name(function) or getattr(function, "__name__", str(function))
-                trace.refuse(f"uses what the router returns elsewhere, too (in {name})")
-        return function(*args, **(kwargs or {}))
-
-
-def _watch(run: Callable[[], Any], traces: list[_Trace]) -> None:
-    handles = []
-    for trace in traces:
-        trace.start()
-        handles += [
-            trace.router.register_forward_hook(trace.after_router),
-            trace.experts.register_forward_pre_hook(trace.before_experts, with_kwargs=True),
-            trace.experts.register_forward_hook(trace.after_experts),
-            trace.parent.register_forward_hook(trace.after_parent),
-        ]
-    error = "no run of a model around it reached both its router and its experts"
-    failed = False
-    try:
-        with _Uses(traces):
-            run()
-    except Exception as raised:  # the model's code may raise anything
-        failed = True
-        error = f"its block could not be watched on random tokens: {raised}"
-    finally:
-        for handle in handles:
-            handle.remove()
-    for trace in traces:
-        if trace.waiting and not failed:
-            trace.refuse("runs the router without the experts")
-        if failed:
-            # What came after the failure is unknown.
-            trace.start()
-        trace.error = "" if trace.runs else error
-        trace.chosen = ()
-
-
-def _runs(model: nn.Module, path: str, projection: torch.Tensor) -> Iterator[Callable[[], Any]]:
-    """Yield ways to run the block around an experts module: by itself, then in ever larger models.
-
-    projection is its router's [E, H] weight.
-    """
-    names = path.split(".")[:-1]
-    around = [model.get_submodule(".".join(names[:n])) for n in range(len(names), -1, -1)]
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 5, projection.shape[1], generator=generator).to(projection)
-    yield lambda: _run(around[0], hidden)
-    for module in around:
-        embed = getattr(module, "get_input_embeddings", lambda: None)()
-        if isinstance(embed, nn.Embedding):
-            ids = torch.arange(5, device=embed.weight.device)[None] % embed.num_embeddings
-            yield lambda module=module, ids=ids: _run(module, ids)  # type: ignore[misc]
-
-
-def _run(module: nn.Module, value: torch.Tensor) -> None:
-    with _untouched(module, value.device):
-        module(value)

@@ -24,7 +24,7 @@ from ..module import FusedExperts
 from .module_list_block import BlockForm, FusedMoeBlock
 from .module_list_probe import FloatExperts, confirm_form, find_form, identify_expert
 
-__all__ = ["find_module_lists"]
+__all__ = ["find_module_lists", "untouched"]
 
 # What an expert's Linears are called; the first row whose names are all there counts.
 ROLE_NAMES: tuple[dict[str, str], ...] = (
@@ -202,7 +202,7 @@ def _quantize(
 
 
 @contextlib.contextmanager
-def _untouched(block: nn.Module, device: torch.device) -> Iterator[list[str]]:
+def untouched(block: nn.Module, device: torch.device) -> Iterator[list[str]]:
     """Run without gradients; put random state and buffers back, and list the buffers changed."""
     before = [
         (module, name, buffer, buffer.clone())
@@ -241,7 +241,7 @@ class _Plan:
         experts = list(getattr(self.block, self.experts))
         up = getattr(experts[0], self.roles["up"])
         width, device = up.in_features, up.weight.device
-        with _untouched(self.block, device) as changed:
+        with untouched(self.block, device) as changed:
             args = (self.experts, self.router, self.roles, self.activation, width)
             form, why = find_form(self.block, *args)
             if form is None:
