@@ -287,7 +287,7 @@ NAMES = {
     "kernel": ("fp8", "kernel must be auto or one of flashinfer_trtllm, flashinfer_cutlass, tri"),
     "method": ("amax", "method must be one of max, mse; got 'amax'. Pass one of these."),
     "hidden_alignment": (64, "hidden_alignment must be one of 128, 256, 512; got 64. Pass one of"),
-    "routing": ("softmax", "routing must be one of given, fused; got 'softmax'. Pass one of these."),
+    "routing": ("softmax", "routing must be one of given, fused; got 'softmax'. Pass one of"),
 }
 
 

@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .candidates import Candidate
 from .errors import CheckpointError, ShapeError, UnsupportedError
-from .kernels import current_capability
+from .experts import ExpertWeights
+from .formats import NVFP4
+from .kernels import choose_kernel, current_capability
 from .kernels.flashinfer_library import (
     CUBINS,
     flashinfer_settings,
@@ -26,6 +29,8 @@ from .kernels.flashinfer_library import (
     tuning,
 )
 from .module import FusedExperts, RoutedExperts
+from .quantize import NVFP4Values
+from .replace import find_candidates, spec_of
 from .version import __version__
 
 __all__ = ["autotune", "cache_stamp"]
@@ -40,7 +45,8 @@ def autotune(
     """Tune FlashInfer's kernels for every distinct layer of the model.
 
     Args:
-        model: a model with fused experts, or one `FusedExperts`.
+        model: a model with fused experts, one `FusedExperts`, or a float model that is about to be
+            compiled with `fp4moe.backend`, for whose layers random ones of their sizes stand in.
         max_tokens: the largest batch; sizes up to the next power of two are measured, and
             `set_flashinfer(tune_max_num_tokens=...)` is set to it for this process.
         cache: where FlashInfer's choices are kept. Loaded if it is there, written at the end; a
@@ -50,7 +56,7 @@ def autotune(
         The number of distinct layers that were tuned.
 
     Raises:
-        UnsupportedError: the model has no layer on a FlashInfer kernel.
+        UnsupportedError: the model has no layer that a FlashInfer kernel runs on its device.
         ShapeError: max_tokens is below 1, or a layer does not know its top_k.
         CheckpointError: the cache was written for another GPU or other versions.
     """
@@ -58,7 +64,7 @@ def autotune(
         raise ShapeError(
             f"autotune: max_tokens must be at least 1; got {max_tokens}. Pass the largest batch."
         )
-    layers = _distinct(model)
+    layers = _distinct(model) or _stand_ins(model)
     unknown = [layer for layer in layers if layer.top_k is None]
     if unknown:
         raise ShapeError(
@@ -68,9 +74,8 @@ def autotune(
     if not layers:
         found = sorted({m.kernel for m in model.modules() if isinstance(m, FusedExperts)})
         raise UnsupportedError(
-            "autotune: model must have fused experts on one of the kernels "
-            f"{', '.join(TUNED_KERNELS)}; got {found or 'none that is fused'}. Call "
-            "fp4moe.replace_moe(model) on a Blackwell GPU first."
+            f"autotune: model must have experts for one of the kernels {', '.join(TUNED_KERNELS)}; "
+            f"got {found or 'none'}. Move the model to a Blackwell GPU, see fp4moe.explain(model)."
         )
     path = None if cache is None else pathlib.Path(cache)
     if path is not None:
@@ -111,6 +116,50 @@ def _distinct(model: nn.Module) -> list[FusedExperts]:
             kind = (module.kernel, module.metadata["activation"], shapes, routing, module.top_k)
             kinds.setdefault(kind, module)
     return list(kinds.values())
+
+
+def _stand_ins(model: nn.Module) -> list[FusedExperts]:
+    """Return one random layer for each size of experts that are not fused yet."""
+    sizes: dict[tuple, Candidate] = {}
+    for candidate in find_candidates(model):
+        if not candidate.reasons:
+            form = (candidate.activation, candidate.gated, candidate.num_experts, candidate.top_k)
+            sizes.setdefault((*form, candidate.hidden_size, candidate.intermediate_size), candidate)
+    layers = []
+    for candidate in sizes.values():
+        device = next(iter(candidate.parameters.values())).device
+        if choose_kernel("auto", spec_of(candidate))[0] in TUNED_KERNELS:
+            layers.append(FusedExperts(_random_weights(candidate, device), top_k=candidate.top_k))
+    return layers
+
+
+def _random_weights(candidate: Candidate, device: torch.device) -> ExpertWeights:
+    """Return weights of the candidate's size: the tuner's times do not depend on the values."""
+    assert candidate.num_experts and candidate.hidden_size and candidate.intermediate_size
+    experts, gated = candidate.num_experts, bool(candidate.gated)
+    hidden, rows = (-(-n // 16) * 16 for n in (candidate.hidden_size, candidate.intermediate_size))
+
+    def values(*shape: int) -> NVFP4Values:
+        packed = torch.empty(*shape[:-1], shape[-1] // 2, dtype=torch.uint8, device=device)
+        scale = torch.ones(*shape[:-1], shape[-1] // 16, dtype=torch.bfloat16, device=device)
+        return NVFP4Values(
+            packed.random_(256),
+            scale.to(NVFP4.scale_dtype),
+            torch.full((experts,), 1 / NVFP4.amax_per_global_scale, device=device),
+        )
+
+    return ExpertWeights(
+        gate_up=values(experts, (1 + gated) * rows, hidden),
+        down=values(experts, hidden, rows),
+        activation=str(candidate.activation),
+        gated=gated,
+        hidden_size=candidate.hidden_size,
+        intermediate_size=candidate.intermediate_size,
+        num_experts=experts,
+        expert_offset=0,
+        hidden_scale=torch.ones(1, device=device),
+        intermediate_scale=torch.ones(experts, device=device),
+    )
 
 
 def _run(layer: FusedExperts, tokens: int) -> None:

@@ -38,7 +38,7 @@ from .kernels import (
 from .module import FusedExperts, RoutedExperts
 from .quantize import METHODS
 
-__all__ = ["explain", "find_candidates", "replace_moe"]
+__all__ = ["explain", "find_candidates", "replace_moe", "spec_of"]
 
 logger = logging.getLogger("fp4moe")
 Model = TypeVar("Model", bound=nn.Module)
@@ -234,7 +234,8 @@ def _refuse_shared_weights(model: nn.Module, candidates: list[Candidate]) -> Non
                 )
 
 
-def _spec(candidate: Candidate) -> MoeSpec:
+def spec_of(candidate: Candidate) -> MoeSpec:
+    """Return what a kernel is asked to run for a candidate whose form is known."""
     assert (
         candidate.activation is not None and candidate.hidden_size and candidate.intermediate_size
     )
@@ -250,7 +251,7 @@ def _spec(candidate: Candidate) -> MoeSpec:
 
 
 def _kernel_reasons(candidate: Candidate, kernel: str) -> list[str]:
-    return choose_kernel(kernel, _spec(candidate))[1]
+    return choose_kernel(kernel, spec_of(candidate))[1]
 
 
 def _plan_routing(
@@ -259,7 +260,7 @@ def _plan_routing(
     plans, refused = plan_fused_routing(model, candidates)
     for candidate in candidates:
         if plan := plans.get(candidate.path):
-            spec = dataclasses.replace(_spec(candidate), top_k=plan.routing.top_k)
+            spec = dataclasses.replace(spec_of(candidate), top_k=plan.routing.top_k)
             name = select_kernel(kernel, spec, caller="replace_moe")
             reasons = get_kernel(name).reasons_not_to_route(spec, plan.routing)
             if reasons:
@@ -272,7 +273,7 @@ def _candidate_row(candidate: Candidate, kernel: str, reasons: list[str]) -> Blo
     if not reasons:
         reasons = _kernel_reasons(candidate, kernel)
     if not reasons:
-        spec = _spec(candidate)
+        spec = spec_of(candidate)
         name = select_kernel(kernel, spec, caller="explain")
         multiples = get_kernel(name).size_multiples(spec, DEFAULT_HIDDEN_ALIGNMENT)
         padded = tuple(

@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 from fused_layers import layer, tokens
+from tiny_models import fingerprint, gemma4
 from torch import nn
 
-from fp4moe import FusedExperts
+from fp4moe import FusedExperts, explain
 from fp4moe.autotune import autotune, cache_stamp
 from fp4moe.errors import CheckpointError, ShapeError, UnsupportedError
 from fp4moe.kernels import Routing
@@ -58,6 +59,17 @@ def test_one_call_for_each_kind_of_layer(emulated):
     assert emulated.of(ROUTED)[-1]["tune_max_num_tokens"] == 64
 
 
+def test_a_float_model_is_tuned_on_random_layers_of_its_sizes(emulated):
+    float_model = gemma4()
+    before = fingerprint(float_model)
+    assert autotune(float_model, max_tokens=4) == 1
+    assert fingerprint(float_model) == before
+    (call,) = emulated.of(ROUTED)
+    block = explain(float_model).blocks[0]
+    assert call["num_experts"] == block.num_experts and call["top_k"] == block.top_k
+    assert call["gemm2_weights"].shape[1] == block.padded_sizes[0]
+
+
 def test_the_tuner_sees_what_it_tunes(emulated, monkeypatch):
     """0.6.13 makes packed random ids whatever it was called with, so it is called with those."""
     seen = []
@@ -98,10 +110,10 @@ def test_refusals(emulated, claim):
         autotune(FusedExperts(layer(), top_k=2), max_tokens=0)
     with pytest.raises(ShapeError, match=r"^autotune: every layer must know its top_k; got Fused"):
         autotune(FusedExperts(layer()))
-    with pytest.raises(UnsupportedError, match=r"got none that is fused\. Call fp4moe\.rep"):
+    with pytest.raises(UnsupportedError, match=r"^autotune: model must .* got none\. Move the mod"):
         autotune(nn.Linear(2, 2))
     claim(None)
-    with pytest.raises(UnsupportedError, match=r"got \['reference'\]\. Call fp4moe\.replace_moe"):
+    with pytest.raises(UnsupportedError, match=r"got \['reference'\]\. Move the model to a Blackw"):
         autotune(FusedExperts(layer(), top_k=2))
     assert emulated.calls == []
 

@@ -6,6 +6,8 @@ The models are transformers' own, small; FlashInfer's GPU part is emulated (conf
 from __future__ import annotations
 
 import copy
+import pathlib
+import re
 
 import pytest
 import torch
@@ -109,6 +111,18 @@ def test_fused_routing(emulated, name):
     (graph,) = capture.graphs
     nodes = [n for n in graph.graph.nodes if n.target is FROM_LOGITS]
     assert len(nodes) == blocks(fused)
+
+
+def test_readme(emulated, tmp_path, monkeypatch):
+    """The README's code for Blackwell, on a small model and for few tokens."""
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "autotune" in c]
+    monkeypatch.chdir(tmp_path)
+    names = {"model": build("gemma4"), "fp4moe": fp4moe}
+    exec(code.replace("8192", "16"), names)
+    assert names["model"].model.layers[0].experts.kernel == "flashinfer_trtllm"
+    assert (tmp_path / "tune.json.versions.json").exists() and len(emulated.of(ROUTED)) == 1
+    fp4moe.set_flashinfer()
 
 
 def test_the_report_names_the_kernel(emulated):
