@@ -13,6 +13,7 @@ from .module import FusedExperts
 from .ops import fused_moe
 from .quantize import NVFP4Values, dequantize_nvfp4, quantize_nvfp4
 from .replace import explain, replace_moe
+from .selftest import selftest
 from .version import __version__
 
 # Last: the passes import the package.
@@ -37,6 +38,7 @@ __all__ = [
     "quantize_nvfp4",
     "register_transformers",
     "replace_moe",
+    "selftest",
     "set_flashinfer",
     "why_not",
 ]

@@ -37,6 +37,8 @@ __all__ = ["autotune", "cache_stamp"]
 
 logger = logging.getLogger("fp4moe")
 TUNED_KERNELS = ("flashinfer_trtllm", "flashinfer_cutlass")
+# 0.6.13's CUTLASS may be tuned to a sum in bfloat16 that no two runs share; this turns it off.
+DETERMINISTIC = "use_fused_finalize"
 
 
 def autotune(
@@ -75,7 +77,8 @@ def autotune(
         found = sorted({m.kernel for m in model.modules() if isinstance(m, FusedExperts)})
         raise UnsupportedError(
             f"autotune: model must have experts for one of the kernels {', '.join(TUNED_KERNELS)}; "
-            f"got {found or 'none'}. Move the model to a Blackwell GPU, see fp4moe.explain(model)."
+            f"got {found or 'none'}. Move the model to a Blackwell GPU, see fp4moe.explain(model); "
+            "flashinfer_cutlass needs FlashInfer 0.7."
         )
     path = None if cache is None else pathlib.Path(cache)
     if path is not None:
@@ -106,11 +109,17 @@ def cache_stamp(device: torch.device) -> dict[str, Any]:
     }
 
 
+def _is_tuned(kernel: str | None) -> bool:
+    if kernel == "flashinfer_cutlass":
+        return DETERMINISTIC in library().arguments["cutlass_fused_moe"]
+    return kernel in TUNED_KERNELS
+
+
 def _distinct(model: nn.Module) -> list[FusedExperts]:
     """Return one of each kind of layer that the tuner tells apart."""
     kinds: dict[tuple, FusedExperts] = {}
     for module in model.modules():
-        if isinstance(module, FusedExperts) and module.kernel in TUNED_KERNELS:
+        if isinstance(module, FusedExperts) and _is_tuned(module.kernel):
             shapes = tuple(tuple(operand.shape) for operand in module.prepared.operands)
             routing = module.routing if isinstance(module, RoutedExperts) else None
             kind = (module.kernel, module.metadata["activation"], shapes, routing, module.top_k)
@@ -128,7 +137,7 @@ def _stand_ins(model: nn.Module) -> list[FusedExperts]:
     layers = []
     for candidate in sizes.values():
         device = next(iter(candidate.parameters.values())).device
-        if choose_kernel("auto", spec_of(candidate))[0] in TUNED_KERNELS:
+        if _is_tuned(choose_kernel("auto", spec_of(candidate))[0]):
             layers.append(FusedExperts(_random_weights(candidate, device), top_k=candidate.top_k))
     return layers
 

@@ -116,17 +116,21 @@ def reference_w4a4(
     weights: ExpertWeights,
     expert_ids: torch.Tensor,
     routing_weights: torch.Tensor,
+    *,
+    intermediate_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Compute the layer as the Blackwell kernel does: input and intermediate in NVFP4 too (W4A4).
 
-    The input is rounded to bfloat16 and quantised with `hidden_scale`, the intermediate in float32
-    with `intermediate_scale`; each expert's output is rounded to bfloat16 before the weighted sum
-    in float32. Arguments and result as in `reference`. Source: FlashInfer 0.7.2, fp4_quantize and
-    the TRT-LLM-Gen epilogue.
+    The input is rounded to bfloat16 and quantised with `hidden_scale`, the intermediate with
+    `intermediate_scale`; each expert's output is rounded to bfloat16 before the weighted sum in
+    float32. `intermediate_dtype` is what gate, up and then the intermediate are rounded to before
+    it is quantised: float32 in TRT-LLM-Gen, bfloat16 in CUTLASS. Else as `reference`. Source:
+    FlashInfer 0.7.2, fp4_quantize, the TRT-LLM-Gen epilogue and the CUTLASS activation kernel.
     """
     x = fake_quantize_activation(hidden.to(torch.bfloat16).float(), weights.hidden_scale)
     args = (_loader(weights), weights.local_experts, weights.expert_offset, weights.activation)
-    return _run(x, expert_ids, routing_weights, *args, weights.intermediate_scale).to(hidden.dtype)
+    quantise = (weights.intermediate_scale, intermediate_dtype)
+    return _run(x, expert_ids, routing_weights, *args, *quantise).to(hidden.dtype)
 
 
 def fake_quantize_activation(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -168,6 +172,7 @@ def _run(
     expert_offset: int,
     activation: str,
     intermediate_scale: torch.Tensor | None = None,
+    intermediate_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     if (
         hidden.ndim != 2
@@ -183,10 +188,14 @@ def _run(
     act = get_activation(activation, caller="reference").function
     x = hidden.float()
 
+    def rounded(value: torch.Tensor) -> torch.Tensor:
+        return value.to(intermediate_dtype).float()
+
     def apply(expert: int, token: torch.Tensor | slice) -> torch.Tensor:
         gate, up, down = load(expert)
         rows = x[token]
-        y = act(rows @ up.T) if gate is None else act(rows @ gate.T) * (rows @ up.T)
+        first, second = rounded(rows @ up.T), None if gate is None else rounded(rows @ gate.T)
+        y = rounded(act(first) if second is None else act(second) * first)
         if intermediate_scale is None:
             return y @ down.T
         return (fake_quantize_activation(y, intermediate_scale[expert]) @ down.T).bfloat16().float()

@@ -112,8 +112,15 @@ class Subject:
     def expected(self, weights: ExpertWeights, *inputs: torch.Tensor) -> torch.Tensor:
         """Compute the definition of (hidden, expert ids, routing weights)."""
         hidden, expert_ids, routing_weights = inputs
-        define = reference_w4a4 if self.quantizes_activations else reference
-        return define(hidden, weights, expert_ids, routing_weights)
+        if not self.quantizes_activations:
+            return reference(hidden, weights, expert_ids, routing_weights)
+        return reference_w4a4(
+            hidden,
+            weights,
+            expert_ids,
+            routing_weights,
+            intermediate_dtype=get_kernel(self.kernel).intermediate_dtype,
+        )
 
     def inputs(self, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return hidden [T, H], distinct expert ids [T, K], routing weights [T, K] of sum 1."""

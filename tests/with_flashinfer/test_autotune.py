@@ -118,6 +118,18 @@ def test_refusals(emulated, claim):
     assert emulated.calls == []
 
 
+def test_cutlass_is_tuned_where_its_sum_stays_in_order(emulated, claim):
+    claim((12, 0))
+    experts = FusedExperts(layer(), top_k=2)
+    assert experts.kernel == "flashinfer_cutlass"
+    if library().version.startswith("0.7"):
+        assert autotune(experts, max_tokens=4) == 1
+        assert emulated.of("cutlass_fused_moe")[0]["use_fused_finalize"] is False
+    else:
+        with pytest.raises(UnsupportedError, match=r"flashinfer_cutlass needs FlashInfer 0\.7\.$"):
+            autotune(experts, max_tokens=4)
+
+
 def test_an_error_inside_ends_the_tuning(emulated, monkeypatch):
     monkeypatch.setattr(FusedExperts, "forward", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):

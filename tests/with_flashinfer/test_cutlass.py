@@ -1,8 +1,7 @@
 """Kernel `flashinfer_cutlass` on the installed FlashInfer, with the GPU's part emulated.
 
-The kernel rounds the intermediate to bfloat16 before it is quantised, which moves many values
-across a tie of the E2M1 grid. So numbers are compared twice: tightly without these two roundings,
-which shows layout and scales, and loosely with them.
+The kernel rounds gate, up and the intermediate to bfloat16 before it is quantised. Numbers are
+compared with `reference_w4a4` twice: both without these roundings, and both with them.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ pytest.importorskip("flashinfer", reason="needs flashinfer-python")
 
 OP = torch.ops.fp4moe.nvfp4_moe.default
 CUTLASS = get_kernel("flashinfer_cutlass")
-# As in test_trtllm.py; with the two bfloat16 roundings one value in 100 takes the next code.
-LIMIT, ROUNDED_LIMIT = 4e-3, 0.125
+# As in test_trtllm.py.
+LIMIT = 4e-3
 UNGATED = ("relu2", "relu", "silu", "gelu", "identity")
 FORMS = [("silu", True), ("gelu", True), *((name, False) for name in UNGATED)]
 
@@ -87,11 +86,15 @@ def test_tanh_gelu_needs_the_newer_library(exact):
             OP(*call, *arguments(weights))
 
 
-def test_with_the_kernels_roundings(emulated):
-    weights = layer(256, 192)
+@pytest.mark.parametrize("activation, gated", FORMS)
+def test_with_the_kernels_roundings(emulated, activation, gated):
+    weights = layer(256, 192, activation=activation, gated=gated)
     call = tokens(9, weights)
-    want = reference_w4a4(call[0], weights, call[1], call[2])
-    assert error(OP(*call, *arguments(weights)), want) < ROUNDED_LIMIT
+    got = OP(*call, *arguments(weights))
+    rounding = {"intermediate_dtype": CUTLASS.intermediate_dtype}
+    assert error(got, reference_w4a4(call[0], weights, *call[1:], **rounding)) < LIMIT
+    # They matter: one value in a hundred takes the next code of the E2M1 grid.
+    assert error(got, reference_w4a4(call[0], weights, *call[1:])) > LIMIT
 
 
 def test_windows_dtypes_and_no_tokens(exact):

@@ -48,13 +48,13 @@ class FlashInferCutlass:
     """CUTLASS' fused experts behind the operator.
 
     Operands: rows of gate_up are [up; gate]; block scales are interleaved 128x4 per expert; scales
-    as in flashinfer_weights.scale_operands. The intermediate is rounded to bfloat16 twice before it
-    is quantised, unlike in `reference_w4a4`.
+    as in flashinfer_weights.scale_operands. Gate, up and the intermediate are rounded to bfloat16.
     """
 
     name = "flashinfer_cutlass"
     automatic = True
     quantizes_activations = True
+    intermediate_dtype = torch.bfloat16
 
     def reasons_not_to_run(self, spec: MoeSpec) -> list[str]:
         """Return why not: device, library, activation; any size is padded to one that fits."""

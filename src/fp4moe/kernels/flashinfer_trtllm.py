@@ -68,6 +68,7 @@ class FlashInferTrtllm:
     name = "flashinfer_trtllm"
     automatic = True
     quantizes_activations = True
+    intermediate_dtype = torch.float32
 
     def reasons_not_to_run(self, spec: MoeSpec) -> list[str]:
         """Return why not: device, library, activation; any size is padded to one with a kernel."""

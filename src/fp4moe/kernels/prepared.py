@@ -66,9 +66,11 @@ class Kernel(Protocol):
     """What every kernel offers."""
 
     name: str
-    # Whether "auto" may choose it, and whether it is `reference_w4a4` that it computes.
+    # Whether "auto" may choose it, whether it is `reference_w4a4` that it computes, and with which
+    # intermediate_dtype.
     automatic: bool
     quantizes_activations: bool
+    intermediate_dtype: torch.dtype
 
     def reasons_not_to_run(self, spec: MoeSpec) -> list[str]:
         """Return why it cannot run such a layer, padded; empty where it can."""

@@ -42,6 +42,7 @@ class ReferenceKernel:
         self.name = name
         self.automatic = automatic
         self.quantizes_activations = compute is definition.reference_w4a4
+        self.intermediate_dtype = torch.float32
         self._compute = compute
 
     def reasons_not_to_run(self, spec: MoeSpec) -> list[str]:
