@@ -549,7 +549,7 @@ def test_refused(case):
         ),
         (
             {"kernel": "auto"},
-            "get_kernel: kernel must be one that this version has; got 'auto'. "
+            "get_kernel: kernel must be one kernel's name; got 'auto'. "
             "Choose one with select_kernel.",
         ),
     ],

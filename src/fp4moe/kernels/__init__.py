@@ -10,6 +10,7 @@ from ..activations import get_activation
 from ..errors import ShapeError, UnsupportedError
 from .flashinfer_cutlass import FLASHINFER_CUTLASS
 from .flashinfer_trtllm import FLASHINFER_TRTLLM
+from .humming import HUMMING
 from .prepared import Kernel, Operands, PreparedWeights
 from .reference import REFERENCE, REFERENCE_W4A4
 from .spec import (
@@ -22,6 +23,7 @@ from .spec import (
     Routing,
     current_capability,
 )
+from .triton_moe import TRITON
 
 __all__ = [
     "DEFAULT_HIDDEN_ALIGNMENT",
@@ -47,22 +49,13 @@ __all__ = [
 _PRESENT: tuple[Kernel, ...] = (
     FLASHINFER_TRTLLM,
     FLASHINFER_CUTLASS,
+    TRITON,
+    HUMMING,
     REFERENCE,
     REFERENCE_W4A4,
 )
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _PRESENT}
-# Names of the contract whose kernels later versions bring.
-PLANNED = {
-    "triton": "compute capability 8.0 or newer",
-    "humming": "compute capability 7.5 or newer",
-}
-KERNEL_NAMES = (
-    "flashinfer_trtllm",
-    "flashinfer_cutlass",
-    *PLANNED,
-    "reference",
-    "reference_w4a4",
-)
+KERNEL_NAMES = tuple(KERNELS)
 
 
 def check_kernel_name(kernel: str, *, caller: str) -> None:
@@ -75,12 +68,12 @@ def check_kernel_name(kernel: str, *, caller: str) -> None:
 
 
 def get_kernel(name: str) -> Kernel:
-    """Return the kernel of that name, which must be present in this version."""
+    """Return the kernel of that name."""
     if name not in KERNELS:
         check_kernel_name(name, caller="get_kernel")
-        advice = _absent(name) if name in PLANNED else "Choose one with select_kernel."
         raise UnsupportedError(
-            f"get_kernel: kernel must be one that this version has; got {name!r}. {advice}"
+            f"get_kernel: kernel must be one kernel's name; got {name!r}. Choose one with "
+            "select_kernel."
         )
     return KERNELS[name]
 
@@ -171,16 +164,10 @@ def select_kernel(kernel: str, spec: MoeSpec, *, caller: str) -> str:
 def _candidates(kernel: str) -> list[str]:
     if kernel != "auto":
         return [kernel]
-    return [name for name in KERNEL_NAMES if name not in KERNELS or KERNELS[name].automatic]
+    return [name for name, found in KERNELS.items() if found.automatic]
 
 
 def _reasons(name: str, spec: MoeSpec, padded: bool) -> list[str]:
-    if name not in KERNELS:
-        return [_absent(name)]
     kernel = KERNELS[name]
     reasons = kernel.reasons_not_to_run(spec)
     return reasons if padded else reasons + kernel.reasons_without_padding(spec)
-
-
-def _absent(name: str) -> str:
-    return f"not in this version of fp4moe (it will need {PLANNED[name]})"

@@ -1,0 +1,316 @@
+"""The GEMMs of NVFP4 experts in Triton: gate and up with the activation, down with the weighting.
+
+Weights stand on the M side of the tensor core, tokens on its N side. A program takes ROWS rows of
+one expert (of gate and of up each) for up to SLOTS slots. How it finds them is its MODE:
+
+    SLOT    the program's number is a slot: no metadata, an expert is read once a slot
+    SCAN    the number is an expert, which looks for its slots in all ids: few tokens
+    SORTED  the number is a tile of `triton_routing.sort_kernel`
+
+Sizes are the padded ones, multiples of 64; a slab is 64 columns of K, see `triton_layout`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_decode import WEIGHT_FACTOR, decode_slabs
+
+__all__ = ["SCAN", "SLOT", "SORTED", "down_kernel", "down_tokens_kernel", "gate_up_kernel"]
+
+SLOT = tl.constexpr(0)
+SCAN = tl.constexpr(1)
+SORTED = tl.constexpr(2)
+# They differ from call to call: no variant for a multiple of 16, or for 1.
+UNSPECIALIZED = ["num_slots", "expert_offset"]
+
+
+@triton.jit
+def _local(ids, index, mask, expert_offset, local_experts):
+    """Local expert of a slot, -1 for none."""
+    local = tl.load(ids + index, mask=mask, other=-1).to(tl.int64) - expert_offset
+    return tl.where((local >= 0) & (local < local_experts) & mask, local, -1).to(tl.int32)
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        x = x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(z)) / 2 = sigmoid(2 z)
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "relu2":
+        x = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+    elif ACTIVATION == "relu":
+        x = tl.maximum(x, 0.0)
+    return x
+
+
+@triton.jit
+def _dot(a, b, acc, ASSEMBLY: tl.constexpr):
+    # Triton's interpreter multiplies the bits of bfloat16; float32 holds the same values.
+    if ASSEMBLY:
+        acc = tl.dot(a, b, acc)
+    else:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _load_weights(
+    words,
+    scales,
+    expert,
+    row,
+    total_rows,
+    slab0,
+    slabs,
+    SLABS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    FP16: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """Decoded weights [ROWS, SLABS * 64] of an expert; expert < 0 or slabs behind the end: zero."""
+    slab = slab0 + tl.arange(0, SLABS)
+    words += tl.maximum(expert, 0).to(tl.int64) * total_rows * slabs * 8
+    scales += tl.maximum(expert, 0).to(tl.int64) * total_rows * slabs
+    word_row = (row // 64) * (slabs * 512) + (row % 64) * 8
+    scale_row = (row // 64) * (slabs * 64) + row % 64
+    word_at = (slab * 512)[:, None, None] + word_row[None, :, None]
+    word_at += tl.arange(0, 8)[None, None, :]
+    scale_at = (slab * 64)[:, None] + scale_row[None, :]
+    if WHOLE:
+        word = tl.load(words + word_at)
+        scale = tl.load(scales + scale_at)
+    else:
+        there = (slab < slabs) & (expert >= 0)
+        word = tl.load(words + word_at, mask=there[:, None, None], other=0)
+        scale = tl.load(scales + scale_at, mask=there[:, None], other=0)
+    word = word.to(tl.uint32, bitcast=True)
+    scale = scale.to(tl.uint32, bitcast=True)
+    return decode_slabs(word, scale, SLABS, ROWS, FP16, ASSEMBLY)
+
+
+@triton.jit
+def _load_tokens(x, row, valid, column, columns, WHOLE: tl.constexpr):
+    """Activations [SLOTS, K]; row: element offsets, int64."""
+    if WHOLE:
+        mask = valid[:, None]
+    else:
+        mask = valid[:, None] & (column < columns)[None, :]
+    return tl.load(x + row[:, None] + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _gate_up_tile(
+    hidden, stride_token, words, scales, global_scale, out,
+    slot, expert, block, top_k, hidden_size, intermediate, slabs,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr, STAGES: tl.constexpr,
+    WHOLE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    FP16: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    valid = slot >= 0
+    token = (tl.maximum(slot, 0) // top_k).to(tl.int64) * stride_token
+    row = block * ROWS + tl.arange(0, ROWS)
+    inside = row < intermediate
+    if ROWS > 64:
+        row = tl.minimum(row, intermediate - 1)
+    total_rows = intermediate * 2 if GATED else intermediate
+    first = tl.zeros((ROWS, SLOTS), dtype=tl.float32)
+    second = tl.zeros((ROWS, SLOTS), dtype=tl.float32)
+    for slab in tl.range(0, slabs, SLABS, num_stages=STAGES):
+        column = slab * 64 + tl.arange(0, SLABS * 64)
+        x = tl.trans(_load_tokens(hidden, token, valid, column, hidden_size, WHOLE))
+        w = _load_weights(
+            words, scales, expert, row, total_rows, slab, slabs, SLABS, ROWS, WHOLE, FP16, ASSEMBLY
+        )
+        first = _dot(w, x, first, ASSEMBLY)
+        if GATED:
+            w = _load_weights(
+                words, scales, expert, row + intermediate, total_rows, slab, slabs,
+                SLABS, ROWS, WHOLE, FP16, ASSEMBLY,
+            )  # fmt: skip
+            second = _dot(w, x, second, ASSEMBLY)
+    scale = tl.load(global_scale + expert) * WEIGHT_FACTOR
+    value = _activate(first * scale, ACTIVATION)
+    if GATED:
+        value *= second * scale
+    place = tl.maximum(slot, 0).to(tl.int64) * intermediate
+    mask = inside[:, None] & valid[None, :]
+    tl.store(out + place[None, :] + row[:, None], value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _down_tile(
+    x, words, scales, global_scale, routing_weights, out,
+    slot, expert, block, hidden_padded, intermediate, slabs,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr, STAGES: tl.constexpr,
+    WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    valid = slot >= 0
+    place = tl.maximum(slot, 0).to(tl.int64)
+    row = block * ROWS + tl.arange(0, ROWS)
+    inside = row < hidden_padded
+    if ROWS > 64:
+        row = tl.minimum(row, hidden_padded - 1)
+    acc = tl.zeros((ROWS, SLOTS), dtype=tl.float32)
+    for slab in tl.range(0, slabs, SLABS, num_stages=STAGES):
+        column = slab * 64 + tl.arange(0, SLABS * 64)
+        y = _load_tokens(x, place * intermediate, valid, column, intermediate, WHOLE)
+        w = _load_weights(
+            words, scales, expert, row, hidden_padded, slab, slabs,
+            SLABS, ROWS, WHOLE, False, ASSEMBLY,
+        )  # fmt: skip
+        acc = _dot(w, tl.trans(y), acc, ASSEMBLY)
+    factor = tl.load(routing_weights + tl.maximum(slot, 0), mask=valid, other=0.0)
+    factor *= tl.load(global_scale + expert) * WEIGHT_FACTOR
+    value = acc * factor[None, :]
+    mask = inside[:, None] & valid[None, :]
+    at = out + (place * hidden_padded)[None, :] + row[:, None]
+    tl.store(at, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scanned_slots(match, rank, step, SLOTS: tl.constexpr, IDS: tl.constexpr):
+    """Slots step * SLOTS and following among the matches, -1 behind the last."""
+    wanted = step * SLOTS + tl.arange(0, SLOTS)
+    found = match[None, :] & (rank[None, :] == wanted[:, None])
+    return tl.sum(tl.where(found, tl.arange(0, IDS)[None, :] + 1, 0), 1) - 1
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def gate_up_kernel(
+    hidden, stride_token, ids, order, tile_expert, num_tiles, words, scales, global_scale, out,
+    num_slots, top_k, hidden_size, intermediate, slabs, expert_offset, local_experts,
+    MODE: tl.constexpr, IDS: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr, FP16: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Write act(gate x) * (up x), or act(up x), to out [slots, intermediate].
+
+    Grid: [(slots, local experts or tiles, by MODE) * row blocks]. IDS: in mode SCAN a power of two
+    not below num_slots.
+    """
+    blocks = tl.cdiv(intermediate, ROWS)
+    number = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    if MODE == SCAN:
+        index = tl.arange(0, IDS)
+        match = _local(ids, index, index < num_slots, expert_offset, local_experts) == number
+        count = tl.sum(match.to(tl.int32))
+        if count > 0:
+            rank = tl.cumsum(match.to(tl.int32), 0) - 1
+            for step in range(tl.cdiv(count, SLOTS)):
+                _gate_up_tile(
+                    hidden, stride_token, words, scales, global_scale, out,
+                    _scanned_slots(match, rank, step, SLOTS, IDS), number, block, top_k,
+                    hidden_size, intermediate, slabs, SLOTS, ROWS, SLABS, STAGES, WHOLE, GATED,
+                    ACTIVATION, FP16, ASSEMBLY,
+                )  # fmt: skip
+    else:
+        column = tl.arange(0, SLOTS)
+        if MODE == SLOT:
+            expert = _local(ids, number, number < num_slots, expert_offset, local_experts)
+            slot = tl.where(column == 0, number, -1)
+        else:
+            live = number < tl.load(num_tiles)
+            expert = tl.load(tile_expert + number, mask=live, other=-1)
+            slot = tl.load(order + number * SLOTS + column, mask=live & (column >= 0), other=-1)
+        if expert >= 0:
+            _gate_up_tile(
+                hidden, stride_token, words, scales, global_scale, out, slot, expert, block, top_k,
+                hidden_size, intermediate, slabs, SLOTS, ROWS, SLABS, STAGES, WHOLE, GATED,
+                ACTIVATION, FP16, ASSEMBLY,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def down_kernel(
+    x, ids, order, tile_expert, num_tiles, words, scales, global_scale, routing_weights, out,
+    num_slots, hidden_padded, intermediate, slabs, expert_offset, local_experts,
+    MODE: tl.constexpr, IDS: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Write routing weight * (down x) of every slot to out [slots, hidden_padded]; grid as above.
+
+    Slots whose id is not local stay unwritten.
+    """
+    blocks = tl.cdiv(hidden_padded, ROWS)
+    number = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    if MODE == SCAN:
+        index = tl.arange(0, IDS)
+        match = _local(ids, index, index < num_slots, expert_offset, local_experts) == number
+        count = tl.sum(match.to(tl.int32))
+        if count > 0:
+            rank = tl.cumsum(match.to(tl.int32), 0) - 1
+            for step in range(tl.cdiv(count, SLOTS)):
+                _down_tile(
+                    x, words, scales, global_scale, routing_weights, out,
+                    _scanned_slots(match, rank, step, SLOTS, IDS), number, block, hidden_padded,
+                    intermediate, slabs, SLOTS, ROWS, SLABS, STAGES, WHOLE, ASSEMBLY,
+                )  # fmt: skip
+    else:
+        column = tl.arange(0, SLOTS)
+        if MODE == SLOT:
+            expert = _local(ids, number, number < num_slots, expert_offset, local_experts)
+            slot = tl.where(column == 0, number, -1)
+        else:
+            live = number < tl.load(num_tiles)
+            expert = tl.load(tile_expert + number, mask=live, other=-1)
+            slot = tl.load(order + number * SLOTS + column, mask=live & (column >= 0), other=-1)
+        if expert >= 0:
+            _down_tile(
+                x, words, scales, global_scale, routing_weights, out, slot, expert, block,
+                hidden_padded, intermediate, slabs, SLOTS, ROWS, SLABS, STAGES, WHOLE, ASSEMBLY,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["expert_offset"])
+def down_tokens_kernel(
+    x, ids, words, scales, global_scale, routing_weights, out,
+    hidden_size, hidden_padded, intermediate, slabs, expert_offset, local_experts,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr,
+    STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Write a token's whole output [T, hidden_size] at once; grid [T * row blocks].
+
+    Column n of the accumulator belongs to the token's slot n, SLOTS >= TOP_K: the products of all
+    slots run in one loop, and their sum needs no second pass.
+    """
+    blocks = tl.cdiv(hidden_padded, ROWS)
+    first_slot = (tl.program_id(0) // blocks).to(tl.int64) * TOP_K
+    row = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    inside = row < hidden_size
+    if ROWS > 64:
+        row = tl.minimum(row, hidden_padded - 1)
+    column_slot = tl.arange(0, SLOTS)
+    at_slot = first_slot + column_slot
+    experts = _local(ids, at_slot, column_slot < TOP_K, expert_offset, local_experts)
+    steps = tl.cdiv(slabs, SLABS)
+    acc = tl.zeros((ROWS, SLOTS), dtype=tl.float32)
+    for step in tl.range(0, steps * TOP_K, num_stages=STAGES):
+        slot = step // steps
+        slab = (step % steps) * SLABS
+        # Not loaded here: a load that another depends on takes half of the pipeline's stages.
+        expert = tl.sum(tl.where(column_slot == slot, experts, 0))
+        column = slab * 64 + tl.arange(0, SLABS * 64)
+        # Only this slot's column: unwritten rows of slots that are not local are never read.
+        valid = (column_slot == slot) & (expert >= 0)
+        y = _load_tokens(x, at_slot * intermediate, valid, column, intermediate, False)
+        w = _load_weights(
+            words, scales, expert, row, hidden_padded, slab, slabs,
+            SLABS, ROWS, False, False, ASSEMBLY,
+        )  # fmt: skip
+        acc = _dot(w, tl.trans(y), acc, ASSEMBLY)
+    there = experts >= 0
+    factor = tl.load(routing_weights + at_slot, mask=there, other=0.0)
+    factor *= tl.load(global_scale + experts, mask=there, other=0.0) * WEIGHT_FACTOR
+    # where, not a product: a routing weight of a slot that is dropped may be NaN.
+    total = tl.sum(tl.where(there[None, :], acc * factor[None, :], 0.0), 1)
+    place = out + (tl.program_id(0) // blocks).to(tl.int64) * hidden_size + row
+    tl.store(place, total.to(out.dtype.element_ty), mask=inside)

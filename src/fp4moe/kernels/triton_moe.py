@@ -1,0 +1,253 @@
+"""Kernel `triton`: our own NVFP4 experts for compute capability 8.0 and newer.
+
+Decides: layout of the operands, workspace, launches. Two to four launches a call, no host
+synchronisation; grids follow from shapes, as upper bounds. Tile sizes are in `triton_configs`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+
+from ..errors import UnsupportedError
+from ..experts import ExpertWeights
+from .prepared import Operands, PreparedWeights, logical_weights
+from .reference import route
+from .spec import LayerSettings, MoeSpec, Routing, current_capability
+from .triton_configs import MODES, Config, Tile, choose_config, sort_chunk
+from .triton_layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
+
+__all__ = ["TRITON", "TritonKernel"]
+
+OLDEST = (8, 0)
+MOST_EXPERTS, MOST_TOP_K = 512, 32
+COMBINE_COLUMNS = 1024
+
+
+class TritonKernel:
+    """Triton kernels behind the operator.
+
+    hidden bfloat16 or float16 is multiplied as it is, float32 is rounded to bfloat16; the
+    intermediate is bfloat16, sums are float32. Experimental, it runs only when named: on an H200 two
+    runs of an ungated layer differed in some bits (benchmarks/results/h200_kernels.md).
+    """
+
+    name = "triton"
+    automatic = False
+    quantizes_activations = False
+    intermediate_dtype = torch.bfloat16
+
+    def reasons_not_to_run(self, spec: MoeSpec) -> list[str]:
+        """Return why not: device, package, number of experts; any size is padded."""
+        reasons = []
+        if spec.capability is None or spec.capability < OLDEST:
+            got = ".".join(map(str, spec.capability)) if spec.capability else "a CPU"
+            reasons.append(f"needs compute capability 8.0 or newer, got {got}")
+        elif not has_triton():
+            reasons.append("needs the package triton, which torch for CUDA brings; not installed")
+        if spec.num_experts > MOST_EXPERTS:
+            reasons.append(f"num_experts must be at most {MOST_EXPERTS}, got {spec.num_experts}")
+        if spec.top_k and spec.top_k > MOST_TOP_K:
+            reasons.append(f"top_k must be at most {MOST_TOP_K}, got {spec.top_k}")
+        return reasons
+
+    def reasons_not_to_route(self, spec: MoeSpec, routing: Routing) -> list[str]:
+        """Return nothing: routing is plain torch here."""
+        return []
+
+    def reasons_without_padding(self, spec: MoeSpec) -> list[str]:
+        """Return which size is no multiple of a slab."""
+        return [
+            f"{name} must be a multiple of {SLAB} without padding, got {getattr(spec, name)}"
+            for name in ("hidden_size", "intermediate_size")
+            if getattr(spec, name) % SLAB
+        ]
+
+    def size_multiples(self, spec: MoeSpec, hidden_alignment: int) -> tuple[int, int]:
+        """Return the multiples that hidden and intermediate size are padded to."""
+        return SLAB, SLAB
+
+    def prepare(
+        self,
+        weights: ExpertWeights,
+        *,
+        hidden_alignment: int,
+        output_scale: torch.Tensor | None = None,
+    ) -> PreparedWeights:
+        """Pad to multiples of 64 and reorder into slabs."""
+        padded = weights.unpadded().padded(hidden_multiple=SLAB, intermediate_multiple=SLAB)
+        operands, kept = Operands(**padded.operands()), {}
+        operands = operands._replace(
+            gate_up_packed=to_slabs(operands.gate_up_packed),
+            gate_up_block_scale=scales_to_slabs(operands.gate_up_block_scale),
+            down_packed=to_slabs(operands.down_packed),
+            down_block_scale=scales_to_slabs(operands.down_block_scale),
+        )
+        if output_scale is not None:
+            kept["logical_down_global_scale"] = operands.down_global_scale
+            operands = operands._replace(
+                down_global_scale=operands.down_global_scale * output_scale
+            )
+        return PreparedWeights(operands, kept, weights.metadata())
+
+    def restore(self, prepared: PreparedWeights) -> ExpertWeights:
+        """Undo `prepare`."""
+        slabs = prepared.operands
+        operands = slabs._replace(
+            gate_up_packed=from_slabs(slabs.gate_up_packed),
+            gate_up_block_scale=scales_from_slabs(slabs.gate_up_block_scale),
+            down_packed=from_slabs(slabs.down_packed),
+            down_block_scale=scales_from_slabs(slabs.down_block_scale),
+            down_global_scale=prepared.kept.get(
+                "logical_down_global_scale", slabs.down_global_scale
+            ),
+        )
+        sizes = (prepared.metadata["hidden_size"], prepared.metadata["intermediate_size"])
+        return logical_weights(operands, prepared.settings, *sizes).unpadded()
+
+    def run(
+        self,
+        hidden: torch.Tensor,
+        expert_ids: torch.Tensor,
+        routing_weights: torch.Tensor,
+        operands: Operands,
+        settings: LayerSettings,
+    ) -> torch.Tensor:
+        """Compute [T, H] with the tiles that `choose_config` gives."""
+        config = choose_config(expert_ids.numel(), settings.num_experts, expert_ids.shape[1])
+        return run_with(config, hidden, expert_ids, routing_weights, operands, settings)
+
+    def run_from_logits(
+        self,
+        hidden: torch.Tensor,
+        router_logits: torch.Tensor,
+        routing_bias: torch.Tensor,
+        routing: Routing,
+        operands: Operands,
+        settings: LayerSettings,
+    ) -> torch.Tensor:
+        """Route with `fp4moe.routing`, then `run`."""
+        with torch.no_grad():
+            expert_ids, routing_weights = route(router_logits, routing_bias, routing)
+        return self.run(hidden, expert_ids, routing_weights, operands, settings)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the package triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def run_with(
+    config: Config,
+    hidden: torch.Tensor,
+    expert_ids: torch.Tensor,
+    routing_weights: torch.Tensor,
+    operands: Operands,
+    settings: LayerSettings,
+) -> torch.Tensor:
+    """Compute [T, H], T > 0, with given tiles; `TritonKernel.run` otherwise.
+
+    Raises:
+        UnsupportedError: hidden is on a device that Triton does not run on.
+    """
+    import triton
+
+    from . import triton_experts, triton_routing
+
+    interpreted = bool(triton.knobs.runtime.interpret)
+    capability = current_capability(hidden.device)
+    if not interpreted and (capability is None or capability < OLDEST):
+        got = ".".join(map(str, capability)) if capability else "a CPU"
+        raise UnsupportedError(
+            "triton: hidden must be on a device of compute capability 8.0 or newer; got "
+            f"{hidden.device} ({got}). See fp4moe.why_not."
+        )
+    tokens, hidden_size = hidden.shape
+    num_slots, top_k = expert_ids.numel(), expert_ids.shape[1]
+    local, hidden_padded, columns = operands.down_packed.shape
+    intermediate = columns * 2
+    x = hidden.to(torch.bfloat16) if hidden.dtype == torch.float32 else hidden
+    x = x if x.stride(1) == 1 else x.contiguous()
+    ids, weights = expert_ids.contiguous(), routing_weights.to(torch.float32).contiguous()
+    offset, mode = settings.expert_offset, MODES.index(config.mode)
+
+    middle = x.new_empty((num_slots, intermediate), dtype=torch.bfloat16)
+    out = hidden.new_empty((tokens, hidden_size))
+    scan = 1 << (num_slots - 1).bit_length() if config.mode == "scan" else 1
+    fixed: dict[str, Any] = {"MODE": mode, "IDS": max(scan, 16), "ASSEMBLY": not interpreted}
+    with torch.cuda.device_of(hidden):
+        sorted_by: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]] = {}
+
+        def tiles(slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+            """Order, expert of each tile, number of tiles, and its upper bound."""
+            if config.mode != "sorted":
+                return ids, ids, ids, num_slots if config.mode == "slot" else local
+            if slots not in sorted_by:
+                most = min(num_slots, -(-num_slots // slots) + local)
+                order = ids.new_empty(most * slots, dtype=torch.int32)
+                tile_expert = ids.new_empty(most, dtype=torch.int32)
+                count = ids.new_empty(1, dtype=torch.int32)
+                triton_routing.sort_kernel[(local,)](
+                    ids, order, tile_expert, count, num_slots, offset, local,
+                    EXPERTS=1 << local.bit_length(), SLOTS=slots, CHUNK=sort_chunk(num_slots),
+                    num_warps=8,
+                )  # fmt: skip
+                sorted_by[slots] = order, tile_expert, count, most
+            return sorted_by[slots]
+
+        tile = config.gate_up
+        order, tile_expert, count, most = tiles(tile.slots)
+        slabs = hidden_padded // SLAB
+        triton_experts.gate_up_kernel[(most * -(-intermediate // tile.rows),)](
+            x, x.stride(0), ids, order, tile_expert, count,
+            *_words(operands.gate_up_packed, operands.gate_up_block_scale),
+            operands.gate_up_global_scale, middle, num_slots, top_k, hidden_size, intermediate,
+            slabs, offset, local, **fixed, **_constants(tile, config),
+            WHOLE=slabs % tile.slabs == 0 and hidden_size == hidden_padded,
+            GATED=settings.gated, ACTIVATION=settings.activation, FP16=x.dtype == torch.float16,
+        )  # fmt: skip
+
+        tile = config.down
+        down = *_words(operands.down_packed, operands.down_block_scale), operands.down_global_scale
+        slabs, blocks = intermediate // SLAB, -(-hidden_padded // tile.rows)
+        if config.direct:
+            triton_experts.down_tokens_kernel[(tokens * blocks,)](
+                middle, ids, *down, weights, out, hidden_size, hidden_padded, intermediate, slabs,
+                offset, local, TOP_K=top_k, ASSEMBLY=not interpreted, **_constants(tile, config),
+            )  # fmt: skip
+            return out
+        dtype = torch.float32 if config.float32_partial else torch.bfloat16
+        partial = x.new_empty((num_slots, hidden_padded), dtype=dtype)
+        order, tile_expert, count, most = tiles(tile.slots)
+        triton_experts.down_kernel[(most * blocks,)](
+            middle, ids, order, tile_expert, count, *down, weights, partial, num_slots,
+            hidden_padded, intermediate, slabs, offset, local, **fixed, **_constants(tile, config),
+            WHOLE=slabs % tile.slabs == 0,
+        )  # fmt: skip
+        triton_routing.combine_kernel[(tokens, -(-hidden_size // COMBINE_COLUMNS))](
+            partial, ids, out, hidden_padded, hidden_size, offset, local, TOP_K=top_k,
+            TOP_K_PADDED=1 << (top_k - 1).bit_length(), COLUMNS=COMBINE_COLUMNS, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _words(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return packed.view(torch.int32), scale.view(torch.int32)
+
+
+def _constants(tile: Tile, config: Config) -> dict[str, Any]:
+    constants: dict[str, Any] = {
+        "SLOTS": tile.slots,
+        "ROWS": tile.rows,
+        "SLABS": tile.slabs,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+    }
+    return constants | ({"maxnreg": config.registers} if config.registers else {})
+
+
+TRITON = TritonKernel()

@@ -1,0 +1,428 @@
+"""The Triton kernels: layout, routing and results in the interpreter, compilation for every target.
+
+The interpreter is chosen when triton is imported, so its cases run in a process of their own, with
+TRITON_INTERPRET=1; they are skipped here and started by test_the_interpreter_agrees.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import itertools
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fp4moe import ExpertWeights
+from fp4moe.activations import ACTIVATIONS
+from fp4moe.errors import UnsupportedError
+from fp4moe.kernels.spec import LayerSettings, MoeSpec
+from fp4moe.kernels.triton_configs import TABLE, Config, Tile, choose_config
+from fp4moe.kernels.triton_layout import from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
+from fp4moe.kernels.triton_moe import TRITON, run_with
+from fp4moe.quantize import NVFP4Values, dequantize_nvfp4
+from fp4moe.reference import reference
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs the package triton")
+# (major, minor) by package; what is not installed is skipped for that reason.
+VERSIONS = {
+    name: tuple(map(int, importlib.metadata.version(name).split(".")[:2]))
+    for name in ("numpy", "triton")
+    if importlib.util.find_spec(name)
+}
+interpreted = pytest.mark.skipif(
+    not (HAS_TRITON and INTERPRETED), reason="needs Triton's interpreter, see the docstring"
+)
+compiled = pytest.mark.skipif(
+    not HAS_TRITON or INTERPRETED, reason="needs the package triton, compiling"
+)
+if INTERPRETED and HAS_TRITON:
+    # Here, since a kernel sees the names of its module alone.
+    import triton
+    import triton.language as tl
+
+    from fp4moe.kernels.triton_decode import decode_slabs
+
+    @triton.jit
+    def decode(words, scales, out, ROWS: tl.constexpr, FP16: tl.constexpr):
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        word_at = row[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+        word = tl.load(words + word_at).to(tl.uint32, bitcast=True)
+        scale = tl.load(scales + row[None, :]).to(tl.uint32, bitcast=True)
+        values = decode_slabs(word, scale, 1, ROWS, FP16, False)
+        tl.store(out + row[:, None] * 64 + tl.arange(0, 64)[None, :], values)
+
+
+SPEC = MoeSpec("silu", True, 2816, 704, 128, 8, (9, 0))
+# The interpreter cuts float32 to bfloat16 instead of rounding: at most 2^-8 each for the
+# intermediate, the slot's output and the sum. A GPU rounds, with half of that.
+CUT = 3 * 2.0**-8
+MODES = {
+    "sorted": Config("sorted", Tile(16, 64, 2, 4, 3), Tile(32, 64, 2, 4, 3)),
+    "scan": Config("scan", Tile(16, 32, 1, 4, 3), Tile(16, 128, 1, 4, 3), float32_partial=True),
+    "slot": Config("slot", Tile(16, 64, 2, 4, 3), Tile(16, 64, 2, 4, 3), direct=True),
+}
+
+
+def layer(experts, hidden, intermediate, activation, gated, device="cpu", **keywords):
+    def weight(*size):
+        return torch.randn(experts, *size, device=device)
+
+    return ExpertWeights.quantize(
+        up=weight(intermediate, hidden),
+        gate=weight(intermediate, hidden) if gated else None,
+        down=weight(hidden, intermediate),
+        activation=activation,
+        **keywords,
+    )
+
+
+def relative(got, expected):
+    return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 32), (3, 128, 96)])
+def test_the_layout_has_an_exact_inverse(shape):
+    packed = torch.randint(0, 256, shape, dtype=torch.uint8)
+    scale = torch.randint(0, 256, (*shape[:2], shape[2] // 8 * 4), dtype=torch.uint8)
+    assert torch.equal(from_slabs(to_slabs(packed)), packed)
+    assert torch.equal(scales_from_slabs(scales_to_slabs(scale)), scale)
+    assert not torch.equal(to_slabs(packed), packed)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_restore_undoes_prepare(gated):
+    weights = layer(2, 80, 48, "silu", gated)
+    scale = torch.tensor([0.3, 0.7])
+    prepared = TRITON.prepare(weights, hidden_alignment=256, output_scale=scale)
+    assert prepared.operands.down_packed.shape == (2, 128, 32)
+    assert torch.equal(prepared.operands.down_global_scale, weights.down.global_scale * scale)
+    back = TRITON.restore(prepared)
+    assert back.metadata() == weights.metadata()
+    for name, tensor in weights.tensors().items():
+        assert torch.equal(back.tensors()[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"capability": None}, "needs compute capability 8.0 or newer, got a CPU"),
+        ({"capability": (7, 5)}, "needs compute capability 8.0 or newer, got 7.5"),
+        ({"num_experts": 513}, "num_experts must be at most 512, got 513"),
+        ({"top_k": 33}, "top_k must be at most 32, got 33"),
+    ],
+)
+def test_reasons(change, reason):
+    spec = MoeSpec(**{**SPEC.__dict__, **change})
+    assert reason in TRITON.reasons_not_to_run(spec)
+    assert reason not in TRITON.reasons_not_to_run(SPEC)
+
+
+def test_without_padding_sizes_are_multiples_of_a_slab():
+    assert TRITON.reasons_without_padding(SPEC) == []
+    spec = MoeSpec("silu", True, 2832, 704, 128, 8, (9, 0))
+    assert TRITON.reasons_without_padding(spec) == [
+        "hidden_size must be a multiple of 64 without padding, got 2832"
+    ]
+
+
+@compiled
+def test_a_cpu_is_refused():
+    weights = layer(1, 64, 64, "silu", True)
+    prepared = TRITON.prepare(weights, hidden_alignment=256)
+    ids, one = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    with pytest.raises(UnsupportedError, match=r"^triton: hidden must be on .* got cpu \(a CPU\)"):
+        TRITON.run(torch.zeros(1, 64), ids, one, prepared.operands, prepared.settings)
+
+
+@pytest.mark.parametrize("slots", [1, 8, 65, 512, 513, 4096, 131072])
+def test_every_call_has_a_config(slots):
+    config = choose_config(slots, 128, 32)
+    assert not config.direct or config.down.slots >= 32
+    assert config.mode != "scan" or slots <= 512
+
+
+@interpreted
+@pytest.mark.parametrize("fp16", [False, True])
+def test_every_byte_times_every_scale(fp16):
+    # 127 scales x 256 bytes: a block holds 8 bytes, a row 4 blocks.
+    packed = torch.arange(256, dtype=torch.uint8).repeat(127).reshape(1, -1, 32)
+    scale = torch.arange(127, dtype=torch.uint8).repeat_interleave(32).reshape(1, -1, 4)
+    rows = packed.shape[1]
+    padding = -rows % 64
+    packed = torch.nn.functional.pad(packed, (0, 0, 0, padding))
+    scale = torch.nn.functional.pad(scale, (0, 0, 0, padding))
+    out = torch.empty(rows + padding, 64, dtype=torch.float16 if fp16 else torch.bfloat16)
+    words, scales = to_slabs(packed).view(torch.int32), scales_to_slabs(scale).view(torch.int32)
+    decode[(out.shape[0] // 64,)](words, scales, out, 64, fp16)
+    values = NVFP4Values(packed[0], scale[0].view(torch.float8_e4m3fn), torch.ones(()))
+    assert torch.equal(out.float() * 128, dequantize_nvfp4(values))
+
+
+def run_ptx(program, inputs, dtype):
+    """Interpret the decoder's straight-line PTX on tensors of 32-bit values held in int64."""
+    registers = dict(inputs)
+
+    def value(name):
+        return int(name, 0) if name[0].isdigit() else registers[name]
+
+    def halves(word):
+        word = torch.as_tensor(word)
+        both = torch.stack((word & 0xFFFF, word >> 16), -1)
+        return torch.where(both > 0x7FFF, both - 0x10000, both).to(torch.int16).view(dtype)
+
+    def joined(pair):
+        bits = pair.contiguous().view(torch.int16).long() & 0xFFFF
+        return bits[..., 0] | bits[..., 1] << 16
+
+    def permuted(a, b, selector):
+        word = torch.as_tensor(a) | torch.as_tensor(b) << 32
+        picks = [(selector >> (4 * i)) & 7 for i in range(4)]
+        return sum(((word >> (8 * pick)) & 0xFF) << (8 * i) for i, pick in enumerate(picks))
+
+    # The exact product, rounded once; adding -0 changes nothing.
+    def product(a, b, *minus_zero):
+        assert minus_zero in ((), (0x80008000,))
+        return joined((halves(a).float() * halves(b).float()).to(dtype))
+
+    operations = {
+        "and.b32": lambda a, b: a & b,
+        "shl.b32": lambda a, b: (a << b) & 0xFFFFFFFF,
+        "shr.b32": lambda a, b: a >> b,
+        "lop3.b32": lambda a, b, c, table: {0xEA: (a & b) | c}[table],
+        "prmt.b32": permuted,
+        "fma.rn.bf16x2": product,
+        "mul.f16x2": product,
+    }
+    for line in program.replace("{$", "$").replace("}, m", ", m").split("\n")[2:-1]:
+        name, _, rest = line.rstrip(";").partition(" ")
+        names = rest.split(", ")
+        if name == "mov.b32" and len(names) == 3:
+            registers[names[0]], registers[names[1]] = value("m") & 0xFFFF, value("m") >> 16
+        elif name == "mov.b32":
+            registers[names[0]] = value(names[1])
+        else:
+            registers[names[0]] = operations[name](*map(value, names[1:]))
+    return torch.stack([halves(registers[f"${i}"])[..., 0] for i in range(16)], -1)
+
+
+@compiled
+@pytest.mark.parametrize("fp16", [False, True])
+def test_the_ptx_decodes_every_byte_times_every_scale(fp16):
+    from fp4moe.kernels import triton_decode
+
+    packed = torch.randint(0, 256, (1, 64, 32 * 127), dtype=torch.uint8)
+    packed[0, 0] = torch.arange(packed.shape[2]).to(torch.uint8)
+    scale = torch.arange(127, dtype=torch.uint8).repeat_interleave(4).expand(1, 64, -1)
+    values = NVFP4Values(packed, scale.contiguous().view(torch.float8_e4m3fn), torch.ones(()))
+    words = to_slabs(packed).view(torch.int32).view(127, 64, 4, 2).long() & 0xFFFFFFFF
+    scales = scales_to_slabs(scale).view(torch.int32).view(127, 64, 1).long().expand(-1, -1, 4)
+    program = triton_decode.FLOAT16_PROGRAM if fp16 else triton_decode.BFLOAT16_PROGRAM
+    inputs = {"$16": words[..., 0], "$17": words[..., 1], "$18": scales}
+    got = run_ptx(program.value, inputs, torch.float16 if fp16 else torch.bfloat16)
+    # [slab, row, lane, (word, block, half), place] to [row, slab, (word, block, half), lane, place]
+    columns = got.float().view(127, 64, 4, 8, 2).permute(1, 0, 3, 2, 4).reshape(64, -1)
+    assert torch.equal(columns * 128, dequantize_nvfp4(values)[0])
+
+
+@interpreted
+@pytest.mark.parametrize("slots", [16, 32])
+@pytest.mark.parametrize("count", [1, 40, 300])
+def test_sorted_tiles(count, slots):
+    from fp4moe.kernels.triton_routing import sort_kernel
+
+    offset, local = 2, 5
+    ids = torch.randint(-1, 9, (count,))
+    most = min(count, -(-count // slots) + local)
+    order = torch.full((most * slots,), 99, dtype=torch.int32)
+    tile_expert, total = torch.full((most,), 99, dtype=torch.int32), torch.zeros(1).int()
+    sort_kernel[(local,)](
+        ids, order, tile_expert, total, count, offset, local, EXPERTS=8, SLOTS=slots, CHUNK=128
+    )
+    expected, experts = [], []
+    for expert in range(local):
+        mine = (ids == expert + offset).nonzero().flatten().tolist()
+        padded = mine + [-1] * (-len(mine) % slots)
+        expected += padded
+        experts += [expert] * (len(padded) // slots)
+    assert total.item() == len(experts)
+    assert tile_expert[: len(experts)].tolist() == experts
+    assert order[: len(expected)].tolist() == expected
+
+
+def compare(config, weights, dtype, tokens, top_k, limit, device="cpu"):
+    """Run ids inside and outside the window, one twice in a row, and compare with reference."""
+    # Small enough that the square of relu2 stays below float16's largest number.
+    hidden = (torch.randn(tokens, weights.hidden_size, device=device) / 16).to(dtype)
+    ids = torch.randint(-1, weights.num_experts + 1, (tokens, top_k), device=device)
+    ids[0] = weights.expert_offset
+    routing_weights = torch.rand(tokens, top_k, device=device)
+    prepared = TRITON.prepare(weights, hidden_alignment=256)
+    args = (prepared.operands, prepared.settings)
+    got = run_with(config, hidden, ids, routing_weights, *args)
+    expected = reference(hidden.float(), weights, ids, routing_weights)
+    assert got.dtype == dtype and got.shape == hidden.shape
+    assert relative(got, expected) < limit
+    assert torch.equal(got, run_with(config, hidden, ids, routing_weights, *args))
+
+
+@interpreted
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("activation", "gated", "dtype"),
+    [
+        ("gelu_tanh", True, torch.bfloat16),
+        ("relu2", False, torch.float16),
+        ("silu", True, torch.float32),
+    ],
+)
+def test_small_layers(mode, activation, gated, dtype, poisoned_empty):
+    weights = layer(2, 80, 144, activation, gated, num_experts=4, expert_offset=1)
+    compare(MODES[mode], weights, dtype, 2, 2, CUT)
+
+
+@interpreted
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation, gated):
+    compare(MODES["sorted"], layer(1, 64, 64, activation, gated), torch.bfloat16, 1, 1, CUT)
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+@pytest.mark.skipif(
+    HAS_TRITON and VERSIONS["numpy"] >= (2, 4) and VERSIONS["triton"] < (3, 7),
+    reason="needs triton 3.7 or numpy below 2.4: the interpreter of 3.6 reads arrays as scalars",
+)
+def test_the_interpreter_agrees():
+    file = pathlib.Path(__file__)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:xdist", "-W", "ignore"],
+        cwd=file.parents[1],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "needs Triton's interpreter" not in done.stdout, done.stdout[-4000:]
+
+
+def signature(function, constants, hidden="*bf16", partial="*bf16"):
+    """Argument types by name, pointers and multiples of 16 as a call of real sizes has them."""
+    pointers = {"hidden": hidden, "x": "*bf16", "ids": "*i64", "out": "*bf16", "partial": partial}
+    pointers |= dict.fromkeys(("order", "tile_expert", "num_tiles", "words", "scales"), "*i32")
+    pointers |= dict.fromkeys(("global_scale", "routing_weights"), "*fp32")
+    if function.__name__ == "down_kernel":
+        pointers["out"] = partial
+    types = {
+        name: "constexpr" if name in constants else pointers.get(name, "i32")
+        for name in function.arg_names
+    }
+    plain = {"num_slots", "expert_offset", "top_k", "slabs"}
+    aligned = [
+        (i,) for i, n in enumerate(function.arg_names) if types[n] != "constexpr" and n not in plain
+    ]
+    return types, {place: [["tt.divisibility", 16]] for place in aligned}
+
+
+def variants():
+    """(kernel, constants, warps, further) of each row of the tables, and of each activation."""
+    from fp4moe.kernels import triton_experts, triton_routing
+    from fp4moe.kernels.triton_configs import MODES as NAMES
+
+    def constants(tile, **more):
+        names = {"SLOTS": tile.slots, "ROWS": tile.rows, "SLABS": tile.slabs}
+        return {**names, "STAGES": tile.stages, "ASSEMBLY": True, **more}, tile.warps
+
+    for _, _, config in TABLE:
+        find = {"MODE": NAMES.index(config.mode), "IDS": 512 if config.mode == "scan" else 16}
+        for gated, whole, dtype in ((True, True, "*bf16"), (False, False, "*fp16")):
+            form = {"GATED": gated, "ACTIVATION": "gelu_tanh" if gated else "relu2"}
+            form |= {"WHOLE": whole, "FP16": dtype == "*fp16"}
+            gate_up = constants(config.gate_up, **find, **form)
+            yield triton_experts.gate_up_kernel, *gate_up, {"hidden": dtype}
+        if config.direct:
+            direct = constants(config.down, TOP_K=8)
+            yield triton_experts.down_tokens_kernel, *direct, {}
+        else:
+            partial = "*fp32" if config.float32_partial else "*bf16"
+            down = constants(config.down, WHOLE=False, **find)
+            yield triton_experts.down_kernel, *down, {"partial": partial}
+    for activation, gated in itertools.product(ACTIVATIONS, (True, False)):
+        form = {"GATED": gated, "ACTIVATION": activation, "WHOLE": True, "FP16": False}
+        small = constants(Tile(16, 64, 1, 4, 2), MODE=2, IDS=16, **form)
+        yield triton_experts.gate_up_kernel, *small, {}
+    sort = {"EXPERTS": 256, "SLOTS": 16, "CHUNK": 4096}
+    yield triton_routing.sort_kernel, sort, 8, {}
+    yield triton_routing.combine_kernel, {"TOP_K": 6, "TOP_K_PADDED": 8, "COLUMNS": 256}, 2, {}
+
+
+@compiled
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_every_variant_compiles(capability, tmp_path, monkeypatch):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for function, constants, warps, further in variants():
+        types, attributes = signature(function, constants, **further)
+        places = {(function.arg_names.index(n),): value for n, value in constants.items()}
+        source = ASTSource(function, types, places, attributes)
+        target = GPUTarget("cuda", capability, 32)
+        kernel = triton.compile(source, target=target, options={"num_warps": warps})
+        label = (function.__name__, constants)
+        assert kernel.asm["cubin"], label
+        # 86, 89 and 120 have 99 KiB of shared memory a block, the others 163 KiB and more.
+        limit = (99 if capability in (86, 89, 120) else 163) * 1024
+        assert kernel.metadata.shared <= limit, (label, kernel.metadata.shared)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 5, 33, 300, 2100])
+@pytest.mark.parametrize(("activation", "gated"), [("gelu_tanh", True), ("relu2", False)])
+def test_on_the_gpu(activation, gated, tokens, dtype, poisoned_empty):
+    weights = layer(9, 336, 208, activation, gated, device="cuda", num_experts=16, expert_offset=3)
+    # Three roundings to bfloat16 at most, each below 2^-9.
+    config = choose_config(tokens * 5, 16, 5)
+    compare(config, weights, dtype, tokens, 5, 3 * 2.0**-9, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [config for _, _, config in TABLE])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_config_on_the_gpu(activation, config):
+    weights = layer(7, 256, 192, activation, True, device="cuda")
+    compare(config, weights, torch.bfloat16, 37, 4, 3 * 2.0**-9, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.xfail(reason="an ungated layer differed in some bits on an H200; its cause is unknown")
+@pytest.mark.parametrize("tokens", [16, 32, 128])
+def test_equal_bits_at_the_width_of_nemotron(tokens):
+    weights = layer(128, 2688, 1856, "relu2", False, "cuda")
+    prepared = TRITON.prepare(weights, hidden_alignment=256)
+    hidden = torch.randn(tokens, 2688, device="cuda").bfloat16()
+    ids = torch.rand(tokens, 128, device="cuda").topk(6).indices
+    routing_weights = torch.rand(tokens, 6, device="cuda")
+    args = (hidden, ids, routing_weights, prepared.operands, prepared.settings)
+    first = TRITON.run(*args)
+    assert all(torch.equal(TRITON.run(*args), first) for _ in range(50))
+
+
+@pytest.mark.gpu
+def test_no_local_expert_gives_zeros(poisoned_empty):
+    prepared = TRITON.prepare(layer(2, 64, 64, "silu", True, "cuda"), hidden_alignment=256)
+    settings = LayerSettings("silu", True, 8, 4)
+    for tokens in (2, 100, 1000):
+        x = torch.randn(tokens, 64, device="cuda", dtype=torch.bfloat16)
+        ids = torch.zeros(tokens, 3, dtype=torch.int32, device="cuda")
+        out = TRITON.run(x, ids, ids.float(), prepared.operands, settings)
+        assert torch.equal(out, torch.zeros_like(x))
