@@ -50,13 +50,18 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, acc, ASSEMBLY: tl.constexpr):
+def _add_dot(a, b, acc, scale, ASSEMBLY: tl.constexpr):
+    """Return acc + (a @ b) * scale.
+
+    Not a dot that accumulates: Triton leaves such a chain in flight from one step to the next, and
+    ptxas then writes new weights into registers that the tensor core has not read yet.
+    """
     # Triton's interpreter multiplies the bits of bfloat16; float32 holds the same values.
     if ASSEMBLY:
-        acc = tl.dot(a, b, acc)
+        product = tl.dot(a, b)
     else:
-        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return acc
+        product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return acc + product * scale
 
 
 @triton.jit
@@ -120,6 +125,7 @@ def _gate_up_tile(
     if ROWS > 64:
         row = tl.minimum(row, intermediate - 1)
     total_rows = intermediate * 2 if GATED else intermediate
+    scale = tl.load(global_scale + expert) * WEIGHT_FACTOR
     first = tl.zeros((ROWS, SLOTS), dtype=tl.float32)
     second = tl.zeros((ROWS, SLOTS), dtype=tl.float32)
     for slab in tl.range(0, slabs, SLABS, num_stages=STAGES):
@@ -128,17 +134,16 @@ def _gate_up_tile(
         w = _load_weights(
             words, scales, expert, row, total_rows, slab, slabs, SLABS, ROWS, WHOLE, FP16, ASSEMBLY
         )
-        first = _dot(w, x, first, ASSEMBLY)
+        first = _add_dot(w, x, first, scale, ASSEMBLY)
         if GATED:
             w = _load_weights(
                 words, scales, expert, row + intermediate, total_rows, slab, slabs,
                 SLABS, ROWS, WHOLE, FP16, ASSEMBLY,
             )  # fmt: skip
-            second = _dot(w, x, second, ASSEMBLY)
-    scale = tl.load(global_scale + expert) * WEIGHT_FACTOR
-    value = _activate(first * scale, ACTIVATION)
+            second = _add_dot(w, x, second, scale, ASSEMBLY)
+    value = _activate(first, ACTIVATION)
     if GATED:
-        value *= second * scale
+        value *= second
     place = tl.maximum(slot, 0).to(tl.int64) * intermediate
     mask = inside[:, None] & valid[None, :]
     tl.store(out + place[None, :] + row[:, None], value.to(out.dtype.element_ty), mask=mask)
@@ -157,6 +162,7 @@ def _down_tile(
     inside = row < hidden_padded
     if ROWS > 64:
         row = tl.minimum(row, hidden_padded - 1)
+    scale = tl.load(global_scale + expert) * WEIGHT_FACTOR
     acc = tl.zeros((ROWS, SLOTS), dtype=tl.float32)
     for slab in tl.range(0, slabs, SLABS, num_stages=STAGES):
         column = slab * 64 + tl.arange(0, SLABS * 64)
@@ -165,9 +171,8 @@ def _down_tile(
             words, scales, expert, row, hidden_padded, slab, slabs,
             SLABS, ROWS, WHOLE, False, ASSEMBLY,
         )  # fmt: skip
-        acc = _dot(w, tl.trans(y), acc, ASSEMBLY)
+        acc = _add_dot(w, tl.trans(y), acc, scale, ASSEMBLY)
     factor = tl.load(routing_weights + tl.maximum(slot, 0), mask=valid, other=0.0)
-    factor *= tl.load(global_scale + expert) * WEIGHT_FACTOR
     value = acc * factor[None, :]
     mask = inside[:, None] & valid[None, :]
     at = out + (place * hidden_padded)[None, :] + row[:, None]
@@ -291,6 +296,8 @@ def down_tokens_kernel(
     column_slot = tl.arange(0, SLOTS)
     at_slot = first_slot + column_slot
     experts = _local(ids, at_slot, column_slot < TOP_K, expert_offset, local_experts)
+    there = experts >= 0
+    scale = tl.load(global_scale + experts, mask=there, other=0.0) * WEIGHT_FACTOR
     steps = tl.cdiv(slabs, SLABS)
     acc = tl.zeros((ROWS, SLOTS), dtype=tl.float32)
     for step in tl.range(0, steps * TOP_K, num_stages=STAGES):
@@ -306,10 +313,8 @@ def down_tokens_kernel(
             words, scales, expert, row, hidden_padded, slab, slabs,
             SLABS, ROWS, False, False, ASSEMBLY,
         )  # fmt: skip
-        acc = _dot(w, tl.trans(y), acc, ASSEMBLY)
-    there = experts >= 0
+        acc = _add_dot(w, tl.trans(y), acc, scale[None, :], ASSEMBLY)
     factor = tl.load(routing_weights + at_slot, mask=there, other=0.0)
-    factor *= tl.load(global_scale + experts, mask=there, other=0.0) * WEIGHT_FACTOR
     # where, not a product: a routing weight of a slot that is dropped may be NaN.
     total = tl.sum(tl.where(there[None, :], acc * factor[None, :], 0.0), 1)
     place = out + (tl.program_id(0) // blocks).to(tl.int64) * hidden_size + row

@@ -31,8 +31,8 @@ class TritonKernel:
     """Triton kernels behind the operator.
 
     hidden bfloat16 or float16 is multiplied as it is, float32 is rounded to bfloat16; the
-    intermediate is bfloat16, sums are float32. Experimental, it runs only when named: on an H200
-    two runs of an ungated layer differed in some bits (benchmarks/results/h200_kernels.md).
+    intermediate is bfloat16, sums are float32. Experimental, it runs only when named, until its
+    numbers on an H200 are taken again (benchmarks/results/h200_kernels.md).
     """
 
     name = "triton"
