@@ -5,17 +5,10 @@ from __future__ import annotations
 import torch
 
 from fp4moe import ExpertWeights
+from fp4moe.selftest import LAYERS
 
-# Gemma4-26B-A4B on a B200, as `why_not` takes it.
-LAYER = {
-    "activation": "gelu_tanh",
-    "gated": True,
-    "hidden_size": 2816,
-    "intermediate_size": 704,
-    "num_experts": 128,
-    "top_k": 8,
-    "capability": (10, 0),
-}
+# On a B200, as `why_not` takes it.
+LAYER = {**LAYERS["Gemma4-26B-A4B"], "capability": (10, 0)}
 
 
 def layer(

@@ -28,6 +28,8 @@ from flashinfer_cutlass_emulator import (
 from fp4moe.activations import ACTIVATIONS as OURS
 from fp4moe.activations import get_activation
 from fp4moe.experts import ExpertWeights
+from fp4moe.kernels import MoeSpec
+from fp4moe.kernels.flashinfer_cutlass import FLASHINFER_CUTLASS
 from fp4moe.kernels.flashinfer_cutlass_rules import (
     CAPABILITIES,
     GATED,
@@ -358,7 +360,7 @@ def test_stand_in_has_the_parameters_of_the_library(library: Any) -> None:
 def test_names_are_those_of_the_library(library: Any) -> None:
     names = frozenset(member.name for member in library.core.ActivationType)
     assert {*GATED.values(), *UNGATED.values()} - names <= {"GegluTanh"}
-    assert reasons("silu", True, 64, 64, names) == []
+    assert reasons("silu", True, names) == []
 
 
 @pytest.mark.parametrize(("activation", "gated"), KINDS)
@@ -374,25 +376,29 @@ def test_reasons() -> None:
     assert CAPABILITIES == ((12, 0), (12, 1), (10, 0), (10, 3))
     for activation in OURS:
         for gated in (True, False):
-            refused = reasons(activation, gated, 1, 1, None)
+            refused = reasons(activation, gated, None)
             assert bool(refused) != ((activation, gated) in KINDS)
-    assert reasons("relu2", True, 64, 64, None) == [
+    assert reasons("relu2", True, None) == [
         "activation must be one of silu, gelu_tanh, gelu with a gate, got relu2"
     ]
-    assert reasons("gelu_tanh", False, 64, 64, None) == [
+    assert reasons("gelu_tanh", False, None) == [
         "activation must be one of relu2, relu, silu, gelu, identity without a gate, got gelu_tanh"
     ]
-    assert reasons("gelu_tanh", True, 64, 64, OLDER_NAMES) == [
+    assert reasons("gelu_tanh", True, OLDER_NAMES) == [
         "the installed FlashInfer has no ActivationType.GegluTanh, which gelu_tanh with a gate "
         "needs: install a newer flashinfer-python"
     ]
-    assert reasons("gelu_tanh", True, 64, 64, OLDER_NAMES | {"GegluTanh"}) == []
+    assert reasons("gelu_tanh", True, OLDER_NAMES | {"GegluTanh"}) == []
 
 
 def test_sizes_matter_only_without_padding() -> None:
-    assert reasons("relu2", False, 2688, 1856, None) == []
-    assert reasons("silu", True, 2816, 704, None, padded=False) == []
-    assert reasons("relu2", False, 2880, 1856, None, padded=False) == [
+    def exactly(activation: str, gated: bool, hidden: int, intermediate: int) -> list[str]:
+        spec = MoeSpec(activation, gated, hidden, intermediate, 8, 2, (12, 0))
+        return FLASHINFER_CUTLASS.reasons_without_padding(spec)
+
+    assert reasons("relu2", False, None) == []
+    assert exactly("silu", True, 2816, 704) == []
+    assert exactly("relu2", False, 2880, 1856) == [
         "hidden_size must be a multiple of 128 without padding, got 2880",
         "intermediate_size must be a multiple of 128 without padding, got 1856",
     ]

@@ -36,7 +36,8 @@ import fp4moe
 from fp4moe.compile import BackendOptions
 from fp4moe.errors import UnsupportedError
 from fp4moe.integrations.fused_routing import ROUTERS, LogitsRouter
-from fp4moe.kernels.reference import REFERENCE, route
+from fp4moe.kernels.reference import REFERENCE
+from fp4moe.kernels.torch_routing import route
 from fp4moe.module import FusedExperts, RoutedExperts
 from fp4moe.replace import explain, replace_moe
 

@@ -11,7 +11,7 @@ from fused_layers import layer
 
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.kernels import Routing, get_kernel
-from fp4moe.kernels.reference import route
+from fp4moe.kernels.torch_routing import route
 from fp4moe.ops import nvfp4_moe_arguments, nvfp4_moe_from_logits_arguments
 from fp4moe.routing import sigmoid_topk, softmax_topk
 

@@ -15,7 +15,8 @@ from fp4moe import selftest_checks
 from fp4moe.cli import main
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.kernels import KERNELS, PreparedWeights
-from fp4moe.kernels.reference import ReferenceKernel, route
+from fp4moe.kernels.reference import ReferenceKernel
+from fp4moe.kernels.torch_routing import route
 from fp4moe.module import FusedExperts
 from fp4moe.reference import moe_definition, reference_w4a4
 from fp4moe.selftest import LAYERS, default_layers, run_selftest, selftest

@@ -28,6 +28,7 @@ from .kernels.flashinfer_library import (
     set_flashinfer,
     tuning,
 )
+from .layout import round_up
 from .module import FusedExperts, RoutedExperts
 from .quantize import NVFP4Values
 from .replace import find_candidates, spec_of
@@ -146,7 +147,8 @@ def _random_weights(candidate: Candidate, device: torch.device) -> ExpertWeights
     """Return weights of the candidate's size: the tuner's times do not depend on the values."""
     assert candidate.num_experts and candidate.hidden_size and candidate.intermediate_size
     experts, gated = candidate.num_experts, bool(candidate.gated)
-    hidden, rows = (-(-n // 16) * 16 for n in (candidate.hidden_size, candidate.intermediate_size))
+    sizes = (candidate.hidden_size, candidate.intermediate_size)
+    hidden, rows = (round_up(n, NVFP4.block_size) for n in sizes)
 
     def values(*shape: int) -> NVFP4Values:
         packed = torch.empty(*shape[:-1], shape[-1] // 2, dtype=torch.uint8, device=device)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from .errors import ShapeError
 from .formats import NVFP4
+from .layout import round_up
 from .quantize import NVFP4Values, nvfp4_global_scale, quantize_nvfp4
 
 __all__ = [
@@ -16,18 +17,12 @@ __all__ = [
     "gate_and_up",
     "oriented",
     "quantize_experts",
-    "round_up",
     "split_gate_up",
 ]
 
 BLOCK = NVFP4.block_size
 # How a stacked gate/up weight may order its 2 * intermediate_size output rows.
 GATE_UP_LAYOUTS = ("gate_up", "up_gate", "gate_up_interleaved", "up_gate_interleaved")
-
-
-def round_up(size: int, multiple: int) -> int:
-    """Return the smallest multiple that is not below size."""
-    return -(-size // multiple) * multiple
 
 
 def split_gate_up(gate_up: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,11 +22,10 @@ from .expert_quantize import (
     gate_and_up,
     oriented,
     quantize_experts,
-    round_up,
     split_gate_up,
 )
 from .formats import NVFP4
-from .layout import pad_matrix, trim_matrix
+from .layout import pad_matrix, round_up, trim_matrix
 from .quantize import NVFP4Values, dequantize_nvfp4
 
 __all__ = ["GATE_UP_LAYOUTS", "ExpertWeights", "split_gate_up"]

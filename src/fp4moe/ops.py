@@ -132,9 +132,12 @@ class _WithoutGradient(torch.autograd.Function):
 
 
 def _autograd(name: str, implementation: Callable) -> Callable:
+    operator = getattr(torch.ops.fp4moe, name).default
+
     def call(*args):
-        operator = getattr(torch.ops.fp4moe, name).default
-        if torch.is_grad_enabled() and any(args[i].requires_grad for i in range(3)):
+        if torch.is_grad_enabled() and (
+            args[0].requires_grad or args[1].requires_grad or args[2].requires_grad
+        ):
             return _WithoutGradient.apply(operator, *args)
         # A plain call skips the second dispatch; tracing and tensor subclasses take it.
         if type(args[0]) is torch.Tensor and not torch._C._len_torch_dispatch_stack():

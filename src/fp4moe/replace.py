@@ -35,6 +35,7 @@ from .kernels import (
     get_kernel,
     select_kernel,
 )
+from .layout import round_up
 from .module import FusedExperts, RoutedExperts
 from .quantize import METHODS
 
@@ -277,7 +278,7 @@ def _candidate_row(candidate: Candidate, kernel: str, reasons: list[str]) -> Blo
         name = select_kernel(kernel, spec, caller="explain")
         multiples = get_kernel(name).size_multiples(spec, DEFAULT_HIDDEN_ALIGNMENT)
         padded = tuple(
-            -(-s // m) * m
+            round_up(s, m)
             for s, m in zip((spec.hidden_size, spec.intermediate_size), multiples, strict=True)
         )
     return BlockReport(

@@ -16,7 +16,7 @@ import torch
 from .activations import get_activation
 from .experts import ExpertWeights
 from .kernels import MoeSpec, Routing, current_capability, get_kernel
-from .kernels.reference import route
+from .kernels.torch_routing import route
 from .module import FusedExperts, RoutedExperts
 from .reference import reference, reference_w4a4
 

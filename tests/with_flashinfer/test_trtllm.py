@@ -12,6 +12,9 @@ to a third of its size, beside the rounding of outputs (2^-9).
 from __future__ import annotations
 
 import dataclasses
+import json
+import pathlib
+import re
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ from fp4moe.kernels import PreparedWeights, Routing, get_kernel
 from fp4moe.kernels import flashinfer_library as library_module
 from fp4moe.kernels.flashinfer_library import library, set_flashinfer
 from fp4moe.kernels.flashinfer_trtllm import packed_routing, tokens_per_launch
-from fp4moe.kernels.reference import route
+from fp4moe.kernels.torch_routing import route
 from fp4moe.ops import nvfp4_moe_arguments, nvfp4_moe_from_logits_arguments
 from fp4moe.reference import reference_w4a4
 
@@ -382,6 +385,32 @@ def test_what_the_library_cannot_route(routing, experts, text):
 # Refusals.
 
 
+@pytest.mark.parametrize(
+    "epilogue, activation, gated",
+    [("swiglu", *FORMS[0]), ("geglu", *FORMS[1]), ("relu2", *FORMS[2])],
+)
+def test_why_not_agrees_with_the_manifest(epilogue, activation, gated):
+    """At exactly a row's size it says no where the row has no tile, and names one that has some."""
+    data = json.loads(
+        (pathlib.Path(__file__).parents[1] / "data/trtllm_gen_kernels.json").read_text()
+    )
+    tiles = {
+        (row["hidden_size"], row["intermediate_size"]): row["tiles"]
+        for row in data["rows"]
+        if (row["format"], row["activation"]) == ("nvfp4", epilogue)
+    }
+    assert len(tiles) > 690
+    for (hidden, intermediate), found in tiles.items():
+        sizes = {"hidden_size": hidden, "intermediate_size": intermediate}
+        form = LAYER | {"activation": activation, "gated": gated} | sizes
+        reasons = why_not("flashinfer_trtllm", **form, padded=False)
+        assert why_not("flashinfer_trtllm", **form) == [] and bool(reasons) != bool(found), sizes
+        for reason in reasons:
+            named = re.search(r"the next size with one is (\d+) x (\d+)", reason)
+            other = tuple(map(int, named.groups()))
+            assert tiles.get(other) != [] and other >= (hidden, 1), reason
+
+
 def test_why_not():
     assert why_not("flashinfer_trtllm", **LAYER) == []
     assert why_not("flashinfer_trtllm", **LAYER, padded=False) == []
@@ -442,10 +471,10 @@ def test_other_devices_are_refused_when_it_runs(emulated, claim, capability):
     claim(capability)
     with pytest.raises(UnsupportedError) as refusal:
         OP(*tokens(2, weights), *arguments)
-    got = ".".join(map(str, capability)) if capability else "none"
+    got = ".".join(map(str, capability)) if capability else "a CPU"
     assert str(refusal.value) == (
         "flashinfer_trtllm: hidden must be on a device of compute capability 10.0 or 10.3; got "
-        f"cpu with {got}. Prepare the weights for another kernel."
+        f"cpu ({got}). Prepare the weights for another kernel."
     )
     assert emulated.calls == []
 
@@ -464,7 +493,10 @@ def test_operands_that_the_launcher_would_misread(emulated):
     logical = get_kernel("reference").prepare(layer(256, 176), hidden_alignment=256)
     with pytest.raises(ShapeError, match=r"padded intermediate size must be a multiple of 64; got"):
         OP(*tokens(2, layer(256, 176)), *nvfp4_moe_arguments(logical, TRTLLM.name))
-    with pytest.raises(UnsupportedError, match=r"^flashinfer_trtllm: activation must be one of"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"^flashinfer_trtllm: activation must be .* got relu: no nvfp4",
+    ):
         relu = ["relu" if value == "silu" else value for value in good]
         OP(*call, *relu)
     x, ids, routing = tokens(2, weights)

@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from ..candidates import Candidate, storage_reasons
 from ..kernels import Routing
-from ..kernels.reference import route
+from ..kernels.torch_routing import route
 from .routing_trace import RoutingTrace, watch, ways_to_run
 from .transformers import is_experts_module
 

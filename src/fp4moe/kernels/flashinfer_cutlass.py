@@ -25,7 +25,6 @@ from .flashinfer_library import (
     flashinfer_settings,
     library,
     library_reasons,
-    refuse_device,
 )
 from .flashinfer_weights import (
     check_operands,
@@ -36,7 +35,15 @@ from .flashinfer_weights import (
     with_logical_scales,
 )
 from .prepared import Operands, PreparedWeights, logical_weights
-from .spec import LayerSettings, MoeSpec, Routing, current_capability
+from .spec import (
+    LayerSettings,
+    MoeSpec,
+    Routing,
+    capability_name,
+    current_capability,
+    refuse_device,
+    sizes_to_pad,
+)
 
 __all__ = ["FLASHINFER_CUTLASS", "FlashInferCutlass", "merge_repeated"]
 
@@ -63,18 +70,13 @@ class FlashInferCutlass:
             reasons = list(library_reasons())
             names = None if reasons else activation_names()
         else:
-            got = ".".join(map(str, spec.capability)) if spec.capability else "a CPU"
+            got = capability_name(spec.capability)
             reasons = [f"needs compute capability 12.0, 12.1, 10.0 or 10.3, got {got}"]
-        return reasons + rules.reasons(
-            spec.activation, spec.gated, spec.hidden_size, spec.intermediate_size, names
-        )
+        return reasons + rules.reasons(spec.activation, spec.gated, names)
 
     def reasons_without_padding(self, spec: MoeSpec) -> list[str]:
         """Return which size is no multiple of what the kernel takes."""
-        sizes = (spec.hidden_size, spec.intermediate_size)
-        padded = rules.reasons(spec.activation, spec.gated, *sizes, None)
-        exact = rules.reasons(spec.activation, spec.gated, *sizes, None, padded=False)
-        return [reason for reason in exact if reason not in padded]
+        return sizes_to_pad(spec, rules.size_multiples(spec.gated))
 
     def reasons_not_to_route(self, spec: MoeSpec, routing: Routing) -> list[str]:
         """Return that it cannot."""
@@ -189,11 +191,9 @@ class FlashInferCutlass:
         return flashinfer.module.ActivationType[name]
 
     def _check(self, hidden: torch.Tensor, operands: Operands, settings: LayerSettings) -> None:
-        capability = current_capability(hidden.device)
-        if capability not in rules.CAPABILITIES:
-            refuse_device(self.name, hidden.device, capability, "12.0, 12.1, 10.0 or 10.3")
-        sizes = (operands.down_packed.shape[1], operands.down_packed.shape[2] * 2)
-        reasons = rules.reasons(settings.activation, settings.gated, *sizes, activation_names())
+        if current_capability(hidden.device) not in rules.CAPABILITIES:
+            refuse_device(self.name, hidden.device, "12.0, 12.1, 10.0 or 10.3")
+        reasons = rules.reasons(settings.activation, settings.gated, activation_names())
         if reasons:
             raise UnsupportedError(
                 f"{self.name}: activation must be one that the kernel has; got "

@@ -38,22 +38,15 @@ def size_multiples(gated: bool) -> tuple[int, int]:
     return (128, 64) if gated else (128, 128)
 
 
-def reasons(
-    activation: str,
-    gated: bool,
-    hidden_size: int,
-    intermediate_size: int,
-    enum_names: frozenset[str] | None,
-    padded: bool = True,
-) -> list[str]:
+def reasons(activation: str, gated: bool, enum_names: frozenset[str] | None) -> list[str]:
     """Return why the kernel cannot run such a layer, on any device; empty where it can.
+
+    Sizes do not matter: any can be padded to `size_multiples`.
 
     Args:
         activation: a name of `fp4moe.activations.ACTIVATIONS`.
         gated: whether the layer has gate weights.
-        hidden_size, intermediate_size: of the layer.
         enum_names: members of the installed ActivationType; None takes every name as known.
-        padded: whether zero padding is allowed; False asks for exactly this size.
     """
     found = []
     name = enum_name(activation, gated)
@@ -68,10 +61,4 @@ def reasons(
             f"the installed FlashInfer has no ActivationType.{name}, which {activation} "
             f"{'with' if gated else 'without'} a gate needs: install a newer flashinfer-python"
         )
-    if padded:
-        return found
-    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
-    for (what, size), multiple in zip(sizes.items(), size_multiples(gated), strict=True):
-        if size % multiple:
-            found.append(f"{what} must be a multiple of {multiple} without padding, got {size}")
     return found

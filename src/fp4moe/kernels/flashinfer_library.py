@@ -28,7 +28,6 @@ __all__ = [
     "is_tuning",
     "library",
     "library_reasons",
-    "refuse_device",
     "set_flashinfer",
     "tuning",
 ]
@@ -244,12 +243,3 @@ def library() -> FlashInfer:
 def activation_names() -> frozenset[str]:
     """Return the names in the installed ActivationType."""
     return frozenset(library().module.ActivationType.__members__)
-
-
-def refuse_device(kernel: str, device: torch.device, capability: Any, wanted: str) -> None:
-    """Raise: the quantiser returns uninitialised memory on other devices, without an error."""
-    got = ".".join(map(str, capability)) if capability else "none"
-    raise UnsupportedError(
-        f"{kernel}: hidden must be on a device of compute capability {wanted}; got {device} with "
-        f"{got}. Prepare the weights for another kernel."
-    )

@@ -30,7 +30,6 @@ from .flashinfer_library import (
     is_tuning,
     library,
     library_reasons,
-    refuse_device,
     version_key,
 )
 from .flashinfer_weights import (
@@ -42,7 +41,14 @@ from .flashinfer_weights import (
     with_logical_scales,
 )
 from .prepared import Operands, PreparedWeights, logical_weights
-from .spec import LayerSettings, MoeSpec, Routing, current_capability
+from .spec import (
+    LayerSettings,
+    MoeSpec,
+    Routing,
+    capability_name,
+    current_capability,
+    refuse_device,
+)
 
 __all__ = ["FLASHINFER_TRTLLM", "FlashInferTrtllm", "quantize_input"]
 
@@ -75,7 +81,7 @@ class FlashInferTrtllm:
         if spec.capability in CAPABILITIES:
             reasons = list(library_reasons())
         else:
-            got = ".".join(map(str, spec.capability)) if spec.capability else "a CPU"
+            got = capability_name(spec.capability)
             reasons = [f"needs compute capability 10.0 or 10.3, got {got}"]
         reasons += trtllm_gen.reasons(
             spec.activation, spec.gated, spec.hidden_size, spec.intermediate_size
@@ -284,17 +290,17 @@ class FlashInferTrtllm:
         self, hidden: torch.Tensor, operands: Operands, settings: LayerSettings, routing: Routing
     ) -> None:
         """Raise what the launcher would not: shapes and dtypes are checked by the operator."""
-        capability = current_capability(hidden.device)
-        if capability not in CAPABILITIES:
-            refuse_device(self.name, hidden.device, capability, "10.0 or 10.3")
-        if (settings.activation, settings.gated) not in trtllm_gen.ACTIVATION_NAMES:
-            form = "gated" if settings.gated else "not gated"
-            known = ", ".join(f"{a} ({'gated' if g else 'not gated'})" for a, g in known_forms())
+        if current_capability(hidden.device) not in CAPABILITIES:
+            refuse_device(self.name, hidden.device, "10.0 or 10.3")
+        form = (settings.activation, settings.gated)
+        if form not in trtllm_gen.ACTIVATION_NAMES:
+            sizes = (operands.down_packed.shape[1], operands.down_packed.shape[2] * 2)
             raise UnsupportedError(
-                f"{self.name}: activation must be one of {known}; got {settings.activation} "
-                f"({form}). See fp4moe.why_not."
+                f"{self.name}: activation must be one that the kernel has; got "
+                f"{settings.activation}: {'; '.join(trtllm_gen.reasons(*form, *sizes))}. See "
+                "fp4moe.why_not."
             )
-        multiples = trtllm_gen.size_multiples(settings.activation, settings.gated, 128)
+        multiples = trtllm_gen.size_multiples(*form, 128)
         check_operands(self.name, operands, multiples)
         reasons = routing_reasons(routing, settings.num_experts)
         if reasons:
@@ -326,11 +332,6 @@ def packed_routing(expert_ids: torch.Tensor, routing_weights: torch.Tensor) -> t
     """Return int32 [T, K], (id << 16) | bits of the bfloat16 weight, as the library also takes."""
     bits = routing_weights.to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF
     return (expert_ids << 16) | bits
-
-
-def known_forms() -> list[tuple[str, bool]]:
-    """Return (activation, gated) of every form with a kernel."""
-    return list(trtllm_gen.ACTIVATION_NAMES)
 
 
 def tokens_per_launch(local_experts: int, top_k: int) -> int:

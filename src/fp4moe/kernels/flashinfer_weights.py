@@ -6,7 +6,7 @@ import torch
 
 from ..errors import ShapeError
 from ..experts import ExpertWeights
-from .prepared import Operands, PreparedWeights
+from .prepared import Operands, PreparedWeights, check_padding
 
 __all__ = ["check_operands", "kept_scales", "local_ids", "pad_columns", "with_logical_scales"]
 
@@ -69,13 +69,7 @@ def check_operands(kernel: str, operands: Operands, multiples: tuple[int, int]) 
     Args:
         multiples: of the padded hidden and intermediate size.
     """
-    sizes = (operands.down_packed.shape[1], operands.down_packed.shape[2] * 2)
-    for what, size, multiple in zip(("hidden", "intermediate"), sizes, multiples, strict=True):
-        if size % multiple:
-            raise ShapeError(
-                f"{kernel}: the padded {what} size must be a multiple of {multiple}; got {size}. "
-                "Use its prepare(), which pads."
-            )
+    check_padding(kernel, operands, multiples)
     for name, tensor in zip(Operands._fields, operands, strict=True):
         if not tensor.is_contiguous():
             raise ShapeError(

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..errors import ShapeError, UnsupportedError
 from ..experts import ExpertWeights
 from .humming_library import (
     GemmShape,
@@ -26,9 +25,23 @@ from .humming_library import (
     unpack_scales,
     unpack_weights,
 )
-from .prepared import Operands, PreparedWeights, logical_weights
-from .reference import route
-from .spec import LayerSettings, MoeSpec, Routing, current_capability
+from .prepared import (
+    Operands,
+    PreparedWeights,
+    check_padding,
+    fold_output_scale,
+    logical_weights,
+    unfold_output_scale,
+)
+from .spec import (
+    LayerSettings,
+    MoeSpec,
+    capability_name,
+    current_capability,
+    refuse_device,
+    sizes_to_pad,
+)
+from .torch_routing import RoutesInTorch
 
 if TYPE_CHECKING:
     import triton
@@ -57,7 +70,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.storage_offset() else tensor
 
 
-class HummingKernel:
+class HummingKernel(RoutesInTorch):
     """humming-kernels behind the operator.
 
     Operands: codes and block scales in the library's layout, gate first; global scales as they are,
@@ -74,25 +87,15 @@ class HummingKernel:
         """Return why not: device, package or toolchain; any size and activation will do."""
         capability = spec.capability
         if capability is None or not OLDEST_CAPABILITY <= capability <= NEWEST_CAPABILITY:
-            got = ".".join(map(str, capability)) if capability else "a CPU"
-            reason = f"needs compute capability 7.5 to 9.0, got {got}"
+            reason = f"needs compute capability 7.5 to 9.0, got {capability_name(capability)}"
             if capability and capability > NEWEST_CAPABILITY:
                 reason += " (the layout there depends on the CUDA compiler)"
             return [reason]
         return list(library_reasons())
 
-    def reasons_not_to_route(self, spec: MoeSpec, routing: Routing) -> list[str]:
-        """Return nothing: routing is plain torch here."""
-        return []
-
     def reasons_without_padding(self, spec: MoeSpec) -> list[str]:
         """Return which size is no multiple of a tile."""
-        multiples = _multiples(spec.gated)
-        return [
-            f"{name} must be a multiple of {multiple} without padding, got {getattr(spec, name)}"
-            for name, multiple in zip(("hidden_size", "intermediate_size"), multiples, strict=True)
-            if getattr(spec, name) % multiple
-        ]
+        return sizes_to_pad(spec, _multiples(spec.gated))
 
     def size_multiples(self, spec: MoeSpec, hidden_alignment: int) -> tuple[int, int]:
         """Return the multiples that hidden and intermediate size are padded to."""
@@ -111,12 +114,7 @@ class HummingKernel:
         padded = weights.unpadded().padded(
             hidden_multiple=hidden_multiple, intermediate_multiple=intermediate_multiple
         )
-        operands, kept = Operands(**padded.operands()), {}
-        if output_scale is not None:
-            kept["logical_down_global_scale"] = operands.down_global_scale
-            operands = operands._replace(
-                down_global_scale=operands.down_global_scale * output_scale
-            )
+        operands, kept = fold_output_scale(Operands(**padded.operands()), output_scale)
         operands = operands._replace(
             gate_up_packed=pack_weights(operands.gate_up_packed),
             gate_up_block_scale=pack_scales(operands.gate_up_block_scale),
@@ -131,16 +129,13 @@ class HummingKernel:
 
     def restore(self, prepared: PreparedWeights) -> ExpertWeights:
         """Undo `prepare`."""
-        laid_out = prepared.operands
+        laid_out = unfold_output_scale(prepared)
         padded = laid_out._replace(
             gate_up_packed=unpack_weights(laid_out.gate_up_packed),
             gate_up_block_scale=unpack_scales(laid_out.gate_up_block_scale),
             down_packed=unpack_weights(laid_out.down_packed),
             down_block_scale=unpack_scales(laid_out.down_block_scale),
         )
-        if prepared.kept:
-            scale = prepared.kept["logical_down_global_scale"]
-            padded = padded._replace(down_global_scale=scale)
         sizes = (prepared.metadata["hidden_size"], prepared.metadata["intermediate_size"])
         return logical_weights(padded, prepared.settings, *sizes).unpadded()
 
@@ -167,20 +162,6 @@ class HummingKernel:
             return self._compute(
                 hidden, expert_ids, routing_weights, operands, settings, gemms, intervals, places
             )
-
-    def run_from_logits(
-        self,
-        hidden: torch.Tensor,
-        router_logits: torch.Tensor,
-        routing_bias: torch.Tensor,
-        routing: Routing,
-        operands: Operands,
-        settings: LayerSettings,
-    ) -> torch.Tensor:
-        """Route with `fp4moe.routing`, then `run`."""
-        with torch.no_grad():
-            expert_ids, routing_weights = route(router_logits, routing_bias, routing)
-        return self.run(hidden, expert_ids, routing_weights, operands, settings)
 
     def _compute(
         self, hidden, expert_ids, routing_weights, operands, settings, gemms, intervals, places
@@ -227,19 +208,8 @@ class HummingKernel:
         """Raise what the operator leaves to its kernel: device and padding."""
         capability = current_capability(hidden.device)
         if capability is None or not OLDEST_CAPABILITY <= capability <= NEWEST_CAPABILITY:
-            got = ".".join(map(str, capability)) if capability else "none"
-            raise UnsupportedError(
-                f"{self.name}: hidden must be on a device of compute capability 7.5 to 9.0; got "
-                f"{hidden.device} with {got}. Prepare the weights for another kernel."
-            )
-        sizes = (operands.down_packed.shape[1], operands.down_packed.shape[2] * 2)
-        multiples = _multiples(settings.gated)
-        for what, size, multiple in zip(("hidden", "intermediate"), sizes, multiples, strict=True):
-            if size % multiple:
-                raise ShapeError(
-                    f"{self.name}: the padded {what} size must be a multiple of {multiple}; got "
-                    f"{size}. Use its prepare(), which pads."
-                )
+            refuse_device(self.name, hidden.device, "7.5 to 9.0")
+        check_padding(self.name, operands, _multiples(settings.gated))
 
 
 HUMMING = HummingKernel()

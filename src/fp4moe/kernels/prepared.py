@@ -7,11 +7,20 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ..errors import ShapeError
 from ..experts import ExpertWeights
 from ..formats import NVFP4
 from .spec import LayerSettings, MoeSpec, Routing
 
-__all__ = ["Kernel", "Operands", "PreparedWeights", "logical_weights"]
+__all__ = [
+    "Kernel",
+    "Operands",
+    "PreparedWeights",
+    "check_padding",
+    "fold_output_scale",
+    "logical_weights",
+    "unfold_output_scale",
+]
 
 
 class Operands(NamedTuple):
@@ -133,3 +142,30 @@ def logical_weights(
     tensors["intermediate_scale"] = operands.intermediate_scale
     sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
     return ExpertWeights.from_tensors(tensors, {**settings._asdict(), **sizes})
+
+
+def fold_output_scale(
+    operands: Operands, output_scale: torch.Tensor | None
+) -> tuple[Operands, dict[str, torch.Tensor]]:
+    """Multiply down_global_scale by output_scale [L]; also return what the product hides."""
+    if output_scale is None:
+        return operands, {}
+    kept = {"logical_down_global_scale": operands.down_global_scale}
+    return operands._replace(down_global_scale=operands.down_global_scale * output_scale), kept
+
+
+def unfold_output_scale(prepared: PreparedWeights) -> Operands:
+    """Return the operands as they were before `fold_output_scale`."""
+    scale = prepared.kept.get("logical_down_global_scale", prepared.operands.down_global_scale)
+    return prepared.operands._replace(down_global_scale=scale)
+
+
+def check_padding(kernel: str, operands: Operands, multiples: tuple[int, int]) -> None:
+    """Raise ShapeError where the padded hidden or intermediate size is no such multiple."""
+    sizes = (operands.down_packed.shape[1], operands.down_packed.shape[2] * 2)
+    for what, size, multiple in zip(("hidden", "intermediate"), sizes, multiples, strict=True):
+        if size % multiple:
+            raise ShapeError(
+                f"{kernel}: the padded {what} size must be a multiple of {multiple}; got {size}. "
+                "Use its prepare(), which pads."
+            )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
+
+from ..errors import UnsupportedError
 
 __all__ = [
     "DEFAULT_HIDDEN_ALIGNMENT",
@@ -15,7 +17,10 @@ __all__ = [
     "LayerSettings",
     "MoeSpec",
     "Routing",
+    "capability_name",
     "current_capability",
+    "refuse_device",
+    "sizes_to_pad",
 ]
 
 # What the Blackwell kernel may pad the hidden size to, and who routes: the model or the kernel.
@@ -47,11 +52,38 @@ class MoeSpec:
     capability: tuple[int, int] | None
 
     def __str__(self) -> str:
-        device = ".".join(map(str, self.capability)) if self.capability else "CPU"
+        device = capability_name(self.capability).removeprefix("a ")
         return (
             f"{'gated ' if self.gated else ''}{self.activation}, {self.num_experts} experts of "
             f"{self.hidden_size} x {self.intermediate_size}, {device}"
         )
+
+
+def capability_name(capability: tuple[int, int] | None) -> str:
+    """Return "9.0" and the like, "a CPU" for None."""
+    return ".".join(map(str, capability)) if capability else "a CPU"
+
+
+def refuse_device(kernel: str, device: torch.device, wanted: str) -> NoReturn:
+    """Raise: the tensors are on a device that the kernel cannot run on.
+
+    Raises:
+        UnsupportedError: always.
+    """
+    raise UnsupportedError(
+        f"{kernel}: hidden must be on a device of compute capability {wanted}; got {device} "
+        f"({capability_name(current_capability(device))}). Prepare the weights for another kernel."
+    )
+
+
+def sizes_to_pad(spec: MoeSpec, multiples: tuple[int, int]) -> list[str]:
+    """Return a reason for hidden_size and intermediate_size where it is no such multiple."""
+    sizes = {"hidden_size": spec.hidden_size, "intermediate_size": spec.intermediate_size}
+    return [
+        f"{name} must be a multiple of {multiple} without padding, got {size}"
+        for (name, size), multiple in zip(sizes.items(), multiples, strict=True)
+        if size % multiple
+    ]
 
 
 class LayerSettings(NamedTuple):

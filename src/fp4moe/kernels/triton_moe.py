@@ -12,11 +12,23 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedError
 from ..experts import ExpertWeights
-from .prepared import Operands, PreparedWeights, logical_weights
-from .reference import route
-from .spec import LayerSettings, MoeSpec, Routing, current_capability
+from .prepared import (
+    Operands,
+    PreparedWeights,
+    fold_output_scale,
+    logical_weights,
+    unfold_output_scale,
+)
+from .spec import (
+    LayerSettings,
+    MoeSpec,
+    capability_name,
+    current_capability,
+    refuse_device,
+    sizes_to_pad,
+)
+from .torch_routing import RoutesInTorch
 from .triton_configs import MODES, Config, Tile, choose_config, sort_chunk
 from .triton_layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
 
@@ -27,7 +39,7 @@ MOST_EXPERTS, MOST_TOP_K = 512, 32
 COMBINE_COLUMNS = 1024
 
 
-class TritonKernel:
+class TritonKernel(RoutesInTorch):
     """Triton kernels behind the operator.
 
     hidden bfloat16 or float16 is multiplied as it is, float32 is rounded to bfloat16; the
@@ -44,7 +56,7 @@ class TritonKernel:
         """Return why not: device, package, number of experts; any size is padded."""
         reasons = []
         if spec.capability is None or spec.capability < OLDEST:
-            got = ".".join(map(str, spec.capability)) if spec.capability else "a CPU"
+            got = capability_name(spec.capability)
             reasons.append(f"needs compute capability 8.0 or newer, got {got}")
         elif not has_triton():
             reasons.append("needs the package triton, which torch for CUDA brings; not installed")
@@ -54,17 +66,9 @@ class TritonKernel:
             reasons.append(f"top_k must be at most {MOST_TOP_K}, got {spec.top_k}")
         return reasons
 
-    def reasons_not_to_route(self, spec: MoeSpec, routing: Routing) -> list[str]:
-        """Return nothing: routing is plain torch here."""
-        return []
-
     def reasons_without_padding(self, spec: MoeSpec) -> list[str]:
         """Return which size is no multiple of a slab."""
-        return [
-            f"{name} must be a multiple of {SLAB} without padding, got {getattr(spec, name)}"
-            for name in ("hidden_size", "intermediate_size")
-            if getattr(spec, name) % SLAB
-        ]
+        return sizes_to_pad(spec, (SLAB, SLAB))
 
     def size_multiples(self, spec: MoeSpec, hidden_alignment: int) -> tuple[int, int]:
         """Return the multiples that hidden and intermediate size are padded to."""
@@ -79,31 +83,23 @@ class TritonKernel:
     ) -> PreparedWeights:
         """Pad to multiples of 64 and reorder into slabs."""
         padded = weights.unpadded().padded(hidden_multiple=SLAB, intermediate_multiple=SLAB)
-        operands, kept = Operands(**padded.operands()), {}
+        operands, kept = fold_output_scale(Operands(**padded.operands()), output_scale)
         operands = operands._replace(
             gate_up_packed=to_slabs(operands.gate_up_packed),
             gate_up_block_scale=scales_to_slabs(operands.gate_up_block_scale),
             down_packed=to_slabs(operands.down_packed),
             down_block_scale=scales_to_slabs(operands.down_block_scale),
         )
-        if output_scale is not None:
-            kept["logical_down_global_scale"] = operands.down_global_scale
-            operands = operands._replace(
-                down_global_scale=operands.down_global_scale * output_scale
-            )
         return PreparedWeights(operands, kept, weights.metadata())
 
     def restore(self, prepared: PreparedWeights) -> ExpertWeights:
         """Undo `prepare`."""
-        slabs = prepared.operands
+        slabs = unfold_output_scale(prepared)
         operands = slabs._replace(
             gate_up_packed=from_slabs(slabs.gate_up_packed),
             gate_up_block_scale=scales_from_slabs(slabs.gate_up_block_scale),
             down_packed=from_slabs(slabs.down_packed),
             down_block_scale=scales_from_slabs(slabs.down_block_scale),
-            down_global_scale=prepared.kept.get(
-                "logical_down_global_scale", slabs.down_global_scale
-            ),
         )
         sizes = (prepared.metadata["hidden_size"], prepared.metadata["intermediate_size"])
         return logical_weights(operands, prepared.settings, *sizes).unpadded()
@@ -119,20 +115,6 @@ class TritonKernel:
         """Compute [T, H] with the tiles that `choose_config` gives."""
         config = choose_config(expert_ids.numel(), settings.num_experts, expert_ids.shape[1])
         return run_with(config, hidden, expert_ids, routing_weights, operands, settings)
-
-    def run_from_logits(
-        self,
-        hidden: torch.Tensor,
-        router_logits: torch.Tensor,
-        routing_bias: torch.Tensor,
-        routing: Routing,
-        operands: Operands,
-        settings: LayerSettings,
-    ) -> torch.Tensor:
-        """Route with `fp4moe.routing`, then `run`."""
-        with torch.no_grad():
-            expert_ids, routing_weights = route(router_logits, routing_bias, routing)
-        return self.run(hidden, expert_ids, routing_weights, operands, settings)
 
 
 @functools.cache
@@ -161,11 +143,7 @@ def run_with(
     interpreted = bool(triton.knobs.runtime.interpret)
     capability = current_capability(hidden.device)
     if not interpreted and (capability is None or capability < OLDEST):
-        got = ".".join(map(str, capability)) if capability else "a CPU"
-        raise UnsupportedError(
-            "triton: hidden must be on a device of compute capability 8.0 or newer; got "
-            f"{hidden.device} ({got}). See fp4moe.why_not."
-        )
+        refuse_device("triton", hidden.device, "8.0 or newer")
     tokens, hidden_size = hidden.shape
     num_slots, top_k = expert_ids.numel(), expert_ids.shape[1]
     local, hidden_padded, columns = operands.down_packed.shape
