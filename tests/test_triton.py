@@ -21,8 +21,9 @@ import torch
 from fp4moe import ExpertWeights
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import UnsupportedError
+from fp4moe.kernels.measured import SHIPPED, choose_tiles, read
 from fp4moe.kernels.spec import LayerSettings, MoeSpec
-from fp4moe.kernels.triton_configs import TABLE, Config, Tile, choose_config
+from fp4moe.kernels.triton_configs import Config, Tile
 from fp4moe.kernels.triton_layout import from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
 from fp4moe.kernels.triton_moe import TRITON, run_with
 from fp4moe.quantize import NVFP4Values, dequantize_nvfp4
@@ -60,6 +61,7 @@ if INTERPRETED and HAS_TRITON:
         tl.store(out + row[:, None] * 64 + tl.arange(0, 64)[None, :], values)
 
 
+TILES = sorted({c for layer in read(SHIPPED) for c in layer.tiles.values()}, key=str)
 SPEC = MoeSpec("silu", True, 2816, 704, 128, 8, (9, 0))
 # The interpreter cuts float32 to bfloat16 instead of rounding: at most 2^-8 each for the
 # intermediate, the slot's output and the sum. A GPU rounds, with half of that.
@@ -142,13 +144,6 @@ def test_a_cpu_is_refused():
         TRITON.run(torch.zeros(1, 64), ids, one, prepared.operands, prepared.settings)
 
 
-@pytest.mark.parametrize("slots", [1, 8, 65, 512, 513, 4096, 131072])
-def test_every_call_has_a_config(slots):
-    config = choose_config(slots, 128, 32)
-    assert not config.direct or config.down.slots >= 32
-    assert config.mode != "scan" or slots <= 512
-
-
 @interpreted
 @pytest.mark.parametrize("fp16", [False, True])
 def test_every_byte_times_every_scale(fp16):
@@ -182,10 +177,8 @@ def run_ptx(program, inputs, dtype):
         bits = pair.contiguous().view(torch.int16).long() & 0xFFFF
         return bits[..., 0] | bits[..., 1] << 16
 
-    def permuted(a, b, selector):
-        word = torch.as_tensor(a) | torch.as_tensor(b) << 32
-        picks = [(selector >> (4 * i)) & 7 for i in range(4)]
-        return sum(((word >> (8 * pick)) & 0xFF) << (8 * i) for i, pick in enumerate(picks))
+    def funnel(high, low, shift):
+        return ((torch.as_tensor(high) << 32 | low) >> shift) & 0xFFFFFFFF
 
     # The exact product, rounded once; adding -0 changes nothing.
     def product(a, b, *minus_zero):
@@ -195,21 +188,26 @@ def run_ptx(program, inputs, dtype):
     operations = {
         "and.b32": lambda a, b: a & b,
         "shl.b32": lambda a, b: (a << b) & 0xFFFFFFFF,
-        "shr.b32": lambda a, b: a >> b,
-        "lop3.b32": lambda a, b, c, table: {0xEA: (a & b) | c}[table],
-        "prmt.b32": permuted,
+        "shf.l.wrap.b32": lambda low, high, by: funnel(high, low, 32 - by),
+        "shf.r.wrap.b32": lambda low, high, by: funnel(high, low, by),
+        "lop3.b32": lambda a, b, c, table: {0xE4: a & c | b & ~c, 0xEC: a & c | b}[table],
         "fma.rn.bf16x2": product,
         "mul.f16x2": product,
     }
-    for line in program.replace("{$", "$").replace("}, m", ", m").split("\n")[2:-1]:
+    for line in program.split("\n")[3:-1]:
         name, _, rest = line.rstrip(";").partition(" ")
-        names = rest.split(", ")
-        if name == "mov.b32" and len(names) == 3:
-            registers[names[0]], registers[names[1]] = value("m") & 0xFFFF, value("m") >> 16
-        elif name == "mov.b32":
-            registers[names[0]] = value(names[1])
+        if name != "mov.b32":
+            out, *names = rest.split(", ")
+            registers[out] = operations[name](*map(value, names))
+        elif rest.startswith("{"):
+            low, high, word = rest.replace("{", "").replace("}", "").split(", ")
+            registers[low], registers[high] = value(word) & 0xFFFF, value(word) >> 16
+        elif rest.endswith("}"):
+            out, low, high = rest.replace("{", "").replace("}", "").split(", ")
+            registers[out] = value(low) | value(high) << 16
         else:
-            registers[names[0]] = operations[name](*map(value, names[1:]))
+            out, word = rest.split(", ")
+            registers[out] = value(word)
     return torch.stack([halves(registers[f"${i}"])[..., 0] for i in range(16)], -1)
 
 
@@ -223,7 +221,8 @@ def test_the_ptx_decodes_every_byte_times_every_scale(fp16):
     scale = torch.arange(127, dtype=torch.uint8).repeat_interleave(4).expand(1, 64, -1)
     values = NVFP4Values(packed, scale.contiguous().view(torch.float8_e4m3fn), torch.ones(()))
     words = to_slabs(packed).view(torch.int32).view(127, 64, 4, 2).long() & 0xFFFFFFFF
-    scales = scales_to_slabs(scale).view(torch.int32).view(127, 64, 1).long().expand(-1, -1, 4)
+    scales = scales_to_slabs(scale).view(torch.int32).view(127, 64, 1).long() & 0xFFFFFFFF
+    scales = scales.expand(-1, -1, 4)
     program = triton_decode.FLOAT16_PROGRAM if fp16 else triton_decode.BFLOAT16_PROGRAM
     inputs = {"$16": words[..., 0], "$17": words[..., 1], "$18": scales}
     got = run_ptx(program.value, inputs, torch.float16 if fp16 else torch.bfloat16)
@@ -234,27 +233,34 @@ def test_the_ptx_decodes_every_byte_times_every_scale(fp16):
 
 @interpreted
 @pytest.mark.parametrize("slots", [16, 32])
-@pytest.mark.parametrize("count", [1, 40, 300])
-def test_sorted_tiles(count, slots):
-    from fp4moe.kernels.triton_routing import sort_kernel
+@pytest.mark.parametrize(("count", "counted"), [(1, False), (300, False), (1, True), (300, True)])
+def test_sorted_tiles(count, counted, slots):
+    from fp4moe.kernels.triton_routing import count_kernel, place_kernel, scan_kernel, sort_kernel
 
-    offset, local = 2, 5
+    offset, local, chunk = 2, 5, 32
     ids = torch.randint(-1, 9, (count,))
-    most = min(count, -(-count // slots) + local)
+    most, chunks = min(count, -(-count // slots) + local), -(-count // chunk)
     order = torch.full((most * slots,), 99, dtype=torch.int32)
-    tile_expert, total = torch.full((most,), 99, dtype=torch.int32), torch.zeros(1).int()
-    sort_kernel[(local,)](
-        ids, order, tile_expert, total, count, offset, local, EXPERTS=8, SLOTS=slots, CHUNK=128
-    )
-    expected, experts = [], []
+    tiles, total = torch.full((most,), 99, dtype=torch.int32), torch.zeros(1).int()
+    counts = torch.full(((chunks + 1) * 8,), 99, dtype=torch.int32)
+    sizes = {"EXPERTS": 8, "CHUNK": chunk}
+    if counted:
+        count_kernel[(chunks,)](ids, counts, count, offset, local, **sizes)
+        scan_kernel[(4,)](counts, chunks, EXPERTS=8, BLOCK=2)
+        place_kernel[(max(chunks, local),)](
+            ids, counts, order, tiles, total, count, offset, local, chunks, SLOTS=slots, **sizes
+        )
+    else:
+        sort_kernel[(local,)](ids, order, tiles, total, count, offset, local, SLOTS=slots, **sizes)
+    number = 0
     for expert in range(local):
         mine = (ids == expert + offset).nonzero().flatten().tolist()
-        padded = mine + [-1] * (-len(mine) % slots)
-        expected += padded
-        experts += [expert] * (len(padded) // slots)
-    assert total.item() == len(experts)
-    assert tile_expert[: len(experts)].tolist() == experts
-    assert order[: len(expected)].tolist() == expected
+        for start in range(0, len(mine), slots):
+            slot = mine[start : start + slots]
+            assert divmod(tiles[number].item(), 1024) == (expert, len(slot))
+            assert order[number * slots :][: len(slot)].tolist() == slot
+            number += 1
+    assert total.item() == number
 
 
 def compare(config, weights, dtype, tokens, top_k, limit, device="cpu"):
@@ -317,7 +323,7 @@ def test_the_interpreter_agrees():
 def signature(function, constants, hidden="*bf16", partial="*bf16"):
     """Argument types by name, pointers and multiples of 16 as a call of real sizes has them."""
     pointers = {"hidden": hidden, "x": "*bf16", "ids": "*i64", "out": "*bf16", "partial": partial}
-    pointers |= dict.fromkeys(("order", "tile_expert", "num_tiles", "words", "scales"), "*i32")
+    pointers |= dict.fromkeys(("counts", "order", "tiles", "num_tiles", "words", "scales"), "*i32")
     pointers |= dict.fromkeys(("global_scale", "routing_weights"), "*fp32")
     if function.__name__ == "down_kernel":
         pointers["out"] = partial
@@ -339,9 +345,9 @@ def variants():
 
     def constants(tile, **more):
         names = {"SLOTS": tile.slots, "ROWS": tile.rows, "SLABS": tile.slabs}
-        return {**names, "STAGES": tile.stages, "ASSEMBLY": True, **more}, tile.warps
+        return {**names, "STAGES": tile.stages, "ASSEMBLY": True, "WAIT": False, **more}, tile.warps
 
-    for _, _, config in TABLE:
+    for config in TILES:
         find = {"MODE": NAMES.index(config.mode), "IDS": 512 if config.mode == "scan" else 16}
         for gated, whole, dtype in ((True, True, "*bf16"), (False, False, "*fp16")):
             form = {"GATED": gated, "ACTIVATION": "gelu_tanh" if gated else "relu2"}
@@ -359,8 +365,11 @@ def variants():
         form = {"GATED": gated, "ACTIVATION": activation, "WHOLE": True, "FP16": False}
         small = constants(Tile(16, 64, 1, 4, 2), MODE=2, IDS=16, **form)
         yield triton_experts.gate_up_kernel, *small, {}
-    sort = {"EXPERTS": 256, "SLOTS": 16, "CHUNK": 4096}
-    yield triton_routing.sort_kernel, sort, 8, {}
+    sizes = {"EXPERTS": 256, "CHUNK": 128}
+    yield triton_routing.sort_kernel, {**sizes, "SLOTS": 16, "CHUNK": 2048}, 8, {}
+    yield triton_routing.count_kernel, sizes, 4, {}
+    yield triton_routing.scan_kernel, {"EXPERTS": 256, "BLOCK": 2}, 4, {}
+    yield triton_routing.place_kernel, {**sizes, "SLOTS": 16}, 4, {}
     yield triton_routing.combine_kernel, {"TOP_K": 6, "TOP_K_PADDED": 8, "COLUMNS": 256}, 2, {}
 
 
@@ -373,6 +382,8 @@ def test_every_variant_compiles(capability, tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for function, constants, warps, further in variants():
+        if "WAIT" in constants:
+            constants = {**constants, "WAIT": capability == 90}
         types, attributes = signature(function, constants, **further)
         places = {(function.arg_names.index(n),): value for n, value in constants.items()}
         source = ASTSource(function, types, places, attributes)
@@ -394,12 +405,12 @@ def test_every_variant_compiles(capability, tmp_path, monkeypatch):
 def test_on_the_gpu(activation, gated, tokens, dtype, poisoned_empty):
     weights = layer(9, 336, 208, activation, gated, device="cuda", num_experts=16, expert_offset=3)
     # Three roundings to bfloat16 at most, each below 2^-9.
-    config = choose_config(tokens * 5, 16, 5)
+    config = choose_tiles((9, 0), gated, 384, 256, 9, tokens * 5, 5)
     compare(config, weights, dtype, tokens, 5, 3 * 2.0**-9, "cuda")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [config for _, _, config in TABLE])
+@pytest.mark.parametrize("config", TILES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_config_on_the_gpu(activation, config):
     weights = layer(7, 256, 192, activation, True, device="cuda")

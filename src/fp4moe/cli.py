@@ -1,4 +1,4 @@
-"""The command line: `fp4moe info`, `fp4moe explain MODEL` and `fp4moe selftest`."""
+"""The command line: `fp4moe info`, `explain MODEL`, `selftest` and `bench`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from . import bench
 from .errors import CheckpointError, Fp4MoeError, UnsupportedError
 from .explain import format_table
 from .kernels import (
@@ -40,7 +41,7 @@ PACKAGES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 (selftest failed), 2 (an error of fp4moe)."""
+    """Run one command; returns the exit code: 0, 1 (a result was wrong), 2 (an error of fp4moe)."""
     parser = argparse.ArgumentParser(
         prog="fp4moe", description="NVFP4 mixture-of-experts operators for PyTorch."
     )
@@ -65,10 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what the Blackwell kernel pads the hidden size to",
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    bench.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "info":
             print(info())
+        elif arguments.command == "bench":
+            return bench.run(arguments)
         elif arguments.command == "selftest":
             return 0 if _selftest(arguments) else 1
         else:

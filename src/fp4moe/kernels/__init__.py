@@ -11,6 +11,7 @@ from ..errors import ShapeError, UnsupportedError
 from .flashinfer_cutlass import FLASHINFER_CUTLASS
 from .flashinfer_trtllm import FLASHINFER_TRTLLM
 from .humming import HUMMING
+from .measured import fastest
 from .prepared import Kernel, Operands, PreparedWeights
 from .reference import REFERENCE, REFERENCE_W4A4
 from .spec import (
@@ -135,14 +136,14 @@ def why_not(
 
 
 def choose_kernel(kernel: str, spec: MoeSpec) -> tuple[str | None, list[str]]:
-    """Return (the first kernel that runs this, []), or (None, each candidate with its reasons)."""
-    refused = []
-    for name in _candidates(kernel):
-        reasons = _reasons(name, spec, padded=True)
-        if not reasons:
-            return name, []
-        refused.append(f"{name}: {'; '.join(reasons)}")
-    return None, refused
+    """Return (the kernel for this, []), or (None, each candidate with its reasons).
+
+    Among several, the first, or the fastest where they were measured (see `measured`).
+    """
+    reasons = {name: _reasons(name, spec, padded=True) for name in _candidates(kernel)}
+    if able := [name for name, whys in reasons.items() if not whys]:
+        return fastest(able, spec), []
+    return None, [f"{name}: {'; '.join(whys)}" for name, whys in reasons.items()]
 
 
 def select_kernel(kernel: str, spec: MoeSpec, *, caller: str) -> str:

@@ -1,18 +1,20 @@
-"""Tile sizes of the Triton kernels, as data: which for how many slots, and how many per expert.
+"""Tile sizes of the Triton kernels, as data; which serve a call is looked up in `measured`.
 
-A slot is one entry of expert_ids. First guesses for an H200, not measured yet: tune them with
-benchmarks/bench_moe.py.
+A slot is one entry of expert_ids.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["MODES", "TABLE", "Config", "Tile", "choose_config", "sort_chunk"]
+from ..errors import UnsupportedError
+
+__all__ = ["MODES", "Config", "Tile", "parse_config"]
 
 MODES = ("slot", "scan", "sorted")
 # Mode "scan" holds all ids in registers.
 MOST_SCANNED = 512
+FLAGS = ("direct", "float32_partial")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Tile:
     """One program of a GEMM.
 
     Attributes:
-        slots: tokens on the N side: 16, 32, 64 or 128.
-        rows: weight rows, of gate and of up each: 16, 32, 64 or 128. wgmma needs 64 and 4 warps.
+        slots: tokens on the N side: 16, 32, 64, 128 or 256.
+        rows: weight rows, of gate and of up each: 16 to 128. wgmma needs 64 in all and 4 warps.
         slabs: 64 columns of K each: 1, 2 or 4.
         warps, stages: as Triton's num_warps and num_stages.
     """
@@ -31,6 +33,9 @@ class Tile:
     slabs: int
     warps: int
     stages: int
+
+    def __str__(self) -> str:
+        return ",".join(map(str, dataclasses.astuple(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +47,6 @@ class Config:
         gate_up, down: the GEMMs' tiles.
         direct: the second GEMM sums a token's slots itself; down.slots must reach top_k then.
         float32_partial: else the slots' outputs are rounded to bfloat16 before their sum.
-        registers: most registers a thread, 0 for the compiler's choice.
     """
 
     mode: str
@@ -50,34 +54,29 @@ class Config:
     down: Tile
     direct: bool = False
     float32_partial: bool = False
-    registers: int = 0
+
+    def __str__(self) -> str:
+        flags = [flag for flag in FLAGS if getattr(self, flag)]
+        return " ".join([self.mode, str(self.gate_up), str(self.down), *flags])
 
 
-_DECODE = Config("slot", Tile(16, 64, 4, 4, 3), Tile(16, 128, 1, 4, 4))
-_SPARSE = Config("sorted", Tile(16, 64, 1, 4, 4), Tile(16, 128, 1, 4, 4))
-# (most slots, most slots per expert, config), the first that fits.
-TABLE: tuple[tuple[float, float, Config], ...] = (
-    (40, float("inf"), _DECODE),
-    (float("inf"), 10, _SPARSE),
-    (float("inf"), 40, Config("sorted", Tile(32, 64, 1, 4, 4), Tile(32, 128, 1, 4, 4))),
-    (float("inf"), 128, Config("sorted", Tile(64, 64, 1, 4, 4), Tile(64, 64, 1, 4, 4))),
-    (
-        float("inf"),
-        float("inf"),
-        Config("sorted", Tile(128, 64, 1, 4, 4), Tile(128, 64, 1, 4, 4)),
-    ),
-)
+def parse_config(text: str) -> Config:
+    """Return the config that `str` wrote.
 
-
-def choose_config(num_slots: int, num_experts: int, top_k: int) -> Config:
-    """Return the row of TABLE for a call, with room for top_k where the sum is direct."""
-    per_expert = num_slots / num_experts
-    config = next(c for most, dense, c in TABLE if num_slots <= most and per_expert <= dense)
-    if config.direct and config.down.slots < top_k:
-        return dataclasses.replace(config, down=dataclasses.replace(config.down, slots=32))
+    Raises:
+        UnsupportedError: it is no such text.
+    """
+    config = None
+    try:
+        mode, gate_up, down, *flags = text.split()
+        tiles = [Tile(*map(int, part.split(","))) for part in (gate_up, down)]
+        config = Config(mode, tiles[0], tiles[1], *(flag in flags for flag in FLAGS))
+    except (TypeError, ValueError):
+        pass  # said below
+    if config is None or config.mode not in MODES or str(config) != text:
+        raise UnsupportedError(
+            "parse_config: text must be a mode, two tiles of five numbers, and flags, as in "
+            f"'sorted 16,64,1,4,4 16,128,1,4,4'; got {text!r}. Measure again with fp4moe bench "
+            "--tune."
+        )
     return config
-
-
-def sort_chunk(num_slots: int) -> int:
-    """Return how many ids the sort reads at once."""
-    return min(4096, max(128, 1 << (num_slots - 1).bit_length()))

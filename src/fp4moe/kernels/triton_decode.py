@@ -1,10 +1,11 @@
 """Decode NVFP4 weights in registers, for tensor cores that want bfloat16 or float16.
 
-Where the bits are: see `triton_layout`. A code's bits, moved to a bfloat16's sign and low exponent,
-are its value times 2^-126, subnormals included; an E4M3 byte shifted by 4 is its value times
-2^-120. Two more factors, 2^120 and 2^119, give weight x 2^-7 without rounding, since code x block
-scale has at most 6 significant bits. In float16 one factor is enough. `WEIGHT_FACTOR` undoes the
-2^-7 in the epilogue. Block scales are taken to be neither negative nor NaN.
+Where the bits are: see `triton_layout`; a rotation and a mask bring them into place. A code's bits,
+at a bfloat16's sign and low exponent, are its value times 2^-126, subnormals included; an E4M3 byte
+shifted by 4 is its value times 2^-120. Two more factors, 2^120 and 2^119, give weight x 2^-7
+without rounding, since code x block scale has at most 6 significant bits. In float16 one factor is
+enough. `WEIGHT_FACTOR` undoes the 2^-7 in the epilogue. Block scales are taken to be neither
+negative nor NaN.
 """
 
 from __future__ import annotations
@@ -12,115 +13,91 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_layout import LEFT, RECIPE, SECOND_MOVE
+
 __all__ = ["WEIGHT_FACTOR", "decode_slabs"]
 
 WEIGHT_FACTOR = tl.constexpr(128.0)
-
-
-def _spread(word: str, fp16: bool) -> list[str]:
-    """PTX that spreads a word's eight codes to v0..v3, two in each."""
-    lines = [
-        f"and.b32 v0, {word}, 0x81C081C0;",
-        f"shl.b32 m, {word}, 3;",
-        "and.b32 v1, m, 0x81C081C0;",
-    ]
-    for out, move, sign in (("v2", "shl.b32", (6, 2)), ("v3", "shr.b32", (3, 1))):
-        lines += [
-            f"{move} m, {word}, {sign[0]};",
-            f"shl.b32 n, {word}, {sign[1]};",
-            "and.b32 m, m, 0x01C001C0;",
-            f"lop3.b32 {out}, n, 0x80008000, m, 0xEA;",  # (n & mask) | m
-        ]
-    for out in ("v0", "v1", "v2", "v3") if fp16 else ():
-        lines += [
-            f"and.b32 m, {out}, 0x01C001C0;",
-            "shl.b32 m, m, 3;",
-            f"lop3.b32 {out}, {out}, 0x80008000, m, 0xEA;",
-        ]
-    return lines
+_LEFT_MASK = sum(0x10001 << bit for bit in LEFT)
 
 
 def _program(fp16: bool) -> str:
     """PTX: 16 halfwords $0..$15 from two words $16, $17 and four block scales $18."""
-    lines = ["{", ".reg .b32 v<4>, m, n, s, a, b, z, c, d;"]
+    lines = ["{", ".reg .b32 r<3>, s<2>, m, n, z, c, d;", ".reg .b16 h<4>;"]
     lines += ["mov.b32 z, 0x80008000;", "mov.b32 d, 0x7B007B00;"]
     lines.append(f"mov.b32 c, {'0x78007800' if fp16 else '0x7B807B80'};")
-    for number, word in enumerate(("$16", "$17")):
-        lines.append(f"prmt.b32 s, $18, 0, {('0x4140', '0x4342')[number]};")
+    lines += ["mov.b32 r0, $16;", "mov.b32 r1, $17;"]
+    lines.append(f"shl.b32 m, r1, {SECOND_MOVE};")
+    lines.append(f"lop3.b32 r2, r0, m, 0x{_LEFT_MASK:08X}, 0xE4;")  # mask ? r0 : m
+    lines += ["and.b32 s0, $18, 0x07F007F0;", "shf.r.wrap.b32 m, $18, $18, 8;"]
+    lines.append("and.b32 s1, m, 0x07F007F0;")
+    for block in range(2):
         if fp16:
-            lines += ["shl.b32 s, s, 7;", "mul.f16x2 s, s, c;"]
+            lines += [f"shl.b32 s{block}, s{block}, 3;", f"mul.f16x2 s{block}, s{block}, c;"]
         else:
             # sm_80 has no mul.bf16x2; adding -0 keeps every product as it is.
-            lines += [
-                "shl.b32 s, s, 4;",
-                "fma.rn.bf16x2 s, s, c, z;",
-                "fma.rn.bf16x2 s, s, d, z;",
-            ]
-        lines += ["prmt.b32 a, s, s, 0x1010;", "prmt.b32 b, s, s, 0x3232;"]
-        lines += _spread(word, fp16)
-        for pair in range(4):
-            scale, out = "ab"[pair // 2], number * 8 + pair * 2
-            multiply = f"fma.rn.bf16x2 m, v{pair}, {scale}, z;"
-            lines.append(f"mul.f16x2 m, v{pair}, {scale};" if fp16 else multiply)
-            lines.append(f"mov.b32 {{${out}, ${out + 1}}}, m;")
+            lines += [f"fma.rn.bf16x2 s{block}, s{block}, {by}, z;" for by in "cd"]
+        # Halves by name: ptxas then reads them in place, without a move.
+        lines.append(f"mov.b32 {{h{block}, h{block + 2}}}, s{block};")
+    for register, (word, rotation) in enumerate(RECIPE):
+        rotate = f"shf.l.wrap.b32 m, r{word}, r{word}, {rotation};"
+        if rotation <= 6:  # no bit that counts comes from behind the end
+            rotate = f"shl.b32 m, r{word}, {rotation};"
+        lines += [rotate if rotation else f"mov.b32 m, r{word};", "and.b32 m, m, 0x81C081C0;"]
+        if fp16:
+            lines += ["and.b32 n, m, 0x01C001C0;", "shl.b32 n, n, 3;"]
+            lines.append("lop3.b32 m, m, n, 0x80008000, 0xEC;")  # (m & mask) | n
+        lines.append(f"mov.b32 n, {{h{register // 2}, h{register // 2}}};")
+        lines.append("mul.f16x2 m, m, n;" if fp16 else "fma.rn.bf16x2 m, m, n, z;")
+        lines.append(f"mov.b32 {{${register * 2}, ${register * 2 + 1}}}, m;")
     return "\n".join([*lines, "}"])
 
 
 BFLOAT16_PROGRAM = tl.constexpr(_program(fp16=False))
 FLOAT16_PROGRAM = tl.constexpr(_program(fp16=True))
+_ROTATION = tuple(tl.constexpr(rotation) for _, rotation in RECIPE)
+_REST, _MOVE = tl.constexpr(_LEFT_MASK), tl.constexpr(SECOND_MOVE)
 CONSTRAINTS = tl.constexpr(",".join(["=h"] * 16 + ["r"] * 3))
 
 
 @triton.jit
-def _field(word, scale, PAIR: tl.constexpr, HALF: tl.constexpr, FP16: tl.constexpr):
-    """The value of one code of a word, as the PTX makes it."""
-    half = (word >> (16 * HALF)) & 0xFFFF
-    if PAIR == 0:
-        bits = half & 0x81C0
-    elif PAIR == 1:
-        bits = (half << 3) & 0x81C0
-    elif PAIR == 2:
-        bits = ((half << 6) & 0x01C0) | ((half << 2) & 0x8000)
-    else:
-        bits = ((half >> 3) & 0x01C0) | ((half << 1) & 0x8000)
+def _values(word, ROTATION: tl.constexpr, scale, FP16: tl.constexpr):
+    """The two values of one register, as the PTX makes them."""
+    rotated = word
+    if ROTATION > 0:
+        rotated = (word << ROTATION) | (word >> (32 - ROTATION))
     # The same bits at the same place of a float32.
-    code = (bits << 16).to(tl.float32, bitcast=True)
-    product = code * scale
-    return product.to(tl.float16) if FP16 else product.to(tl.bfloat16)
+    even = ((rotated & 0x81C0) << 16).to(tl.float32, bitcast=True) * scale
+    odd = (rotated & 0x81C00000).to(tl.float32, bitcast=True) * scale
+    kind = tl.float16 if FP16 else tl.bfloat16
+    return even.to(kind), odd.to(kind)
 
 
 @triton.jit
 def _block_scale(scales, BLOCK: tl.constexpr):
     """A block scale times 2^119: what a code's bits are to be multiplied by."""
-    bits = ((scales >> (8 * BLOCK)) & 0xFF) << 20
+    plain = (scales >> 4) | (scales << 28)
+    bits = ((plain >> (8 * BLOCK)) & 0x7F) << 20
     return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36 * 6.64613997892458e35
 
 
 @triton.jit
 def _plain(first, second, scales, FP16: tl.constexpr):
     """The 16 values of two words, in the order of the PTX."""
+    rest = (first & _REST) | ((second << _MOVE) & (0xFFFFFFFF - _REST))
     a = _block_scale(scales, 0)
     b = _block_scale(scales, 1)
     c = _block_scale(scales, 2)
     d = _block_scale(scales, 3)
-    return (
-        _field(first, a, 0, 0, FP16),
-        _field(first, a, 0, 1, FP16),
-        _field(first, a, 1, 0, FP16),
-        _field(first, a, 1, 1, FP16),
-        _field(first, b, 2, 0, FP16),
-        _field(first, b, 2, 1, FP16),
-        _field(first, b, 3, 0, FP16),
-        _field(first, b, 3, 1, FP16),
-        _field(second, c, 0, 0, FP16),
-        _field(second, c, 0, 1, FP16),
-        _field(second, c, 1, 0, FP16),
-        _field(second, c, 1, 1, FP16),
-        _field(second, d, 2, 0, FP16),
-        _field(second, d, 2, 1, FP16),
-        _field(second, d, 3, 0, FP16),
-        _field(second, d, 3, 1, FP16),
-    )
+    v0, v1 = _values(first, _ROTATION[0], a, FP16)
+    v2, v3 = _values(first, _ROTATION[1], a, FP16)
+    v4, v5 = _values(first, _ROTATION[2], b, FP16)
+    v6, v7 = _values(rest, _ROTATION[3], b, FP16)
+    v8, v9 = _values(second, _ROTATION[4], c, FP16)
+    v10, v11 = _values(second, _ROTATION[5], c, FP16)
+    v12, v13 = _values(second, _ROTATION[6], d, FP16)
+    v14, v15 = _values(rest, _ROTATION[7], d, FP16)
+    return v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15
 
 
 @triton.jit

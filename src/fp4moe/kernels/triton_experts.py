@@ -50,18 +50,21 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _add_dot(a, b, acc, scale, ASSEMBLY: tl.constexpr):
-    """Return acc + (a @ b) * scale.
+def _add_dot(a, b, acc, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr):
+    """Return acc + a @ b; WAIT: finished when the next step begins.
 
-    Not a dot that accumulates: Triton leaves such a chain in flight from one step to the next, and
-    ptxas then writes new weights into registers that the tensor core has not read yet.
+    Left in flight, wgmma reads weights from registers that ptxas lets the next step overwrite.
     """
     # Triton's interpreter multiplies the bits of bfloat16; float32 holds the same values.
-    if ASSEMBLY:
-        product = tl.dot(a, b)
-    else:
-        product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return acc + product * scale
+    if not ASSEMBLY:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    acc = tl.dot(a, b, acc)
+    if WAIT:
+        # Nothing is computed; what is no product cannot stay in flight.
+        acc = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return acc
 
 
 @triton.jit
@@ -116,37 +119,38 @@ def _gate_up_tile(
     slot, expert, block, top_k, hidden_size, intermediate, slabs,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr, STAGES: tl.constexpr,
     WHOLE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    FP16: tl.constexpr, ASSEMBLY: tl.constexpr,
+    FP16: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     valid = slot >= 0
     token = (tl.maximum(slot, 0) // top_k).to(tl.int64) * stride_token
-    row = block * ROWS + tl.arange(0, ROWS)
-    inside = row < intermediate
+    PARTS: tl.constexpr = 2 if GATED else 1
+    # Eight rows of gate, the same eight of up: a thread of the tensor core holds both.
+    place = tl.arange(0, PARTS * ROWS)
+    row = block * ROWS + place // (8 * PARTS) * 8 + place % 8
     if ROWS > 64:
         row = tl.minimum(row, intermediate - 1)
-    total_rows = intermediate * 2 if GATED else intermediate
-    scale = tl.load(global_scale + expert) * WEIGHT_FACTOR
-    first = tl.zeros((ROWS, SLOTS), dtype=tl.float32)
-    second = tl.zeros((ROWS, SLOTS), dtype=tl.float32)
+    row += place // 8 % PARTS * intermediate
+    acc = tl.zeros((PARTS * ROWS, SLOTS), dtype=tl.float32)
     for slab in tl.range(0, slabs, SLABS, num_stages=STAGES):
         column = slab * 64 + tl.arange(0, SLABS * 64)
         x = tl.trans(_load_tokens(hidden, token, valid, column, hidden_size, WHOLE))
         w = _load_weights(
-            words, scales, expert, row, total_rows, slab, slabs, SLABS, ROWS, WHOLE, FP16, ASSEMBLY
-        )
-        first = _add_dot(w, x, first, scale, ASSEMBLY)
-        if GATED:
-            w = _load_weights(
-                words, scales, expert, row + intermediate, total_rows, slab, slabs,
-                SLABS, ROWS, WHOLE, FP16, ASSEMBLY,
-            )  # fmt: skip
-            second = _add_dot(w, x, second, scale, ASSEMBLY)
-    value = _activate(first, ACTIVATION)
+            words, scales, expert, row, PARTS * intermediate, slab, slabs,
+            SLABS, PARTS * ROWS, WHOLE, FP16, ASSEMBLY,
+        )  # fmt: skip
+        acc = _add_dot(w, x, acc, ASSEMBLY, WAIT)
+    acc *= tl.load(global_scale + expert) * WEIGHT_FACTOR
     if GATED:
-        value *= second
-    place = tl.maximum(slot, 0).to(tl.int64) * intermediate
-    mask = inside[:, None] & valid[None, :]
-    tl.store(out + place[None, :] + row[:, None], value.to(out.dtype.element_ty), mask=mask)
+        parts = tl.reshape(acc, (ROWS // 8, 2, 8, SLOTS))
+        gate, up = tl.split(tl.permute(parts, (0, 2, 3, 1)))
+        value = _activate(tl.reshape(gate, (ROWS, SLOTS)), ACTIVATION)
+        value *= tl.reshape(up, (ROWS, SLOTS))
+    else:
+        value = _activate(acc, ACTIVATION)
+    row = block * ROWS + tl.arange(0, ROWS)
+    at = out + (tl.maximum(slot, 0).to(tl.int64) * intermediate)[None, :] + row[:, None]
+    mask = (row < intermediate)[:, None] & valid[None, :]
+    tl.store(at, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -154,7 +158,7 @@ def _down_tile(
     x, words, scales, global_scale, routing_weights, out,
     slot, expert, block, hidden_padded, intermediate, slabs,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr, STAGES: tl.constexpr,
-    WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr,
+    WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     valid = slot >= 0
     place = tl.maximum(slot, 0).to(tl.int64)
@@ -162,7 +166,6 @@ def _down_tile(
     inside = row < hidden_padded
     if ROWS > 64:
         row = tl.minimum(row, hidden_padded - 1)
-    scale = tl.load(global_scale + expert) * WEIGHT_FACTOR
     acc = tl.zeros((ROWS, SLOTS), dtype=tl.float32)
     for slab in tl.range(0, slabs, SLABS, num_stages=STAGES):
         column = slab * 64 + tl.arange(0, SLABS * 64)
@@ -171,8 +174,9 @@ def _down_tile(
             words, scales, expert, row, hidden_padded, slab, slabs,
             SLABS, ROWS, WHOLE, False, ASSEMBLY,
         )  # fmt: skip
-        acc = _add_dot(w, tl.trans(y), acc, scale, ASSEMBLY)
+        acc = _add_dot(w, tl.trans(y), acc, ASSEMBLY, WAIT)
     factor = tl.load(routing_weights + tl.maximum(slot, 0), mask=valid, other=0.0)
+    factor *= tl.load(global_scale + expert) * WEIGHT_FACTOR
     value = acc * factor[None, :]
     mask = inside[:, None] & valid[None, :]
     at = out + (place * hidden_padded)[None, :] + row[:, None]
@@ -189,11 +193,11 @@ def _scanned_slots(match, rank, step, SLOTS: tl.constexpr, IDS: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gate_up_kernel(
-    hidden, stride_token, ids, order, tile_expert, num_tiles, words, scales, global_scale, out,
+    hidden, stride_token, ids, order, tiles, num_tiles, words, scales, global_scale, out,
     num_slots, top_k, hidden_size, intermediate, slabs, expert_offset, local_experts,
     MODE: tl.constexpr, IDS: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
     SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr,
-    ACTIVATION: tl.constexpr, FP16: tl.constexpr, ASSEMBLY: tl.constexpr,
+    ACTIVATION: tl.constexpr, FP16: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Write act(gate x) * (up x), or act(up x), to out [slots, intermediate].
 
@@ -214,7 +218,7 @@ def gate_up_kernel(
                     hidden, stride_token, words, scales, global_scale, out,
                     _scanned_slots(match, rank, step, SLOTS, IDS), number, block, top_k,
                     hidden_size, intermediate, slabs, SLOTS, ROWS, SLABS, STAGES, WHOLE, GATED,
-                    ACTIVATION, FP16, ASSEMBLY,
+                    ACTIVATION, FP16, ASSEMBLY, WAIT,
                 )  # fmt: skip
     else:
         column = tl.arange(0, SLOTS)
@@ -222,23 +226,25 @@ def gate_up_kernel(
             expert = _local(ids, number, number < num_slots, expert_offset, local_experts)
             slot = tl.where(column == 0, number, -1)
         else:
-            live = number < tl.load(num_tiles)
-            expert = tl.load(tile_expert + number, mask=live, other=-1)
-            slot = tl.load(order + number * SLOTS + column, mask=live & (column >= 0), other=-1)
+            tile = tl.load(tiles + number, mask=number < tl.load(num_tiles), other=-1)
+            expert = tile >> 10
+            there = (tile >= 0) & (column < (tile & 1023))
+            slot = tl.load(order + number * SLOTS + column, mask=there, other=-1)
         if expert >= 0:
             _gate_up_tile(
                 hidden, stride_token, words, scales, global_scale, out, slot, expert, block, top_k,
                 hidden_size, intermediate, slabs, SLOTS, ROWS, SLABS, STAGES, WHOLE, GATED,
-                ACTIVATION, FP16, ASSEMBLY,
+                ACTIVATION, FP16, ASSEMBLY, WAIT,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def down_kernel(
-    x, ids, order, tile_expert, num_tiles, words, scales, global_scale, routing_weights, out,
+    x, ids, order, tiles, num_tiles, words, scales, global_scale, routing_weights, out,
     num_slots, hidden_padded, intermediate, slabs, expert_offset, local_experts,
     MODE: tl.constexpr, IDS: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
     SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
     """Write routing weight * (down x) of every slot to out [slots, hidden_padded]; grid as above.
 
@@ -257,7 +263,7 @@ def down_kernel(
                 _down_tile(
                     x, words, scales, global_scale, routing_weights, out,
                     _scanned_slots(match, rank, step, SLOTS, IDS), number, block, hidden_padded,
-                    intermediate, slabs, SLOTS, ROWS, SLABS, STAGES, WHOLE, ASSEMBLY,
+                    intermediate, slabs, SLOTS, ROWS, SLABS, STAGES, WHOLE, ASSEMBLY, WAIT,
                 )  # fmt: skip
     else:
         column = tl.arange(0, SLOTS)
@@ -265,13 +271,15 @@ def down_kernel(
             expert = _local(ids, number, number < num_slots, expert_offset, local_experts)
             slot = tl.where(column == 0, number, -1)
         else:
-            live = number < tl.load(num_tiles)
-            expert = tl.load(tile_expert + number, mask=live, other=-1)
-            slot = tl.load(order + number * SLOTS + column, mask=live & (column >= 0), other=-1)
+            tile = tl.load(tiles + number, mask=number < tl.load(num_tiles), other=-1)
+            expert = tile >> 10
+            there = (tile >= 0) & (column < (tile & 1023))
+            slot = tl.load(order + number * SLOTS + column, mask=there, other=-1)
         if expert >= 0:
             _down_tile(
                 x, words, scales, global_scale, routing_weights, out, slot, expert, block,
                 hidden_padded, intermediate, slabs, SLOTS, ROWS, SLABS, STAGES, WHOLE, ASSEMBLY,
+                WAIT,
             )  # fmt: skip
 
 
@@ -280,7 +288,7 @@ def down_tokens_kernel(
     x, ids, words, scales, global_scale, routing_weights, out,
     hidden_size, hidden_padded, intermediate, slabs, expert_offset, local_experts,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr,
-    STAGES: tl.constexpr, ASSEMBLY: tl.constexpr,
+    STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Write a token's whole output [T, hidden_size] at once; grid [T * row blocks].
 
@@ -313,8 +321,8 @@ def down_tokens_kernel(
             words, scales, expert, row, hidden_padded, slab, slabs,
             SLABS, ROWS, False, False, ASSEMBLY,
         )  # fmt: skip
-        acc = _add_dot(w, tl.trans(y), acc, scale[None, :], ASSEMBLY)
-    factor = tl.load(routing_weights + at_slot, mask=there, other=0.0)
+        acc = _add_dot(w, tl.trans(y), acc, ASSEMBLY, WAIT)
+    factor = tl.load(routing_weights + at_slot, mask=there, other=0.0) * scale
     # where, not a product: a routing weight of a slot that is dropped may be NaN.
     total = tl.sum(tl.where(there[None, :], acc * factor[None, :], 0.0), 1)
     place = out + (tl.program_id(0) // blocks).to(tl.int64) * hidden_size + row

@@ -1,10 +1,15 @@
 """The Triton kernels' order of weight bytes and block scales: same bytes, and an exact inverse.
 
 Rows go in tiles of 64 and columns in slabs of 64: packed [row tile, slab, row, lane 4, word 2]
-of 32-bit words, block scales [row tile, slab, row, 4 bytes]. A word holds eight codes of a row, of
-columns 32 * word + 16 * block + 8 * half + 2 * lane + (0, 1): what one thread of a tensor core's
-operand owns, so that a tile is decoded where it was loaded. FIELDS says where in a 16-bit half a
-code lies; the pair's second code lies 16 bits above.
+of 32-bit words, block scales [row tile, slab, row, 4 bytes]. Two words hold sixteen codes of a row,
+of columns 32 * word + 16 * block + 8 * half + 2 * lane + (0, 1): what one thread of a tensor core's
+operand owns, so that a tile is decoded where it was loaded.
+
+Where a code's bits lie follows from how cheaply they are moved to where a bfloat16 wants them: sign
+at bit 15, magnitude at 8 to 6, in both 16-bit halves of a register. RECIPE says for each register
+by which rotation to the left it comes from a word. Three fit into a word; the bits that remain of
+both words, at LEFT and, moved by SECOND_MOVE, beside them, make a third word for the last two. A
+row's four scale bytes are one 32-bit word, rotated to the left by 4.
 """
 
 from __future__ import annotations
@@ -14,8 +19,25 @@ import torch
 __all__ = ["SLAB", "from_slabs", "scales_from_slabs", "scales_to_slabs", "to_slabs"]
 
 SLAB = 64
-# By (block, half): sign bit, lowest magnitude bit. Two of four need one shift and one mask.
-FIELDS = ((15, 6), (12, 3), (13, 0), (14, 9))
+# (word 0, word 1, or 2 for what remains of both; rotation), by word, block and half.
+RECIPE = ((0, 0), (0, 4), (0, 10), (2, 6), (1, 0), (1, 4), (1, 10), (2, 12))
+LEFT, SECOND_MOVE = (0, 1, 9, 10), 2
+TARGETS = (6, 7, 8, 15)  # a code's bits, lowest first
+
+
+def _source(target: int, word: int, rotation: int) -> int:
+    """Return where, of the 64 bits of two words, the bit for place `target` of a register lies."""
+    place = (target - rotation) % 32
+    if word == 2 and place % 16 not in LEFT:
+        return 32 + place - SECOND_MOVE
+    return place + 32 * (word == 1)
+
+
+# [register, place in the pair, bit of the code]
+SOURCES = tuple(
+    tuple(tuple(_source(target + 16 * place, *step) for target in TARGETS) for place in range(2))
+    for step in RECIPE
+)
 
 
 def to_slabs(packed: torch.Tensor) -> torch.Tensor:
@@ -23,16 +45,15 @@ def to_slabs(packed: torch.Tensor) -> torch.Tensor:
     out = torch.empty(packed.shape, dtype=torch.uint8, device=packed.device)
     rows, columns = packed.shape[1] // SLAB, packed.shape[2] * 2 // SLAB
     for expert in range(packed.shape[0]):  # the scratch is that of one expert
-        codes = torch.stack((packed[expert] & 15, packed[expert] >> 4), -1).to(torch.int32)
-        # [row tile, row, slab, word, block, half, lane, place]
-        codes = codes.reshape(rows, SLAB, columns, 2, 2, 2, 4, 2)
-        words = torch.zeros(rows, SLAB, columns, 2, 4, dtype=torch.int32, device=packed.device)
-        for field, (sign, magnitude) in enumerate(FIELDS):
-            for place in range(2):
-                code = codes[:, :, :, :, field // 2, field % 2, :, place]
-                words |= (code >> 3) << (sign + 16 * place)
-                words |= (code & 7) << (magnitude + 16 * place)
-        ordered = words.permute(0, 2, 1, 4, 3).contiguous()
+        # [row tile, row, slab, register, lane]: a byte is a pair of codes
+        pairs = packed[expert].reshape(rows, SLAB, columns, 8, 4).to(torch.int32)
+        words = torch.zeros(2, rows, SLAB, columns, 4, dtype=torch.int32, device=packed.device)
+        for register, places in enumerate(SOURCES):
+            for place, sources in enumerate(places):
+                for bit, source in enumerate(sources):
+                    value = (pairs[:, :, :, register] >> (4 * place + bit)) & 1
+                    words[source // 32] |= value << (source % 32)
+        ordered = words.permute(1, 3, 2, 4, 0).contiguous()
         out[expert] = ordered.view(torch.uint8).reshape(out.shape[1:])
     return out
 
@@ -43,19 +64,14 @@ def from_slabs(slabs: torch.Tensor) -> torch.Tensor:
     rows, columns = slabs.shape[1] // SLAB, slabs.shape[2] * 2 // SLAB
     for expert in range(slabs.shape[0]):
         words = slabs[expert].reshape(-1).view(torch.int32).reshape(rows, columns, SLAB, 4, 2)
-        words = words.permute(0, 2, 1, 4, 3)
-        # [row tile, row, slab, word, block, half, lane]
-        bytes_ = torch.empty(
-            (rows, SLAB, columns, 2, 2, 2, 4), dtype=torch.uint8, device=slabs.device
-        )
-        for field, (sign, magnitude) in enumerate(FIELDS):
-            low, high = (
-                (((words >> (sign + 16 * place)) & 1) << 3)
-                | ((words >> (magnitude + 16 * place)) & 7)
-                for place in range(2)
-            )
-            bytes_[:, :, :, :, field // 2, field % 2] = (low | (high << 4)).to(torch.uint8)
-        out[expert] = bytes_.reshape(out.shape[1:])
+        words = words.permute(4, 0, 2, 1, 3)
+        pairs = torch.zeros(rows, SLAB, columns, 8, 4, dtype=torch.int32, device=slabs.device)
+        for register, places in enumerate(SOURCES):
+            for place, sources in enumerate(places):
+                for bit, source in enumerate(sources):
+                    value = (words[source // 32] >> (source % 32)) & 1
+                    pairs[:, :, :, register] |= value << (4 * place + bit)
+        out[expert] = pairs.to(torch.uint8).reshape(out.shape[1:])
     return out
 
 
@@ -63,11 +79,11 @@ def scales_to_slabs(scale: torch.Tensor) -> torch.Tensor:
     """Reorder block scales [L, R, K / 16] uint8 by the same tiles. Same shape, fresh."""
     rows, columns = scale.shape[1] // SLAB, scale.shape[2] // 4
     tiles = scale.reshape(-1, rows, SLAB, columns, 4).transpose(2, 3)
-    return tiles.contiguous().view(scale.shape)
+    return ((tiles << 4) | (tiles.roll(1, -1) >> 4)).reshape(scale.shape)
 
 
 def scales_from_slabs(slabs: torch.Tensor) -> torch.Tensor:
     """Undo `scales_to_slabs`."""
     rows, columns = slabs.shape[1] // SLAB, slabs.shape[2] // 4
     tiles = slabs.reshape(-1, rows, columns, SLAB, 4).transpose(2, 3)
-    return tiles.contiguous().view(slabs.shape)
+    return ((tiles >> 4) | (tiles.roll(-1, -1) << 4)).reshape(slabs.shape)

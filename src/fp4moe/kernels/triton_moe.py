@@ -1,7 +1,8 @@
 """Kernel `triton`: our own NVFP4 experts for compute capability 8.0 and newer.
 
 Decides: layout of the operands, workspace, launches. Two to four launches a call, no host
-synchronisation; grids follow from shapes, as upper bounds. Tile sizes are in `triton_configs`.
+synchronisation; grids follow from shapes, as upper bounds. Tile sizes are in
+`triton_configs`, and which to take in `measured`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from ..experts import ExpertWeights
+from .measured import choose_tiles
 from .prepared import (
     Operands,
     PreparedWeights,
@@ -29,7 +31,7 @@ from .spec import (
     sizes_to_pad,
 )
 from .torch_routing import RoutesInTorch
-from .triton_configs import MODES, Config, Tile, choose_config, sort_chunk
+from .triton_configs import MODES, Config, Tile
 from .triton_layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
 
 __all__ = ["TRITON", "TritonKernel"]
@@ -37,18 +39,19 @@ __all__ = ["TRITON", "TritonKernel"]
 OLDEST = (8, 0)
 MOST_EXPERTS, MOST_TOP_K = 512, 32
 COMBINE_COLUMNS = 1024
+MOST_SORTED_AT_ONCE = 2048
+PLACE_CHUNK, SCAN_BLOCK = 128, 2
 
 
 class TritonKernel(RoutesInTorch):
     """Triton kernels behind the operator.
 
     hidden bfloat16 or float16 is multiplied as it is, float32 is rounded to bfloat16; the
-    intermediate is bfloat16, sums are float32. Experimental, it runs only when named, until its
-    numbers on an H200 are taken again (benchmarks/results/h200_kernels.md).
+    intermediate is bfloat16, sums are float32.
     """
 
     name = "triton"
-    automatic = False
+    automatic = True
     quantizes_activations = False
     intermediate_dtype = torch.bfloat16
 
@@ -112,8 +115,12 @@ class TritonKernel(RoutesInTorch):
         operands: Operands,
         settings: LayerSettings,
     ) -> torch.Tensor:
-        """Compute [T, H] with the tiles that `choose_config` gives."""
-        config = choose_config(expert_ids.numel(), settings.num_experts, expert_ids.shape[1])
+        """Compute [T, H] with the tiles that were measured to be fast."""
+        local, hidden_size, columns = operands.down_packed.shape
+        config = choose_tiles(
+            current_capability(hidden.device), settings.gated, hidden_size, columns * 2, local,
+            expert_ids.numel(), expert_ids.shape[1],
+        )  # fmt: skip
         return run_with(config, hidden, expert_ids, routing_weights, operands, settings)
 
 
@@ -157,34 +164,24 @@ def run_with(
     out = hidden.new_empty((tokens, hidden_size))
     scan = 1 << (num_slots - 1).bit_length() if config.mode == "scan" else 1
     fixed: dict[str, Any] = {"MODE": mode, "IDS": max(scan, 16), "ASSEMBLY": not interpreted}
+    fixed["WAIT"] = capability is not None and capability[0] == 9
     with torch.cuda.device_of(hidden):
-        sorted_by: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]] = {}
+        sort = functools.lru_cache(maxsize=1)(functools.partial(_sort, ids, offset, local))
 
-        def tiles(slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-            """Order, expert of each tile, number of tiles, and its upper bound."""
-            if config.mode != "sorted":
-                return ids, ids, ids, num_slots if config.mode == "slot" else local
-            if slots not in sorted_by:
-                most = min(num_slots, -(-num_slots // slots) + local)
-                order = ids.new_empty(most * slots, dtype=torch.int32)
-                tile_expert = ids.new_empty(most, dtype=torch.int32)
-                count = ids.new_empty(1, dtype=torch.int32)
-                triton_routing.sort_kernel[(local,)](
-                    ids, order, tile_expert, count, num_slots, offset, local,
-                    EXPERTS=1 << local.bit_length(), SLOTS=slots, CHUNK=sort_chunk(num_slots),
-                    num_warps=8,
-                )  # fmt: skip
-                sorted_by[slots] = order, tile_expert, count, most
-            return sorted_by[slots]
+        def find(slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+            """What a GEMM finds its slots by: order, tiles, their number, and its upper bound."""
+            if config.mode == "sorted":
+                return sort(slots)
+            return ids, ids, ids, num_slots if config.mode == "slot" else local
 
         tile = config.gate_up
-        order, tile_expert, count, most = tiles(tile.slots)
+        order, tiles, count, most = find(tile.slots)
         slabs = hidden_padded // SLAB
         triton_experts.gate_up_kernel[(most * -(-intermediate // tile.rows),)](
-            x, x.stride(0), ids, order, tile_expert, count,
+            x, x.stride(0), ids, order, tiles, count,
             *_words(operands.gate_up_packed, operands.gate_up_block_scale),
             operands.gate_up_global_scale, middle, num_slots, top_k, hidden_size, intermediate,
-            slabs, offset, local, **fixed, **_constants(tile, config),
+            slabs, offset, local, **fixed, **_constants(tile),
             WHOLE=slabs % tile.slabs == 0 and hidden_size == hidden_padded,
             GATED=settings.gated, ACTIVATION=settings.activation, FP16=x.dtype == torch.float16,
         )  # fmt: skip
@@ -195,15 +192,16 @@ def run_with(
         if config.direct:
             triton_experts.down_tokens_kernel[(tokens * blocks,)](
                 middle, ids, *down, weights, out, hidden_size, hidden_padded, intermediate, slabs,
-                offset, local, TOP_K=top_k, ASSEMBLY=not interpreted, **_constants(tile, config),
+                offset, local, TOP_K=top_k, ASSEMBLY=fixed["ASSEMBLY"],
+                WAIT=fixed["WAIT"], **_constants(tile),
             )  # fmt: skip
             return out
         dtype = torch.float32 if config.float32_partial else torch.bfloat16
         partial = x.new_empty((num_slots, hidden_padded), dtype=dtype)
-        order, tile_expert, count, most = tiles(tile.slots)
+        order, tiles, count, most = find(tile.slots)
         triton_experts.down_kernel[(most * blocks,)](
-            middle, ids, order, tile_expert, count, *down, weights, partial, num_slots,
-            hidden_padded, intermediate, slabs, offset, local, **fixed, **_constants(tile, config),
+            middle, ids, order, tiles, count, *down, weights, partial, num_slots,
+            hidden_padded, intermediate, slabs, offset, local, **fixed, **_constants(tile),
             WHOLE=slabs % tile.slabs == 0,
         )  # fmt: skip
         triton_routing.combine_kernel[(tokens, -(-hidden_size // COMBINE_COLUMNS))](
@@ -213,19 +211,49 @@ def run_with(
     return out
 
 
+def _sort(
+    ids: torch.Tensor, offset: int, local: int, slots: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Sort the slots into tiles: order, tiles, their number, and its upper bound."""
+    from . import triton_routing
+
+    most = min(ids.numel(), -(-ids.numel() // slots) + local)
+    order = ids.new_empty(most * slots, dtype=torch.int32)
+    tiles = ids.new_empty(most, dtype=torch.int32)
+    number = ids.new_empty(1, dtype=torch.int32)
+    experts = 1 << local.bit_length()
+    common = ids.numel(), offset, local
+    if ids.numel() <= MOST_SORTED_AT_ONCE:
+        triton_routing.sort_kernel[(local,)](
+            ids, order, tiles, number, *common, EXPERTS=experts, SLOTS=slots,
+            CHUNK=max(128, 1 << (ids.numel() - 1).bit_length()), num_warps=8,
+        )  # fmt: skip
+        return order, tiles, number, most
+    chunks = -(-ids.numel() // PLACE_CHUNK)
+    counts = ids.new_empty((chunks + 1) * experts, dtype=torch.int32)
+    sizes = {"EXPERTS": experts, "CHUNK": PLACE_CHUNK, "num_warps": 4}
+    triton_routing.count_kernel[(chunks,)](ids, counts, *common, **sizes)
+    triton_routing.scan_kernel[(experts // SCAN_BLOCK,)](
+        counts, chunks, EXPERTS=experts, BLOCK=SCAN_BLOCK, num_warps=4
+    )
+    triton_routing.place_kernel[(max(chunks, local),)](
+        ids, counts, order, tiles, number, *common, chunks, SLOTS=slots, **sizes
+    )
+    return order, tiles, number, most
+
+
 def _words(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return packed.view(torch.int32), scale.view(torch.int32)
 
 
-def _constants(tile: Tile, config: Config) -> dict[str, Any]:
-    constants: dict[str, Any] = {
+def _constants(tile: Tile) -> dict[str, Any]:
+    return {
         "SLOTS": tile.slots,
         "ROWS": tile.rows,
         "SLABS": tile.slabs,
         "STAGES": tile.stages,
         "num_warps": tile.warps,
     }
-    return constants | ({"maxnreg": config.registers} if config.registers else {})
 
 
 TRITON = TritonKernel()

@@ -1,0 +1,375 @@
+"""Whole models through generate(): time and memory, bf16 against NVFP4, checked before printed.
+
+    python benchmarks/generate.py --model gemma4 --minutes 9 --json gemma4.json
+    python benchmarks/generate.py --tiny --batch 1 2 --new-tokens 6
+
+Gemma4-26B-A4B (text) and Nemotron-3-Nano-30B-A3B at full size, random weights, greedy, a static
+cache, with which generate() compiles decoding; one process for each model and setting:
+
+    huggingface  the bf16 model as it is
+    replace_moe  after fp4moe.replace_moe
+    backend      CompileConfig(backend=fp4moe.backend); prefill and weights stay bf16
+
+decode_ms: median step after a prompt of 128 tokens, compiled anew for each batch. prefill_ms: until
+the first token of a prompt of 512, in eager; without mamba_ssm transformers' own scan makes
+Nemotron's slow, and too large at batch 64. model_gib: parameters, buffers and packed weights.
+peak_gib: allocated at most while timed. Without a CUDA device, --tiny shows that it runs, no more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from generate_models import SIZES, build
+
+import fp4moe
+
+SETTINGS = ("huggingface", "replace_moe", "backend")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GIB = 2**30
+# Two compilations, then a warm-up, a recording and replays of the CUDA graph.
+WARM_UP = 8
+PROMPT, PREFILL, PREFILLS, CHECKED = 128, 512, 3, 4
+# Of an experts' output: 9.5 % RMS a quantised weight, three projections in quadrature, half again.
+LAYER = 0.25
+# Of the logits. All layers at a twentieth of the width, on a CPU: other roundings change them by
+# 0.01 to 0.07, NVFP4 by 0.04 to 0.09, experts that give nothing by 0.19 to 0.28.
+LOGITS = 0.15
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative RMS error; NaN where a value is."""
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
+
+
+def within(what: str, error: float, limit: float) -> float:
+    if not error <= limit:
+        raise SystemExit(f"generate: {what} must be within {limit}; got {error:.3g}. Not timed.")
+    return error
+
+
+def logits_of(model: Callable, ids: torch.Tensor) -> torch.Tensor:
+    """Logits after the last token, without a cache: [rows, vocabulary]."""
+    with torch.no_grad():
+        return model(ids, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    """Bytes of parameters and buffers, each storage once."""
+    storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def peak_gib() -> float | None:
+    """What the device allocated at most since the last call; None on a CPU."""
+    if DEVICE == "cpu":
+        return None
+    peak = torch.cuda.max_memory_allocated() / GIB
+    torch.cuda.reset_peak_memory_stats()
+    return round(peak, 2)
+
+
+class Backend:
+    """fp4moe.backend with a kernel's name; counts the blocks fused in each graph."""
+
+    def __init__(self, kernel: str, inner: str):
+        self.options = {"kernel": kernel, "inner_backend": inner}
+        self.blocks: list[int] = []
+
+    def __call__(self, graph_module: Any, inputs: Any, *, mode: str | None = None) -> Callable:
+        compiled = fp4moe.backend(graph_module, inputs, options=self.options, mode=mode)
+        fused = torch.ops.fp4moe.nvfp4_moe.default
+        self.blocks.append(sum(node.target is fused for node in graph_module.graph.nodes))
+        return compiled
+
+    def __deepcopy__(self, memo: dict) -> Backend:
+        # generate() copies its configuration, and compiles again for another backend.
+        return self
+
+    def require(self, blocks: int) -> None:
+        """Raise SystemExit unless every graph has so many fused blocks."""
+        if set(self.blocks) != {blocks}:
+            raise SystemExit(
+                f"generate: graphs must have {blocks} fused blocks; got {self.blocks}. Not timed."
+            )
+
+
+class Clock:
+    """A logits processor that changes nothing and notes when it is called."""
+
+    def __init__(self) -> None:
+        self.marks: list[Any] = []
+        self()
+
+    def __call__(self, ids: Any = None, scores: Any = None) -> Any:
+        if DEVICE == "cuda":
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+        return scores
+
+    def milliseconds(self) -> list[float]:
+        """To the first token, and from token to token."""
+        pairs = list(itertools.pairwise(self.marks))
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+            return [before.elapsed_time(after) for before, after in pairs]
+        return [(after - before) * 1e3 for before, after in pairs]
+
+
+class Run:
+    """One model in one setting: built, checked, then timed batch by batch."""
+
+    def __init__(self, name: str, setting: str, args: argparse.Namespace):
+        self.name, self.setting, self.args, self.facts = name, setting, args, ""
+        self.backend = Backend(args.kernel, "inductor" if DEVICE == "cuda" else "eager")
+        self.model = build(name, args.tiny, args.layers, DEVICE)
+        self.blocks = len(fp4moe.replace.find_candidates(self.model))
+        self.bytes = self.bf16_bytes = held_bytes(self.model)
+        if setting == "huggingface":
+            return
+        ids = self.ids(CHECKED, 32)
+        bf16 = logits_of(self.model, ids)
+        packed = self.replace(ids)
+        logits = logits_of(self.model, ids)
+        self.check("logits against bf16", relative(logits, bf16), LOGITS)
+        self.bytes = held_bytes(self.model)
+        if setting == "backend":
+            del self.model
+            gc.collect()
+            self.model = build(name, args.tiny, args.layers, DEVICE)
+            self.bytes = self.bf16_bytes + packed
+            # The same operator on the same bytes, and nothing else compiled.
+            as_it_is = Backend(args.kernel, "eager")
+            other = logits_of(torch.compile(self.model, backend=as_it_is), ids)
+            self.check("logits against replace_moe", relative(other, logits), LOGITS)
+            as_it_is.require(self.blocks)
+
+    def ids(self, batch: int, length: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(batch)
+        size = (batch, length)
+        return torch.randint(3, self.model.config.vocab_size, size, generator=generator).to(DEVICE)
+
+    def check(self, what: str, error: float, limit: float) -> None:
+        self.facts += f", {what} {within(what, error, limit):.3g}"
+
+    def replace(self, ids: torch.Tensor) -> int:
+        """Replace, compare each layer on its own bf16 input; return the bytes of packed experts."""
+        seen: dict[str, tuple] = {}
+        hooks = [
+            self.model.get_submodule(candidate.path).register_forward_hook(
+                lambda _, inputs, output, path=candidate.path: seen.update({path: (inputs, output)})
+            )
+            for candidate in fp4moe.replace.find_candidates(self.model)
+        ]
+        logits_of(self.model, ids)
+        for hook in hooks:
+            hook.remove()
+        started = time.perf_counter()
+        peak_gib()
+        fp4moe.replace_moe(self.model, self.args.kernel, progress=False)
+        self.facts += f", replaced in {time.perf_counter() - started:.0f} s, peak GiB {peak_gib()}"
+        layers = {path: self.model.get_submodule(path) for path in seen}
+        self.facts += f", kernel {next(iter(layers.values())).kernel}"
+        with torch.no_grad():
+            errors = [
+                relative(layer(*seen[path][0]), seen[path][1]) for path, layer in layers.items()
+            ]
+        self.check("worst layer against bf16", max(errors), LAYER)
+        return sum(layer.nbytes for layer in layers.values())
+
+    def generate(self, ids: torch.Tensor, new_tokens: int, length: int, **options: Any) -> Any:
+        """Generate greedily, with a static cache for `length` tokens."""
+        from transformers import CompileConfig
+
+        if self.setting == "backend":
+            options["compile_config"] = CompileConfig(backend=self.backend)
+        elif DEVICE == "cpu":
+            options["compile_config"] = CompileConfig(backend="eager")
+        if DEVICE == "cpu":
+            options["compile_config"].mode = None
+            options["compile_config"]._compile_all_devices = True
+        # generate() would give every cache the longest length so far.
+        self.model._previous_max_cache_length = -1
+        mask = torch.ones_like(ids)
+        options |= {"do_sample": False, "cache_implementation": "static", "max_cache_len": length}
+        return self.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **options)
+
+    def warm_up(self, ids: torch.Tensor, length: int) -> float:
+        """Compile decoding; return how far a replayed graph's logits are from eager ones."""
+        if DEVICE == "cuda":
+            # What the allocator hands out next is NaN, so that a value nobody wrote shows.
+            torch.full((GIB // 4,), torch.nan, device=DEVICE)
+        out = self.generate(ids, WARM_UP, length, return_dict_in_generate=True, output_logits=True)
+        if not all(bool(step.isfinite().all()) for step in out.logits):
+            raise SystemExit("generate: logits must be finite; got others. Not timed.")
+        if self.setting == "backend":
+            self.backend.require(self.blocks)
+        # The backend's own eager mode is bf16.
+        expected = logits_of(self.model, out.sequences[:CHECKED, :-1])
+        return within("decoded logits", relative(out.logits[-1][:CHECKED], expected), LOGITS)
+
+    def measure(self, batch: int) -> dict[str, Any]:
+        """Warm up, check and time one batch; return its row."""
+        torch.compiler.reset()
+        if DEVICE == "cuda":
+            # Older versions of torch reset these with their own backends only.
+            from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+            reset_cudagraph_trees()
+        gc.collect()
+        ids = self.ids(batch, 16 if self.args.tiny else PROMPT)
+        length = ids.shape[1] + max(self.args.new_tokens, WARM_UP)
+        error = self.warm_up(ids, length)
+        peak_gib()
+        clock = Clock()
+        tokens = self.generate(ids, self.args.new_tokens, length, logits_processor=[clock])
+        if tokens.shape[1] != ids.shape[1] + self.args.new_tokens:
+            raise SystemExit(
+                f"generate: tokens must be {self.args.new_tokens} more; got {tokens.shape}."
+            )
+        decode = statistics.median(clock.milliseconds()[1:])
+        row = {"model": self.name, "setting": self.setting, "batch": batch}
+        row |= {"prefill_ms": None, "decode_ms": round(decode, 3), "note": ""}
+        try:
+            row["prefill_ms"] = self.prefill_ms(batch)
+        except torch.OutOfMemoryError as problem:
+            row["note"] = f"prefill: {str(problem).partition('. ')[0]}"
+        return row | {
+            "tokens_per_s": round(batch * 1e3 / decode, 1),
+            "peak_gib": peak_gib(),
+            "model_gib": round(self.bytes / GIB, 4),
+            "of_bf16": round(self.bytes / self.bf16_bytes, 4),
+            "logits_error": error,
+        }
+
+    def prefill_ms(self, batch: int) -> float:
+        """Median time to the first token, after one call that is not timed."""
+        ids = self.ids(batch, 24 if self.args.tiny else PREFILL)
+        times = []
+        for _ in range(1 + PREFILLS):
+            clock = Clock()
+            self.generate(ids, 1, ids.shape[1] + 1, logits_processor=[clock])
+            times += clock.milliseconds()
+        return round(statistics.median(times[1:]), 2)
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """Print a table; x says how many times faster than huggingface."""
+    base = {(row["model"], row["batch"]): row for row in rows if row["setting"] == "huggingface"}
+    print(
+        f"{'model':9s}{'setting':12s}batch prefill_ms     x  decode_ms     x  tokens/s peak_gib"
+        " model_gib of_bf16   error"
+    )
+    for row in rows:
+        other = base.get((row["model"], row["batch"]), {})
+        cells = []
+        for key in ("prefill_ms", "decode_ms"):
+            value, slower = row[key], other.get(key)
+            cells.append(f"{value:10.2f}" if value else f"{'-':>10}")
+            cells.append(f"{slower / value:5.2f}" if value and slower else f"{'-':>5}")
+        print(
+            f"{row['model']:9s}{row['setting']:12s}{row['batch']:5d} {' '.join(cells)} "
+            f"{row['tokens_per_s']:9.1f} {row['peak_gib'] or '-':>8} {row['model_gib']:9.2f} "
+            f"{row['of_bf16']:7.3f} {row['logits_error']:7.1e}  {row['note']}",
+            flush=True,
+        )
+
+
+def write(path: str | None, rows: list[dict[str, Any]]) -> None:
+    import transformers
+
+    if path:
+        gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else None
+        facts = {"gpu": gpu, "torch": torch.__version__, "transformers": transformers.__version__}
+        Path(path).write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+
+
+def time_one(name: str, setting: str, args: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
+    """Append the rows of one model and setting; 1 where the time did not suffice."""
+    started = time.perf_counter()
+    run = Run(name, setting, args)
+    seconds = time.perf_counter() - started
+    print(f"{name} {setting}: {run.blocks} blocks, ready in {seconds:.0f} s{run.facts}", flush=True)
+    longest = 0.0
+    for batch in args.batch:
+        before = time.perf_counter()
+        if args.minutes and before - started + longest > args.minutes * 60:
+            print(f"{name} {setting}: no time for batch {batch} and what follows", flush=True)
+            return 1
+        rows.append(run.measure(batch))
+        longest = max(longest, time.perf_counter() - before)
+        print_rows(rows[-1:])
+        write(args.json, rows)
+    return 0
+
+
+def time_apart(
+    name: str, setting: str, args: argparse.Namespace, rows: list, minutes: float
+) -> int:
+    """Do so in a process of its own, whose memory and failure are its own; return its exit code."""
+    command = [sys.executable, __file__, "--model", name, "--settings", setting]
+    command += ["--batch", *map(str, args.batch), "--new-tokens", str(args.new_tokens)]
+    command += ["--kernel", args.kernel, "--minutes", str(minutes)] + ["--tiny"] * args.tiny
+    command += ["--layers", str(args.layers)] if args.layers else []
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        code = subprocess.run([*command, "--json", file.name]).returncode
+        text = Path(file.name).read_text()
+    rows += json.loads(text)["rows"] if text else []
+    write(args.json, rows)
+    return code
+
+
+def main() -> int:
+    """Print the rows; 1 where a model and setting failed or found no time."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 4, 64])
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--layers", type=int, help="the first so many layers only")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a check on a CPU")
+    parser.add_argument("--kernel", default="auto")
+    parser.add_argument("--minutes", type=float, default=0, help="begin no batch that ends later")
+    parser.add_argument("--one-process", action="store_true", help="memory adds up; for --tiny")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows here")
+    args = parser.parse_args()
+    if DEVICE == "cpu" and not args.tiny:
+        print("generate: needs a CUDA device; there is none, so nothing is measured. Try --tiny.")
+        return 0
+    pairs = list(itertools.product(args.model, args.settings))
+    rows: list[dict[str, Any]] = []
+    if len(pairs) == 1:
+        return time_one(*pairs[0], args, rows)
+    deadline = time.perf_counter() + args.minutes * 60
+    failed = []
+    for left, pair in zip(range(len(pairs), 0, -1), pairs, strict=True):
+        share = max(deadline - time.perf_counter(), 1) / 60 / left if args.minutes else 0
+        if args.one_process:
+            code = time_one(*pair, args, rows)
+        else:
+            code = time_apart(*pair, args, rows, share)
+        failed += [f"{' '.join(pair)}: not complete, exit code {code}"] * bool(code)
+    print()
+    print_rows(rows)
+    print("\n".join(failed))
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""What was measured: which kernel is the fastest on a GPU, and with which tiles Triton is.
+
+`measured.json` is shipped; `fp4moe bench --tune` measures this machine's GPU and writes the same
+into a file of the user's, which comes first. Nothing is measured on a user's call.
+
+A layer is prepared for one kernel, which then serves every number of tokens: "auto" takes the one
+with the lowest geometric mean over the numbers of tokens that all were measured at. The tiles are
+looked up for each number of tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import UnsupportedError
+from .spec import MoeSpec
+from .triton_configs import Config, parse_config
+
+__all__ = ["SHIPPED", "Measured", "choose_tiles", "fastest", "measurements", "read", "user_file"]
+
+SHIPPED = pathlib.Path(__file__).with_name("measured.json")
+# So few slots that each may have programs of its own: no sorting, experts are read once a slot.
+FEW_SLOTS = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One layer on one GPU.
+
+    Attributes:
+        gpu, capability: its name and (major, minor).
+        gated, hidden_size, intermediate_size, num_experts, top_k: of the layer.
+        us: microseconds, by kernel and number of tokens.
+        tiles: Triton's config by number of tokens.
+        facts: date, command and versions, as the file has them.
+    """
+
+    gpu: str
+    capability: tuple[int, int]
+    gated: bool
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    us: Mapping[str, Mapping[int, float]]
+    tiles: Mapping[int, Config]
+    facts: Mapping[str, Any]
+
+    def distance(self, hidden_size: int, intermediate_size: int, num_experts: int) -> float:
+        """How unlike a layer is: 0 for equal sizes."""
+        size = hidden_size * intermediate_size / (self.hidden_size * self.intermediate_size)
+        return abs(math.log2(size)) + abs(math.log2(num_experts / self.num_experts))
+
+
+def user_file() -> pathlib.Path:
+    """Return where this user's measurements are: FP4MOE_MEASURED, or a file in the cache folder."""
+    if named := os.environ.get("FP4MOE_MEASURED"):
+        return pathlib.Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(cache) / "fp4moe" / "measured.json"
+
+
+def read(path: pathlib.Path) -> list[Measured]:
+    """Read a file of measurements.
+
+    Raises:
+        UnsupportedError: it is not such a file.
+    """
+    try:
+        rows = json.loads(path.read_text())["measured"]
+        return [_from_json(row) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnsupportedError(
+            f"measurements: file must be one that fp4moe bench --tune wrote; got {path}: "
+            f"{error!r}. Measure again, or delete it."
+        ) from error
+
+
+def _from_json(row: Mapping[str, Any]) -> Measured:
+    sizes = ("gated", "hidden_size", "intermediate_size", "num_experts", "top_k")
+    major, minor = row["capability"].split(".")
+    return Measured(
+        gpu=row["gpu"],
+        capability=(int(major), int(minor)),
+        **{name: row[name] for name in sizes},
+        us={
+            kernel: {int(t): float(us) for t, us in by_tokens.items()}
+            for kernel, by_tokens in row["us"].items()
+        },
+        tiles={int(tokens): parse_config(text) for tokens, text in row["tiles"].items()},
+        facts=row["facts"],
+    )
+
+
+@functools.cache
+def measurements() -> tuple[Measured, ...]:
+    """Return the user's measurements and behind them the shipped ones."""
+    own = user_file()
+    return (*(read(own) if own.exists() else ()), *read(SHIPPED))
+
+
+def fastest(kernels: Sequence[str], spec: MoeSpec) -> str:
+    """Return the kernel to take among those that can run this, in order of preference.
+
+    The first, unless it was measured on this capability and another one was faster there.
+    """
+    found = [m for m in measurements() if m.capability == spec.capability]
+    found = [m for m in found if m.gated == spec.gated and kernels[0] in m.us]
+    if not found:
+        return kernels[0]
+    sizes = spec.hidden_size, spec.intermediate_size, spec.num_experts
+    nearest = min(found, key=lambda m: m.distance(*sizes))
+    rivals = [kernel for kernel in kernels if kernel in nearest.us]
+    tokens = set.intersection(*(set(nearest.us[kernel]) for kernel in rivals))
+    if not tokens:
+        return kernels[0]
+    return min(rivals, key=lambda k: sum(math.log(nearest.us[k][t]) for t in sorted(tokens)))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_tiles(
+    capability: tuple[int, int] | None,
+    gated: bool,
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    num_slots: int,
+    top_k: int,
+) -> Config:
+    """Return Triton's config: of the nearest layer, this GPU's if measured, at the nearest load.
+
+    Args:
+        capability: of the GPU; None in Triton's interpreter.
+        gated, hidden_size, intermediate_size, num_experts: of the layer, sizes padded or not.
+        num_slots, top_k: entries of expert_ids, in all and of a token.
+    """
+    found = [m for m in measurements() if m.tiles]
+    nearest = min(
+        found,
+        key=lambda m: (
+            m.gated != gated,
+            m.capability != capability,
+            m.distance(hidden_size, intermediate_size, num_experts),
+        ),
+    )
+
+    def unlike(item: tuple[int, Config]) -> tuple[bool, float]:
+        tokens, config = item
+        slots = tokens * nearest.top_k
+        if num_slots <= FEW_SLOTS:
+            return config.mode != "slot", abs(math.log2(num_slots / slots))
+        density = num_slots / num_experts * nearest.num_experts / slots
+        return config.mode == "slot", abs(math.log2(density))
+
+    config = min(nearest.tiles.items(), key=unlike)[1]
+    if config.direct and config.down.slots < top_k:
+        return dataclasses.replace(config, down=dataclasses.replace(config.down, slots=32))
+    return config

@@ -1,0 +1,65 @@
+"""`fp4moe bench` without a GPU: what it compares with is the same layer; what it says; refusals."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from fp4moe import ExpertWeights, bench
+from fp4moe.cli import main
+from fp4moe.tune import candidates, families
+
+
+def layer(name):
+    shape = bench.SHAPES[name]
+    weight = torch.randn
+    return ExpertWeights.quantize(
+        up=weight(4, 48, 64),
+        gate=weight(4, 48, 64) if shape.gated else None,
+        down=weight(4, 64, 48),
+        activation=shape.activation,
+    )
+
+
+def test_hugging_face_computes_the_same_layer():
+    for name, top_k in (("gemma4", 3), ("nano", 2)):
+        weights = layer(name)
+        x, ids = torch.randn(5, 64), torch.rand(5, 4).topk(top_k).indices
+        routing_weights = torch.rand(5, top_k)
+        expected = bench.float32_result(x, weights, ids, routing_weights)
+        experts = bench.huggingface(name, weights).float()
+        experts.config._experts_implementation = "batched_mm"
+        got = experts(x, ids, routing_weights)
+        # Values of NVFP4 codes and scales fit into bfloat16; the global scale's product does not:
+        # 2^-9 for each weight, and sums of 64 and 48 of them average that.
+        assert ((got - expected).norm() / expected.norm()).item() < 2.0**-8
+
+
+def test_ratios_are_against_auto():
+    rows = [
+        {"shape": "nano", "kernel": kernel, "tokens": 1, "us": us}
+        for kernel, us in (("auto", 10.0), ("humming", 15.0), ("batched_mm", 40.0))
+    ]
+    rows.append({"shape": "nano", "kernel": "humming", "tokens": 2, "us": 3.0})
+    assert list(bench.ratios(rows)) == [
+        "nano        1 auto against: 1.50x humming, 4.00x batched_mm"
+    ]
+
+
+def test_no_gpu_is_said(capsys):
+    if torch.cuda.is_available():
+        assert main(["bench", "--shape", "nano", "--tokens", "1", "--no-peers"]) == 0
+        assert "nano" in capsys.readouterr().out
+    else:
+        assert main(["bench"]) == 2
+        assert capsys.readouterr().err.startswith("bench: device must be a CUDA GPU; got a CPU.")
+
+
+def test_tiles_to_try_fit_the_load():
+    assert families(8, 128) == [("slot", 16)]
+    assert families(128 * 8, 128) == [("sorted", 16), ("sorted", 32)]
+    assert families(128 * 256, 128) == [("sorted", n) for n in (64, 128, 256)]
+    for slots in (16, 32, 64, 128, 256):
+        for tile in itertools.chain(*candidates(slots)):
+            assert tile.slots == slots and tile.warps in (4, 8)

@@ -1,0 +1,46 @@
+"""benchmarks/generate.py runs on a CPU with small models, and says so where a part of it fails."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "generate.py"
+SETTINGS = ("huggingface", "replace_moe", "backend")
+
+
+def run(path: pathlib.Path, *arguments: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
+    command = [sys.executable, str(SCRIPT), "--tiny", "--new-tokens", "3", "--batch", "2"]
+    command += ["--json", str(path / "rows.json"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done, json.loads((path / "rows.json").read_text())["rows"]
+
+
+def test_both_models_in_every_setting(tmp_path):
+    done, rows = run(tmp_path, "--one-process")
+    assert done.returncode == 0, done.stderr
+    expected = [(model, s) for model in ("gemma4", "nemotron") for s in SETTINGS]
+    assert [(row["model"], row["setting"]) for row in rows] == expected
+    for row in rows:
+        assert row["batch"] == 2 and row["decode_ms"] > 0 and row["prefill_ms"] > 0
+        # huggingface keeps its bytes, replace_moe has 4.5 of the experts' 16 bits, backend both.
+        low, high = {"huggingface": (1, 1), "replace_moe": (0.28, 1), "backend": (1, 1.29)}[
+            row["setting"]
+        ]
+        assert low <= row["of_bf16"] <= high
+    # NVFP4 against bf16 experts cannot give the same logits; the same weights differ by roundings.
+    errors = {(row["model"], row["setting"]): row["logits_error"] for row in rows}
+    for model in ("gemma4", "nemotron"):
+        assert errors[model, "backend"] > 1e-3 + errors[model, "replace_moe"]
+    assert done.stdout.count("logits against replace_moe") == 2
+
+
+def test_a_setting_that_fails_says_so_and_the_others_go_on(tmp_path):
+    arguments = ["--model", "gemma4", "--settings", "replace_moe", "huggingface"]
+    done, rows = run(tmp_path, *arguments, "--kernel", "flashinfer_trtllm")
+    assert done.returncode == 1
+    assert "gemma4 replace_moe: not complete, exit code 1" in done.stdout
+    assert "UnsupportedError" in done.stderr
+    assert [row["setting"] for row in rows] == ["huggingface"]

@@ -1,0 +1,148 @@
+"""The table that "auto" reads: what is shipped, what the user measured, and what follows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fp4moe.errors import UnsupportedError
+from fp4moe.kernels import measured
+from fp4moe.kernels.measured import SHIPPED, choose_tiles, fastest, read
+from fp4moe.kernels.spec import MoeSpec
+from fp4moe.kernels.triton_configs import Config, Tile, parse_config
+
+SPEC = MoeSpec("silu", True, 2816, 704, 128, 8, (9, 0))
+SLOT, SORTED = "slot 16,64,1,4,3 16,64,1,4,3", "sorted 16,64,1,4,3 16,64,1,4,3"
+WIDE = "sorted 128,64,1,8,3 128,64,1,8,3"
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write a user's file, and forget it afterwards."""
+
+    def clear():
+        measured.measurements.cache_clear()
+        choose_tiles.cache_clear()
+
+    def write(**change):
+        row = {
+            "gpu": "a GPU",
+            "capability": "9.0",
+            "gated": True,
+            "hidden_size": 2816,
+            "intermediate_size": 704,
+            "num_experts": 128,
+            "top_k": 8,
+            "us": {"triton": {"1": 9.0, "4": 9.0}, "humming": {"1": 8.0, "4": 10.0, "16": 1.0}},
+            "tiles": {"1": SLOT, "16": SORTED, "4096": WIDE},
+            "facts": {},
+        }
+        path = tmp_path / "measured.json"
+        path.write_text(json.dumps({"measured": [row | change]}))
+        monkeypatch.setenv("FP4MOE_MEASURED", str(path))
+        clear()
+        return path
+
+    yield write
+    monkeypatch.undo()
+    clear()
+
+
+def test_what_is_shipped_is_from_an_h200():
+    layers = read(SHIPPED)
+    assert [layer.gated for layer in layers] == [True, False]
+    for layer in layers:
+        assert layer.gpu == "NVIDIA H200" and layer.capability == (9, 0)
+        # Triton is taken: there is no load at which another kernel was faster.
+        for kernel, by_tokens in layer.us.items():
+            for tokens, us in by_tokens.items():
+                assert layer.us["triton"][tokens] <= us, (kernel, tokens)
+
+
+def test_fastest_is_the_geometric_mean_of_common_loads(write):
+    # 9 x 9 = 81 against 8 x 10 = 80; T = 16 is one kernel's alone.
+    write()
+    assert fastest(["triton", "humming", "reference"], SPEC) == "humming"
+    assert fastest(["triton", "reference"], SPEC) == "triton"
+    assert fastest(["reference"], SPEC) == "reference"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        MoeSpec("silu", True, 2816, 704, 128, 8, (10, 0)),
+        MoeSpec("silu", True, 2816, 704, 128, 8, None),
+    ],
+)
+def test_order_decides_where_nothing_was_measured(write, spec):
+    write()
+    assert fastest(["triton", "humming"], spec) == "triton"
+
+
+def test_an_unmeasured_first_stays_first(write):
+    write()
+    names = ["flashinfer_cutlass", "triton", "humming"]
+    assert fastest(names, SPEC) == "flashinfer_cutlass"
+
+
+def test_kernels_without_a_common_load_keep_their_order(write):
+    write(us={"triton": {"1": 9.0}, "humming": {"2": 1.0}})
+    assert fastest(["triton", "humming"], SPEC) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("slots", "experts", "expected"),
+    [
+        (8, 128, SLOT),
+        (48, 128, SLOT),
+        # Never a program for each slot where there are many.
+        (64, 4096, SORTED),
+        (128, 128, SORTED),
+        # 4096 tokens of 8 slots are 256 an expert; half an octave decides.
+        (128 * 15, 128, SORTED),
+        (128 * 17, 128, WIDE),
+        (16 * 256, 16, WIDE),
+    ],
+)
+def test_tiles_by_load(write, slots, experts, expected):
+    write()
+    assert choose_tiles((9, 0), True, 2816, 704, experts, slots, 8) == parse_config(expected)
+
+
+def test_tiles_of_the_nearest_layer(write):
+    write()
+    shipped = {layer.gated: layer for layer in read(SHIPPED)}
+    # Not gated is nearer than the user's own GPU; another GPU has the shipped tiles of that form.
+    own = choose_tiles((9, 0), True, 2880, 720, 128, 8, 8)
+    other = choose_tiles((9, 0), False, 2688, 1856, 128, 6, 6)
+    assert own == parse_config(SLOT) and other == shipped[False].tiles[1]
+    assert choose_tiles((8, 0), False, 2688, 1856, 128, 6, 6) == shipped[False].tiles[1]
+
+
+def test_a_direct_sum_has_room_for_top_k(write):
+    write(tiles={"1": SLOT + " direct"})
+    config = choose_tiles((9, 0), True, 2816, 704, 128, 20, 20)
+    assert config.direct and config.down.slots == 32
+
+
+def test_a_config_is_written_as_it_is_read():
+    config = Config("slot", Tile(16, 32, 2, 4, 3), Tile(32, 64, 1, 8, 4), float32_partial=True)
+    assert str(config) == "slot 16,32,2,4,3 32,64,1,8,4 float32_partial"
+    assert parse_config(str(config)) == config
+
+
+@pytest.mark.parametrize(
+    "text", ["", "slot", "slot 1,2,3,4 1,2,3,4,5", "best " + SLOT[5:], SLOT + " quick", " " + SLOT]
+)
+def test_no_config(text):
+    with pytest.raises(UnsupportedError, match=r"^parse_config: text must be a mode, two tiles"):
+        parse_config(text)
+
+
+@pytest.mark.parametrize("change", [{"tiles": {"1": "x"}}, {"us": 1}, {"capability": "ninety"}])
+def test_a_broken_file_is_refused_by_name(write, change):
+    path = write(**change)
+    with pytest.raises(UnsupportedError) as error:
+        choose_tiles((9, 0), True, 2816, 704, 128, 8, 8)
+    assert str(path) in str(error.value) or "parse_config" in str(error.value)
