@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import re
 import shlex
@@ -51,8 +52,8 @@ def test_every_command_of_the_readme_is_run_somewhere():
             # Examples run below, benchmarks by `make bench`.
             assert (ROOT / words[1]).is_file(), command
         else:
-            # tests/test_cli.py and tests/test_selftest.py run these.
-            known = ("info", "explain", "selftest")
+            # tests/test_cli.py, test_selftest.py and test_bench.py run these.
+            known = ("info", "explain", "selftest", "bench")
             assert words[0] == "fp4moe" and words[1] in known, command
     assert "make test" in ci and "make demo" in ci and "make bench" in ci
 
@@ -92,3 +93,17 @@ def test_the_examples_have_the_real_widths(name, monkeypatch):
         ((128, 6, 2688, 1856), "relu2"),
     ]
     assert block.status == "replaceable" and block.nbytes > 1.4e9
+
+
+def test_the_tables_are_those_of_the_measurements(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import tables
+
+    results = ROOT / "benchmarks" / "results"
+    measured = json.loads((results / "h200.json").read_text())
+    text = (results / "h200_kernels.md").read_text()
+    for shape in tables.TITLES:
+        assert tables.table(measured["rows"], shape) in text
+        assert tables.table(measured["rows"], shape, short=True) in README
+    tables.plot(measured, tmp_path / "h200.svg")
+    assert (tmp_path / "h200.svg").read_text().count('<g id="line2d') > 20

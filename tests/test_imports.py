@@ -31,8 +31,17 @@ LAYERS: list[set[str]] = [
     {"checks"},
     {"ops"},
     {"module"},
-    {"autotune", "calibrate", "candidates", "checkpoint", "integrations", "replace", "selftest"}
-    | {"selftest_checks"},
+    {
+        "autotune",
+        "bench",
+        "calibrate",
+        "candidates",
+        "checkpoint",
+        "integrations",
+        "replace",
+        "selftest",
+    }
+    | {"selftest_checks", "tune"},
     {"passes"},
     {"compile"},
     {""},

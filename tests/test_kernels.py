@@ -221,3 +221,15 @@ def test_a_kernel_asked_for_by_name_is_never_replaced(name):
             f"{caller}: kernel must be one that runs this layer (relu2, 4 experts of 48 x 32, "
             f"CPU); got '{name}'. {name}: {REFUSALS[name]}a CPU."
         )
+
+
+def test_a_kernel_that_cannot_exist_says_why():
+    layer = {"activation": "silu", "gated": True, "num_experts": 8, "top_k": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 64}
+    (reason,) = why_not("humming_w4a8", **layer, **sizes, capability=(9, 0))
+    assert "blocks of 32 or more values, NVFP4 has blocks of 16" in reason
+    with pytest.raises(
+        UnsupportedError, match=r"got 'humming_w4a8'. humming_w4a8: humming-kernels"
+    ):
+        select_kernel("humming_w4a8", MoeSpec("silu", True, 64, 64, 8, 2, (9, 0)), caller="here")
+    assert "humming_w4a8" not in KERNEL_NAMES

@@ -17,7 +17,6 @@ import importlib.util
 import json
 import pathlib
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -257,6 +256,7 @@ def add_parser(commands: Any) -> None:
         "--no-peers", action="store_true", help="leave out Hugging Face's own experts"
     )
     command.add_argument("--json", help="also write the rows here")
+    command.add_argument("--commit", default="", help="what to note as the measured version")
     command.add_argument(
         "--tune", action="store_true", help="measure tiles and kernels, write what auto reads"
     )
@@ -275,22 +275,23 @@ def facts() -> dict[str, Any]:
     return {"gpu": torch.cuda.get_device_name(), "date": today, "versions": versions}
 
 
+def require_gpu() -> None:
+    """Raise UnsupportedError without a CUDA device."""
+    if not torch.cuda.is_available():
+        raise UnsupportedError(
+            "bench: device must be a CUDA GPU; got a CPU. Run it where the model is to run."
+        )
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Print a row per shape, kernel and number of tokens; 1 where a result was wrong.
 
     Raises:
         UnsupportedError: there is no CUDA device, or a kernel does not run here.
     """
-    if not torch.cuda.is_available():
-        raise UnsupportedError(
-            "bench: device must be a CUDA GPU; got a CPU. Run it where the model is to run."
-        )
-    if arguments.tune:
-        from .tune import tune
-
-        return tune(arguments.shape, arguments.tokens, arguments.output, arguments.jobs)
+    require_gpu()
     skew = SKEW if arguments.routing == "skewed" else 0.0
-    about = facts() | {"routing": arguments.routing, "command": " ".join(sys.argv[1:])}
+    about = facts() | {"routing": arguments.routing, "commit": arguments.commit}
     print(json.dumps(about))
     print(
         f"{'shape':7s}{'T':>6s} {'us':>8s} {'floor':>7s} {'share':>6s} {'GB/s':>6s} {'TFLOP/s':>8s}"

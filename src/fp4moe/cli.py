@@ -26,6 +26,7 @@ from .kernels import (
 )
 from .replace import explain
 from .selftest import LAYERS, TOKENS, run_selftest, selftest
+from .tune import tune
 from .version import __version__
 
 __all__ = ["main"]
@@ -72,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "info":
             print(info())
         elif arguments.command == "bench":
+            if arguments.tune:
+                names = ("shape", "tokens", "output", "jobs")
+                return tune(*(getattr(arguments, name) for name in names))
             return bench.run(arguments)
         elif arguments.command == "selftest":
             return 0 if _selftest(arguments) else 1

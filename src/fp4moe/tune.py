@@ -141,7 +141,18 @@ def tune_tokens(
 
 
 def tune(names: list[str], tokens: list[int], output: str | None, jobs: int) -> int:
-    """Measure and write; other layers and GPUs in the file stay. Returns 1 for a wrong result."""
+    """Measure and write; other layers and GPUs in the file stay. Returns 1 for a wrong result.
+
+    Args:
+        names: keys of bench.SHAPES.
+        tokens: numbers of tokens to measure at.
+        output: the file; default the user's own.
+        jobs: processes that compile.
+
+    Raises:
+        UnsupportedError: there is no CUDA device, or nothing compiles.
+    """
+    bench.require_gpu()
     path = pathlib.Path(output) if output else measured.user_file()
     rows = json.loads(path.read_text())["measured"] if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)

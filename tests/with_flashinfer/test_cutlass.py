@@ -170,7 +170,7 @@ def test_choice_and_refusals(claim):
     claim((10, 0))
     assert FusedExperts(layer()).kernel == "flashinfer_trtllm"
     assert FusedExperts(layer(activation="relu", gated=False)).kernel == "flashinfer_cutlass"
-    assert FusedExperts(layer(activation="relu", gated=True)).kernel == "reference"
+    assert FusedExperts(layer(activation="relu", gated=True)).kernel == "triton"
     weights = layer()
     claim((8, 9))
     with pytest.raises(UnsupportedError, match=r"^flashinfer_cutlass: hidden must be on a device"):

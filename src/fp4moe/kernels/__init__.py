@@ -57,11 +57,16 @@ _PRESENT: tuple[Kernel, ...] = (
 )
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _PRESENT}
 KERNEL_NAMES = tuple(KERNELS)
+# Names that users may look for, and why there is no such kernel.
+IMPOSSIBLE = {
+    "humming_w4a8": "humming-kernels 0.1.19 multiplies FP8 activations with weights in blocks of "
+    "32 or more values, NVFP4 has blocks of 16; take humming or triton, with 16-bit activations",
+}
 
 
 def check_kernel_name(kernel: str, *, caller: str) -> None:
     """Raise UnsupportedError unless `kernel` is "auto" or a kernel's name."""
-    if kernel != "auto" and kernel not in KERNEL_NAMES:
+    if kernel != "auto" and kernel not in KERNEL_NAMES and kernel not in IMPOSSIBLE:
         raise UnsupportedError(
             f"{caller}: kernel must be auto or one of {', '.join(KERNEL_NAMES)}; got {kernel!r}. "
             "Pass one of these names."
@@ -169,6 +174,8 @@ def _candidates(kernel: str) -> list[str]:
 
 
 def _reasons(name: str, spec: MoeSpec, padded: bool) -> list[str]:
+    if name in IMPOSSIBLE:
+        return [IMPOSSIBLE[name]]
     kernel = KERNELS[name]
     reasons = kernel.reasons_not_to_run(spec)
     return reasons if padded else reasons + kernel.reasons_without_padding(spec)

@@ -19,6 +19,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from ..errors import UnsupportedError
 from .spec import MoeSpec
 from .triton_configs import Config, parse_config
@@ -109,8 +111,11 @@ def measurements() -> tuple[Measured, ...]:
 def fastest(kernels: Sequence[str], spec: MoeSpec) -> str:
     """Return the kernel to take among those that can run this, in order of preference.
 
-    The first, unless it was measured on this capability and another one was faster there.
+    The first, unless it was measured on this capability and another one was faster there. The first
+    too while a graph is traced: dynamo cannot trace the reading of a file.
     """
+    if len(kernels) == 1 or torch.compiler.is_compiling():
+        return kernels[0]
     found = [m for m in measurements() if m.capability == spec.capability]
     found = [m for m in found if m.gated == spec.gated and kernels[0] in m.us]
     if not found:

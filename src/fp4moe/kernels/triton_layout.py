@@ -22,6 +22,7 @@ SLAB = 64
 # (word 0, word 1, or 2 for what remains of both; rotation), by word, block and half.
 RECIPE = ((0, 0), (0, 4), (0, 10), (2, 6), (1, 0), (1, 4), (1, 10), (2, 12))
 LEFT, SECOND_MOVE = (0, 1, 9, 10), 2
+PART_BYTES = 1 << 25
 TARGETS = (6, 7, 8, 15)  # a code's bits, lowest first
 
 
@@ -44,17 +45,17 @@ def to_slabs(packed: torch.Tensor) -> torch.Tensor:
     """Reorder packed codes [L, R, K / 2] uint8; R and K are multiples of 64. Same shape, fresh."""
     out = torch.empty(packed.shape, dtype=torch.uint8, device=packed.device)
     rows, columns = packed.shape[1] // SLAB, packed.shape[2] * 2 // SLAB
-    for expert in range(packed.shape[0]):  # the scratch is that of one expert
-        # [row tile, row, slab, register, lane]: a byte is a pair of codes
-        pairs = packed[expert].reshape(rows, SLAB, columns, 8, 4).to(torch.int32)
-        words = torch.zeros(2, rows, SLAB, columns, 4, dtype=torch.int32, device=packed.device)
+    for part, target in zip(_parts(packed), _parts(out), strict=True):
+        # [expert, row tile, row, slab, register, lane]: a byte is a pair of codes
+        pairs = part.reshape(-1, rows, SLAB, columns, 8, 4).to(torch.int32)
+        words = pairs.new_zeros((2, len(part), rows, SLAB, columns, 4))
         for register, places in enumerate(SOURCES):
             for place, sources in enumerate(places):
                 for bit, source in enumerate(sources):
-                    value = (pairs[:, :, :, register] >> (4 * place + bit)) & 1
+                    value = (pairs[..., register, :] >> (4 * place + bit)) & 1
                     words[source // 32] |= value << (source % 32)
-        ordered = words.permute(1, 3, 2, 4, 0).contiguous()
-        out[expert] = ordered.view(torch.uint8).reshape(out.shape[1:])
+        ordered = words.permute(1, 2, 4, 3, 5, 0).contiguous()
+        target.copy_(ordered.view(torch.uint8).reshape(target.shape))
     return out
 
 
@@ -62,17 +63,22 @@ def from_slabs(slabs: torch.Tensor) -> torch.Tensor:
     """Undo `to_slabs`."""
     out = torch.empty(slabs.shape, dtype=torch.uint8, device=slabs.device)
     rows, columns = slabs.shape[1] // SLAB, slabs.shape[2] * 2 // SLAB
-    for expert in range(slabs.shape[0]):
-        words = slabs[expert].reshape(-1).view(torch.int32).reshape(rows, columns, SLAB, 4, 2)
-        words = words.permute(4, 0, 2, 1, 3)
-        pairs = torch.zeros(rows, SLAB, columns, 8, 4, dtype=torch.int32, device=slabs.device)
+    for part, target in zip(_parts(slabs), _parts(out), strict=True):
+        words = part.reshape(-1).view(torch.int32).reshape(-1, rows, columns, SLAB, 4, 2)
+        words = words.permute(5, 0, 1, 3, 2, 4)
+        pairs = words.new_zeros((len(part), rows, SLAB, columns, 8, 4))
         for register, places in enumerate(SOURCES):
             for place, sources in enumerate(places):
                 for bit, source in enumerate(sources):
                     value = (words[source // 32] >> (source % 32)) & 1
-                    pairs[:, :, :, register] |= value << (4 * place + bit)
-        out[expert] = pairs.to(torch.uint8).reshape(out.shape[1:])
+                    pairs[..., register, :] |= value << (4 * place + bit)
+        target.copy_(pairs.reshape(target.shape))
     return out
+
+
+def _parts(packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Split off as many experts at a time as the scratch allows, about ten times their bytes."""
+    return packed.split(max(1, PART_BYTES // max(1, packed[0].numel())))
 
 
 def scales_to_slabs(scale: torch.Tensor) -> torch.Tensor:

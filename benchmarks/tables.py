@@ -1,0 +1,98 @@
+"""Write the table and the plot of `fp4moe bench --json` results.
+
+    python benchmarks/tables.py benchmarks/results/h200.json --plot benchmarks/results/h200.svg
+
+Prints Markdown. The best peer is the fastest of Marlin, Humming as shipped and vLLM's bf16 Triton
+kernel, measured on another H200 a day before, not in this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+TITLES = {"gemma4": "Gemma4-26B-A4B", "nano": "Nemotron-3-Nano-30B"}
+PEERS = {
+    "gemma4": {1: 34.8, 4: 60.6, 16: 126, 64: 187, 256: 237, 1024: 368, 4096: 1132},
+    "nano": {1: 38.0, 4: 69.3, 16: 164, 64: 276, 256: 355, 1024: 513, 4096: 1437},
+}
+SHORT = ("auto", "humming", "grouped_mm")
+COLUMNS = ("auto", "triton", "humming", "grouped_mm", "grouped_mm compiled", "batched_mm")
+
+
+def table(rows: list[dict[str, Any]], shape: str, short: bool = False) -> str:
+    """Return microseconds by tokens and kernel, and the ratio of the best peer to auto.
+
+    Args:
+        rows: of `fp4moe bench --json`.
+        shape: a key of TITLES.
+        short: only the kernels of SHORT, where a best peer is known.
+    """
+    us = {(row["kernel"], row["tokens"]): row["us"] for row in rows if row["shape"] == shape}
+    floor = {row["tokens"]: row["floor_us"] for row in rows if row["shape"] == shape}
+    if short:
+        floor = {tokens: us for tokens, us in floor.items() if tokens in PEERS[shape]}
+    columns = SHORT if short else COLUMNS
+    kernels = [name for name in columns if any(name == kernel for kernel, _ in us)]
+    lines = [
+        f"| {TITLES[shape]}, T | floor | {' | '.join(kernels)} | best peer | peer / auto |",
+        "|" + "---|" * (len(kernels) + 4),
+    ]
+    for tokens in floor:
+        cells = [f"{us[name, tokens]:.1f}" if (name, tokens) in us else "" for name in kernels]
+        peer = PEERS[shape].get(tokens)
+        ratio = f"{peer / us['auto', tokens]:.2f}" if peer and ("auto", tokens) in us else ""
+        lines.append(
+            f"| {tokens} | {floor[tokens]:.1f} | {' | '.join(cells)} | {peer or ''} | {ratio} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], path: pathlib.Path) -> None:
+    """Draw microseconds over tokens, log-log, with the floor."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    # The same file from the same numbers.
+    matplotlib.rcParams["svg.hashsalt"] = "fp4moe"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(TITLES), figsize=(11, 4.2), sharey=True)
+    for axis, (shape, title) in zip(axes, TITLES.items(), strict=True):
+        rows = [row for row in results["rows"] if row["shape"] == shape]
+        for kernel in COLUMNS:
+            points = [(row["tokens"], row["us"]) for row in rows if row["kernel"] == kernel]
+            if points and kernel != "triton":
+                axis.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=kernel)
+        floor = sorted({(row["tokens"], row["floor_us"]) for row in rows})
+        axis.loglog(*zip(*floor, strict=True), "k--", linewidth=1, label="floor, NVFP4")
+        axis.set(title=title, xlabel="tokens")
+        axis.grid(True, which="both", linewidth=0.2)
+    axes[0].set_ylabel("microseconds a layer")
+    axes[0].legend(fontsize=8)
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    figure.suptitle(f"{results['gpu']}, {results['date']}, {versions}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Print the tables; draw the plot where asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=pathlib.Path)
+    parser.add_argument("--plot", type=pathlib.Path)
+    parser.add_argument("--short", action="store_true", help="the README's columns and rows")
+    args = parser.parse_args()
+    results = json.loads(args.results.read_text())
+    for shape in TITLES:
+        print(table(results["rows"], shape, args.short), end="\n\n")
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
