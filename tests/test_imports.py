@@ -21,7 +21,7 @@ SOURCES = {"fp4moe": ROOT / "src" / "fp4moe", "fp4moe.passes": ROOT / "passes"}
 # Lowest first. A module imports from lower layers and, without a cycle, from its own; never from a
 # higher one. "" is fp4moe/__init__.py.
 LAYERS: list[set[str]] = [
-    {"errors", "explain", "stamps", "version"},
+    {"errors", "explain", "ranges", "sample_text", "stamps", "version"},
     {"formats"},
     {"activations", "quantize", "routing"},
     {"layout"},
@@ -30,22 +30,13 @@ LAYERS: list[set[str]] = [
     {"kernels"},
     {"checks"},
     {"ops"},
-    {"module"},
-    {
-        "autotune",
-        "bench",
-        "calibrate",
-        "candidates",
-        "checkpoint",
-        "integrations",
-        "replace",
-        "selftest",
-    }
-    | {"selftest_checks", "tune"},
+    {"linear", "module"},
+    {"autotune", "bench", "calibrate", "candidates", "checkpoint", "evaluate", "integrations"}
+    | {"recorders", "replace", "selftest", "selftest_checks", "text_model", "tune"},
     {"passes"},
     {"compile"},
     {""},
-    {"__main__", "cli"},
+    {"__main__", "cli", "cli_evaluate", "cli_quantize"},
 ]
 
 # Further limits, for names that a lower layer would allow: passes work on graphs, not on modules.

@@ -16,8 +16,16 @@ from .experts import ExpertWeights
 from .module import FusedExperts
 from .reference import moe_definition
 
-__all__ = ["Candidate", "storage_reasons", "value_reasons"]
+__all__ = [
+    "ACTIVATION_SCALES",
+    "Candidate",
+    "storage_reasons",
+    "stored_activation_scales",
+    "value_reasons",
+]
 
+# Where `calibrate` leaves (hidden_scale [1], intermediate_scale [L]) with a float module.
+ACTIVATION_SCALES = "fp4moe_activation_scales"
 ON_META = "is on the meta device (not loaded, or offloaded); load it onto a real device"
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Relative RMS limit between a block and the definition on the same float weights: four roundings to
@@ -60,6 +68,12 @@ class Candidate:
     def nbytes(self) -> int:
         """Bytes of the expert weights as they are now."""
         return sum(p.nbytes for p in self.parameters.values())
+
+
+def stored_activation_scales(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what `calibrate` left here as keywords of ExpertWeights.quantize; {} if nothing."""
+    scales = getattr(module, ACTIVATION_SCALES, None)
+    return {} if scales is None else {"hidden_scale": scales[0], "intermediate_scale": scales[1]}
 
 
 def storage_reasons(module: nn.Module, parameters: dict[str, torch.Tensor]) -> list[str]:

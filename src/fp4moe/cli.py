@@ -1,4 +1,4 @@
-"""The command line: `fp4moe info`, `explain MODEL`, `selftest` and `bench`."""
+"""The command line: `fp4moe info`, `explain`, `quantize`, `evaluate`, `bench`, `selftest`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from . import bench
+from . import bench, cli_evaluate, cli_quantize
 from .errors import CheckpointError, Fp4MoeError, UnsupportedError
 from .explain import format_table
 from .kernels import (
@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.add_parser(commands)
+    cli_quantize.add_parser(commands)
+    cli_evaluate.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "info":
@@ -79,6 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return bench.run(arguments)
         elif arguments.command == "selftest":
             return 0 if _selftest(arguments) else 1
+        elif arguments.command == "quantize":
+            cli_quantize.run(arguments)
+        elif arguments.command == "evaluate":
+            cli_evaluate.run(arguments)
         else:
             report = explain(
                 model_from_config(arguments.model), arguments.kernel, only_structure=True

@@ -182,13 +182,17 @@ def _quantize_into(
 
 
 def activation_scale(
-    name: str, value: float | torch.Tensor, count: int, device: torch.device
+    name: str,
+    value: float | torch.Tensor,
+    count: int,
+    device: torch.device,
+    caller: str = "ExpertWeights.quantize",
 ) -> torch.Tensor:
     """Return the decode multipliers of activations as float32 [count], checked."""
     scale = torch.as_tensor(value, dtype=torch.float32, device=device).detach().reshape(-1)
     if scale.numel() not in (1, count) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ShapeError(
-            f"ExpertWeights.quantize: {name} must be positive and finite, one value or {count}; "
+            f"{caller}: {name} must be positive and finite, one value or {count}; "
             f"got {value}. "
             "Pass amax / (6 * 448), or 1.0 where it is unknown."
         )

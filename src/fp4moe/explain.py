@@ -15,7 +15,7 @@ class BlockReport:
     Attributes:
         path, module: dotted name and class of the module.
         status: "replaced", "replaceable" or "not replaceable".
-        reasons: why it cannot be replaced, or notes on a replaced one.
+        reasons: why it cannot be replaced; else notes, on calibration for one.
         activation, gated, num_experts, top_k, hidden_size, intermediate_size: None where unknown.
         padded_sizes: (hidden, intermediate) as the kernel stores them.
         kernel: what runs it, or would.

@@ -6,6 +6,7 @@ prepared. RoutedExperts leaves the choice of the experts to the kernel, too.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from .errors import ShapeError, UnsupportedError
+from .expert_quantize import activation_scale
 from .experts import ExpertWeights
 from .kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
@@ -128,6 +130,24 @@ class FusedExperts(nn.Module):
             tensors.get(f"logical_{name}", tensors[name])
             for name in ("hidden_scale", "intermediate_scale")
         )
+
+    def set_activation_scales(
+        self, hidden_scale: float | torch.Tensor, intermediate_scale: float | torch.Tensor
+    ) -> None:
+        """Set the global scales of the quantised activations, in place; see `fp4moe.calibrate`.
+
+        Args:
+            hidden_scale: decode multiplier of the input, one value.
+            intermediate_scale: that of the input of down, one value or one a local expert.
+
+        Raises:
+            ShapeError: a value is not positive and finite, or there are too many or too few.
+        """
+        weights, caller = self.weights, f"{type(self).__name__}.set_activation_scales"
+        count, device = weights.local_experts, weights.device
+        hidden = activation_scale("hidden_scale", hidden_scale, 1, device, caller)
+        inner = activation_scale("intermediate_scale", intermediate_scale, count, device, caller)
+        self._copy_in(dataclasses.replace(weights, hidden_scale=hidden, intermediate_scale=inner))
 
     @property
     def prepared(self) -> PreparedWeights:
@@ -248,7 +268,10 @@ class FusedExperts(nn.Module):
         device = self.gate_up_packed.device
         loaded = {name: tensor.to(device) for name, tensor in loaded.items()}
         self._take(loaded)
-        prepared = self._laid_out(ExpertWeights.from_tensors(loaded, self.metadata))
+        self._copy_in(ExpertWeights.from_tensors(loaded, self.metadata))
+
+    def _copy_in(self, weights: ExpertWeights) -> None:
+        prepared = self._laid_out(weights)
         with torch.no_grad():
             # copy_ keeps the storage that compiled graphs and CUDA graphs know.
             for name, tensor in prepared.tensors().items():

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .candidates import ON_META, Candidate, value_reasons
+from .candidates import ON_META, Candidate, stored_activation_scales, value_reasons
 from .errors import UnsupportedError
 from .explain import BlockReport, ModelReport
 from .integrations.fused_routing import FusedRouting, plan_fused_routing
@@ -281,11 +281,14 @@ def _candidate_row(candidate: Candidate, kernel: str, reasons: list[str]) -> Blo
             round_up(s, m)
             for s, m in zip((spec.hidden_size, spec.intermediate_size), multiples, strict=True)
         )
+    notes = (
+        ["activation ranges are calibrated"] if stored_activation_scales(candidate.module) else []
+    )
     return BlockReport(
         path=candidate.path,
         module=type(candidate.module).__name__,
         status="not replaceable" if reasons else "replaceable",
-        reasons=tuple(reasons),
+        reasons=tuple(reasons or notes),
         activation=candidate.activation,
         gated=candidate.gated,
         num_experts=candidate.num_experts,

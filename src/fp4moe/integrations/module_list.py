@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..candidates import Candidate, storage_reasons
+from ..candidates import Candidate, storage_reasons, stored_activation_scales
 from ..experts import ExpertWeights
 from ..module import FusedExperts
 from .module_list_block import BlockForm, FusedMoeBlock
@@ -98,7 +98,7 @@ def _describe(
     if reasons or candidate.activation is None:
         return candidate
     plan = _Plan(block, name, router, roles, candidate.activation, weakref.ref(candidate))
-    candidate.quantize = functools.partial(_quantize, experts, roles, candidate.activation)
+    candidate.quantize = functools.partial(_quantize, block, experts, roles, candidate.activation)
     candidate.build = plan.build
     candidate.verify = plan.verify
     return candidate
@@ -183,7 +183,11 @@ def _activation(experts: list[nn.Module], roles: dict[str, str]) -> tuple[str | 
 
 
 def _quantize(
-    experts: list[nn.Module], roles: dict[str, str], activation: str, method: str
+    block: nn.Module,
+    experts: list[nn.Module],
+    roles: dict[str, str],
+    activation: str,
+    method: str,
 ) -> ExpertWeights:
     """Pack one expert after the other: only packed tensors are ever stacked."""
     packed: dict[str, torch.Tensor] = {}
@@ -198,6 +202,8 @@ def _quantize(
                     packed[name] = tensor.new_empty((count, *tensor.shape[1:]))
                 packed[name][0 if name == "hidden_scale" else index] = tensor[0]
             metadata = one.metadata() | {"num_experts": len(experts)}
+        for name, scale in stored_activation_scales(block).items():
+            packed[name].copy_(scale)
     return ExpertWeights.from_tensors(packed, metadata)
 
 

@@ -15,7 +15,12 @@ import torch
 from torch import nn
 
 from ..activations import ACTIVATIONS, identify_activation, probe_values
-from ..candidates import Candidate, storage_reasons, verify_against_definition
+from ..candidates import (
+    Candidate,
+    storage_reasons,
+    stored_activation_scales,
+    verify_against_definition,
+)
 from ..experts import ExpertWeights, split_gate_up
 from ..stamps import STAMPS
 
@@ -111,6 +116,7 @@ def describe_experts(path: str, module: Any) -> Candidate:
     stacked = {"gate_up": first} if module.has_gate else {"up": first}
     candidate.quantize = functools.partial(
         _quantize,
+        module=module,
         stacked=stacked,
         down=down,
         layout=layout,
@@ -121,9 +127,10 @@ def describe_experts(path: str, module: Any) -> Candidate:
     return candidate
 
 
-def _quantize(method: str, *, stacked: dict, down: torch.Tensor, **options: Any) -> ExpertWeights:
+def _quantize(method: str, *, module: nn.Module, stacked: dict, **options: Any) -> ExpertWeights:
+    options |= stored_activation_scales(module)
     with torch.no_grad():
-        return ExpertWeights.quantize(**stacked, down=down, method=method, **options)
+        return ExpertWeights.quantize(**stacked, method=method, **options)
 
 
 def _verify(

@@ -1,0 +1,135 @@
+"""How a quantised checkpoint names its tensors: what ModelOpt's and compressed-tensors' share.
+
+A matrix is one Linear, one projection of one expert, or one projection of all experts stacked.
+Its form is read off its tensors; the lists in the configuration only name the algorithms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn
+
+import torch
+
+from ..errors import CheckpointError
+from .header import Spec, name_keys
+
+__all__ = [
+    "FLOAT",
+    "FLOATS",
+    "KNOWN",
+    "Convention",
+    "Matrix",
+    "fail",
+    "form_of",
+    "listed",
+    "name_keys",
+    "scale_form",
+    "strings",
+]
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def fail(rule: str, got: object, fix: str) -> NoReturn:
+    """Raise the CheckpointError of reading a checkpoint into a model."""
+    raise CheckpointError(f"from_pretrained: checkpoint must {rule}; got {got}. {fix}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Convention:
+    """What a quantisation tool calls the tensors of one matrix, and what they mean.
+
+    Attributes:
+        name: the tool.
+        parts: name on disk -> part: "weight", "scale" (a block scale beside 4-bit codes, an FP8
+            scale beside e4m3), "global_scale", "input_scale", "fp8_input_scale".
+        reciprocal: global and NVFP4 input scales are stored as encode multipliers.
+        forms: "nvfp4" and "fp8", as the configuration announces them.
+        ignored: the configuration's patterns of modules left alone.
+    """
+
+    name: str
+    parts: Mapping[str, str]
+    reciprocal: bool
+    forms: frozenset[str]
+    ignored: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        found = [
+            f"(?:{p[3:]})" if p.startswith("re:") else f"(?:{fnmatch.translate(p)})"
+            for p in self.ignored
+        ]
+        try:
+            return re.compile("|".join(found) or "(?!)")
+        except re.error as error:
+            fail("have patterns in ignore that can be read", str(error), "Check the configuration")
+
+    def ignores(self, module: str) -> bool:
+        """Whether a pattern (`*` wildcards, or `re:` and an expression) names the module."""
+        return self._pattern.match(module) is not None
+
+
+# A checkpoint without quantisation: only weights.
+FLOAT = Convention("none", {"weight": "weight"}, False, frozenset())
+
+
+@dataclasses.dataclass
+class Matrix:
+    """The keys of one matrix by part."""
+
+    keys: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def spec(self, part: str, shapes: Mapping[str, Spec]) -> Spec | None:
+        """Return dtype and shape of a part, None where there is none."""
+        return shapes[self.keys[part]] if part in self.keys else None
+
+
+def form_of(matrix: Matrix, shapes: Mapping[str, Spec]) -> str | None:
+    """Return "nvfp4", "fp8" or "float" by the dtype of the weight; None where that is missing."""
+    spec = matrix.spec("weight", shapes)
+    if spec is None:
+        return None
+    if spec[0] == torch.uint8:
+        return "nvfp4"
+    if spec[0] == torch.float8_e4m3fn:
+        return "fp8"
+    return "float" if spec[0] in FLOATS else "unknown"
+
+
+def scale_form(group: Mapping[str, Any], where: str) -> str | None:
+    """Return the form that a `weights` entry of config_groups describes; None for no weights."""
+    weights = group.get("weights")
+    if weights is None:
+        return None
+    if not isinstance(weights, dict):
+        fail(f"describe weights in {where} by an object", repr(weights)[:100], "Check config.json")
+    bits, kind, size = (weights.get(k) for k in ("num_bits", "type", "group_size"))
+    if (bits, kind) == (4, "float") and size in (16, None) and weights.get("symmetric", True):
+        return "nvfp4"
+    if (bits, kind) == (8, "float") and size is None and weights.get("symmetric", True):
+        return "fp8"
+    got = f"{bits}-bit {kind} with group_size {size}"
+    fail(f"hold NVFP4 (group size 16) or FP8 weights in {where}", got, KNOWN)
+
+
+KNOWN = "Known are NVFP4, W4A16_NVFP4, FP8 and mixtures of these (MIXED_PRECISION)"
+
+
+def strings(value: object, name: str) -> tuple[str, ...]:
+    """Return a list of strings from the configuration, None as empty."""
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        fail(f"have a list of names as {name}", repr(value)[:100], "Check config.json")
+    return tuple(value)
+
+
+def listed(kind: str, keys: Collection[str]) -> str:
+    """One part of an error: how many keys are of a kind, and the first ten."""
+    return f"{kind} {name_keys(keys)}"

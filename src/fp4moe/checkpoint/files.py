@@ -1,0 +1,219 @@
+"""The files of a Hugging Face checkpoint directory: opened fail-closed, read one tensor at a time.
+
+Only safetensors and JSON are read. Pickle files are never opened, Python files never imported.
+Not handled here: what the tensors mean (quantisation formats, module names).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from .header import Spec, fail, name_keys, read_header, read_json
+
+__all__ = ["INDEX", "PICKLES", "WEIGHTS", "CheckpointFiles"]
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# The shards of save_pretrained; other files, such as consolidated.safetensors, may be there.
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+class CheckpointFiles:
+    """An opened checkpoint directory. Use `CheckpointFiles.open`, best in a `with` statement.
+
+    Attributes:
+        directory: the directory, as given.
+        config: content of config.json.
+        quantization: content of hf_quant_config.json, or else config.json's
+            "quantization_config"; None where there is neither.
+        shapes: key -> (dtype, shape) of every tensor.
+        shards: file name -> its keys, both in the order of the index.
+    """
+
+    directory: str
+    config: dict[str, Any]
+    quantization: dict[str, Any] | None
+    shapes: Mapping[str, Spec]
+    shards: Mapping[str, list[str]]
+
+    def __init__(
+        self,
+        directory: str,
+        config: dict[str, Any],
+        quantization: dict[str, Any] | None,
+        specs: dict[str, dict[str, Spec]],
+    ) -> None:
+        self.directory, self.config, self.quantization = directory, config, quantization
+        self.shapes = MappingProxyType({k: s for shard in specs.values() for k, s in shard.items()})
+        self.shards = MappingProxyType({name: list(shard) for name, shard in specs.items()})
+        self._shard_of = {key: name for name, shard in specs.items() for key in shard}
+        self._open: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str]) -> CheckpointFiles:
+        """Open a directory as `save_pretrained` or a hub download leaves it.
+
+        Read are config.json, hf_quant_config.json, and model.safetensors or the files of
+        model.safetensors.index.json. A file may be a symbolic link within the directory, or from
+        `snapshots/<revision>` of a Hugging Face cache into its `blobs`; any other is refused.
+
+        Raises:
+            CheckpointError: something is missing, extra, damaged, unsafe or not safetensors. All
+                headers are checked; nothing has been read of the tensors.
+        """
+        root = os.fspath(directory)
+        if not os.path.isdir(root):
+            fail("directory", "be an existing directory", repr(root), "Check the path")
+        config = read_json(_resolve(root, "config.json"))
+        quantization: dict[str, Any] | None
+        if _exists(root, "hf_quant_config.json"):
+            quantization = read_json(_resolve(root, "hf_quant_config.json"))
+        else:
+            quantization = config.get("quantization_config")
+        if not isinstance(quantization, dict | None):
+            got = repr(quantization)[:100]
+            fail("quantization_config", "be a JSON object", got, "Check config.json")
+        return cls(root, config, quantization, _read_specs(root))
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """Map one tensor into memory, as stored: no cast, no expansion, nothing read until used.
+
+        Raises:
+            CheckpointError: there is no such key, or the file has changed since it was opened.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        name = self._shard_of.get(key)
+        if name is None:
+            raise CheckpointError(
+                f"CheckpointFiles.tensor: key must be in the checkpoint; got {key!r}. "
+                "Look it up in shapes."
+            )
+        try:
+            if name not in self._open:
+                self._open[name] = safe_open(_resolve(self.directory, name), framework="pt")
+            tensor = self._open[name].get_tensor(key)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"CheckpointFiles.tensor: {name!r} must be readable by safetensors for {key!r}; "
+                f"got {error}. Download it again."
+            ) from error
+        if (tensor.dtype, tuple(tensor.shape)) != self.shapes[key]:
+            raise CheckpointError(
+                f"CheckpointFiles.tensor: {key!r} must be {self.shapes[key]} as when it was "
+                f"opened; got {(tensor.dtype, tuple(tensor.shape))}. Open the checkpoint again."
+            )
+        return tensor
+
+    def shard_of(self, key: str) -> str:
+        """The name of the file that holds a key of `shapes`."""
+        return self._shard_of[key]
+
+    def path(self, name: str) -> str:
+        """The path of a file of the directory, refused where it is missing or leads elsewhere."""
+        return _resolve(self.directory, name)
+
+    def release(self, shard: str) -> None:
+        """Forget the mapping of one file; its memory goes when no tensor of it is left."""
+        self._open.pop(shard, None)
+
+    def close(self) -> None:
+        """Forget the mappings of all files. Tensors already handed out stay valid."""
+        self._open.clear()
+
+    def __enter__(self) -> CheckpointFiles:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _read_specs(root: str) -> dict[str, dict[str, Spec]]:
+    """File name -> key -> (dtype, shape), of the single file or of those in the index."""
+    single, index = _exists(root, WEIGHTS), _exists(root, INDEX)
+    if single and index:
+        fail("directory", f"hold {WEIGHTS} or {INDEX}", "both", "Remove the one that is stale")
+    if single:
+        return {WEIGHTS: read_header(_resolve(root, WEIGHTS))}
+    if not index:
+        _no_weights(root)
+    weight_map = read_json(_resolve(root, INDEX)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        got = repr(weight_map)[:100]
+        fail(INDEX, "have a weight_map from keys to file names", got, "Download it again")
+    planned: dict[str, list[str]] = {}
+    for key, name in weight_map.items():
+        if not isinstance(name, str):
+            got = repr(name)[:100]
+            fail(INDEX, f"name a file for {key!r}", got, "Download it again")
+        planned.setdefault(name, []).append(key)
+    stale = {name for name in os.listdir(root) if SHARD.fullmatch(name)} - set(planned)
+    if stale:
+        fail(INDEX, "name every shard", f"others beside it {name_keys(stale)}", "Remove the stale")
+    paths = {name: _resolve(root, name) for name in planned}
+    found = {name: read_header(path) for name, path in paths.items()}
+    _compare(planned, found)
+    return {name: {key: found[name][key] for key in keys} for name, keys in planned.items()}
+
+
+def _compare(planned: dict[str, list[str]], found: dict[str, dict[str, Spec]]) -> None:
+    """Refuse files whose keys are not exactly those that the index says."""
+    seen: dict[str, int] = {}
+    for header in found.values():
+        for key in header:
+            seen[key] = seen.get(key, 0) + 1
+    if twice := [key for key, count in seen.items() if count > 1]:
+        fail("files", "hold each key once", f"in two or more: {name_keys(twice)}", "Keep one file")
+    for name, keys in planned.items():
+        missing, extra = set(keys) - set(found[name]), set(found[name]) - set(keys)
+        if missing or extra:
+            got = f"missing {name_keys(missing)}, not in the index {name_keys(extra)}"
+            rule = "hold exactly the keys that the index says"
+            fail(repr(name), rule, got, "Download the files and the index of one revision")
+
+
+def _exists(root: str, name: str) -> bool:
+    # lexists: a dangling link is a broken download, not an absent file.
+    return os.path.lexists(os.path.join(root, name))
+
+
+def _resolve(root: str, name: str) -> str:
+    """The path of a file that lies in the directory, or in the blobs of its cache."""
+    plain = name.isprintable() and not set(name) & set('/\\:*?"<>|') and name not in ("", ".", "..")
+    if not plain:
+        fail("file names", "be plain names in the directory", repr(name), "Do not use this file")
+    home, path = os.path.realpath(root), os.path.join(root, name)
+    target = os.path.realpath(path)
+    allowed = [home]
+    if os.path.basename(os.path.dirname(home)) == "snapshots":
+        allowed.append(os.path.join(os.path.dirname(os.path.dirname(home)), "blobs"))
+    if os.path.dirname(target) not in allowed:
+        rule = "lie in the directory, or in the blobs of its Hugging Face cache"
+        fail(repr(name), rule, "a link elsewhere", "Copy the file into the directory")
+    if not os.path.isfile(target):
+        fail(repr(name), "be there", "no such file", "Download it again")
+    return path
+
+
+def _no_weights(root: str) -> None:
+    names = sorted(os.listdir(root))
+    pickles = [name for name in names if name.lower().endswith(PICKLES)]
+    if pickles:
+        rule = "hold safetensors; pickle files can run code and are never opened"
+        fix = "Convert it with save_pretrained(safe_serialization=True) where you trust it"
+        fail("directory", rule, f"files {name_keys(pickles)}", fix)
+    others = [name for name in names if name.endswith(".safetensors")]
+    got = f"other safetensors files {name_keys(others)}" if others else "none"
+    fail("directory", f"hold {WEIGHTS} or {INDEX}", got, "Check the path and the download")

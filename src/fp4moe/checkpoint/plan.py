@@ -1,0 +1,238 @@
+"""Which tensors of a checkpoint become which module of a model; fails closed, reads headers only.
+
+Every key is given to exactly one place and every place gets all its keys, each of the right dtype
+and shape, or a CheckpointError lists what is wrong. Not handled here: values (read.py), how keys
+are renamed (the caller passes that), building the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Mapping
+
+from .conventions import FLOATS, Convention, Matrix, form_of
+from .header import Spec
+from .plan_checks import ExpertsFacts, LinearFacts, Problems, check_experts, check_linear
+
+__all__ = [
+    "ExpertsFacts",
+    "ExpertsPlan",
+    "LinearFacts",
+    "LinearPlan",
+    "Plan",
+    "inside",
+    "make_plan",
+]
+
+# On disk some families number the projections.
+PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+TAIL = re.compile(
+    r"(?:([0-9]{1,9})\.)?(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)(?:[._](.+))?"
+)
+# Scales of an FP8 KV cache: the cache stays in the model's dtype here.
+KV_SCALE = re.compile(r".*\.[kqv]_(proj\.)?([kqv]_)?scale")
+
+
+@dataclasses.dataclass
+class ExpertsPlan:
+    """The matrices of one experts module by (expert or None for a stack, projection)."""
+
+    facts: ExpertsFacts
+    form: str
+    matrices: dict[tuple[int | None, str], Matrix]
+
+    @property
+    def keys(self) -> list[str]:
+        """Every key of the module."""
+        return [key for matrix in self.matrices.values() for key in matrix.keys.values()]
+
+
+@dataclasses.dataclass
+class LinearPlan:
+    """The keys of one quantised Linear."""
+
+    facts: LinearFacts
+    form: str
+    matrix: Matrix
+
+
+@dataclasses.dataclass
+class Plan:
+    """experts and linears by module path; plain: name in the model -> its keys.
+
+    skipped are keys without a place that are no error.
+    """
+
+    convention: Convention
+    experts: dict[str, ExpertsPlan] = dataclasses.field(default_factory=dict)
+    linears: dict[str, LinearPlan] = dataclasses.field(default_factory=dict)
+    plain: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    skipped: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def packed_keys(self) -> set[str]:
+        """The keys that no one else may load."""
+        found = {key for plan in self.experts.values() for key in plan.keys}
+        return found | {k for plan in self.linears.values() for k in plan.matrix.keys.values()}
+
+
+@dataclasses.dataclass
+class Model:
+    """What a plan needs to know of the model.
+
+    Attributes:
+        experts, linears: by module path.
+        plain: name -> (dtype, shape) of every parameter and buffer that is saved, experts too.
+        optional: names of `plain` that need not be in the checkpoint, such as tied ones.
+        name: key -> its name in the model, without merging.
+        merged: key -> (name in the model, whether several keys make one tensor).
+        may_skip: whether a key without a place is no error.
+        quantize: whether float experts are packed; otherwise they are plain.
+    """
+
+    experts: Mapping[str, ExpertsFacts]
+    linears: Mapping[str, LinearFacts]
+    plain: Mapping[str, Spec]
+    optional: Collection[str]
+    name: Callable[[str], str]
+    merged: Callable[[str], tuple[str, bool]]
+    may_skip: Callable[[str], bool]
+    quantize: bool
+
+
+def make_plan(shapes: Mapping[str, Spec], convention: Convention, model: Model) -> Plan:
+    """Give every key its place.
+
+    Args:
+        shapes: key -> (dtype, shape), from the headers.
+        convention: how the checkpoint names quantised tensors.
+        model: what the model expects.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, there twice, or of a wrong dtype, shape
+            or form; names the first ten keys of each kind and their count.
+    """
+    problems = Problems()
+    experts: dict[str, dict[tuple[int | None, str], Matrix]] = {path: {} for path in model.experts}
+    linears: dict[str, Matrix] = {}
+    rest: list[str] = []
+    for key in shapes:
+        name = model.name(key)
+        path = inside(name, model.experts)
+        if path is not None:
+            entry = _parse(name[len(path) + 1 :], convention)
+            if entry is None:
+                # A float experts module may have other tensors that only its class knows.
+                rest.append(key)
+                continue
+            which, part = entry
+            _add(experts[path].setdefault(which, Matrix()), part, key, problems)
+            continue
+        module, _, leaf = name.rpartition(".")
+        if module in model.linears and leaf in convention.parts:
+            _add(linears.setdefault(module, Matrix()), convention.parts[leaf], key, problems)
+        else:
+            rest.append(key)
+    plan = Plan(convention)
+    for path, facts in model.experts.items():
+        found = experts[path]
+        form = _experts_form(found, shapes)
+        if form == "float" and not model.quantize:
+            if found:
+                check_experts(path, facts, form, found, convention, shapes, problems)
+            rest += [key for matrix in found.values() for key in matrix.keys.values()]
+            continue
+        check_experts(path, facts, form, found, convention, shapes, problems)
+        plan.experts[path] = ExpertsPlan(facts, form, found)
+    for path, matrix in linears.items():
+        kind = form_of(matrix, shapes)
+        if kind == "float" and set(matrix.keys) == {"weight"}:
+            rest += matrix.keys.values()
+            continue
+        facts_of = model.linears[path]
+        check_linear(path, facts_of, kind, matrix, convention, shapes, problems)
+        plan.linears[path] = LinearPlan(facts_of, kind or "nvfp4", matrix)
+    _place_rest(rest, shapes, model, plan, problems)
+    problems.check()
+    return plan
+
+
+def inside(name: str, paths: Collection[str]) -> str | None:
+    """Return the module of `paths` that a name lies in."""
+    end = name.find(".")
+    while end >= 0:
+        if name[:end] in paths:
+            return name[:end]
+        end = name.find(".", end + 1)
+    return None
+
+
+def _parse(tail: str, convention: Convention) -> tuple[tuple[int | None, str], str] | None:
+    """Read `7.up_proj.weight_scale`, `gate_up_proj`, `down_proj_weight_scale_2` and the like."""
+    match = TAIL.fullmatch(tail)
+    if match is None:
+        return None
+    number, projection, leaf = match.groups()
+    if leaf is None and number is not None:
+        return None
+    leaf = leaf or "weight"
+    part = convention.parts.get(leaf)
+    if part is None and number is None:
+        part = convention.parts.get(f"weight_{leaf}")
+    if part is None:
+        return None
+    expert = None if number is None else int(number)
+    return (expert, PROJECTIONS.get(projection, projection)), part
+
+
+def _add(matrix: Matrix, part: str, key: str, problems: Problems) -> None:
+    if part in matrix.keys:
+        problems.duplicated |= {matrix.keys[part], key}
+    matrix.keys[part] = key
+
+
+def _experts_form(found: Mapping[tuple[int | None, str], Matrix], shapes: Mapping) -> str:
+    """Packed where any part of the module says so: a lost scale must not make it float."""
+    forms = {form_of(matrix, shapes) for matrix in found.values()}
+    scaled = any(set(matrix.keys) - {"weight"} for matrix in found.values())
+    return "nvfp4" if scaled or forms - {"float", None} else "float"
+
+
+def _place_rest(
+    rest: list[str], shapes: Mapping[str, Spec], model: Model, plan: Plan, problems: Problems
+) -> None:
+    """Give plain tensors their names; find those that are missing, twice there or without place."""
+    packed = {*plan.experts, *plan.linears}
+    replaced = {name for name in model.plain if inside(name, packed)}
+    for key in rest:
+        name, merged = model.merged(key)
+        bias = name.endswith(".bias") and name[: -len(".bias")] in plan.linears
+        if name in model.plain and (name not in replaced or bias):
+            others = plan.plain.setdefault(name, [])
+            others.append(key)
+            if merged:
+                continue
+            if len(others) > 1:
+                problems.duplicated |= set(others)
+            dtype, shape = shapes[key]
+            expected = model.plain[name]
+            fits = dtype in FLOATS if expected[0].is_floating_point else dtype == expected[0]
+            if shape != expected[1] or not fits:
+                problems.wrong[key] = f"is {_words(shapes[key])}, must be {_words(expected)}"
+        elif KV_SCALE.fullmatch(key) or model.may_skip(key) or model.may_skip(name):
+            plan.skipped.append(key)
+        else:
+            problems.unexpected.add(key)
+    for path, linear in plan.linears.items():
+        bias_keys = plan.plain.pop(f"{path}.bias", None)
+        if bias_keys:
+            linear.matrix.keys["bias"] = bias_keys[0]
+        elif linear.facts.bias:
+            problems.missing.add(f"{path}.bias")
+    needed = set(model.plain) - replaced - set(model.optional)
+    problems.missing |= needed - set(plan.plain)
+
+
+def _words(spec: Spec) -> str:
+    return f"{str(spec[0]).removeprefix('torch.')} {list(spec[1])}"

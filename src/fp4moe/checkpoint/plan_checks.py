@@ -1,0 +1,213 @@
+"""Whether the tensors of one module are all there, with the dtypes and shapes that the model needs.
+
+Headers only. What is wrong is collected, so that one error names all of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+
+import torch
+
+from ..errors import CheckpointError
+from ..formats import NVFP4
+from .conventions import FLOATS, Convention, Matrix, listed
+from .header import Spec
+
+__all__ = ["ExpertsFacts", "LinearFacts", "Problems", "check_experts", "check_linear"]
+
+NVFP4_NEEDED = ("weight", "scale", "global_scale")
+FP8_PARTS = {"weight", "scale", "input_scale", "fp8_input_scale"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsFacts:
+    """What the model says of one experts module: E experts, gate and up [I, H], down [H, I].
+
+    layout and transposed tell how a float stack of gate and up is stored, as in
+    ExpertWeights.quantize.
+    """
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+    gated: bool
+    layout: str = "gate_up"
+    transposed: bool = False
+    top_k: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearFacts:
+    """What the model says of one Linear."""
+
+    out_features: int
+    in_features: int
+    bias: bool
+
+
+class Problems:
+    """What is wrong with the tensors of a checkpoint, by kind."""
+
+    def __init__(self) -> None:
+        self.missing: set[str] = set()
+        self.unexpected: set[str] = set()
+        self.duplicated: set[str] = set()
+        self.wrong: dict[str, str] = {}
+
+    def check(self) -> None:
+        """Raise one CheckpointError for all of them."""
+        parts = [
+            listed(kind, keys)
+            for kind, keys in (
+                ("missing", self.missing),
+                ("unexpected", self.unexpected),
+                ("duplicated", self.duplicated),
+                ("of a wrong shape, dtype or form", self.wrong),
+            )
+            if keys
+        ]
+        if parts:
+            details = "; ".join(f"{key!r} {why}" for key, why in sorted(self.wrong.items())[:3])
+            raise CheckpointError(
+                "from_pretrained: checkpoint must hold exactly the tensors of the model; got "
+                f"{'; '.join(parts)}{f' ({details})' if details else ''}. Nothing was loaded: use "
+                "a complete checkpoint of this very model."
+            )
+
+
+def check_experts(
+    path: str,
+    facts: ExpertsFacts,
+    form: str,
+    found: dict[tuple[int | None, str], Matrix],
+    convention: Convention,
+    shapes: Mapping[str, Spec],
+    problems: Problems,
+) -> None:
+    """Check one experts module, whose form is "nvfp4" or "float"."""
+    stacked = {projection for expert, projection in found if expert is None}
+    whole: set[tuple[int | None, str]]
+    if stacked:
+        separate = {"gate_proj", "up_proj"} if facts.gated else {"up_proj"}
+        first = separate if stacked & separate or not facts.gated else {"gate_up_proj"}
+        whole = {(None, projection) for projection in first | {"down_proj"}}
+    else:
+        names = ("gate_proj", "up_proj", "down_proj")[not facts.gated :]
+        whole = {(expert, name) for expert in range(facts.num_experts) for name in names}
+    for which in set(found) - whole:
+        problems.unexpected |= set(found[which].keys.values())
+    # Either every projection of an input has an input scale, or none has.
+    calibrated = {
+        down: any(
+            "input_scale" in matrix.keys
+            for (_, name), matrix in found.items()
+            if (name == "down_proj") == down
+        )
+        for down in (False, True)
+    }
+    on_disk = {part: name for name, part in reversed(list(convention.parts.items()))}
+    for expert, projection in whole:
+        matrix = found.get((expert, projection), Matrix())
+        needed = set(NVFP4_NEEDED if form == "nvfp4" else ("weight",))
+        if form == "nvfp4" and calibrated[projection == "down_proj"]:
+            needed.add("input_scale")
+        middle = projection if expert is None else f"{expert}.{projection}"
+        for part in needed - set(matrix.keys):
+            problems.missing.add(f"{path}.{middle}.{on_disk[part]}")
+        lead = (facts.num_experts,) if expert is None else ()
+        rows, columns = facts.intermediate_size, facts.hidden_size
+        if projection == "gate_up_proj":
+            rows *= 2
+        if projection == "down_proj":
+            rows, columns = columns, rows
+        if form == "nvfp4":
+            _check_nvfp4(matrix, lead, rows, columns, projection, convention, shapes, problems)
+        else:
+            transposed = facts.transposed and expert is None
+            size = (columns, rows) if transposed else (rows, columns)
+            _check_spec(matrix, "weight", FLOATS, {(*lead, *size)}, shapes, problems)
+
+
+def _check_nvfp4(
+    matrix: Matrix,
+    lead: tuple[int, ...],
+    rows: int,
+    columns: int,
+    projection: str,
+    convention: Convention,
+    shapes: Mapping[str, Spec],
+    problems: Problems,
+) -> None:
+    if columns % NVFP4.block_size or "nvfp4" not in convention.forms:
+        for key in matrix.keys.values():
+            problems.wrong[key] = (
+                f"is of NVFP4, which {convention.name} does not announce for this checkpoint"
+                if "nvfp4" not in convention.forms
+                else f"has rows of {columns}, no multiple of {NVFP4.block_size}"
+            )
+        return
+    for part in set(matrix.keys) - {*NVFP4_NEEDED, "input_scale"}:
+        problems.unexpected.add(matrix.keys[part])
+    packed = (*lead, rows, NVFP4.packed_columns(columns))
+    scales = (*lead, rows, NVFP4.scale_columns(columns))
+    single: set[tuple[int, ...]] = {(), (1,)}
+    for count in lead:
+        single |= {(count,), (count, 1), (count, 1, 1)}
+        if projection == "gate_up_proj":
+            single.add((count, 2))
+    _check_spec(matrix, "weight", (torch.uint8,), {packed}, shapes, problems)
+    _check_spec(matrix, "scale", (NVFP4.scale_dtype,), {scales}, shapes, problems)
+    for part in ("global_scale", "input_scale"):
+        _check_spec(matrix, part, FLOATS, single, shapes, problems)
+
+
+def check_linear(
+    path: str,
+    facts: LinearFacts,
+    form: str | None,
+    matrix: Matrix,
+    convention: Convention,
+    shapes: Mapping[str, Spec],
+    problems: Problems,
+) -> None:
+    """Check one quantised Linear; a form of None is one whose weight is missing."""
+    rows, columns = facts.out_features, facts.in_features
+    on_disk = {part: name for name, part in reversed(list(convention.parts.items()))}
+    needed = ("weight", "scale") if form == "fp8" else NVFP4_NEEDED
+    for part in set(needed) - set(matrix.keys):
+        problems.missing.add(f"{path}.{on_disk[part]}")
+    if form in ("nvfp4", None):
+        _check_nvfp4(matrix, (), rows, columns, "", convention, shapes, problems)
+        return
+    if form != "fp8" or "fp8" not in convention.forms:
+        for key in matrix.keys.values():
+            problems.wrong[key] = (
+                f"is of {form}, which {convention.name} does not announce for this checkpoint"
+            )
+        return
+    for part in set(matrix.keys) - FP8_PARTS:
+        problems.unexpected.add(matrix.keys[part])
+    scales = {(), (1,), (rows,), (rows, 1)}
+    _check_spec(matrix, "weight", (torch.float8_e4m3fn,), {(rows, columns)}, shapes, problems)
+    _check_spec(matrix, "scale", FLOATS, scales, shapes, problems)
+    for part in ("input_scale", "fp8_input_scale"):
+        _check_spec(matrix, part, FLOATS, {(), (1,)}, shapes, problems)
+
+
+def _check_spec(
+    matrix: Matrix,
+    part: str,
+    dtypes: Collection[torch.dtype],
+    allowed: set[tuple[int, ...]],
+    shapes: Mapping[str, Spec],
+    problems: Problems,
+) -> None:
+    spec = matrix.spec(part, shapes)
+    if spec is not None and (spec[0] not in dtypes or spec[1] not in allowed):
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        sizes = " or ".join(str(list(shape)) for shape in sorted(allowed))
+        got = f"{str(spec[0]).removeprefix('torch.')} {list(spec[1])}"
+        problems.wrong[matrix.keys[part]] = f"is {got}, must be {kinds} {sizes}"

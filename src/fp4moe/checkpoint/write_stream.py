@@ -1,0 +1,109 @@
+"""The tensors of a quantised checkpoint, in the order of a plan, worked out by several threads.
+
+Not handled here: what is in which file (write_plan.py), the files themselves (shard_file.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from tqdm import tqdm
+
+from ..errors import CheckpointError
+from ..quantize import nvfp4_global_scale, quantize_nvfp4
+from .files import CheckpointFiles
+from .header import name_keys
+from .write_plan import Shard, Step, read_bytes
+
+__all__ = ["shard_tensors", "worker_threads"]
+
+# Steps that may be under way; an expert's is some 20 MB.
+AHEAD = 16
+# Bytes read, and the keys and tensors to come.
+Begun = tuple[int, Future[list[tuple[str, torch.Tensor]]]]
+
+
+@contextlib.contextmanager
+def worker_threads() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch uses, each working alone: they do not wait for one another."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as workers:
+            yield workers
+    finally:
+        torch.set_num_threads(threads)
+
+
+def shard_tensors(
+    files: CheckpointFiles,
+    shard: Shard,
+    scales: Mapping[str, float],
+    method: str,
+    workers: ThreadPoolExecutor,
+    bar: tqdm,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the keys and tensors of one file to be written; the bar counts bytes read.
+
+    Raises:
+        CheckpointError: weights of experts hold inf or NaN.
+    """
+    mapped = None
+    begun: deque[Begun] = deque()
+    for step in shard.steps:
+        # Pages of a mapped file count as memory of this process until the mapping goes.
+        source = files.shard_of(step if isinstance(step, str) else step[0].source)
+        if source != mapped:
+            files.close()
+            mapped = source
+        weights = _map(files, step)
+        work = workers.submit(_quantize, step, weights, scales, method)
+        begun.append((read_bytes(step, files.shapes), work))
+        if len(begun) > AHEAD:
+            yield from _oldest(begun, bar)
+    while begun:
+        yield from _oldest(begun, bar)
+
+
+def _oldest(begun: deque[Begun], bar: tqdm) -> list[tuple[str, torch.Tensor]]:
+    size, work = begun.popleft()
+    tensors = work.result()
+    bar.update(size)
+    return tensors
+
+
+def _map(files: CheckpointFiles, step: Step) -> list[torch.Tensor]:
+    """The source's tensors of one step, mapped and not yet read."""
+    if isinstance(step, str):
+        return [files.tensor(step)]
+    return [files.tensor(part.source)[part.place] for part in step]
+
+
+def _quantize(
+    step: Step, weights: Sequence[torch.Tensor], scales: Mapping[str, float], method: str
+) -> list[tuple[str, torch.Tensor]]:
+    """What one step writes; the parts of experts are quantised."""
+    if isinstance(step, str):
+        return [(step, weights[0])]
+    ends = torch.stack([torch.stack(torch.aminmax(weight)).float() for weight in weights])
+    if not bool(torch.isfinite(ends).all()):
+        raise CheckpointError(
+            f"quantize_checkpoint: {name_keys({part.source for part in step})} must be finite; got "
+            f"values from {float(ends.min())} to {float(ends.max())} in expert {step[0].expert}. "
+            "Download it again, or leave the layer out with layers=."
+        )
+    global_scale = nvfp4_global_scale(ends)
+    tensors = []
+    for part, weight in zip(step, weights, strict=True):
+        values = quantize_nvfp4(weight, global_scale, method)
+        tensors += [
+            (f"{part.name}.weight", values.packed),
+            (f"{part.name}.weight_scale", values.block_scale),
+            (f"{part.name}.weight_scale_2", values.global_scale),
+        ]
+        if scales:
+            tensors.append((f"{part.name}.input_scale", torch.tensor(scales[part.name])))
+    return tensors

@@ -1,0 +1,240 @@
+"""Float Hugging Face checkpoint to ModelOpt-layout NVFP4: file by file, resumable.
+
+Not handled here: names (modelopt_names.py), plans (write_plan.py), tensors (write_stream.py),
+unfinished runs (partial_run.py). Only experts are quantised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from ..errors import CheckpointError, ShapeError, UnsupportedError
+from ..quantize import METHODS
+from ..version import __version__
+from .files import INDEX, PICKLES, CheckpointFiles
+from .modelopt_names import Experts, exclude_modules, find_experts, quantization_configs
+from .partial_run import (
+    JOURNAL,
+    check_space,
+    close_partial,
+    fingerprint,
+    open_partial,
+    was_closed,
+)
+from .shard_file import copy_file, write_file, write_shard
+from .write_plan import Calibration, Shard, input_scales, plan_shards, quantized_bytes
+from .write_stream import shard_tensors, worker_threads
+
+__all__ = ["WriteReport", "quantize_checkpoint"]
+
+# Weights in other files, and code, which is never executed and so never handed on.
+NOT_COPIED = (".py", ".safetensors", ".index.json", ".gguf", ".h5", ".msgpack", *PICKLES)
+WRITTEN = ("config.json", "hf_quant_config.json", INDEX, JOURNAL)
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteReport:
+    """What `quantize_checkpoint` did.
+
+    Attributes:
+        directory: the finished checkpoint.
+        layers: names of the quantised experts modules.
+        source_bytes, written_bytes: of tensors read, of weight files written.
+        quantized_share: part of the source's tensor bytes that is now NVFP4, 0 to 1.
+        resumed: weight files that an earlier run had finished.
+        not_copied: files and directories of the source that have no copy.
+    """
+
+    directory: str
+    layers: tuple[str, ...]
+    source_bytes: int
+    written_bytes: int
+    quantized_share: float
+    resumed: int
+    not_copied: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.directory}: {len(self.layers)} experts layers, {self.quantized_share:.1%} of "
+            f"the bytes, are NVFP4; {self.source_bytes / 1e9:.3g} GB became "
+            f"{self.written_bytes / 1e9:.3g} GB"
+        )
+        left = ", ".join(self.not_copied)
+        return f"{text}\nnot copied (code, other weights, directories): {left}" if left else text
+
+
+def quantize_checkpoint(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    method: str = "max",
+    layers: str | Sequence[str] | None = None,
+    calibration: Calibration | None = None,
+    max_shard_bytes: float = 5e9,
+    progress: bool = True,
+) -> WriteReport:
+    """Write a copy of a Hugging Face checkpoint whose experts are NVFP4, in ModelOpt's layout.
+
+    All other tensors stay as they are; Python files are not copied. Files go to `<dst>.partial`,
+    which becomes `dst` by one rename at the end: a killed run leaves no `dst`, goes on when it is
+    called again, and gives the same bytes.
+
+    Args:
+        src: directory with safetensors and config.json; experts in bfloat16, float16 or float32,
+            fused or one by one, their columns multiples of 16.
+        dst: directory that does not exist yet.
+        method: "max" or "mse", as in `quantize_nvfp4`.
+        layers: regular expressions; an experts layer is quantised where one is found in its name,
+            such as "model.layers.3.mlp.experts". None takes all but multi-token prediction's.
+        calibration: experts module -> (hidden_scale, intermediate_scale), decode multipliers
+            amax / 2688; the second is a number or one per expert. Names are those of the model or
+            of its files. The files then say NVFP4 and hold input_scale, else W4A16_NVFP4.
+        max_shard_bytes: bytes of tensors per weight file; a larger tensor has one of its own.
+        progress: whether to show a bar over the bytes that are read, and the report.
+
+    Raises:
+        CheckpointError: `src` is damaged, incomplete, unsafe or quantised; `dst` exists, or is a
+            partial run of something else; the disk is full or read-only (the partial run stays).
+        UnsupportedError: no experts are found, or they are stored in an unknown way.
+        ShapeError: an argument does not fit.
+    """
+    patterns = _check_arguments(method, layers, max_shard_bytes)
+    target = os.path.abspath(os.fspath(dst))
+    with CheckpointFiles.open(src) as files:
+        if files.quantization is not None:
+            raise CheckpointError(
+                "quantize_checkpoint: src must be a float checkpoint; got quantization "
+                f"{str(files.quantization)[:100]}. Pass the original."
+            )
+        found = find_experts(files.shapes, patterns)
+        scales = input_scales(found, calibration)
+        shards = plan_shards(files, found, scales, int(max_shard_bytes))
+        names = set(os.listdir(files.directory))
+        copied = sorted(name for name in names if _is_copied(files.directory, name))
+        arguments = {
+            "method": method,
+            "layers": patterns,
+            "calibration": hashlib.sha256(json.dumps(scales).encode()).hexdigest(),
+            "max_shard_bytes": int(max_shard_bytes),
+            "source": fingerprint(files, copied),
+            "version": __version__,
+        }
+        small = _configuration(files, found, shards, calibrated=calibration is not None)
+        try:
+            finished = _write(files, target, arguments, shards, copied, small, scales, progress)
+        except OSError as error:
+            size = sum(shard.layout.size for shard in shards)
+            raise CheckpointError(
+                f"quantize_checkpoint: dst must be writable, with {size} bytes for weights; got "
+                f"{error}. Mend that and call it again with the same arguments: it goes on."
+            ) from error
+        read = sum(shard.source_bytes for shard in shards)
+        report = WriteReport(
+            os.fspath(dst),
+            tuple(layer.module for layer in found),
+            read,
+            sum(shard.layout.size for shard in shards),
+            quantized_bytes(shards, files.shapes) / read,
+            finished,
+            tuple(sorted(names - {*copied, *files.shards, *WRITTEN})),
+        )
+    if progress:
+        tqdm.write(str(report))
+    return report
+
+
+def _check_arguments(
+    method: str, layers: str | Sequence[str] | None, max_shard_bytes: float
+) -> list[str] | None:
+    """Check what needs no files; returns the patterns."""
+    if method not in METHODS:
+        raise UnsupportedError(
+            f"quantize_checkpoint: method must be one of {', '.join(METHODS)}; got {method!r}. "
+            "Choose one of these."
+        )
+    if not 1 <= max_shard_bytes < math.inf:
+        raise ShapeError(
+            f"quantize_checkpoint: max_shard_bytes must be 1 or more; got {max_shard_bytes}. "
+            "Pass bytes, such as 5e9."
+        )
+    if layers is None:
+        return None
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ShapeError(
+                f"quantize_checkpoint: layers must be regular expressions; got {pattern!r}: "
+                f"{error}. Escape what it means literally."
+            ) from error
+    return patterns
+
+
+def _is_copied(directory: str, name: str) -> bool:
+    plain = not name.startswith(".") and not name.lower().endswith(NOT_COPIED)
+    return plain and name not in WRITTEN and os.path.isfile(os.path.join(directory, name))
+
+
+def _configuration(
+    files: CheckpointFiles, found: list[Experts], shards: list[Shard], *, calibrated: bool
+) -> dict[str, Any]:
+    """File name -> content of the JSON files, config.json last."""
+    legacy, current = quantization_configs(exclude_modules(files.shapes, found), calibrated)
+    contents: dict[str, Any] = {"hf_quant_config.json": legacy}
+    if len(shards) > 1:
+        weight_map = {key: shard.layout.name for shard in shards for key in shard.layout.places}
+        size = sum(shard.layout.size - len(shard.layout.header) for shard in shards)
+        contents[INDEX] = {
+            "metadata": {"total_size": size},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+    return contents | {"config.json": files.config | {"quantization_config": current}}
+
+
+def _write(
+    files: CheckpointFiles,
+    target: str,
+    arguments: dict[str, Any],
+    shards: list[Shard],
+    copied: list[str],
+    small: dict[str, Any],
+    scales: Mapping[str, float],
+    progress: bool,
+) -> int:
+    """Write all files that are not there yet; returns how many weight files were."""
+    if was_closed(target, arguments):
+        return len(shards)
+    partial = target + ".partial"
+    open_partial(partial, arguments, {*(s.layout.name for s in shards), *copied, *small})
+    left = [shard for shard in shards if not shard.layout.is_finished(partial)]
+    needed = sum(shard.layout.size for shard in left)
+    check_space(partial, needed + sum(os.path.getsize(files.path(name)) for name in copied))
+    total = sum(shard.source_bytes for shard in shards)
+    bar = tqdm(
+        total=total,
+        initial=total - sum(shard.source_bytes for shard in left),
+        desc="quantising experts",
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+    )
+    with bar, worker_threads() as workers:
+        for shard in left:
+            tensors = shard_tensors(files, shard, scales, arguments["method"], workers, bar)
+            write_shard(partial, shard.layout, tensors)
+    for name in copied:
+        copy_file(files.path(name), os.path.join(partial, name))
+    for name, content in small.items():
+        write_file(os.path.join(partial, name), json.dumps(content, indent=2).encode())
+    close_partial(partial, target)
+    return len(shards) - len(left)

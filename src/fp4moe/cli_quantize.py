@@ -1,0 +1,53 @@
+"""The command `fp4moe quantize SRC DST`."""
+
+from __future__ import annotations
+
+import argparse
+
+from .checkpoint.writer import quantize_checkpoint
+from .quantize import METHODS
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to those of the program."""
+    command = subparsers.add_parser(
+        "quantize", help="write a float checkpoint again with its experts in NVFP4"
+    )
+    command.add_argument("src", help="a directory with safetensors and config.json")
+    command.add_argument("dst", help="a new directory; a killed run goes on when repeated")
+    command.add_argument(
+        "--method", choices=METHODS, default="max", help="mse is slower and rounds with less error"
+    )
+    command.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="REGEX",
+        help=r"quantise the experts layers in whose name one is found, such as 'layers\.[0-9]\.'",
+    )
+    command.add_argument(
+        "--calibrate",
+        metavar="TEXT.jsonl",
+        help="record the ranges of activations on this text and store them as input_scale",
+    )
+    command.add_argument("--max-shard-bytes", type=float, default=5e9)
+    command.add_argument("--no-progress", action="store_true", help="no bar and no report")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command."""
+    calibration = None
+    if arguments.calibrate:
+        from .calibrate import scales_from_text
+
+        calibration = scales_from_text(arguments.src, arguments.calibrate)
+    quantize_checkpoint(
+        arguments.src,
+        arguments.dst,
+        method=arguments.method,
+        layers=arguments.layers,
+        calibration=calibration,
+        max_shard_bytes=arguments.max_shard_bytes,
+        progress=not arguments.no_progress,
+    )
