@@ -20,11 +20,6 @@ from fp4moe.sample_text import standard_library_text
 
 TOKENS, LENGTH = 4096, 256
 
-pytestmark = pytest.mark.skipif(
-    not all(folder.exists() for folder in SMALL_MODELS.values()),
-    reason="the small models are not trained yet",
-)
-
 
 @pytest.fixture(scope="module", params=list(SMALL_MODELS))
 def reports(request, tmp_path_factory):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import subprocess
@@ -11,7 +12,7 @@ import checkpoint_makers as makers
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import fp4moe
 from fp4moe.errors import CheckpointError, UnsupportedError
@@ -73,8 +74,11 @@ def kinds(model, kind):
 @pytest.fixture
 def registered(monkeypatch):
     """fp4moe.register_transformers(), undone afterwards."""
+    from transformers import PreTrainedConfig
     from transformers.quantizers import auto
 
+    plain = PreTrainedConfig.__dict__["get_config_dict"]
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", plain)
     for name in ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"):
         monkeypatch.setattr(auto, name, dict(getattr(auto, name)))
     fp4moe.register_transformers()
@@ -99,6 +103,21 @@ def test_logits_equal_independent_dequantisation(checkpoint, registered, name):
         if isinstance(module, fp4moe.FusedExperts):
             module.down_global_scale.zero_()
     assert makers.relative_error(makers.logits(model), expected) > 1e-2
+
+
+def without_configuration(name, content):
+    return {k: v for k, v in content.items() if (name, k) != ("config.json", "quantization_config")}
+
+
+def test_plain_transformers_reads_hf_quant_config(checkpoint, registered, tmp_path):
+    directory = checkpoint("modelopt gemma4")
+    bare = makers.rewrite(directory, tmp_path, lambda tensors: None, without_configuration)
+    assert "quantization_config" not in json.loads((bare / "config.json").read_text())
+    plain = AutoModelForCausalLM.from_pretrained(bare, dtype=torch.float32)
+    assert torch.equal(makers.logits(plain), makers.logits(load(directory)))
+    # The rest of a directory without that file is left alone.
+    (bare / "hf_quant_config.json").unlink()
+    assert not hasattr(AutoConfig.from_pretrained(bare), "quantization_config")
 
 
 @pytest.mark.parametrize("name", ["gemma4", "nemotron"])

@@ -52,8 +52,9 @@ def test_every_command_of_the_readme_is_run_somewhere():
             # Examples run below, benchmarks by `make bench`.
             assert (ROOT / words[1]).is_file(), command
         else:
-            # tests/test_cli.py, test_selftest.py and test_bench.py run these.
-            known = ("info", "explain", "selftest", "bench")
+            # tests/test_cli.py, test_selftest.py, test_bench.py,
+            # test_checkpoint_writer.py and test_evaluate.py run these.
+            known = ("info", "explain", "selftest", "bench", "quantize", "evaluate")
             assert words[0] == "fp4moe" and words[1] in known, command
     assert "make test" in ci and "make demo" in ci and "make bench" in ci
 

@@ -34,9 +34,8 @@ def register_transformers() -> None:
     """Make transformers' own `from_pretrained` load NVFP4 checkpoints with fused experts.
 
     Registers the experts implementation "fp4moe" (which importing fp4moe does as well) and the
-    reading of ModelOpt's and compressed-tensors' NVFP4 checkpoints; safe to repeat. A directory
-    that only has hf_quant_config.json, without quantization_config in config.json, is seen by
-    `fp4moe.from_pretrained` only. Float checkpoints stay float.
+    reading of ModelOpt's and compressed-tensors' NVFP4 checkpoints, those too whose only word of it
+    is hf_quant_config.json; safe to repeat. Float checkpoints stay float.
 
     Raises:
         UnsupportedError: another library has registered ModelOpt's method.

@@ -8,6 +8,9 @@ loading.py; registering it is explicit (`fp4moe.register_transformers`), but for
 from __future__ import annotations
 
 import functools
+import json
+import os
+import pathlib
 from typing import Any
 
 from ..checkpoint.compressed_tensors import is_nvfp4
@@ -18,6 +21,8 @@ __all__ = ["METHOD", "register_formats", "register_method"]
 
 # How fp4moe.from_pretrained asks transformers for this quantizer; never written to a file.
 METHOD = "fp4moe"
+FILE = "hf_quant_config.json"
+HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
 @functools.cache
@@ -120,7 +125,9 @@ def register_method() -> None:
 def register_formats() -> None:
     """Register it for ModelOpt's files and for compressed-tensors' NVFP4 ones; safe to repeat.
 
-    compressed-tensors' other formats stay with transformers' own quantizer.
+    compressed-tensors' other formats stay with transformers' own quantizer. Configurations are then
+    read together with ModelOpt's hf_quant_config.json, which transformers alone does not open: it
+    would leave the experts random.
 
     Raises:
         UnsupportedError: another quantizer claims ModelOpt's files.
@@ -128,6 +135,7 @@ def register_formats() -> None:
     from transformers.quantizers import auto
 
     _claim("modelopt")
+    _read_hf_quant_config()
     config_class, quantizer_class = _classes()
     configs: Any = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     quantizers: Any = auto.AUTO_QUANTIZER_MAPPING
@@ -149,3 +157,26 @@ def register_formats() -> None:
         return (quantizer_class if ours else other_quantizer)(quantization_config, **kwargs)
 
     configs[name], quantizers[name] = CompressedTensorsConfig, make_quantizer
+
+
+def _read_hf_quant_config() -> None:
+    from transformers import PreTrainedConfig
+    from transformers.utils import cached_file
+
+    plain: Any = PreTrainedConfig.get_config_dict.__func__  # type: ignore[attr-defined]
+    if hasattr(plain, "for_fp4moe"):
+        return
+
+    def get_config_dict(cls, name, **kwargs):
+        config, unused = plain(cls, name, **kwargs)
+        if "quantization_config" not in config and not os.path.isfile(name):
+            hub = {key: kwargs[key] for key in HUB if kwargs.get(key) is not None}
+            hub["_commit_hash"] = config.get("_commit_hash")
+            file = cached_file(name, FILE, _raise_exceptions_for_missing_entries=False, **hub)
+            if file is not None:
+                content = json.loads(pathlib.Path(file).read_text())
+                config["quantization_config"] = {"quant_method": "modelopt", **content}
+        return config, unused
+
+    get_config_dict.for_fp4moe = True  # type: ignore[attr-defined]
+    PreTrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[assignment]
