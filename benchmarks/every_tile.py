@@ -1,0 +1,45 @@
+"""Run every shipped tile of the Triton kernels once, for compute-sanitizer; needs a CUDA device.
+
+compute-sanitizer --tool memcheck python benchmarks/every_tile.py
+"""
+
+import sys
+
+import torch
+
+from fp4moe import ExpertWeights
+from fp4moe.kernels.measured import SHIPPED, read
+from fp4moe.kernels.triton_moe import TRITON, run_with
+
+TOKENS = (1, 37, 700)
+
+
+def main() -> None:
+    """Odd sizes, a strided input, ids outside the window, gated and not."""
+    configs = sorted({c for layer in read(SHIPPED) for c in layer.tiles.values()}, key=str)
+    for activation, gated in (("gelu_tanh", True), ("relu2", False)):
+        up, gate = torch.randn(2, 5, 208, 336, device="cuda")
+        weights = ExpertWeights.quantize(
+            up=up,
+            gate=gate if gated else None,
+            down=torch.randn(5, 336, 208, device="cuda"),
+            activation=activation,
+            num_experts=8,
+            expert_offset=2,
+        )
+        prepared = TRITON.prepare(weights, hidden_alignment=256)
+        for config in configs:
+            for tokens in TOKENS:
+                x = torch.randn(tokens, 400, device="cuda").bfloat16()[:, 32:368]
+                ids = torch.randint(-1, 9, (tokens, 4), device="cuda")
+                routing_weights = torch.rand(tokens, 4, device="cuda")
+                run_with(config, x, ids, routing_weights, prepared.operands, prepared.settings)
+    torch.cuda.synchronize()
+    print(f"{len(configs)} configs")
+
+
+if __name__ == "__main__":
+    if torch.cuda.is_available():
+        main()
+    else:
+        sys.exit("every_tile: needs a CUDA device; there is none.")
