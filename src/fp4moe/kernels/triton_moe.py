@@ -119,7 +119,7 @@ class TritonKernel(RoutesInTorch):
         local, hidden_size, columns = operands.down_packed.shape
         config = choose_tiles(
             current_capability(hidden.device), settings.gated, hidden_size, columns * 2, local,
-            expert_ids.numel(), expert_ids.shape[1],
+            expert_ids.numel(),
         )  # fmt: skip
         return run_with(config, hidden, expert_ids, routing_weights, operands, settings)
 
@@ -162,20 +162,19 @@ def run_with(
 
     middle = x.new_empty((num_slots, intermediate), dtype=torch.bfloat16)
     out = hidden.new_empty((tokens, hidden_size))
-    scan = 1 << (num_slots - 1).bit_length() if config.mode == "scan" else 1
-    fixed: dict[str, Any] = {"MODE": mode, "IDS": max(scan, 16), "ASSEMBLY": not interpreted}
-    fixed["WAIT"] = capability is not None and capability[0] == 9
+    hopper = capability is not None and capability[0] == 9
+    fixed = {"MODE": mode, "ASSEMBLY": not interpreted, "WAIT": hopper}
     with torch.cuda.device_of(hidden):
         sort = functools.lru_cache(maxsize=1)(functools.partial(_sort, ids, offset, local))
 
-        def find(slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        def find(tile: Tile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
             """What a GEMM finds its slots by: order, tiles, their number, and its upper bound."""
             if config.mode == "sorted":
-                return sort(slots)
-            return ids, ids, ids, num_slots if config.mode == "slot" else local
+                return sort(tile.slots + tile.more)
+            return ids, ids, ids, num_slots
 
         tile = config.gate_up
-        order, tiles, count, most = find(tile.slots)
+        order, tiles, count, most = find(tile)
         slabs = hidden_padded // SLAB
         triton_experts.gate_up_kernel[(most * -(-intermediate // tile.rows),)](
             x, x.stride(0), ids, order, tiles, count,
@@ -189,16 +188,8 @@ def run_with(
         tile = config.down
         down = *_words(operands.down_packed, operands.down_block_scale), operands.down_global_scale
         slabs, blocks = intermediate // SLAB, -(-hidden_padded // tile.rows)
-        if config.direct:
-            triton_experts.down_tokens_kernel[(tokens * blocks,)](
-                middle, ids, *down, weights, out, hidden_size, hidden_padded, intermediate, slabs,
-                offset, local, TOP_K=top_k, ASSEMBLY=fixed["ASSEMBLY"],
-                WAIT=fixed["WAIT"], **_constants(tile),
-            )  # fmt: skip
-            return out
-        dtype = torch.float32 if config.float32_partial else torch.bfloat16
-        partial = x.new_empty((num_slots, hidden_padded), dtype=dtype)
-        order, tiles, count, most = find(tile.slots)
+        partial = x.new_empty((num_slots, hidden_padded), dtype=torch.bfloat16)
+        order, tiles, count, most = find(tile)
         triton_experts.down_kernel[(most * blocks,)](
             middle, ids, order, tiles, count, *down, weights, partial, num_slots,
             hidden_padded, intermediate, slabs, offset, local, **fixed, **_constants(tile),
@@ -249,6 +240,7 @@ def _words(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, tor
 def _constants(tile: Tile) -> dict[str, Any]:
     return {
         "SLOTS": tile.slots,
+        "MORE": tile.more,
         "ROWS": tile.rows,
         "SLABS": tile.slabs,
         "STAGES": tile.stages,
