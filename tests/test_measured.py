@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -124,6 +125,8 @@ def test_a_config_is_written_as_it_is_read():
     config = Config("sorted", Tile(16, 32, 2, 4, 3), Tile(64, 64, 1, 8, 4, 16))
     assert str(config) == "sorted 16,32,2,4,3 64,64,1,8,4,16"
     assert parse_config(str(config)) == config
+    early = dataclasses.replace(config, early=True)
+    assert str(early) == str(config) + " early" and parse_config(str(early)) == early
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ TRITON_INTERPRET=1; they are skipped here and started by test_the_interpreter_ag
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import itertools
@@ -71,6 +72,7 @@ MODES = {
     "more": Config("sorted", Tile(16, 32, 1, 4, 3, 16), Tile(32, 128, 1, 4, 3, 16)),
     "slot": Config("slot", Tile(16, 64, 2, 4, 3), Tile(16, 64, 2, 4, 3)),
 }
+EARLY = [dataclasses.replace(config, early=True) for config in MODES.values()]
 
 
 def layer(experts, hidden, intermediate, activation, gated, device="cpu", **keywords):
@@ -350,7 +352,14 @@ def variants():
 
     def constants(tile, **more):
         names = {"SLOTS": tile.slots, "MORE": tile.more, "ROWS": tile.rows, "SLABS": tile.slabs}
-        return {**names, "STAGES": tile.stages, "ASSEMBLY": True, "WAIT": False, **more}, tile.warps
+        return {
+            **names,
+            "STAGES": tile.stages,
+            "ASSEMBLY": True,
+            "WAIT": False,
+            "EARLY": False,
+            **more,
+        }, tile.warps
 
     configs = [*TILES, MODES["more"]]
     for number, (mode, tile) in enumerate(sorted({(c.mode, str(c.gate_up)) for c in configs})):
@@ -372,7 +381,11 @@ def variants():
     yield triton_routing.count_kernel, sizes, 4, {}
     yield triton_routing.scan_kernel, {"EXPERTS": 256, "BLOCK": 2}, 4, {}
     yield triton_routing.place_kernel, {**sizes, "SLOTS": 16}, 4, {}
-    yield triton_routing.combine_kernel, {"TOP_K": 6, "TOP_K_PADDED": 8, "COLUMNS": 256}, 2, {}
+    combine = {"TOP_K": 6, "TOP_K_PADDED": 8, "COLUMNS": 1024, "EARLY": False}
+    yield triton_routing.combine_kernel, combine, 4, {}
+    early = constants(Tile(16, 64, 2, 4, 3), MODE=0, WHOLE=True)
+    yield triton_experts.down_kernel, early[0] | {"EARLY": True}, 4, {}
+    yield triton_routing.combine_kernel, combine | {"EARLY": True}, 4, {}
 
 
 @compiled
@@ -384,6 +397,8 @@ def test_every_variant_compiles(capability, tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for function, constants, warps, further in variants():
+        if constants.get("EARLY") and capability < 90:
+            continue  # never launched there
         if "WAIT" in constants:
             constants = {**constants, "WAIT": capability == 90}
         types, attributes = signature(function, constants, **further)
@@ -393,6 +408,9 @@ def test_every_variant_compiles(capability, tmp_path, monkeypatch):
         kernel = triton.compile(source, target=target, options={"num_warps": warps})
         label = (function.__name__, constants)
         assert kernel.asm["cubin"], label
+        assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (
+            bool(constants.get("EARLY")) and function.__name__ != "gate_up_kernel"
+        ), label
         # No product stays in flight beyond its step: its registers would be written too early.
         assert not re.search(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]", kernel.asm["ptx"]), label
         # 86, 89 and 120 have 99 KiB of shared memory a block, the others 163 KiB and more.
@@ -412,7 +430,7 @@ def test_on_the_gpu(activation, gated, tokens, dtype, poisoned_empty):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [*TILES, MODES["more"]], ids=str)
+@pytest.mark.parametrize("config", [*TILES, MODES["more"], *EARLY], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_config_on_the_gpu(activation, config):
     weights = layer(7, 256, 192, activation, True, device="cuda")

@@ -128,6 +128,9 @@ def tune_tokens(
             continue
         first = min(gate_up, key=lambda tile: us(Config(mode, tile, down[0])))
         timed = [(us(config), config) for config in (Config(mode, first, tile) for tile in down)]
+        fastest = min(timed, key=lambda pair: pair[0])[1]
+        early = dataclasses.replace(fastest, early=True)
+        timed.append((us(early), early))
         best = min([*timed, *([best] if best else [])], key=lambda pair: pair[0])
     if best is None:
         raise UnsupportedError(

@@ -44,14 +44,17 @@ class Config:
     Attributes:
         mode: how programs find their slots, see `triton_experts`.
         gate_up, down: the GEMMs' tiles.
+        early: a kernel starts before the one whose result it waits for has ended (programmatic
+            dependent launch); ignored below compute capability 9.0.
     """
 
     mode: str
     gate_up: Tile
     down: Tile
+    early: bool = False
 
     def __str__(self) -> str:
-        return f"{self.mode} {self.gate_up} {self.down}"
+        return f"{self.mode} {self.gate_up} {self.down}{' early' * self.early}"
 
 
 def parse_config(text: str) -> Config:
@@ -62,9 +65,9 @@ def parse_config(text: str) -> Config:
     """
     config = None
     try:
-        mode, *tiles = text.split()
+        mode, *tiles = text.removesuffix(" early").split()
         gate_up, down = (Tile(*map(int, tile.split(","))) for tile in tiles)
-        config = Config(mode, gate_up, down)
+        config = Config(mode, gate_up, down, text.endswith(" early"))
     except (TypeError, ValueError):
         pass  # said below
     if (

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .triton_decode import WEIGHT_FACTOR, decode_slabs
 
@@ -231,6 +232,17 @@ def _find_slots(
     return expert, slot, more
 
 
+@triton.jit
+def _prefetch(words, count):
+    """Bring count 32-bit words, a multiple of 32, into the L2 cache: a hint, nothing waits."""
+    for start in range(0, count, 4096):
+        at = words + tl.minimum(start + tl.arange(0, 128) * 32, count - 32)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gate_up_kernel(
     hidden, stride_token, ids, order, tiles, num_tiles, words, scales, global_scale, out,
@@ -238,11 +250,14 @@ def gate_up_kernel(
     MODE: tl.constexpr, SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr,
     SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr,
     ACTIVATION: tl.constexpr, FP16: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Write act(gate x) * (up x), or act(up x), to out [slots, intermediate].
 
-    Grid: [(slots or tiles, by MODE) * row blocks].
+    Grid: [(slots or tiles, by MODE) * row blocks]. EARLY: down_kernel may start before this ends.
     """
+    if EARLY:
+        gdc_launch_dependents()
     blocks = tl.cdiv(intermediate, ROWS)
     number = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -264,12 +279,15 @@ def down_kernel(
     num_slots, hidden_padded, intermediate, slabs, expert_offset, local_experts,
     MODE: tl.constexpr, SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr,
     SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr,
-    WAIT: tl.constexpr,
+    WAIT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Write routing weight * (down x) of every slot to out [slots, hidden_padded]; grid as above.
 
-    Slots whose id is not local stay unwritten.
+    Slots whose id is not local stay unwritten. EARLY: started before its input is there, it brings
+    its weights near and waits.
     """
+    if EARLY:
+        gdc_launch_dependents()
     blocks = tl.cdiv(hidden_padded, ROWS)
     number = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -277,6 +295,13 @@ def down_kernel(
         ids, order, tiles, num_tiles, number, num_slots, expert_offset, local_experts,
         MODE, SLOTS, MORE,
     )  # fmt: skip
+    if EARLY:
+        if expert >= 0:
+            row = block * ROWS
+            first = expert.to(tl.int64) * hidden_padded * slabs * 8
+            first += (row // 64) * (slabs * 512) + (row % 64) * 8
+            _prefetch(words + first, tl.minimum(ROWS, hidden_padded - row) * slabs * 8)
+        gdc_wait()
     if expert >= 0:
         _down_tile(
             x, words, scales, global_scale, routing_weights, out, slot, more, expert,

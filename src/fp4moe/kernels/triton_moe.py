@@ -163,7 +163,8 @@ def run_with(
     middle = x.new_empty((num_slots, intermediate), dtype=torch.bfloat16)
     out = hidden.new_empty((tokens, hidden_size))
     hopper = capability is not None and capability[0] == 9
-    fixed = {"MODE": mode, "ASSEMBLY": not interpreted, "WAIT": hopper}
+    early = config.early and capability is not None and capability >= (9, 0)
+    fixed = {"MODE": mode, "ASSEMBLY": not interpreted, "WAIT": hopper, "EARLY": early}
     with torch.cuda.device_of(hidden):
         sort = functools.lru_cache(maxsize=1)(functools.partial(_sort, ids, offset, local))
 
@@ -175,6 +176,8 @@ def run_with(
 
         tile = config.gate_up
         order, tiles, count, most = find(tile)
+        # Sorted before gate and up run, so that nothing stands between the GEMMs.
+        sorted_down = find(config.down)
         slabs = hidden_padded // SLAB
         triton_experts.gate_up_kernel[(most * -(-intermediate // tile.rows),)](
             x, x.stride(0), ids, order, tiles, count,
@@ -189,15 +192,16 @@ def run_with(
         down = *_words(operands.down_packed, operands.down_block_scale), operands.down_global_scale
         slabs, blocks = intermediate // SLAB, -(-hidden_padded // tile.rows)
         partial = x.new_empty((num_slots, hidden_padded), dtype=torch.bfloat16)
-        order, tiles, count, most = find(tile)
+        order, tiles, count, most = sorted_down
         triton_experts.down_kernel[(most * blocks,)](
             middle, ids, order, tiles, count, *down, weights, partial, num_slots,
             hidden_padded, intermediate, slabs, offset, local, **fixed, **_constants(tile),
-            WHOLE=slabs % tile.slabs == 0,
+            WHOLE=slabs % tile.slabs == 0, launch_pdl=early,
         )  # fmt: skip
         triton_routing.combine_kernel[(tokens, -(-hidden_size // COMBINE_COLUMNS))](
             partial, ids, out, hidden_padded, hidden_size, offset, local, TOP_K=top_k,
-            TOP_K_PADDED=1 << (top_k - 1).bit_length(), COLUMNS=COMBINE_COLUMNS, num_warps=4,
+            TOP_K_PADDED=1 << (top_k - 1).bit_length(), COLUMNS=COMBINE_COLUMNS, EARLY=early,
+            num_warps=4, launch_pdl=early,
         )  # fmt: skip
     return out
 
