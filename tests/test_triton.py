@@ -361,15 +361,17 @@ def variants():
             **more,
         }, tile.warps
 
-    configs = [*TILES, MODES["more"]]
-    for number, (mode, tile) in enumerate(sorted({(c.mode, str(c.gate_up)) for c in configs})):
-        # Gated, whole steps, bfloat16; or none of it.
+    configs = [(layer.gated, config) for layer in read(SHIPPED) for config in layer.tiles.values()]
+    configs += [(True, MODES["more"]), (False, MODES["more"])]
+    gate_ups = sorted({(gated, c.mode, str(c.gate_up)) for gated, c in configs})
+    for number, (gated, mode, tile) in enumerate(gate_ups):
+        # Whole steps and bfloat16, or neither.
         plain = number % 2 == 1
-        form = {"GATED": not plain, "WHOLE": not plain, "FP16": plain, "MODE": NAMES.index(mode)}
-        form["ACTIVATION"] = "relu2" if plain else "gelu_tanh"
+        form = {"GATED": gated, "WHOLE": not plain, "FP16": plain, "MODE": NAMES.index(mode)}
+        form["ACTIVATION"] = "gelu_tanh" if gated else "relu2"
         gate_up = constants(Tile(*map(int, tile.split(","))), **form)
         yield triton_experts.gate_up_kernel, *gate_up, {"hidden": "*fp16" if plain else "*bf16"}
-    for mode, tile in sorted({(c.mode, str(c.down)) for c in configs}):
+    for mode, tile in sorted({(c.mode, str(c.down)) for _, c in configs}):
         down = constants(Tile(*map(int, tile.split(","))), MODE=NAMES.index(mode), WHOLE=False)
         yield triton_experts.down_kernel, *down, {}
     for activation, gated in itertools.product(ACTIVATIONS, (True, False)):
