@@ -6,7 +6,6 @@ TRITON_INTERPRET=1; they are skipped here and started by test_the_interpreter_ag
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 import itertools
@@ -69,10 +68,9 @@ SPEC = MoeSpec("silu", True, 2816, 704, 128, 8, (9, 0))
 CUT = 3 * 2.0**-8
 MODES = {
     "sorted": Config("sorted", Tile(16, 64, 2, 4, 3), Tile(32, 64, 2, 4, 3)),
-    "more": Config("sorted", Tile(16, 32, 1, 4, 3, 16), Tile(32, 128, 1, 4, 3, 16)),
-    "slot": Config("slot", Tile(16, 64, 2, 4, 3), Tile(16, 64, 2, 4, 3)),
+    "scan": Config("scan", Tile(16, 32, 1, 4, 3), Tile(16, 128, 1, 4, 3), float32_partial=True),
+    "slot": Config("slot", Tile(16, 64, 2, 4, 3), Tile(16, 64, 2, 4, 3), direct=True),
 }
-EARLY = [dataclasses.replace(config, early=True) for config in MODES.values()]
 
 
 def layer(experts, hidden, intermediate, activation, gated, device="cpu", **keywords):
@@ -297,13 +295,6 @@ def test_small_layers(mode, activation, gated, dtype, poisoned_empty):
 
 
 @interpreted
-def test_a_tile_holds_more_slots_than_a_power_of_two(poisoned_empty):
-    # One expert, and 2 of 3 ids are not its: 16 to 32 of 70 slots with all but certainty.
-    weights = layer(1, 64, 64, "relu2", False)
-    compare(MODES["more"], weights, torch.bfloat16, 35, 2, CUT)
-
-
-@interpreted
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, gated):
@@ -329,11 +320,13 @@ def test_the_interpreter_agrees():
     assert "needs Triton's interpreter" not in done.stdout, done.stdout[-4000:]
 
 
-def signature(function, constants, hidden="*bf16"):
+def signature(function, constants, hidden="*bf16", partial="*bf16"):
     """Argument types by name, pointers and multiples of 16 as a call of real sizes has them."""
-    pointers = {"hidden": hidden, "x": "*bf16", "ids": "*i64", "out": "*bf16", "partial": "*bf16"}
+    pointers = {"hidden": hidden, "x": "*bf16", "ids": "*i64", "out": "*bf16", "partial": partial}
     pointers |= dict.fromkeys(("counts", "order", "tiles", "num_tiles", "words", "scales"), "*i32")
     pointers |= dict.fromkeys(("global_scale", "routing_weights"), "*fp32")
+    if function.__name__ == "down_kernel":
+        pointers["out"] = partial
     types = {
         name: "constexpr" if name in constants else pointers.get(name, "i32")
         for name in function.arg_names
@@ -351,43 +344,35 @@ def variants():
     from fp4moe.kernels.triton_configs import MODES as NAMES
 
     def constants(tile, **more):
-        names = {"SLOTS": tile.slots, "MORE": tile.more, "ROWS": tile.rows, "SLABS": tile.slabs}
-        return {
-            **names,
-            "STAGES": tile.stages,
-            "ASSEMBLY": True,
-            "WAIT": False,
-            "EARLY": False,
-            **more,
-        }, tile.warps
+        names = {"SLOTS": tile.slots, "ROWS": tile.rows, "SLABS": tile.slabs}
+        return {**names, "STAGES": tile.stages, "ASSEMBLY": True, "WAIT": False, **more}, tile.warps
 
-    configs = [(layer.gated, config) for layer in read(SHIPPED) for config in layer.tiles.values()]
-    configs += [(True, MODES["more"]), (False, MODES["more"])]
-    gate_ups = sorted({(gated, c.mode, str(c.gate_up)) for gated, c in configs})
-    for number, (gated, mode, tile) in enumerate(gate_ups):
-        # Whole steps and bfloat16, or neither.
-        plain = number % 2 == 1
-        form = {"GATED": gated, "WHOLE": not plain, "FP16": plain, "MODE": NAMES.index(mode)}
-        form["ACTIVATION"] = "gelu_tanh" if gated else "relu2"
-        gate_up = constants(Tile(*map(int, tile.split(","))), **form)
-        yield triton_experts.gate_up_kernel, *gate_up, {"hidden": "*fp16" if plain else "*bf16"}
-    for mode, tile in sorted({(c.mode, str(c.down)) for _, c in configs}):
-        down = constants(Tile(*map(int, tile.split(","))), MODE=NAMES.index(mode), WHOLE=False)
-        yield triton_experts.down_kernel, *down, {}
+    # Tiles in the form that they are shipped for, and what no shipped tile has in both forms.
+    shipped = {(layer.gated, c) for layer in read(SHIPPED) for c in layer.tiles.values()}
+    configs = shipped | {(gated, c) for c in MODES.values() for gated in (True, False)}
+    gate_ups = {(gated, c.mode, c.gate_up) for gated, c in configs}
+    for (gated, mode, tile), whole in itertools.product(sorted(gate_ups, key=str), (True, False)):
+        form = {"GATED": gated, "ACTIVATION": "gelu_tanh" if gated else "relu2"}
+        form |= {"WHOLE": whole, "FP16": not whole}
+        gate_up = constants(tile, MODE=NAMES.index(mode), IDS=16, **form)
+        yield triton_experts.gate_up_kernel, *gate_up, {"hidden": "*bf16" if whole else "*fp16"}
+    downs = {(c.direct, c.float32_partial, c.mode, c.down) for _, c in configs}
+    for direct, float32, mode, tile in sorted(downs, key=str):
+        if direct:
+            yield triton_experts.down_tokens_kernel, *constants(tile, TOP_K=8), {}
+        else:
+            down = constants(tile, WHOLE=False, MODE=NAMES.index(mode), IDS=16)
+            yield triton_experts.down_kernel, *down, {"partial": "*fp32" if float32 else "*bf16"}
     for activation, gated in itertools.product(ACTIVATIONS, (True, False)):
         form = {"GATED": gated, "ACTIVATION": activation, "WHOLE": True, "FP16": False}
-        small = constants(Tile(16, 64, 1, 4, 2), MODE=1, **form)
+        small = constants(Tile(16, 64, 1, 4, 2), MODE=2, IDS=16, **form)
         yield triton_experts.gate_up_kernel, *small, {}
     sizes = {"EXPERTS": 256, "CHUNK": 128}
     yield triton_routing.sort_kernel, {**sizes, "SLOTS": 16, "CHUNK": 2048}, 8, {}
     yield triton_routing.count_kernel, sizes, 4, {}
     yield triton_routing.scan_kernel, {"EXPERTS": 256, "BLOCK": 2}, 4, {}
     yield triton_routing.place_kernel, {**sizes, "SLOTS": 16}, 4, {}
-    combine = {"TOP_K": 6, "TOP_K_PADDED": 8, "COLUMNS": 1024, "EARLY": False}
-    yield triton_routing.combine_kernel, combine, 4, {}
-    early = constants(Tile(16, 64, 2, 4, 3), MODE=0, WHOLE=True)
-    yield triton_experts.down_kernel, early[0] | {"EARLY": True}, 4, {}
-    yield triton_routing.combine_kernel, combine | {"EARLY": True}, 4, {}
+    yield triton_routing.combine_kernel, {"TOP_K": 6, "TOP_K_PADDED": 8, "COLUMNS": 256}, 2, {}
 
 
 @compiled
@@ -399,8 +384,6 @@ def test_every_variant_compiles(capability, tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for function, constants, warps, further in variants():
-        if constants.get("EARLY") and capability < 90:
-            continue  # never launched there
         if "WAIT" in constants:
             constants = {**constants, "WAIT": capability == 90}
         types, attributes = signature(function, constants, **further)
@@ -410,9 +393,6 @@ def test_every_variant_compiles(capability, tmp_path, monkeypatch):
         kernel = triton.compile(source, target=target, options={"num_warps": warps})
         label = (function.__name__, constants)
         assert kernel.asm["cubin"], label
-        assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (
-            bool(constants.get("EARLY")) and function.__name__ != "gate_up_kernel"
-        ), label
         # No product stays in flight beyond its step: its registers would be written too early.
         assert not re.search(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]", kernel.asm["ptx"]), label
         # 86, 89 and 120 have 99 KiB of shared memory a block, the others 163 KiB and more.
@@ -427,12 +407,12 @@ def test_every_variant_compiles(capability, tmp_path, monkeypatch):
 def test_on_the_gpu(activation, gated, tokens, dtype, poisoned_empty):
     weights = layer(9, 336, 208, activation, gated, device="cuda", num_experts=16, expert_offset=3)
     # Three roundings to bfloat16 at most, each below 2^-9.
-    config = choose_tiles((9, 0), gated, 384, 256, 9, tokens * 5)
+    config = choose_tiles((9, 0), gated, 384, 256, 9, tokens * 5, 5)
     compare(config, weights, dtype, tokens, 5, 3 * 2.0**-9, "cuda")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [*TILES, MODES["more"], *EARLY], ids=str)
+@pytest.mark.parametrize("config", TILES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_config_on_the_gpu(activation, config):
     weights = layer(7, 256, 192, activation, True, device="cuda")

@@ -11,7 +11,10 @@ from ..errors import UnsupportedError
 
 __all__ = ["MODES", "Config", "Tile", "parse_config"]
 
-MODES = ("slot", "sorted")
+MODES = ("slot", "scan", "sorted")
+# Mode "scan" holds all ids in registers.
+MOST_SCANNED = 512
+FLAGS = ("direct", "float32_partial")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +26,6 @@ class Tile:
         rows: weight rows, of gate and of up each: 16 to 128. wgmma needs 64 in all and 4 warps.
         slabs: 64 columns of K each: 1, 2 or 4.
         warps, stages: as Triton's num_warps and num_stages.
-        more: further slots beside the power of two: 0, 16, 32 or 64; in mode "sorted" only.
     """
 
     slots: int
@@ -31,10 +33,9 @@ class Tile:
     slabs: int
     warps: int
     stages: int
-    more: int = 0
 
     def __str__(self) -> str:
-        return ",".join(map(str, dataclasses.astuple(self)[: None if self.more else -1]))
+        return ",".join(map(str, dataclasses.astuple(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +45,19 @@ class Config:
     Attributes:
         mode: how programs find their slots, see `triton_experts`.
         gate_up, down: the GEMMs' tiles.
-        early: a kernel starts before the one whose result it waits for has ended (programmatic
-            dependent launch); ignored below compute capability 9.0.
+        direct: the second GEMM sums a token's slots itself; down.slots must reach top_k then.
+        float32_partial: else the slots' outputs are rounded to bfloat16 before their sum.
     """
 
     mode: str
     gate_up: Tile
     down: Tile
-    early: bool = False
+    direct: bool = False
+    float32_partial: bool = False
 
     def __str__(self) -> str:
-        return f"{self.mode} {self.gate_up} {self.down}{' early' * self.early}"
+        flags = [flag for flag in FLAGS if getattr(self, flag)]
+        return " ".join([self.mode, str(self.gate_up), str(self.down), *flags])
 
 
 def parse_config(text: str) -> Config:
@@ -65,20 +68,15 @@ def parse_config(text: str) -> Config:
     """
     config = None
     try:
-        mode, *tiles = text.removesuffix(" early").split()
-        gate_up, down = (Tile(*map(int, tile.split(","))) for tile in tiles)
-        config = Config(mode, gate_up, down, text.endswith(" early"))
+        mode, gate_up, down, *flags = text.split()
+        tiles = [Tile(*map(int, part.split(","))) for part in (gate_up, down)]
+        config = Config(mode, tiles[0], tiles[1], *(flag in flags for flag in FLAGS))
     except (TypeError, ValueError):
         pass  # said below
-    if (
-        config is None
-        or config.mode not in MODES
-        or str(config) != text
-        or (config.mode == "slot" and (config.gate_up.more or config.down.more))
-    ):
+    if config is None or config.mode not in MODES or str(config) != text:
         raise UnsupportedError(
-            "parse_config: text must be a mode and two tiles of five or six numbers, as in "
-            f"'sorted 16,64,1,4,4 64,128,1,4,4,16'; got {text!r}. Measure again with fp4moe bench "
+            "parse_config: text must be a mode, two tiles of five numbers, and flags, as in "
+            f"'sorted 16,64,1,4,4 16,128,1,4,4'; got {text!r}. Measure again with fp4moe bench "
             "--tune."
         )
     return config

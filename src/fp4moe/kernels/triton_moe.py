@@ -119,7 +119,7 @@ class TritonKernel(RoutesInTorch):
         local, hidden_size, columns = operands.down_packed.shape
         config = choose_tiles(
             current_capability(hidden.device), settings.gated, hidden_size, columns * 2, local,
-            expert_ids.numel(),
+            expert_ids.numel(), expert_ids.shape[1],
         )  # fmt: skip
         return run_with(config, hidden, expert_ids, routing_weights, operands, settings)
 
@@ -162,22 +162,20 @@ def run_with(
 
     middle = x.new_empty((num_slots, intermediate), dtype=torch.bfloat16)
     out = hidden.new_empty((tokens, hidden_size))
-    hopper = capability is not None and capability[0] == 9
-    early = config.early and capability is not None and capability >= (9, 0)
-    fixed = {"MODE": mode, "ASSEMBLY": not interpreted, "WAIT": hopper, "EARLY": early}
+    scan = 1 << (num_slots - 1).bit_length() if config.mode == "scan" else 1
+    fixed: dict[str, Any] = {"MODE": mode, "IDS": max(scan, 16), "ASSEMBLY": not interpreted}
+    fixed["WAIT"] = capability is not None and capability[0] == 9
     with torch.cuda.device_of(hidden):
         sort = functools.lru_cache(maxsize=1)(functools.partial(_sort, ids, offset, local))
 
-        def find(tile: Tile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        def find(slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
             """What a GEMM finds its slots by: order, tiles, their number, and its upper bound."""
             if config.mode == "sorted":
-                return sort(tile.slots + tile.more)
-            return ids, ids, ids, num_slots
+                return sort(slots)
+            return ids, ids, ids, num_slots if config.mode == "slot" else local
 
         tile = config.gate_up
-        order, tiles, count, most = find(tile)
-        # Sorted before gate and up run, so that nothing stands between the GEMMs.
-        sorted_down = find(config.down)
+        order, tiles, count, most = find(tile.slots)
         slabs = hidden_padded // SLAB
         triton_experts.gate_up_kernel[(most * -(-intermediate // tile.rows),)](
             x, x.stride(0), ids, order, tiles, count,
@@ -191,17 +189,24 @@ def run_with(
         tile = config.down
         down = *_words(operands.down_packed, operands.down_block_scale), operands.down_global_scale
         slabs, blocks = intermediate // SLAB, -(-hidden_padded // tile.rows)
-        partial = x.new_empty((num_slots, hidden_padded), dtype=torch.bfloat16)
-        order, tiles, count, most = sorted_down
+        if config.direct:
+            triton_experts.down_tokens_kernel[(tokens * blocks,)](
+                middle, ids, *down, weights, out, hidden_size, hidden_padded, intermediate, slabs,
+                offset, local, TOP_K=top_k, ASSEMBLY=fixed["ASSEMBLY"],
+                WAIT=fixed["WAIT"], **_constants(tile),
+            )  # fmt: skip
+            return out
+        dtype = torch.float32 if config.float32_partial else torch.bfloat16
+        partial = x.new_empty((num_slots, hidden_padded), dtype=dtype)
+        order, tiles, count, most = find(tile.slots)
         triton_experts.down_kernel[(most * blocks,)](
             middle, ids, order, tiles, count, *down, weights, partial, num_slots,
             hidden_padded, intermediate, slabs, offset, local, **fixed, **_constants(tile),
-            WHOLE=slabs % tile.slabs == 0, launch_pdl=early,
+            WHOLE=slabs % tile.slabs == 0,
         )  # fmt: skip
         triton_routing.combine_kernel[(tokens, -(-hidden_size // COMBINE_COLUMNS))](
             partial, ids, out, hidden_padded, hidden_size, offset, local, TOP_K=top_k,
-            TOP_K_PADDED=1 << (top_k - 1).bit_length(), COLUMNS=COMBINE_COLUMNS, EARLY=early,
-            num_warps=4, launch_pdl=early,
+            TOP_K_PADDED=1 << (top_k - 1).bit_length(), COLUMNS=COMBINE_COLUMNS, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -244,7 +249,6 @@ def _words(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, tor
 def _constants(tile: Tile) -> dict[str, Any]:
     return {
         "SLOTS": tile.slots,
-        "MORE": tile.more,
         "ROWS": tile.rows,
         "SLABS": tile.slabs,
         "STAGES": tile.stages,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 __all__ = ["combine_kernel", "count_kernel", "place_kernel", "scan_kernel", "sort_kernel"]
 
@@ -131,15 +130,11 @@ def combine_kernel(
     TOP_K: tl.constexpr,
     TOP_K_PADDED: tl.constexpr,
     COLUMNS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Sum a token's weighted slots in float32; grid [T, column blocks].
 
     partial: [T * K, stride], rows of ids that are not local unwritten. out: [T, hidden_size].
-    EARLY: started before down_kernel has ended.
     """
-    if EARLY:
-        gdc_wait()
     token = tl.program_id(0)
     slot = tl.arange(0, TOP_K_PADDED)
     there = slot < TOP_K
