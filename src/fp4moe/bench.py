@@ -28,6 +28,7 @@ from .experts import ExpertWeights
 from .kernels import KERNELS, MoeSpec, choose_kernel, current_capability
 from .module import FusedExperts
 from .quantize import NVFP4Values
+from .selftest import LAYERS
 
 __all__ = ["SHAPES", "TOKENS", "Shape", "add_parser", "graph_us", "random_weights", "run"]
 
@@ -63,8 +64,8 @@ class Shape:
 
 
 SHAPES = {
-    "gemma4": Shape(128, 8, 2816, 704, "gelu_tanh", True),
-    "nano": Shape(128, 6, 2688, 1856, "relu2", False),
+    name: Shape(**LAYERS[model])
+    for name, model in (("gemma4", "Gemma4-26B-A4B"), ("nano", "Nemotron-3-Nano-30B"))
 }
 
 
@@ -152,14 +153,20 @@ def huggingface(name: str, weights: ExpertWeights) -> Any:
         from transformers.models.gemma4 import modeling_gemma4
 
         config = AutoConfig.for_model(
-            "gemma4_text", num_experts=weights.num_experts, top_k_experts=8, **sizes
+            "gemma4_text",
+            num_experts=weights.num_experts,
+            top_k_experts=SHAPES[name].top_k,
+            **sizes,
         )
         make: Any = modeling_gemma4.Gemma4TextExperts
     else:
         from transformers.models.nemotron_h import modeling_nemotron_h
 
         config = AutoConfig.for_model(
-            "nemotron_h", n_routed_experts=weights.num_experts, num_experts_per_tok=6, **sizes
+            "nemotron_h",
+            n_routed_experts=weights.num_experts,
+            num_experts_per_tok=SHAPES[name].top_k,
+            **sizes,
         )
         make = modeling_nemotron_h.NemotronHExperts
     with torch.device("meta"):
