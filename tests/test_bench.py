@@ -59,9 +59,11 @@ def test_no_gpu_is_said(capsys):
 
 
 def test_tiles_to_try_fit_the_load():
-    assert families(8, 128) == [("slot", 16)]
-    assert families(128 * 8, 128) == [("sorted", 16), ("sorted", 32)]
-    assert families(128 * 256, 128) == [("sorted", n) for n in (64, 128, 256)]
-    for slots in (16, 32, 64, 128, 256):
-        for tile in itertools.chain(*candidates(slots)):
-            assert tile.slots == slots and tile.warps in (4, 8)
+    assert families(8, 128) == [("slot", 16, 0)]
+    assert families(128 * 8, 128) == [("sorted", 16, 0), ("sorted", 32, 0)]
+    for density in (64, 128):
+        sizes = [slots + more for _, slots, more in families(128 * density, 128)]
+        assert density in sizes and any(density < size < 1.3 * density for size in sizes)
+    for slots, more in ((16, 0), (32, 16), (64, 0), (128, 32)):
+        for tile in itertools.chain(*candidates(slots, more)):
+            assert (tile.slots, tile.more) == (slots, more) and tile.warps in (4, 8)

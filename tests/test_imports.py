@@ -58,7 +58,7 @@ HEAVY: dict[str, set[str]] = {
     "tensorrt": set(),
     "torch_tensorrt": set(),
     "transformers": set(),
-    "triton": {"kernels.triton_decode", "kernels.triton_experts", "kernels.triton_routing"},
+    "triton": {f"kernels.triton_{name}" for name in ("choice", "decode", "experts", "routing")},
 }
 
 

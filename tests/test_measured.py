@@ -107,36 +107,39 @@ def test_kernels_without_a_common_load_keep_their_order(write):
 )
 def test_tiles_by_load(write, slots, experts, expected):
     write()
-    assert choose_tiles((9, 0), True, 2816, 704, experts, slots, 8) == parse_config(expected)
+    assert choose_tiles((9, 0), True, 2816, 704, experts, slots) == parse_config(expected)
 
 
 def test_tiles_of_the_nearest_layer(write):
     write()
     shipped = {layer.gated: layer for layer in read(SHIPPED)}
     # Not gated is nearer than the user's own GPU; another GPU has the shipped tiles of that form.
-    own = choose_tiles((9, 0), True, 2880, 720, 128, 8, 8)
-    other = choose_tiles((9, 0), False, 2688, 1856, 128, 6, 6)
+    own = choose_tiles((9, 0), True, 2880, 720, 128, 8)
+    other = choose_tiles((9, 0), False, 2688, 1856, 128, 6)
     assert own == parse_config(SLOT) and other == shipped[False].tiles[1]
-    assert choose_tiles((8, 0), False, 2688, 1856, 128, 6, 6) == shipped[False].tiles[1]
-
-
-def test_a_direct_sum_has_room_for_top_k(write):
-    write(tiles={"1": SLOT + " direct"})
-    config = choose_tiles((9, 0), True, 2816, 704, 128, 20, 20)
-    assert config.direct and config.down.slots == 32
+    assert choose_tiles((8, 0), False, 2688, 1856, 128, 6) == shipped[False].tiles[1]
 
 
 def test_a_config_is_written_as_it_is_read():
-    config = Config("slot", Tile(16, 32, 2, 4, 3), Tile(32, 64, 1, 8, 4), float32_partial=True)
-    assert str(config) == "slot 16,32,2,4,3 32,64,1,8,4 float32_partial"
+    config = Config("sorted", Tile(16, 32, 2, 4, 3), Tile(64, 64, 1, 8, 4, 16))
+    assert str(config) == "sorted 16,32,2,4,3 64,64,1,8,4,16"
     assert parse_config(str(config)) == config
 
 
 @pytest.mark.parametrize(
-    "text", ["", "slot", "slot 1,2,3,4 1,2,3,4,5", "best " + SLOT[5:], SLOT + " quick", " " + SLOT]
+    "text",
+    [
+        "",
+        "slot",
+        "slot 1,2,3,4 1,2,3,4,5",
+        "best " + SLOT[5:],
+        SLOT + " quick",
+        " " + SLOT,
+        SLOT + ",16",
+    ],
 )
 def test_no_config(text):
-    with pytest.raises(UnsupportedError, match=r"^parse_config: text must be a mode, two tiles"):
+    with pytest.raises(UnsupportedError, match=r"^parse_config: text must be a mode and two tiles"):
         parse_config(text)
 
 
@@ -144,5 +147,5 @@ def test_no_config(text):
 def test_a_broken_file_is_refused_by_name(write, change):
     path = write(**change)
     with pytest.raises(UnsupportedError) as error:
-        choose_tiles((9, 0), True, 2816, 704, 128, 8, 8)
+        choose_tiles((9, 0), True, 2816, 704, 128, 8)
     assert str(path) in str(error.value) or "parse_config" in str(error.value)

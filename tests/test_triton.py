@@ -22,12 +22,14 @@ from fp4moe import ExpertWeights
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import UnsupportedError
 from fp4moe.kernels.measured import SHIPPED, choose_tiles, read
-from fp4moe.kernels.spec import LayerSettings, MoeSpec
+from fp4moe.kernels.spec import LayerSettings, MoeSpec, Routing
+from fp4moe.kernels.torch_routing import route
 from fp4moe.kernels.triton_configs import Config, Tile
 from fp4moe.kernels.triton_layout import from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
 from fp4moe.kernels.triton_moe import TRITON, run_with
 from fp4moe.quantize import NVFP4Values, dequantize_nvfp4
 from fp4moe.reference import reference
+from fp4moe.routing import softmax_topk
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -49,6 +51,7 @@ if INTERPRETED and HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from fp4moe.kernels.triton_choice import choose_experts
     from fp4moe.kernels.triton_decode import decode_slabs
 
     @triton.jit
@@ -68,8 +71,8 @@ SPEC = MoeSpec("silu", True, 2816, 704, 128, 8, (9, 0))
 CUT = 3 * 2.0**-8
 MODES = {
     "sorted": Config("sorted", Tile(16, 64, 2, 4, 3), Tile(32, 64, 2, 4, 3)),
-    "scan": Config("scan", Tile(16, 32, 1, 4, 3), Tile(16, 128, 1, 4, 3), float32_partial=True),
-    "slot": Config("slot", Tile(16, 64, 2, 4, 3), Tile(16, 64, 2, 4, 3), direct=True),
+    "more": Config("sorted", Tile(16, 32, 1, 4, 3, 16), Tile(32, 128, 1, 4, 3, 16)),
+    "slot": Config("slot", Tile(16, 64, 2, 4, 3), Tile(16, 64, 2, 4, 3)),
 }
 
 
@@ -295,6 +298,81 @@ def test_small_layers(mode, activation, gated, dtype, poisoned_empty):
 
 
 @interpreted
+def test_a_tile_holds_more_slots_than_a_power_of_two(poisoned_empty):
+    # One expert, and 2 of 3 ids are not its: 16 to 32 of 70 slots with all but certainty.
+    weights = layer(1, 64, 64, "relu2", False)
+    compare(MODES["more"], weights, torch.bfloat16, 35, 2, CUT)
+
+
+def compare_choices(routing, experts, device, tokens):
+    """Distinct logits in strided rows: the ids of `fp4moe.routing`, and its weights."""
+    from fp4moe.kernels.triton_choice import choose_experts
+
+    generator = torch.Generator().manual_seed(experts)
+    rows = [torch.randperm(experts, generator=generator) for _ in range(tokens)]
+    # Exact in bfloat16, as whole numbers below 256 are.
+    logits = torch.nn.functional.pad((torch.stack(rows) - experts // 2) / 32, (0, 5))
+    bias = torch.linspace(-0.7, 0.3, experts)[rows[0]]
+    biases = [bias[:0], bias] if routing.method == "sigmoid_topk" else [bias[:0]]
+    for dtype, bias in itertools.product((torch.float32, torch.bfloat16), biases):
+        args = (logits.to(device, dtype)[:, :experts], bias.to(device), routing)
+        ids, weights = choose_experts(*args)
+        expected_ids, expected = route(*args)
+        assert torch.equal(ids, expected_ids)
+        # exp, 1 / x and a sum of at most 32 in float32: some 2^-23 each.
+        torch.testing.assert_close(weights, expected, rtol=64 * 2.0**-23, atol=1e-30)
+
+
+ROUTINGS = [
+    (Routing("softmax_topk", 8), 128),
+    (Routing("softmax_topk", 1, scaling=0.5), 3),
+    (Routing("softmax_topk", 5), 5),
+    (Routing("sigmoid_topk", 6, scaling=2.5), 128),
+    (Routing("sigmoid_topk", 8, 8, 4, 2.5), 256),
+    (Routing("sigmoid_topk", 3, 5, 2), 60),
+    (Routing("sigmoid_topk", 22), 250),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("routing", "experts"), ROUTINGS, ids=str)
+def test_experts_are_chosen_as_defined(routing, experts, poisoned_empty):
+    compare_choices(routing, experts, "cpu", 3)
+
+
+@interpreted
+def test_chosen_by_hand():
+    # Groups score 0.9 + 0.8, 0.99 + 0.1 and 0.85 + 0.8; the second is dropped with the largest of
+    # all. The bias lifts expert 5 over expert 0; weights are the sigmoids, without the bias.
+    scores = torch.tensor([[0.9, 0.8, 0.99, 0.1, 0.8, 0.85]])
+    bias = torch.tensor([0, 0, 0, 0, 0, 0.06])
+    logits = torch.log(scores / (1 - scores))
+    ids, weights = choose_experts(logits, bias, Routing("sigmoid_topk", 3, 3, 2, 2.0))
+    assert ids.tolist() == [[5, 0, 1]]
+    total = 0.85 + 0.9 + 0.8
+    expected = torch.tensor([[0.85, 0.9, 0.8]]) * 2 / total
+    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=0)
+    # Among equals the lowest; one logit of minus infinity among the chosen gives a weight of 0.
+    logits = torch.tensor([[1.0, 2.0, 2.0, 1.0], [-torch.inf, -torch.inf, 0.0, -torch.inf]])
+    ids, weights = choose_experts(logits, torch.empty(0), Routing("softmax_topk", 2))
+    assert ids.tolist() == [[1, 2], [2, 0]]
+    assert weights.tolist() == [[0.5, 0.5], [1.0, 0.0]]
+
+
+@interpreted
+def test_from_logits_is_the_choice_and_then_the_experts(poisoned_empty):
+    weights = layer(4, 64, 64, "silu", True)
+    scale = torch.tensor([0.5, 1.0, 2.0, 3.0])
+    prepared = TRITON.prepare(weights, hidden_alignment=256, output_scale=scale)
+    hidden, logits = torch.randn(3, 64).bfloat16(), torch.randn(3, 4)
+    routing, none = Routing("softmax_topk", 2), torch.empty(0)
+    args = (prepared.operands, prepared.settings)
+    got = TRITON.run_from_logits(hidden, logits, none, routing, *args)
+    ids, routing_weights = softmax_topk(logits, 2, renormalize=True, per_expert_scale=scale)
+    assert relative(got, reference(hidden.float(), weights, ids, routing_weights)) < CUT
+
+
+@interpreted
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, gated):
@@ -320,18 +398,19 @@ def test_the_interpreter_agrees():
     assert "needs Triton's interpreter" not in done.stdout, done.stdout[-4000:]
 
 
-def signature(function, constants, hidden="*bf16", partial="*bf16"):
+def signature(function, constants, hidden="*bf16"):
     """Argument types by name, pointers and multiples of 16 as a call of real sizes has them."""
-    pointers = {"hidden": hidden, "x": "*bf16", "ids": "*i64", "out": "*bf16", "partial": partial}
+    pointers = {"hidden": hidden, "x": "*bf16", "ids": "*i64", "out": "*bf16", "partial": "*bf16"}
     pointers |= dict.fromkeys(("counts", "order", "tiles", "num_tiles", "words", "scales"), "*i32")
-    pointers |= dict.fromkeys(("global_scale", "routing_weights"), "*fp32")
-    if function.__name__ == "down_kernel":
-        pointers["out"] = partial
+    pointers |= dict.fromkeys(("global_scale", "routing_weights", "weights", "bias"), "*fp32")
+    pointers["logits"] = "*bf16"
     types = {
         name: "constexpr" if name in constants else pointers.get(name, "i32")
         for name in function.arg_names
     }
-    plain = {"num_slots", "expert_offset", "top_k", "slabs"}
+    if "scaling" in types:
+        types["scaling"] = "fp32"
+    plain = {"num_slots", "expert_offset", "top_k", "slabs", "num_groups", "scaling"}
     aligned = [
         (i,) for i, n in enumerate(function.arg_names) if types[n] != "constexpr" and n not in plain
     ]
@@ -340,39 +419,47 @@ def signature(function, constants, hidden="*bf16", partial="*bf16"):
 
 def variants():
     """(kernel, constants, warps, further) of each row of the tables, and of each activation."""
-    from fp4moe.kernels import triton_experts, triton_routing
+    from fp4moe.kernels import triton_choice, triton_experts, triton_routing
     from fp4moe.kernels.triton_configs import MODES as NAMES
 
     def constants(tile, **more):
-        names = {"SLOTS": tile.slots, "ROWS": tile.rows, "SLABS": tile.slabs}
-        return {**names, "STAGES": tile.stages, "ASSEMBLY": True, "WAIT": False, **more}, tile.warps
+        names = {"SLOTS": tile.slots, "MORE": tile.more, "ROWS": tile.rows, "SLABS": tile.slabs}
+        return {
+            **names,
+            "STAGES": tile.stages,
+            "ASSEMBLY": True,
+            "WAIT": False,
+            **more,
+        }, tile.warps
 
-    # Tiles in the form that they are shipped for, and what no shipped tile has in both forms.
-    shipped = {(layer.gated, c) for layer in read(SHIPPED) for c in layer.tiles.values()}
-    configs = shipped | {(gated, c) for c in MODES.values() for gated in (True, False)}
-    gate_ups = {(gated, c.mode, c.gate_up) for gated, c in configs}
-    for (gated, mode, tile), whole in itertools.product(sorted(gate_ups, key=str), (True, False)):
-        form = {"GATED": gated, "ACTIVATION": "gelu_tanh" if gated else "relu2"}
-        form |= {"WHOLE": whole, "FP16": not whole}
-        gate_up = constants(tile, MODE=NAMES.index(mode), IDS=16, **form)
-        yield triton_experts.gate_up_kernel, *gate_up, {"hidden": "*bf16" if whole else "*fp16"}
-    downs = {(c.direct, c.float32_partial, c.mode, c.down) for _, c in configs}
-    for direct, float32, mode, tile in sorted(downs, key=str):
-        if direct:
-            yield triton_experts.down_tokens_kernel, *constants(tile, TOP_K=8), {}
-        else:
-            down = constants(tile, WHOLE=False, MODE=NAMES.index(mode), IDS=16)
-            yield triton_experts.down_kernel, *down, {"partial": "*fp32" if float32 else "*bf16"}
+    configs = [(layer.gated, config) for layer in read(SHIPPED) for config in layer.tiles.values()]
+    configs += [(True, MODES["more"]), (False, MODES["more"])]
+    gate_ups = sorted({(gated, c.mode, str(c.gate_up)) for gated, c in configs})
+    for number, (gated, mode, tile) in enumerate(gate_ups):
+        # Whole steps and bfloat16, or neither.
+        plain = number % 2 == 1
+        form = {"GATED": gated, "WHOLE": not plain, "FP16": plain, "MODE": NAMES.index(mode)}
+        form["ACTIVATION"] = "gelu_tanh" if gated else "relu2"
+        gate_up = constants(Tile(*map(int, tile.split(","))), **form)
+        yield triton_experts.gate_up_kernel, *gate_up, {"hidden": "*fp16" if plain else "*bf16"}
+    for mode, tile in sorted({(c.mode, str(c.down)) for _, c in configs}):
+        down = constants(Tile(*map(int, tile.split(","))), MODE=NAMES.index(mode), WHOLE=False)
+        yield triton_experts.down_kernel, *down, {}
     for activation, gated in itertools.product(ACTIVATIONS, (True, False)):
         form = {"GATED": gated, "ACTIVATION": activation, "WHOLE": True, "FP16": False}
-        small = constants(Tile(16, 64, 1, 4, 2), MODE=2, IDS=16, **form)
+        small = constants(Tile(16, 64, 1, 4, 2), MODE=1, **form)
         yield triton_experts.gate_up_kernel, *small, {}
     sizes = {"EXPERTS": 256, "CHUNK": 128}
     yield triton_routing.sort_kernel, {**sizes, "SLOTS": 16, "CHUNK": 2048}, 8, {}
     yield triton_routing.count_kernel, sizes, 4, {}
     yield triton_routing.scan_kernel, {"EXPERTS": 256, "BLOCK": 2}, 4, {}
     yield triton_routing.place_kernel, {**sizes, "SLOTS": 16}, 4, {}
-    yield triton_routing.combine_kernel, {"TOP_K": 6, "TOP_K_PADDED": 8, "COLUMNS": 256}, 2, {}
+    combine = {"TOP_K": 6, "TOP_K_PADDED": 8, "COLUMNS": 1024}
+    yield triton_routing.combine_kernel, combine, 4, {}
+    choice = {"GROUPS": 8, "GROUP_EXPERTS": 32, "TOP_GROUPS": 4, "TOP_K": 8, "TOP_K_PADDED": 8}
+    yield triton_choice.choose_kernel, choice | {"SIGMOID": True, "BIASED": True}, 1, {}
+    choice |= {"GROUPS": 1, "GROUP_EXPERTS": 128, "TOP_GROUPS": 0, "SIGMOID": False}
+    yield triton_choice.choose_kernel, choice | {"BIASED": False}, 1, {}
 
 
 @compiled
@@ -407,16 +494,22 @@ def test_every_variant_compiles(capability, tmp_path, monkeypatch):
 def test_on_the_gpu(activation, gated, tokens, dtype, poisoned_empty):
     weights = layer(9, 336, 208, activation, gated, device="cuda", num_experts=16, expert_offset=3)
     # Three roundings to bfloat16 at most, each below 2^-9.
-    config = choose_tiles((9, 0), gated, 384, 256, 9, tokens * 5, 5)
+    config = choose_tiles((9, 0), gated, 384, 256, 9, tokens * 5)
     compare(config, weights, dtype, tokens, 5, 3 * 2.0**-9, "cuda")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", TILES)
+@pytest.mark.parametrize("config", [*TILES, MODES["more"]], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_config_on_the_gpu(activation, config):
     weights = layer(7, 256, 192, activation, True, device="cuda")
     compare(config, weights, torch.bfloat16, 37, 4, 3 * 2.0**-9, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("routing", "experts"), ROUTINGS, ids=str)
+def test_the_choice_on_the_gpu(routing, experts, poisoned_empty):
+    compare_choices(routing, experts, "cuda", 300)
 
 
 @pytest.mark.gpu

@@ -27,27 +27,32 @@ _SIZES = ("gated", "hidden_size", "intermediate_size", "num_experts", "top_k")
 RUNS = 5  # of the winner, which must agree bit for bit
 
 
-def candidates(slots: int) -> tuple[list[Tile], list[Tile]]:
+def candidates(slots: int, more: int) -> tuple[list[Tile], list[Tile]]:
     """Tiles to try for gate and up, and for down, with so many slots a tile."""
-    gate_up = [Tile(slots, r, 1, 4, s) for r in (32, 64, 128) for s in (3, 4, 5)]
-    down = [Tile(slots, r, 1, 4, s) for r in (64, 128) for s in (3, 4, 5)]
+
+    def tile(rows: int, slabs: int, warps: int, stages: int) -> Tile:
+        return Tile(slots, rows, slabs, warps, stages, more)
+
+    gate_up = [tile(r, 1, 4, s) for r in (32, 64, 128) for s in (3, 4, 5)]
+    down = [tile(r, 1, 4, s) for r in (64, 128) for s in (3, 4, 5)]
     if slots <= 16:
-        more = [Tile(slots, r, k, 4, s) for r in (32, 64, 128) for k, s in ((2, 3), (2, 5), (4, 3))]
-        return gate_up + more, down + more
+        more_k = [tile(r, k, 4, s) for r in (32, 64, 128) for k, s in ((2, 3), (2, 5), (4, 3))]
+        return gate_up + more_k, down + more_k
     if slots >= 64:
-        wide = [Tile(slots, r, 1, 8, s) for r in (64, 128) for s in (3, 4)]
+        wide = [tile(r, 1, 8, s) for r in (64, 128) for s in (3, 4)]
         return gate_up + wide, down + wide
     return gate_up, down
 
 
-def families(slots: int, num_experts: int) -> list[tuple[str, int]]:
-    """(mode, slots a tile) worth a try for so many slots in all."""
+def families(slots: int, num_experts: int) -> list[tuple[str, int, int]]:
+    """(mode, slots a tile, further slots) worth a try for so many slots in all."""
     if slots <= FEW_SLOTS:
-        return [("slot", 16)]
+        return [("slot", 16, 0)]
     density = slots / num_experts
-    return [
-        ("sorted", n) for n in (16, 32, 64, 128, 256) if density / 4 <= n <= max(density * 4, 16)
-    ]
+    sizes = [(n, 0) for n in (16, 32, 64, 128, 256)]
+    sizes += [(32, 16), (64, 16), (64, 32), (128, 16), (128, 32)]
+    low, high = density / 4, max(density * 4, 16)
+    return [("sorted", n, more) for n, more in sizes if low <= n + more <= high]
 
 
 def compile_one(shape: bench.Shape, config: Config) -> None:
@@ -65,8 +70,8 @@ def compile_all(shape: bench.Shape, tokens: list[int], jobs: int) -> set[Config]
     """Compile what will be measured, side by side; return what compiles and runs."""
     configs = set()
     for count in tokens:
-        for mode, slots in families(count * shape.top_k, shape.num_experts):
-            gate_up, down = candidates(slots)
+        for mode, *size in families(count * shape.top_k, shape.num_experts):
+            gate_up, down = candidates(*size)
             configs |= {Config(mode, tile, down[0]) for tile in gate_up}
             configs |= {Config(mode, gate_up[0], tile) for tile in down}
     good = set()
@@ -115,10 +120,10 @@ def tune_tokens(
         )
 
     best: tuple[float, Config] | None = None
-    for mode, slots in families(tokens * shape.top_k, shape.num_experts):
-        gate_up, down = candidates(slots)
+    for mode, *size in families(tokens * shape.top_k, shape.num_experts):
+        gate_up, down = candidates(*size)
         gate_up = [tile for tile in gate_up if Config(mode, tile, down[0]) in good]
-        down = [tile for tile in down if Config(mode, candidates(slots)[0][0], tile) in good]
+        down = [tile for tile in down if Config(mode, candidates(*size)[0][0], tile) in good]
         if not gate_up or not down:
             continue
         first = min(gate_up, key=lambda tile: us(Config(mode, tile, down[0])))

@@ -137,14 +137,13 @@ def choose_tiles(
     intermediate_size: int,
     num_experts: int,
     num_slots: int,
-    top_k: int,
 ) -> Config:
     """Return Triton's config: of the nearest layer, this GPU's if measured, at the nearest load.
 
     Args:
         capability: of the GPU; None in Triton's interpreter.
         gated, hidden_size, intermediate_size, num_experts: of the layer, sizes padded or not.
-        num_slots, top_k: entries of expert_ids, in all and of a token.
+        num_slots: entries of expert_ids.
     """
     found = [m for m in measurements() if m.tiles]
     nearest = min(
@@ -164,7 +163,4 @@ def choose_tiles(
         density = num_slots / num_experts * nearest.num_experts / slots
         return config.mode == "slot", abs(math.log2(density))
 
-    config = min(nearest.tiles.items(), key=unlike)[1]
-    if config.direct and config.down.slots < top_k:
-        return dataclasses.replace(config, down=dataclasses.replace(config.down, slots=32))
-    return config
+    return min(nearest.tiles.items(), key=unlike)[1]

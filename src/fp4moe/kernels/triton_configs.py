@@ -11,10 +11,7 @@ from ..errors import UnsupportedError
 
 __all__ = ["MODES", "Config", "Tile", "parse_config"]
 
-MODES = ("slot", "scan", "sorted")
-# Mode "scan" holds all ids in registers.
-MOST_SCANNED = 512
-FLAGS = ("direct", "float32_partial")
+MODES = ("slot", "sorted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +23,7 @@ class Tile:
         rows: weight rows, of gate and of up each: 16 to 128. wgmma needs 64 in all and 4 warps.
         slabs: 64 columns of K each: 1, 2 or 4.
         warps, stages: as Triton's num_warps and num_stages.
+        more: further slots beside the power of two: 0, 16, 32 or 64; in mode "sorted" only.
     """
 
     slots: int
@@ -33,9 +31,10 @@ class Tile:
     slabs: int
     warps: int
     stages: int
+    more: int = 0
 
     def __str__(self) -> str:
-        return ",".join(map(str, dataclasses.astuple(self)))
+        return ",".join(map(str, dataclasses.astuple(self)[: None if self.more else -1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +44,14 @@ class Config:
     Attributes:
         mode: how programs find their slots, see `triton_experts`.
         gate_up, down: the GEMMs' tiles.
-        direct: the second GEMM sums a token's slots itself; down.slots must reach top_k then.
-        float32_partial: else the slots' outputs are rounded to bfloat16 before their sum.
     """
 
     mode: str
     gate_up: Tile
     down: Tile
-    direct: bool = False
-    float32_partial: bool = False
 
     def __str__(self) -> str:
-        flags = [flag for flag in FLAGS if getattr(self, flag)]
-        return " ".join([self.mode, str(self.gate_up), str(self.down), *flags])
+        return f"{self.mode} {self.gate_up} {self.down}"
 
 
 def parse_config(text: str) -> Config:
@@ -68,15 +62,20 @@ def parse_config(text: str) -> Config:
     """
     config = None
     try:
-        mode, gate_up, down, *flags = text.split()
-        tiles = [Tile(*map(int, part.split(","))) for part in (gate_up, down)]
-        config = Config(mode, tiles[0], tiles[1], *(flag in flags for flag in FLAGS))
+        mode, *tiles = text.split()
+        gate_up, down = (Tile(*map(int, tile.split(","))) for tile in tiles)
+        config = Config(mode, gate_up, down)
     except (TypeError, ValueError):
         pass  # said below
-    if config is None or config.mode not in MODES or str(config) != text:
+    if (
+        config is None
+        or config.mode not in MODES
+        or str(config) != text
+        or (config.mode == "slot" and (config.gate_up.more or config.down.more))
+    ):
         raise UnsupportedError(
-            "parse_config: text must be a mode, two tiles of five numbers, and flags, as in "
-            f"'sorted 16,64,1,4,4 16,128,1,4,4'; got {text!r}. Measure again with fp4moe bench "
+            "parse_config: text must be a mode and two tiles of five or six numbers, as in "
+            f"'sorted 16,64,1,4,4 64,128,1,4,4,16'; got {text!r}. Measure again with fp4moe bench "
             "--tune."
         )
     return config

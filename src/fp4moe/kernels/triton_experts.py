@@ -1,10 +1,10 @@
 """The GEMMs of NVFP4 experts in Triton: gate and up with the activation, down with the weighting.
 
 Weights stand on the M side of the tensor core, tokens on its N side. A program takes ROWS rows of
-one expert (of gate and of up each) for up to SLOTS slots. How it finds them is its MODE:
+one expert (of gate and of up each) for up to SLOTS + MORE slots: what is decoded once is multiplied
+with both parts, since sizes must be powers of two. How it finds its slots is its MODE:
 
     SLOT    the program's number is a slot: no metadata, an expert is read once a slot
-    SCAN    the number is an expert, which looks for its slots in all ids: few tokens
     SORTED  the number is a tile of `triton_routing.sort_kernel`
 
 Sizes are the padded ones, multiples of 64; a slab is 64 columns of K, see `triton_layout`.
@@ -17,11 +17,10 @@ import triton.language as tl
 
 from .triton_decode import WEIGHT_FACTOR, decode_slabs
 
-__all__ = ["SCAN", "SLOT", "SORTED", "down_kernel", "down_tokens_kernel", "gate_up_kernel"]
+__all__ = ["SLOT", "SORTED", "down_kernel", "gate_up_kernel"]
 
 SLOT = tl.constexpr(0)
-SCAN = tl.constexpr(1)
-SORTED = tl.constexpr(2)
+SORTED = tl.constexpr(1)
 # They differ from call to call: no variant for a multiple of 16, or for 1.
 UNSPECIALIZED = ["num_slots", "expert_offset"]
 
@@ -116,13 +115,13 @@ def _load_tokens(x, row, valid, column, columns, WHOLE: tl.constexpr):
 @triton.jit
 def _gate_up_tile(
     hidden, stride_token, words, scales, global_scale, out,
-    slot, expert, block, top_k, hidden_size, intermediate, slabs,
-    SLOTS: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr, STAGES: tl.constexpr,
-    WHOLE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    slot, more, expert, block, top_k, hidden_size, intermediate, slabs,
+    SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr,
+    STAGES: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     FP16: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    valid = slot >= 0
     token = (tl.maximum(slot, 0) // top_k).to(tl.int64) * stride_token
+    token_more = (tl.maximum(more, 0) // top_k).to(tl.int64) * stride_token
     PARTS: tl.constexpr = 2 if GATED else 1
     # Eight rows of gate, the same eight of up: a thread of the tensor core holds both.
     place = tl.arange(0, PARTS * ROWS)
@@ -131,15 +130,30 @@ def _gate_up_tile(
         row = tl.minimum(row, intermediate - 1)
     row += place // 8 % PARTS * intermediate
     acc = tl.zeros((PARTS * ROWS, SLOTS), dtype=tl.float32)
+    acc_more = tl.zeros((PARTS * ROWS, MORE if MORE else 16), dtype=tl.float32)
     for slab in tl.range(0, slabs, SLABS, num_stages=STAGES):
         column = slab * 64 + tl.arange(0, SLABS * 64)
-        x = tl.trans(_load_tokens(hidden, token, valid, column, hidden_size, WHOLE))
+        x = tl.trans(_load_tokens(hidden, token, slot >= 0, column, hidden_size, WHOLE))
         w = _load_weights(
             words, scales, expert, row, PARTS * intermediate, slab, slabs,
             SLABS, PARTS * ROWS, WHOLE, FP16, ASSEMBLY,
         )  # fmt: skip
         acc = _add_dot(w, x, acc, ASSEMBLY, WAIT)
-    acc *= tl.load(global_scale + expert) * WEIGHT_FACTOR
+        if MORE:
+            x = _load_tokens(hidden, token_more, more >= 0, column, hidden_size, WHOLE)
+            acc_more = _add_dot(w, tl.trans(x), acc_more, ASSEMBLY, WAIT)
+    scale = tl.load(global_scale + expert) * WEIGHT_FACTOR
+    _store_gate_up(out, acc * scale, slot, block, intermediate, SLOTS, ROWS, GATED, ACTIVATION)
+    if MORE:
+        acc_more *= scale
+        _store_gate_up(out, acc_more, more, block, intermediate, MORE, ROWS, GATED, ACTIVATION)
+
+
+@triton.jit
+def _store_gate_up(
+    out, acc, slot, block, intermediate,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
     if GATED:
         parts = tl.reshape(acc, (ROWS // 8, 2, 8, SLOTS))
         gate, up = tl.split(tl.permute(parts, (0, 2, 3, 1)))
@@ -149,100 +163,106 @@ def _gate_up_tile(
         value = _activate(acc, ACTIVATION)
     row = block * ROWS + tl.arange(0, ROWS)
     at = out + (tl.maximum(slot, 0).to(tl.int64) * intermediate)[None, :] + row[:, None]
-    mask = (row < intermediate)[:, None] & valid[None, :]
+    mask = (row < intermediate)[:, None] & (slot >= 0)[None, :]
     tl.store(at, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _down_tile(
     x, words, scales, global_scale, routing_weights, out,
-    slot, expert, block, hidden_padded, intermediate, slabs,
-    SLOTS: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr, STAGES: tl.constexpr,
-    WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
+    slot, more, expert, block, hidden_padded, intermediate, slabs,
+    SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr,
+    STAGES: tl.constexpr, WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    valid = slot >= 0
-    place = tl.maximum(slot, 0).to(tl.int64)
+    at = tl.maximum(slot, 0).to(tl.int64) * intermediate
+    at_more = tl.maximum(more, 0).to(tl.int64) * intermediate
     row = block * ROWS + tl.arange(0, ROWS)
-    inside = row < hidden_padded
     if ROWS > 64:
         row = tl.minimum(row, hidden_padded - 1)
     acc = tl.zeros((ROWS, SLOTS), dtype=tl.float32)
+    acc_more = tl.zeros((ROWS, MORE if MORE else 16), dtype=tl.float32)
     for slab in tl.range(0, slabs, SLABS, num_stages=STAGES):
         column = slab * 64 + tl.arange(0, SLABS * 64)
-        y = _load_tokens(x, place * intermediate, valid, column, intermediate, WHOLE)
+        y = _load_tokens(x, at, slot >= 0, column, intermediate, WHOLE)
         w = _load_weights(
             words, scales, expert, row, hidden_padded, slab, slabs,
             SLABS, ROWS, WHOLE, False, ASSEMBLY,
         )  # fmt: skip
         acc = _add_dot(w, tl.trans(y), acc, ASSEMBLY, WAIT)
-    factor = tl.load(routing_weights + tl.maximum(slot, 0), mask=valid, other=0.0)
-    factor *= tl.load(global_scale + expert) * WEIGHT_FACTOR
-    value = acc * factor[None, :]
-    mask = inside[:, None] & valid[None, :]
-    at = out + (place * hidden_padded)[None, :] + row[:, None]
-    tl.store(at, value.to(out.dtype.element_ty), mask=mask)
+        if MORE:
+            y = _load_tokens(x, at_more, more >= 0, column, intermediate, WHOLE)
+            acc_more = _add_dot(w, tl.trans(y), acc_more, ASSEMBLY, WAIT)
+    scale = tl.load(global_scale + expert) * WEIGHT_FACTOR
+    _store_down(out, acc, routing_weights, scale, slot, block, hidden_padded, ROWS)
+    if MORE:
+        _store_down(out, acc_more, routing_weights, scale, more, block, hidden_padded, ROWS)
 
 
 @triton.jit
-def _scanned_slots(match, rank, step, SLOTS: tl.constexpr, IDS: tl.constexpr):
-    """Slots step * SLOTS and following among the matches, -1 behind the last."""
-    wanted = step * SLOTS + tl.arange(0, SLOTS)
-    found = match[None, :] & (rank[None, :] == wanted[:, None])
-    return tl.sum(tl.where(found, tl.arange(0, IDS)[None, :] + 1, 0), 1) - 1
+def _store_down(
+    out, acc, routing_weights, scale, slot, block, hidden_padded, ROWS: tl.constexpr
+):  # fmt: skip
+    row = block * ROWS + tl.arange(0, ROWS)
+    factor = tl.load(routing_weights + tl.maximum(slot, 0), mask=slot >= 0, other=0.0) * scale
+    at = out + (tl.maximum(slot, 0).to(tl.int64) * hidden_padded)[None, :] + row[:, None]
+    mask = (row < hidden_padded)[:, None] & (slot >= 0)[None, :]
+    tl.store(at, (acc * factor[None, :]).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _find_slots(
+    ids, order, tiles, num_tiles, number, num_slots, expert_offset, local_experts,
+    MODE: tl.constexpr, SLOTS: tl.constexpr, MORE: tl.constexpr,
+):  # fmt: skip
+    """Expert, slots and further slots of a program of mode SLOT or SORTED."""
+    column = tl.arange(0, SLOTS)
+    further = tl.arange(0, MORE if MORE else 16)
+    if MODE == SLOT:
+        expert = _local(ids, number, number < num_slots, expert_offset, local_experts)
+        slot = tl.where(column == 0, number, -1)
+        more = further * 0 - 1
+    else:
+        tile = tl.load(tiles + number, mask=number < tl.load(num_tiles), other=-1)
+        expert = tile >> 10
+        used = tl.where(tile >= 0, tile & 1023, 0)
+        order += number * (SLOTS + MORE)
+        slot = tl.load(order + column, mask=column < used, other=-1)
+        more = tl.load(order + SLOTS + further, mask=SLOTS + further < used, other=-1)
+    return expert, slot, more
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gate_up_kernel(
     hidden, stride_token, ids, order, tiles, num_tiles, words, scales, global_scale, out,
     num_slots, top_k, hidden_size, intermediate, slabs, expert_offset, local_experts,
-    MODE: tl.constexpr, IDS: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    MODE: tl.constexpr, SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr,
     SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr,
     ACTIVATION: tl.constexpr, FP16: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Write act(gate x) * (up x), or act(up x), to out [slots, intermediate].
 
-    Grid: [(slots, local experts or tiles, by MODE) * row blocks]. IDS: in mode SCAN a power of two
-    not below num_slots.
+    Grid: [(slots or tiles, by MODE) * row blocks].
     """
     blocks = tl.cdiv(intermediate, ROWS)
     number = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
-    if MODE == SCAN:
-        index = tl.arange(0, IDS)
-        match = _local(ids, index, index < num_slots, expert_offset, local_experts) == number
-        count = tl.sum(match.to(tl.int32))
-        if count > 0:
-            rank = tl.cumsum(match.to(tl.int32), 0) - 1
-            for step in range(tl.cdiv(count, SLOTS)):
-                _gate_up_tile(
-                    hidden, stride_token, words, scales, global_scale, out,
-                    _scanned_slots(match, rank, step, SLOTS, IDS), number, block, top_k,
-                    hidden_size, intermediate, slabs, SLOTS, ROWS, SLABS, STAGES, WHOLE, GATED,
-                    ACTIVATION, FP16, ASSEMBLY, WAIT,
-                )  # fmt: skip
-    else:
-        column = tl.arange(0, SLOTS)
-        if MODE == SLOT:
-            expert = _local(ids, number, number < num_slots, expert_offset, local_experts)
-            slot = tl.where(column == 0, number, -1)
-        else:
-            tile = tl.load(tiles + number, mask=number < tl.load(num_tiles), other=-1)
-            expert = tile >> 10
-            there = (tile >= 0) & (column < (tile & 1023))
-            slot = tl.load(order + number * SLOTS + column, mask=there, other=-1)
-        if expert >= 0:
-            _gate_up_tile(
-                hidden, stride_token, words, scales, global_scale, out, slot, expert, block, top_k,
-                hidden_size, intermediate, slabs, SLOTS, ROWS, SLABS, STAGES, WHOLE, GATED,
-                ACTIVATION, FP16, ASSEMBLY, WAIT,
-            )  # fmt: skip
+    expert, slot, more = _find_slots(
+        ids, order, tiles, num_tiles, number, num_slots, expert_offset, local_experts,
+        MODE, SLOTS, MORE,
+    )  # fmt: skip
+    if expert >= 0:
+        _gate_up_tile(
+            hidden, stride_token, words, scales, global_scale, out, slot, more, expert, block,
+            top_k, hidden_size, intermediate, slabs, SLOTS, MORE, ROWS, SLABS, STAGES, WHOLE,
+            GATED, ACTIVATION, FP16, ASSEMBLY, WAIT,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def down_kernel(
     x, ids, order, tiles, num_tiles, words, scales, global_scale, routing_weights, out,
     num_slots, hidden_padded, intermediate, slabs, expert_offset, local_experts,
-    MODE: tl.constexpr, IDS: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    MODE: tl.constexpr, SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr,
     SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr,
     WAIT: tl.constexpr,
 ):  # fmt: skip
@@ -253,77 +273,13 @@ def down_kernel(
     blocks = tl.cdiv(hidden_padded, ROWS)
     number = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
-    if MODE == SCAN:
-        index = tl.arange(0, IDS)
-        match = _local(ids, index, index < num_slots, expert_offset, local_experts) == number
-        count = tl.sum(match.to(tl.int32))
-        if count > 0:
-            rank = tl.cumsum(match.to(tl.int32), 0) - 1
-            for step in range(tl.cdiv(count, SLOTS)):
-                _down_tile(
-                    x, words, scales, global_scale, routing_weights, out,
-                    _scanned_slots(match, rank, step, SLOTS, IDS), number, block, hidden_padded,
-                    intermediate, slabs, SLOTS, ROWS, SLABS, STAGES, WHOLE, ASSEMBLY, WAIT,
-                )  # fmt: skip
-    else:
-        column = tl.arange(0, SLOTS)
-        if MODE == SLOT:
-            expert = _local(ids, number, number < num_slots, expert_offset, local_experts)
-            slot = tl.where(column == 0, number, -1)
-        else:
-            tile = tl.load(tiles + number, mask=number < tl.load(num_tiles), other=-1)
-            expert = tile >> 10
-            there = (tile >= 0) & (column < (tile & 1023))
-            slot = tl.load(order + number * SLOTS + column, mask=there, other=-1)
-        if expert >= 0:
-            _down_tile(
-                x, words, scales, global_scale, routing_weights, out, slot, expert, block,
-                hidden_padded, intermediate, slabs, SLOTS, ROWS, SLABS, STAGES, WHOLE, ASSEMBLY,
-                WAIT,
-            )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["expert_offset"])
-def down_tokens_kernel(
-    x, ids, words, scales, global_scale, routing_weights, out,
-    hidden_size, hidden_padded, intermediate, slabs, expert_offset, local_experts,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr,
-    STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
-):  # fmt: skip
-    """Write a token's whole output [T, hidden_size] at once; grid [T * row blocks].
-
-    Column n of the accumulator belongs to the token's slot n, SLOTS >= TOP_K: the products of all
-    slots run in one loop, and their sum needs no second pass.
-    """
-    blocks = tl.cdiv(hidden_padded, ROWS)
-    first_slot = (tl.program_id(0) // blocks).to(tl.int64) * TOP_K
-    row = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
-    inside = row < hidden_size
-    if ROWS > 64:
-        row = tl.minimum(row, hidden_padded - 1)
-    column_slot = tl.arange(0, SLOTS)
-    at_slot = first_slot + column_slot
-    experts = _local(ids, at_slot, column_slot < TOP_K, expert_offset, local_experts)
-    there = experts >= 0
-    scale = tl.load(global_scale + experts, mask=there, other=0.0) * WEIGHT_FACTOR
-    steps = tl.cdiv(slabs, SLABS)
-    acc = tl.zeros((ROWS, SLOTS), dtype=tl.float32)
-    for step in tl.range(0, steps * TOP_K, num_stages=STAGES):
-        slot = step // steps
-        slab = (step % steps) * SLABS
-        # Not loaded here: a load that another depends on takes half of the pipeline's stages.
-        expert = tl.sum(tl.where(column_slot == slot, experts, 0))
-        column = slab * 64 + tl.arange(0, SLABS * 64)
-        # Only this slot's column: unwritten rows of slots that are not local are never read.
-        valid = (column_slot == slot) & (expert >= 0)
-        y = _load_tokens(x, at_slot * intermediate, valid, column, intermediate, False)
-        w = _load_weights(
-            words, scales, expert, row, hidden_padded, slab, slabs,
-            SLABS, ROWS, False, False, ASSEMBLY,
+    expert, slot, more = _find_slots(
+        ids, order, tiles, num_tiles, number, num_slots, expert_offset, local_experts,
+        MODE, SLOTS, MORE,
+    )  # fmt: skip
+    if expert >= 0:
+        _down_tile(
+            x, words, scales, global_scale, routing_weights, out, slot, more, expert,
+            block, hidden_padded, intermediate, slabs, SLOTS, MORE, ROWS, SLABS, STAGES, WHOLE,
+            ASSEMBLY, WAIT,
         )  # fmt: skip
-        acc = _add_dot(w, tl.trans(y), acc, ASSEMBLY, WAIT)
-    factor = tl.load(routing_weights + at_slot, mask=there, other=0.0) * scale
-    # where, not a product: a routing weight of a slot that is dropped may be NaN.
-    total = tl.sum(tl.where(there[None, :], acc * factor[None, :], 0.0), 1)
-    place = out + (tl.program_id(0) // blocks).to(tl.int64) * hidden_size + row
-    tl.store(place, total.to(out.dtype.element_ty), mask=inside)

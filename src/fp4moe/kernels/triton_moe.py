@@ -1,6 +1,6 @@
 """Kernel `triton`: our own NVFP4 experts for compute capability 8.0 and newer.
 
-Decides: layout of the operands, workspace, launches. Two to four launches a call, no host
+Decides: layout of the operands, workspace, launches. Three to seven launches a call, no host
 synchronisation; grids follow from shapes, as upper bounds. Tile sizes are in
 `triton_configs`, and which to take in `measured`.
 """
@@ -25,12 +25,12 @@ from .prepared import (
 from .spec import (
     LayerSettings,
     MoeSpec,
+    Routing,
     capability_name,
     current_capability,
     refuse_device,
     sizes_to_pad,
 )
-from .torch_routing import RoutesInTorch
 from .triton_configs import MODES, Config, Tile
 from .triton_layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
 
@@ -43,7 +43,7 @@ MOST_SORTED_AT_ONCE = 2048
 PLACE_CHUNK, SCAN_BLOCK = 128, 2
 
 
-class TritonKernel(RoutesInTorch):
+class TritonKernel:
     """Triton kernels behind the operator.
 
     hidden bfloat16 or float16 is multiplied as it is, float32 is rounded to bfloat16; the
@@ -119,15 +119,52 @@ class TritonKernel(RoutesInTorch):
         local, hidden_size, columns = operands.down_packed.shape
         config = choose_tiles(
             current_capability(hidden.device), settings.gated, hidden_size, columns * 2, local,
-            expert_ids.numel(), expert_ids.shape[1],
+            expert_ids.numel(),
         )  # fmt: skip
         return run_with(config, hidden, expert_ids, routing_weights, operands, settings)
+
+    def reasons_not_to_route(self, spec: MoeSpec, routing: Routing) -> list[str]:
+        """Return nothing: any method will do."""
+        return []
+
+    def run_from_logits(
+        self,
+        hidden: torch.Tensor,
+        router_logits: torch.Tensor,
+        routing_bias: torch.Tensor,
+        routing: Routing,
+        operands: Operands,
+        settings: LayerSettings,
+    ) -> torch.Tensor:
+        """Choose the experts in one launch, then `run`."""
+        require_device(hidden)
+        from .triton_choice import choose_experts
+
+        with torch.cuda.device_of(hidden):
+            chosen = choose_experts(router_logits, routing_bias, routing)
+        return self.run(hidden, *chosen, operands, settings)
 
 
 @functools.cache
 def has_triton() -> bool:
     """Whether the package triton can be imported."""
     return importlib.util.find_spec("triton") is not None
+
+
+def require_device(hidden: torch.Tensor) -> tuple[int, int] | None:
+    """Return the compute capability of hidden's device; None in Triton's interpreter.
+
+    Raises:
+        UnsupportedError: Triton does not run there.
+    """
+    import triton
+
+    capability = current_capability(hidden.device)
+    if triton.knobs.runtime.interpret:
+        return None
+    if capability is None or capability < OLDEST:
+        refuse_device("triton", hidden.device, "8.0 or newer")
+    return capability
 
 
 def run_with(
@@ -143,14 +180,9 @@ def run_with(
     Raises:
         UnsupportedError: hidden is on a device that Triton does not run on.
     """
-    import triton
-
+    capability = require_device(hidden)
     from . import triton_experts, triton_routing
 
-    interpreted = bool(triton.knobs.runtime.interpret)
-    capability = current_capability(hidden.device)
-    if not interpreted and (capability is None or capability < OLDEST):
-        refuse_device("triton", hidden.device, "8.0 or newer")
     tokens, hidden_size = hidden.shape
     num_slots, top_k = expert_ids.numel(), expert_ids.shape[1]
     local, hidden_padded, columns = operands.down_packed.shape
@@ -162,20 +194,21 @@ def run_with(
 
     middle = x.new_empty((num_slots, intermediate), dtype=torch.bfloat16)
     out = hidden.new_empty((tokens, hidden_size))
-    scan = 1 << (num_slots - 1).bit_length() if config.mode == "scan" else 1
-    fixed: dict[str, Any] = {"MODE": mode, "IDS": max(scan, 16), "ASSEMBLY": not interpreted}
+    fixed = {"MODE": mode, "ASSEMBLY": capability is not None}
     fixed["WAIT"] = capability is not None and capability[0] == 9
     with torch.cuda.device_of(hidden):
         sort = functools.lru_cache(maxsize=1)(functools.partial(_sort, ids, offset, local))
 
-        def find(slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        def find(tile: Tile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
             """What a GEMM finds its slots by: order, tiles, their number, and its upper bound."""
             if config.mode == "sorted":
-                return sort(slots)
-            return ids, ids, ids, num_slots if config.mode == "slot" else local
+                return sort(tile.slots + tile.more)
+            return ids, ids, ids, num_slots
 
         tile = config.gate_up
-        order, tiles, count, most = find(tile.slots)
+        order, tiles, count, most = find(tile)
+        # Sorted before gate and up run, so that nothing stands between the GEMMs.
+        sorted_down = find(config.down)
         slabs = hidden_padded // SLAB
         triton_experts.gate_up_kernel[(most * -(-intermediate // tile.rows),)](
             x, x.stride(0), ids, order, tiles, count,
@@ -189,16 +222,8 @@ def run_with(
         tile = config.down
         down = *_words(operands.down_packed, operands.down_block_scale), operands.down_global_scale
         slabs, blocks = intermediate // SLAB, -(-hidden_padded // tile.rows)
-        if config.direct:
-            triton_experts.down_tokens_kernel[(tokens * blocks,)](
-                middle, ids, *down, weights, out, hidden_size, hidden_padded, intermediate, slabs,
-                offset, local, TOP_K=top_k, ASSEMBLY=fixed["ASSEMBLY"],
-                WAIT=fixed["WAIT"], **_constants(tile),
-            )  # fmt: skip
-            return out
-        dtype = torch.float32 if config.float32_partial else torch.bfloat16
-        partial = x.new_empty((num_slots, hidden_padded), dtype=dtype)
-        order, tiles, count, most = find(tile.slots)
+        partial = x.new_empty((num_slots, hidden_padded), dtype=torch.bfloat16)
+        order, tiles, count, most = sorted_down
         triton_experts.down_kernel[(most * blocks,)](
             middle, ids, order, tiles, count, *down, weights, partial, num_slots,
             hidden_padded, intermediate, slabs, offset, local, **fixed, **_constants(tile),
@@ -206,7 +231,8 @@ def run_with(
         )  # fmt: skip
         triton_routing.combine_kernel[(tokens, -(-hidden_size // COMBINE_COLUMNS))](
             partial, ids, out, hidden_padded, hidden_size, offset, local, TOP_K=top_k,
-            TOP_K_PADDED=1 << (top_k - 1).bit_length(), COLUMNS=COMBINE_COLUMNS, num_warps=4,
+            TOP_K_PADDED=1 << (top_k - 1).bit_length(), COLUMNS=COMBINE_COLUMNS,
+            num_warps=4,
         )  # fmt: skip
     return out
 
@@ -249,6 +275,7 @@ def _words(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, tor
 def _constants(tile: Tile) -> dict[str, Any]:
     return {
         "SLOTS": tile.slots,
+        "MORE": tile.more,
         "ROWS": tile.rows,
         "SLABS": tile.slabs,
         "STAGES": tile.stages,
