@@ -1,6 +1,7 @@
-"""Write the table and the plot of `fp4moe bench --json` results.
+"""Write the tables and the plot of measured results.
 
     python benchmarks/tables.py benchmarks/results/h200.json --plot benchmarks/results/h200.svg
+    python benchmarks/tables.py benchmarks/results/h200_generate.json
 
 Prints Markdown. The best peer is the fastest of Marlin, Humming as shipped and vLLM's bf16 Triton
 kernel, measured on another H200 a day before, not in this run.
@@ -9,6 +10,7 @@ kernel, measured on another H200 a day before, not in this run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -19,6 +21,13 @@ PEERS = {
     "nano": {1: 38.0, 4: 69.3, 16: 164, 64: 276, 256: 355, 1024: 513, 4096: 1437},
 }
 SHORT = ("auto", "humming", "grouped_mm")
+MODELS = {"gemma4": "Gemma4-26B-A4B", "nemotron": "Nemotron-3-Nano-30B"}
+SETTINGS = {
+    "huggingface": "Hugging Face",
+    "replace_moe": "`replace_moe`",
+    "fused": '`routing="fused"`',
+    "backend": "`fp4moe.backend`",
+}
 COLUMNS = ("auto", "triton", "humming", "grouped_mm", "grouped_mm compiled", "batched_mm")
 
 
@@ -47,6 +56,30 @@ def table(rows: list[dict[str, Any]], shape: str, short: bool = False) -> str:
         lines.append(
             f"| {tokens} | {floor[tokens]:.1f} | {' | '.join(cells)} | {peer or ''} | {ratio} |"
         )
+    return "\n".join(lines)
+
+
+def whole_models(rows: list[dict[str, Any]], model: str, value: str = "decode_ms") -> str:
+    """Return milliseconds by batch and setting, and how many times faster than Hugging Face.
+
+    Args:
+        rows: of `benchmarks/generate.py --json`.
+        model: a key of MODELS.
+        value: "decode_ms", a step, or "prefill_ms".
+    """
+    ms = {(r["batch"], r["setting"]): r[value] for r in rows if r["model"] == model and r[value]}
+    lines = [
+        f"| {MODELS[model]}, batch | {' | '.join(SETTINGS.values())} |",
+        "|" + "---|" * (len(SETTINGS) + 1),
+    ]
+    for batch in sorted({batch for batch, _ in ms}):
+        slower = ms.get((batch, "huggingface"))
+        cells = []
+        for setting in SETTINGS:
+            own = ms.get((batch, setting))
+            ratio = f" ({slower / own:.2f}x)" if own and slower and setting != "huggingface" else ""
+            cells.append(f"{own:.2f}{ratio}" if own else "")
+        lines.append(f"| {batch} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -88,6 +121,10 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="the README's columns and rows")
     args = parser.parse_args()
     results = json.loads(args.results.read_text())
+    if "setting" in results["rows"][0]:
+        for value, model in itertools.product(("decode_ms", "prefill_ms"), MODELS):
+            print(f"{value}\n\n{whole_models(results['rows'], model, value)}\n")
+        return
     for shape in TITLES:
         print(table(results["rows"], shape, args.short), end="\n\n")
     if args.plot:

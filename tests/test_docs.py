@@ -106,5 +106,10 @@ def test_the_tables_are_those_of_the_measurements(monkeypatch, tmp_path):
     for shape in tables.TITLES:
         assert tables.table(measured["rows"], shape) in text
         assert tables.table(measured["rows"], shape, short=True) in README
+    whole = json.loads((results / "h200_generate.json").read_text())["rows"]
+    for model in tables.MODELS:
+        assert tables.whole_models(whole, model) in README
+        for value in ("decode_ms", "prefill_ms"):
+            assert tables.whole_models(whole, model, value) in text
     tables.plot(measured, tmp_path / "h200.svg")
     assert (tmp_path / "h200.svg").read_text().count('<g id="line2d') > 20
