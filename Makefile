@@ -1,6 +1,7 @@
 # make demo   run both examples, from a fresh clone on
 # make test   lint, types and tests, from a fresh clone on; what CI runs
-# make lint | types | bench | flashinfer   one part of it; `make format` rewrites files as lint wants them
+# make lint | types | bench | flashinfer | tensorrt   one part of it; `make format` rewrites files as
+#             lint wants them
 #
 # PYTHON=python3.12 picks the interpreter of the environment, JOBS=4 the test processes.
 # pip keeps its own settings: PIP_FIND_LINKS or PIP_INDEX_URL choose which build of torch comes.
@@ -19,14 +20,18 @@ READY := $(VENV)/ready
 FLASHINFER := 0.7.2.post1
 OTHER := build/flashinfer-$(FLASHINFER)
 
-.PHONY: demo test lint format types bench flashinfer
+# Torch-TensorRT's Python and the bindings of TensorRT, without the 2 GB of TensorRT itself: enough to
+# lower and partition on a CPU. Apart, for it is built for one torch, and only its own tests want it.
+TENSORRT := build/torch-tensorrt-2.13.0
+
+.PHONY: demo test lint format types bench flashinfer tensorrt
 
 demo: $(READY)
 	$(BIN)/python examples/gemma4_compile.py
 	$(BIN)/python examples/nemotron_h_compile.py
 
 # One thread per process: JOBS processes with the threads of a whole machine each are slower.
-test: lint types flashinfer
+test: lint types flashinfer tensorrt
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 flashinfer: $(OTHER)/ready
@@ -36,6 +41,15 @@ flashinfer: $(OTHER)/ready
 $(OTHER)/ready: $(READY)
 	rm -rf $(OTHER)
 	$(BIN)/python -m pip install --no-deps --target $(OTHER) flashinfer-python==$(FLASHINFER)
+	touch $@
+
+tensorrt: $(TENSORRT)/ready
+	PYTHONPATH=$(TENSORRT) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_tensorrt.py
+
+$(TENSORRT)/ready: $(READY)
+	rm -rf $(TENSORRT)
+	$(BIN)/python -m pip install --no-deps --target $(TENSORRT) torch-tensorrt==2.13.0 \
+		tensorrt-cu13-bindings==11.0.0.114 dllist==2.0.0 onnx==1.23.2 ml_dtypes==0.6.0 protobuf==7.36.2
 	touch $@
 
 lint: $(READY)

@@ -7,18 +7,24 @@ if __name__ != "fp4moe.passes":
         "Run `pip install -e .` and import that name."
     )
 
+from .exported import rewrite_exported
+from .hypotheses import Hypothesis
 from .locate import Region, find_regions
-from .report import BlockMatch, RewriteReport
+from .report import BlockMatch, RewriteReport, RoutingMatch
 from .rewrite import rewrite_moe
+from .routing import fuse_routing
 from .show import show_graph
-from .verify import Hypothesis, verify_region
+from .verify import verify_region
 
 __all__ = [
     "BlockMatch",
     "Hypothesis",
     "Region",
     "RewriteReport",
+    "RoutingMatch",
     "find_regions",
+    "fuse_routing",
+    "rewrite_exported",
     "rewrite_moe",
     "show_graph",
     "verify_region",

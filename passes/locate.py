@@ -1,35 +1,44 @@
-"""Find the regions of a captured graph that may be a mixture of experts.
+"""A region that may be a mixture of experts, and the locator that goes by module names.
 
-A region is the set of nodes that dynamo recorded inside one call of a stamped experts module
+Here a region is the set of nodes that dynamo recorded inside one call of a stamped experts module
 (`nn_module_stack`), whatever implementation the module ran. Its inputs are told apart by shape and
-dtype: two 3-D weights, integer ids [T, K], float routing weights [T, K], hidden [T, H]. Not
-handled: graphs without module names.
+dtype: two 3-D weights, integer ids [T, K], float routing weights [T, K], hidden [T, H].
+`regions.py` proposes regions of graphs without such names.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
 
-__all__ = ["Region", "find_regions", "meta_value"]
+from .dataflow import hinted_shape, meta_value
+
+__all__ = ["Region", "find_regions", "innermost_module"]
 
 
 @dataclasses.dataclass
 class Region:
-    """One call of an experts module.
+    """A part of a graph that takes hidden states and a selection of experts and gives one tensor.
 
     Attributes:
-        path: dotted name of the module.
-        module_class: name of its class.
-        nodes: the nodes of the call in graph order, without the placeholders of its weights.
+        path: dotted name of the module. module_class: name of its class.
+        nodes: its nodes in graph order, without the sources of its weights.
         reasons: why it cannot be a region to rewrite; empty where it may.
-        hidden, expert_ids, routing_weights, first, down: the nodes that feed it; first is gate_up
-            or up.
-        output: the one tensor that leaves it.
+        hidden: [T, H], or [B, S, H]. expert_ids: [T, K] or [B, S, K] integers.
+        routing_weights: of the shape of expert_ids; [T, E] when dense; None where nothing is
+            weighted.
+        dense: whether routing_weights has a column for each expert, zero where not chosen.
+        weights: the sources of "first" (gate_up, up, or one of gate and up), "second" (the other of
+            gate and up, where they are apart) and "down"; one stacked tensor [E, ...], or E of 2
+            axes in the order of the experts.
+        extras: other float sources: biases, scales, norms.
+        output: the tensor that leaves it.
+        aliases: nodes that are the same memory as output once it is computed.
+        by_flow: found by data flow, not by a module's name.
+        support: the nodes that make a dense routing_weights from expert_ids.
     """
 
     path: str
@@ -39,19 +48,33 @@ class Region:
     hidden: fx.Node | None = None
     expert_ids: fx.Node | None = None
     routing_weights: fx.Node | None = None
-    first: fx.Node | None = None
-    down: fx.Node | None = None
+    dense: bool = False
+    weights: dict[str, tuple[fx.Node, ...]] = dataclasses.field(default_factory=dict)
+    extras: tuple[fx.Node, ...] = ()
     output: fx.Node | None = None
+    aliases: tuple[fx.Node, ...] = ()
+    by_flow: bool = False
+    support: list[fx.Node] = dataclasses.field(default_factory=list)
 
     def inputs(self) -> dict[str, fx.Node]:
-        """The tensors that feed the region, by role."""
-        roles = ("hidden", "expert_ids", "routing_weights", "first", "down")
-        return {role: node for role in roles if (node := getattr(self, role)) is not None}
+        """The tensors that feed the region, by role; "first 3" is that of expert 3."""
+        roles = ("hidden", "expert_ids", "routing_weights")
+        found = {role: node for role in roles if (node := getattr(self, role)) is not None}
+        for role, nodes in self.weights.items():
+            for expert, node in enumerate(nodes):
+                found[role if len(nodes) == 1 else f"{role} {expert}"] = node
+        return found | {f"extra {i}": node for i, node in enumerate(self.extras)}
 
+    def weight_nodes(self) -> tuple[fx.Node, ...]:
+        """All sources of its expert weights."""
+        return tuple(node for nodes in self.weights.values() for node in nodes)
 
-def meta_value(node: fx.Node) -> Any:
-    """Return what the node produces as metadata: dynamo's example_value, or ATen's val."""
-    return node.meta.get("example_value", node.meta.get("val"))
+    def weight_shape(self, role: str) -> tuple[int, int, int]:
+        """[E, rows, columns] of the weights in that role."""
+        nodes = self.weights[role]
+        shape = hinted_shape(nodes[0]) or ()
+        experts, rows, columns = shape if len(shape) == 3 else (len(nodes), *shape)
+        return experts, rows, columns
 
 
 def find_regions(graph: fx.Graph, is_experts_class: Callable[[type], bool]) -> list[Region]:
@@ -68,6 +91,14 @@ def find_regions(graph: fx.Graph, is_experts_class: Callable[[type], bool]) -> l
     for region in calls.values():
         _classify(region)
     return list(calls.values())
+
+
+def innermost_module(node: fx.Node) -> tuple[str, str]:
+    """Return path and class name of the module that a node was recorded in, else its own name."""
+    stack = [*node.meta.get("nn_module_stack", {}).values()]
+    path, cls = stack[-1] if stack else ("", "-")
+    name = cls.__name__ if isinstance(cls, type) else str(cls).rpartition(".")[2]
+    return _plain_path(path) or node.name, name
 
 
 def _plain_path(path: str) -> str:
@@ -148,7 +179,7 @@ def _classify(region: Region) -> None:
     )
     first, down = (meta_value(n) for n in weights)
     # Read in order of use: the first weight is the one whose product the second consumes.
-    region.first, region.down = weights
+    region.weights = {"first": (weights[0],), "down": (weights[1],)}
     size = meta_value(region.hidden).shape[1]
     if size not in first.shape[1:] or size not in down.shape[1:] or first.shape[0] != down.shape[0]:
         region.reasons.append(

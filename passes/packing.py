@@ -1,7 +1,7 @@
 """Pack a weight once, however many graphs see it: prefill, decode, recompiled ones.
 
-Entries live as long as the first weight and hold for one state of both weights (identity, version,
-storage).
+Entries live as long as the first weight and hold for one state of all its weights (identity,
+version, storage).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
+from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -17,7 +18,7 @@ from fp4moe.errors import UnsupportedError
 from fp4moe.experts import ExpertWeights
 from fp4moe.kernels import PreparedWeights, get_kernel
 
-from .verify import Hypothesis
+from .hypotheses import SEPARATE, Hypothesis
 
 __all__ = ["PackedExperts", "pack_once", "weight_state"]
 
@@ -32,13 +33,13 @@ class PackedExperts:
     Attributes:
         name: unique stem of the attributes that hold them.
         weights: in the layout of `kernel`.
-        states: `weight_state` of the two float weights when they were packed.
+        states: `weight_state` of each float weight when it was packed.
     """
 
     name: str
     weights: PreparedWeights
     kernel: str
-    states: tuple[tuple, tuple]
+    states: tuple[tuple, ...]
 
 
 def weight_state(weight: torch.Tensor) -> tuple:
@@ -53,46 +54,83 @@ def _same(before: tuple, now: tuple) -> bool:
 
 
 def pack_once(
-    first: torch.Tensor,
-    down: torch.Tensor,
+    weights: dict[str, tuple[torch.Tensor, ...]],
     form: Hypothesis,
     kernel: str,
     hidden_alignment: int,
 ) -> PackedExperts:
-    """Return the packed weights, from the cache where neither weight has changed since.
+    """Return the packed weights, from the cache where no weight has changed since.
+
+    Args:
+        weights: by role as in `Region.weights`: one stacked tensor, or one for each expert.
+        form: what the roles mean. kernel: which layout. hidden_alignment: of the Blackwell kernel.
 
     Raises:
         UnsupportedError: the float storage was released and was packed in another form.
         ShapeError: a weight holds inf or NaN.
     """
-    entries = _packed.setdefault(first, {})
-    key = (form, kernel, hidden_alignment)
+    flat = [weight for group in weights.values() for weight in group]
+    entries = _packed.setdefault(flat[0], {})
+    key = (form, kernel, hidden_alignment, len(flat))
     if key in entries:
-        down_reference, packed = entries[key]
-        if down_reference() is down and all(
-            _same(old, weight_state(w)) for old, w in zip(packed.states, (first, down), strict=True)
+        references, packed = entries[key]
+        if all(old() is weight for old, weight in zip(references, flat[1:], strict=True)) and all(
+            _same(old, weight_state(w)) for old, w in zip(packed.states, flat, strict=True)
         ):
             return packed
-    if not first.untyped_storage().nbytes() or not down.untyped_storage().nbytes():
+    if not all(weight.untyped_storage().nbytes() for weight in flat):
         raise UnsupportedError(
             "pack_once: weights must have storage; got weights released by release_weights=True "
             "that were packed for "
-            f"{[f'{f} with {k}' for f, k, _ in entries]} and are asked for as {form} with "
+            f"{[f'{f} with {k}' for f, k, *_ in entries]} and are asked for as {form} with "
             f"{kernel}. Load the model again."
         )
-    # Views of the storage, so that the cache keeps no parameter alive.
-    stacked = (
-        {"gate_up": first.detach(), "layout": form.layout} if form.gated else {"up": first.detach()}
-    )
     with torch.no_grad():
-        weights = ExpertWeights.quantize(
-            **stacked, down=down.detach(), activation=form.activation, transposed=form.transposed
-        )
+        quantized = _quantize(weights, form)
+        prepared = get_kernel(kernel).prepare(quantized, hidden_alignment=hidden_alignment)
     packed = PackedExperts(
         name=f"fp4moe_{next(_numbers)}",
-        weights=get_kernel(kernel).prepare(weights, hidden_alignment=hidden_alignment),
+        weights=prepared,
         kernel=kernel,
-        states=(weight_state(first), weight_state(down)),
+        states=tuple(weight_state(weight) for weight in flat),
     )
-    entries[key] = (weakref.ref(down), packed)
+    # The first weight is the key; it must not be kept alive by its own entry.
+    entries[key] = ([weakref.ref(weight) for weight in flat[1:]], packed)
     return packed
+
+
+def _quantize(weights: dict[str, tuple[torch.Tensor, ...]], form: Hypothesis) -> ExpertWeights:
+    # Views of the storage, so that the cache keeps no parameter alive.
+    plain = {role: [w.detach() for w in group] for role, group in weights.items()}
+    if len(plain["down"]) == 1:
+        return _quantize_stacked({role: group[0] for role, group in plain.items()}, form)
+    # One expert after the other: only packed tensors are ever stacked.
+    metadata: dict[str, Any] = {}
+    packed: dict[str, torch.Tensor] = {}
+    count = len(plain["down"])
+    for expert in range(count):
+        one = _quantize_stacked({role: group[expert][None] for role, group in plain.items()}, form)
+        for name, tensor in one.tensors().items():
+            if name == "hidden_scale":
+                packed[name] = tensor
+                continue
+            if expert == 0:
+                packed[name] = tensor.new_empty((count, *tensor.shape[1:]))
+            packed[name][expert] = tensor[0]
+        metadata = one.metadata() | {"num_experts": count}
+    return ExpertWeights.from_tensors(packed, metadata)
+
+
+def _quantize_stacked(weights: dict[str, torch.Tensor], form: Hypothesis) -> ExpertWeights:
+    first = weights["first"].mT if form.transposed else weights["first"]
+    down = weights["down"].mT if form.down_transposed else weights["down"]
+    named: dict[str, Any] = {"down": down, "activation": form.activation}
+    if "second" in weights:
+        second = weights["second"].mT if form.transposed else weights["second"]
+        pair = (first, second) if form.layout == SEPARATE[0] else (second, first)
+        named |= {"gate": pair[0], "up": pair[1]}
+    elif form.gated:
+        named |= {"gate_up": first, "layout": form.layout}
+    else:
+        named |= {"up": first}
+    return ExpertWeights.quantize(**named)

@@ -1,13 +1,20 @@
-"""What a rewrite did: each block, matched or not, with its reason."""
+"""What a rewrite did: each block and its routing, matched or not, with the reason."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import warnings
 from typing import Any
 
+from fp4moe.errors import UnsupportedError
 from fp4moe.explain import format_table
 
-__all__ = ["BlockMatch", "RewriteReport"]
+__all__ = ["ON_NO_MATCH", "BlockMatch", "RewriteReport", "RoutingMatch", "check_on_no_match"]
+__all__ += ["report_no_match"]
+
+logger = logging.getLogger("fp4moe")
+ON_NO_MATCH = ("warn", "error", "ignore")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +37,32 @@ class BlockMatch:
 
 
 @dataclasses.dataclass(frozen=True)
+class RoutingMatch:
+    """The routing in front of one operator.
+
+    Attributes:
+        path: dotted name of the experts module.
+        method: what the routing computes, None where that is not known.
+        fused: whether the kernel does it now.
+        reasons: why it cannot.
+    """
+
+    path: str
+    method: str | None
+    fused: bool
+    reasons: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class RewriteReport:
-    """The blocks of one graph; `already_fused` operators were there before."""
+    """The blocks of one graph; `already_fused` operators were there before.
+
+    `routing` names what stands in front of each operator, those from before included.
+    """
 
     blocks: tuple[BlockMatch, ...]
     already_fused: int
+    routing: tuple[RoutingMatch, ...] = ()
 
     @property
     def count(self) -> int:
@@ -46,12 +74,20 @@ class RewriteReport:
         """Blocks that were left, with their reasons."""
         return tuple(block for block in self.blocks if not block.rewritten)
 
+    def why_none(self) -> str:
+        """Say in a sentence why nothing was rewritten."""
+        return "none. " + (
+            " ".join(f"{b.path}: {'; '.join(b.reasons)}." for b in self.near_misses)
+            or "Nothing in it looks like one."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON."""
         return {
             "count": self.count,
             "already_fused": self.already_fused,
             "blocks": [dataclasses.asdict(b) for b in self.blocks],
+            "routing": [dataclasses.asdict(r) for r in self.routing],
         }
 
     def __str__(self) -> str:
@@ -66,4 +102,43 @@ class RewriteReport:
         lines += [f"{b.path}: {'; '.join(b.reasons)}" for b in self.near_misses]
         fused = f", {self.already_fused} already fused" if self.already_fused else ""
         lines.append(f"{self.count} of {len(self.blocks)} blocks rewritten{fused}")
+        for match in self.routing:
+            where = "in the kernel" if match.fused else "in the graph"
+            why = f" ({'; '.join(match.reasons)})" if match.reasons else ""
+            lines.append(f"{match.path}: routing {match.method or 'unknown'}, {where}{why}")
         return "\n".join(lines)
+
+
+def check_on_no_match(on_no_match: str, *, caller: str) -> None:
+    """Raise UnsupportedError unless it is one of ON_NO_MATCH."""
+    if on_no_match not in ON_NO_MATCH:
+        raise UnsupportedError(
+            f"{caller}: on_no_match must be one of {', '.join(ON_NO_MATCH)}; got {on_no_match!r}. "
+            "Pass one of these."
+        )
+
+
+def report_no_match(
+    report: RewriteReport, on_no_match: str, *, caller: str, message: str = ""
+) -> None:
+    """Log the blocks that were left; where nothing is fused, do what on_no_match says.
+
+    Args:
+        message: says what must be and what is, in place of the report.
+
+    Raises:
+        UnsupportedError: nothing is fused, and on_no_match is "error".
+    """
+    if report.count or report.already_fused:
+        for block in report.near_misses:
+            why = "; ".join(block.reasons)
+            logger.warning("fp4moe.%s: %s is left as it is: %s", caller, block.path, why)
+        return
+    message = message or (
+        f"{caller}: the graph must have a block of experts that can be fused; got "
+        f"{report.why_none()}"
+    )
+    if on_no_match == "error":
+        raise UnsupportedError(f"{message} Pass on_no_match='ignore' to keep it as it is.")
+    if on_no_match == "warn":
+        warnings.warn(f"fp4moe.{message}", stacklevel=3)

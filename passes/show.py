@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .locate import meta_value
+from .dataflow import meta_value
 
 __all__ = ["show_graph"]
 

@@ -151,7 +151,7 @@ class TestInnerBackend:
 class TestNoMatch:
     def test_warns(self):
         model = nn.Linear(4, 4)
-        with pytest.warns(UserWarning, match="got none. It has no experts module") as caught:
+        with pytest.warns(UserWarning, match="got none. Nothing in it looks like one") as caught:
             actual = run(compiled(model), torch.ones(2, 4))
         assert len(caught) == 1
         assert torch.equal(actual, run(model, torch.ones(2, 4)))

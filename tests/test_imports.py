@@ -34,7 +34,7 @@ LAYERS: list[set[str]] = [
     {"autotune", "bench", "calibrate", "candidates", "checkpoint", "evaluate", "integrations"}
     | {"recorders", "replace", "selftest", "selftest_checks", "text_model", "tune"},
     {"passes"},
-    {"compile"},
+    {"compile", "inductor_pass", "tensorrt"},
     {""},
     {"__main__", "cli", "cli_evaluate", "cli_quantize"},
 ]

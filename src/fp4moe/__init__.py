@@ -23,7 +23,8 @@ from .version import __version__
 
 # Last: the passes import the package.
 from . import passes  # isort: skip
-from .compile import backend  # isort: skip
+from . import tensorrt  # isort: skip
+from .compile import backend, inductor_options  # isort: skip
 
 __all__ = [
     "ACTIVATIONS",
@@ -44,6 +45,7 @@ __all__ = [
     "explain",
     "from_pretrained",
     "fused_moe",
+    "inductor_options",
     "passes",
     "quantize_checkpoint",
     "quantize_nvfp4",
@@ -51,6 +53,7 @@ __all__ = [
     "replace_moe",
     "selftest",
     "set_flashinfer",
+    "tensorrt",
     "why_not",
 ]
 

@@ -8,7 +8,6 @@ import inspect
 import logging
 import sys
 import types
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -23,14 +22,14 @@ from .kernels import (
     check_kernel_name,
 )
 from .passes.packing import weight_state
-from .passes.report import RewriteReport
-from .passes.rewrite import Rewritten, rewrite_moe_with_weights
+from .passes.report import ON_NO_MATCH, RewriteReport, report_no_match
+from .passes.rewrite import Rewritten, rewrite_graph
 from .stamps import is_experts_class
+from .tensorrt import BACKENDS, import_torch_tensorrt, with_defaults
 
-__all__ = ["BackendOptions", "backend"]
+__all__ = ["BackendOptions", "backend", "inductor_options"]
 
 logger = logging.getLogger("fp4moe")
-ON_NO_MATCH = ("warn", "error", "ignore")
 _warned_eager = False
 
 
@@ -39,8 +38,8 @@ class BackendOptions:
     """The `options=` of `torch.compile(model, backend=fp4moe.backend, options={...})`.
 
     Attributes:
-        inner_backend: what compiles the rewritten graph: "inductor", any registered name, or a
-            callable.
+        inner_backend: what compiles the rewritten graph: "inductor", any registered name such as
+            "torch_tensorrt" (imported then), or a callable.
         inner_options: handed to it as `options`.
         on_no_match: "warn", "error" or "ignore" when a graph has no block that is or was fused.
         kernel: "auto" or a kernel's name.
@@ -48,7 +47,8 @@ class BackendOptions:
         release_weights: free the float weights after packing. Shapes stay. Running the experts in
             eager, writing to these weights or saving them raises from then on.
         hidden_alignment: 128, 256 or 512, what the Blackwell kernel pads the hidden size to.
-        routing: "given", the model's own router; "fused" is for `replace_moe`.
+        routing: "given" keeps the model's own router; "fused" lets the kernel choose the experts
+            where the router's numbers are a method of the kernel's, and warns where not.
     """
 
     inner_backend: str | Callable = "inductor"
@@ -94,17 +94,14 @@ class BackendOptions:
                     f"backend: {name} must be one of {listed}; got {getattr(parsed, name)!r}. Pass "
                     "one of these."
                 )
-        if parsed.routing == "fused":
-            raise UnsupportedError(
-                "backend: routing must be 'given', the router is not rewritten in a graph; got "
-                "'fused'. Call fp4moe.replace_moe(model, routing='fused') before compiling."
-            )
         if not isinstance(parsed.inner_options, (dict, type(None))):
             raise UnsupportedError(
                 "backend: inner_options must be a dict or None; got "
                 f"{parsed.inner_options!r}. Pass the options of the inner backend by name."
             )
         inner = parsed.inner_backend
+        if inner in BACKENDS:
+            import_torch_tensorrt("backend")
         if not callable(inner) and inner not in torch._dynamo.list_backends(exclude_tags=()):
             raise UnsupportedError(
                 f"backend: inner_backend must be a callable or a registered name; got {inner!r}. "
@@ -131,8 +128,13 @@ def backend(
         UnsupportedError: an unknown option, or no block in the graph with on_no_match="error".
     """
     parsed = BackendOptions.parse(options)
-    report, rewritten = rewrite_moe_with_weights(
-        graph_module, example_inputs, parsed.kernel, parsed.verify, parsed.hidden_alignment
+    report, rewritten = rewrite_graph(
+        graph_module,
+        example_inputs,
+        parsed.kernel,
+        parsed.verify,
+        parsed.hidden_alignment,
+        parsed.routing,
     )
     logger.info("fp4moe.backend: %s", report)
     _report_problems(report, parsed)
@@ -145,31 +147,48 @@ def backend(
     return _with_weight_check(compiled, rewritten, placeholders)
 
 
+def inductor_options(**settings: Any) -> dict[str, Any]:
+    """Return the settings that make Inductor itself run the rewrite, see `inductor_pass.MoePass`.
+
+    For `torch.compile(model, options=...)` and `torch._inductor.config.patch(...)`. A
+    `pre_grad_custom_pass` that is set now runs first.
+
+    Args:
+        settings: those of `MoePass`.
+
+    Raises:
+        UnsupportedError: a value that is none of its choices.
+    """
+    # Here: Inductor takes seconds to import.
+    from torch._inductor import config
+
+    from .inductor_pass import MoePass
+
+    present = config.pre_grad_custom_pass
+    listed = list(present) if isinstance(present, (list, tuple)) else [present]
+    before = [*settings.pop("before", ()), *(each for each in listed if each is not None)]
+    options: dict[str, Any] = {"pre_grad_custom_pass": MoePass(**settings, before=before)}
+    if hasattr(config, "pre_grad_pass_timing"):
+        # torch 2.13: before the look into the cache, see MoePass.
+        options["pre_grad_pass_timing"] = "early"
+    return options
+
+
 def _report_problems(report: RewriteReport, options: BackendOptions) -> None:
-    if report.count or report.already_fused:
-        for block in report.near_misses:
-            logger.warning(
-                "fp4moe.backend: %s is left as it is: %s", block.path, "; ".join(block.reasons)
-            )
-        return
-    why = (
-        " ".join(f"{b.path}: {'; '.join(b.reasons)}." for b in report.near_misses)
-        or "It has no experts module."
-    )
-    message = f"backend: the graph must have a block of experts that can be fused; got none. {why}"
-    eager = _eager_experts()
+    global _warned_eager
+    message, on_no_match = "", options.on_no_match
+    eager = None if report.count or report.already_fused else _eager_experts()
     if eager:
         message = (
             "backend: the experts' implementation must not be 'eager', whose loop breaks the "
             f"graph; got {eager} in eager. "
             "Call model.set_experts_implementation('grouped_mm') before compiling."
         )
-    if options.on_no_match == "error":
-        raise UnsupportedError(f"{message} Pass on_no_match='ignore' to compile it as it is.")
-    global _warned_eager
-    if options.on_no_match == "warn" and not (eager and _warned_eager):
-        _warned_eager = _warned_eager or bool(eager)
-        warnings.warn(f"fp4moe.{message}", stacklevel=2)
+        # Its loop leaves many graphs without experts, all for the same reason.
+        if _warned_eager and on_no_match == "warn":
+            on_no_match = "ignore"
+        _warned_eager |= on_no_match == "warn"
+    report_no_match(report, on_no_match, caller="backend", message=message)
 
 
 def _eager_experts() -> str | None:
@@ -202,10 +221,13 @@ def _call_inner(
     accepted = inspect.signature(inner).parameters
     any_keyword = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     keywords: dict[str, Any] = {}
-    if options.inner_options is not None:
+    if options.inner_backend in BACKENDS:
+        keywords["options"] = with_defaults(options.inner_options)
+    elif options.inner_options is not None:
         keywords["options"] = options.inner_options
     if mode is not None:
-        if "mode" in accepted or any_keyword:
+        # Torch-TensorRT takes any keyword, and drops its options where another stands beside them.
+        if ("mode" in accepted or any_keyword) and options.inner_backend not in BACKENDS:
             keywords["mode"] = mode
         else:
             logger.warning(

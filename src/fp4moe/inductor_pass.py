@@ -1,0 +1,140 @@
+"""The rewrite as a pass of Inductor, for programs that compile with Inductor and no other backend.
+
+    torch.compile(model, options=fp4moe.inductor_options())
+
+It runs on the graph that dynamo hands to Inductor, before AOTAutograd. Weights are placeholders
+there, whose real tensors dynamo's record of each input names, or attributes of the graph module
+(freezing). Where neither holds, the block is left with the reason. For exported programs and
+AOTInductor use `fp4moe.passes.rewrite_exported`.
+
+Against `fp4moe.backend`: a weight that changes after compiling is not noticed, and the float
+weights stay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from .errors import UnsupportedError
+from .kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, check_kernel_name
+from .passes.dataflow import meta_value
+from .passes.report import RewriteReport, check_on_no_match, report_no_match
+from .passes.rewrite import rewrite_graph
+from .passes.routing import check_routing
+
+__all__ = ["MoePass"]
+
+logger = logging.getLogger("fp4moe")
+PACKAGE = pathlib.Path(__file__).parent
+Pass = Callable[[fx.Graph], None]
+
+
+class MoePass(CustomGraphPass):
+    """A `pre_grad_custom_pass` that rewrites mixture-of-experts blocks.
+
+    Inductor has to run it before it looks into its caches, see `inductor_options`.
+
+    Args:
+        kernel, verify, on_no_match, hidden_alignment, routing: as the options of `fp4moe.backend`;
+            on_no_match is "ignore" by default, as Inductor calls the pass for each graph.
+        before: passes to run first, such as the one that was set.
+
+    Raises:
+        UnsupportedError: a value that is none of its choices. Calling it: Inductor runs it behind
+            its cache; or nothing is fused and on_no_match is "error".
+    """
+
+    def __init__(
+        self,
+        *,
+        kernel: str = "auto",
+        verify: bool = True,
+        on_no_match: str = "ignore",
+        hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
+        routing: str = "given",
+        before: Sequence[Pass] = (),
+    ):
+        check_kernel_name(kernel, caller="MoePass")
+        check_on_no_match(on_no_match, caller="MoePass")
+        check_routing(routing, caller="MoePass")
+        if hidden_alignment not in HIDDEN_ALIGNMENTS:
+            raise UnsupportedError(
+                f"MoePass: hidden_alignment must be one of {HIDDEN_ALIGNMENTS}; got "
+                f"{hidden_alignment!r}. Pass one of these."
+            )
+        self.settings = (kernel, verify, hidden_alignment, routing)
+        self.on_no_match = on_no_match
+        self.before = tuple(before)
+        self.report: RewriteReport | None = None
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Rewrite the graph in place; `report` tells of the last one."""
+        _check_timing()
+        for earlier in self.before:
+            earlier(graph)
+        gm = graph.owning_module
+        if gm is None:
+            raise UnsupportedError(
+                "MoePass: graph must belong to a GraphModule, which holds the packed weights; got "
+                "one without. Pass gm.graph."
+            )
+        inputs = [_value(node) for node in graph.nodes if node.op == "placeholder"]
+        self.report, _ = rewrite_graph(gm, inputs, *self.settings)
+        logger.info("MoePass: %s", self.report)
+        report_no_match(self.report, self.on_no_match, caller="MoePass")
+
+    def uuid(self) -> str | None:
+        """Return a hash of the passes' sources, the settings and the passes before, for caches.
+
+        None, which keeps Inductor from caching, where a pass before has no uuid of its own.
+        """
+        earlier = [getattr(p, "uuid", lambda: None)() for p in self.before]
+        if any(name is None for name in earlier):
+            return None
+        digest = hashlib.sha256(repr((self.settings, self.on_no_match, earlier)).encode())
+        digest.update(torch.__version__.encode())
+        # All of the package: what a pass writes into a graph follows from its quantiser and
+        # kernels, too.
+        for file in sorted(PACKAGE.rglob("*.py")):
+            digest.update(file.relative_to(PACKAGE).as_posix().encode() + file.read_bytes())
+        for file in sorted(pathlib.Path(passes_folder()).glob("*.py")):
+            digest.update(file.name.encode() + file.read_bytes())
+        return digest.hexdigest()
+
+
+def passes_folder() -> str:
+    """The folder of fp4moe.passes, which an editable install keeps apart."""
+    from . import passes
+
+    return passes.__path__[0]
+
+
+def _check_timing() -> None:
+    # torch 2.13 looks into the cache first if each pass has a uuid. The attributes of the graph are
+    # collected before, so that packed weights added then are no inputs of what is compiled.
+    try:
+        from torch._inductor.codecache import resolve_pre_grad_pass_timing
+    except ImportError:
+        return
+    if resolve_pre_grad_pass_timing() == "late":
+        raise UnsupportedError(
+            "MoePass: torch._inductor.config.pre_grad_pass_timing must be 'early', for the packed "
+            "weights must be known before Inductor looks into its caches; got "
+            f"{config.pre_grad_pass_timing!r}. Use fp4moe.inductor_options(), which sets it."
+        )
+
+
+def _value(node: fx.Node) -> Any:
+    """The real tensor of a placeholder where dynamo still knows it, its metadata otherwise."""
+    record = node.meta.get("grapharg")
+    example = getattr(record, "example", None)
+    return example if isinstance(example, torch.Tensor) else meta_value(node)

@@ -1,0 +1,197 @@
+"""The rewrite as a pass of Inductor: numbers, caches, passes before it, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import pathlib
+import shutil
+
+import pytest
+import torch
+from moe_layers import hidden, moe_layer
+from tiny_models import Block, CapturingBackend, experts_class, routed
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import fresh_cache
+
+import fp4moe
+from fp4moe import inductor_pass
+from fp4moe.errors import UnsupportedError
+from fp4moe.inductor_pass import MoePass
+
+OPERATOR = torch.ops.fp4moe.nvfp4_moe.default
+BackendCompilerFailed = torch._dynamo.exc.BackendCompilerFailed
+Gated = experts_class()
+# torch 2.11 and 2.12 have no other way.
+EARLY = {"pre_grad_pass_timing": "early"} if hasattr(config, "pre_grad_pass_timing") else {}
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+def replaced(model, **settings):
+    return fp4moe.replace_moe(copy.deepcopy(model), progress=False, **settings)
+
+
+def compiled(model, options):
+    return torch.compile(model, options=options, fullgraph=True)
+
+
+class Noting(CustomGraphPass):
+    """A pass that counts the fused operators it sees."""
+
+    def __init__(self, name="noting"):
+        self.name, self.seen = name, []
+
+    def __call__(self, graph):
+        self.seen.append(sum(node.target is OPERATOR for node in graph.nodes))
+
+    def uuid(self):
+        return self.name
+
+
+class TestNumbers:
+    @pytest.mark.parametrize("name, routing", [("gemma4", "given"), ("nemotron_h", "fused")])
+    def test_a_layer(self, name, routing):
+        model = moe_layer(name)
+        options = fp4moe.inductor_options(on_no_match="error", routing=routing)
+        run = compiled(model, options)
+        reference = replaced(model)
+        with torch.no_grad():
+            for tokens in (7, 9, 30):
+                # Inductor fuses the norm and the router: float32 in another order.
+                torch.testing.assert_close(
+                    run(hidden(tokens)), reference(hidden(tokens)), rtol=1e-5, atol=1e-5
+                )
+        report = options["pre_grad_custom_pass"].report
+        assert report.count == 1 and report.routing[0].fused == (routing == "fused")
+
+    def test_as_a_setting_of_inductor(self):
+        block = Block(Gated)
+        with config.patch(fp4moe.inductor_options(on_no_match="error")), torch.no_grad():
+            actual = torch.compile(block, fullgraph=True)(*routed(5))
+        assert torch.equal(actual, replaced(block)(*routed(5)))
+
+    def test_two_models_share_code_and_not_weights(self):
+        blocks = [Block(Gated), Block(Gated)]
+        blocks[1].experts.down_proj.mul_(-3)
+        counters.clear()
+        with fresh_cache(), torch.no_grad():
+            for hits, block in enumerate(blocks):
+                torch._dynamo.reset()
+                run = compiled(block, fp4moe.inductor_options(on_no_match="error"))
+                assert torch.equal(run(*routed(5)), replaced(block)(*routed(5)))
+                assert counters["inductor"]["fxgraph_cache_hit"] == hits
+        counters.clear()
+
+
+class TestPassesBefore:
+    def test_the_one_that_was_set_runs_first(self):
+        noting, after = Noting(), Noting()
+        with config.patch(pre_grad_custom_pass=noting):
+            options = fp4moe.inductor_options(before=[after])
+        # On the Dynamo graph neither has seen the operator; both ran.
+        assert options["pre_grad_custom_pass"].before == (after, noting)
+        with torch.no_grad():
+            compiled(Block(Gated), options)(*routed(5))
+        assert noting.seen == after.seen == [0]
+        assert options["pre_grad_custom_pass"].report.count == 1
+
+    def test_several_were_set(self):
+        passes = [Noting("a"), Noting("b")]
+        with config.patch(pre_grad_custom_pass=passes):
+            assert fp4moe.inductor_options()["pre_grad_custom_pass"].before == tuple(passes)
+
+
+class TestUuid:
+    def test_depends_on_settings_and_passes_before(self):
+        passes = [
+            MoePass(),
+            MoePass(kernel="reference"),
+            MoePass(verify=False),
+            MoePass(routing="fused"),
+            MoePass(hidden_alignment=512),
+            MoePass(on_no_match="error"),
+            MoePass(before=[Noting()]),
+            MoePass(before=[Noting("another")]),
+        ]
+        assert len({each.uuid() for each in passes}) == len(passes)
+        assert MoePass().uuid() == MoePass().uuid()
+
+    def test_none_behind_a_pass_without_one(self):
+        assert MoePass(before=[lambda graph: None]).uuid() is None
+
+    @pytest.mark.parametrize("file", ["passes/verify.py", "quantize.py", "kernels/reference.py"])
+    def test_depends_on_the_sources(self, file, tmp_path, monkeypatch):
+        package = pathlib.Path(fp4moe.__file__).parent
+        copied = tmp_path / "fp4moe"
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(package, copied, ignore=ignore)
+        shutil.copytree(
+            fp4moe.passes.__path__[0], copied / "passes", ignore=ignore, dirs_exist_ok=True
+        )
+        monkeypatch.setattr(inductor_pass, "PACKAGE", copied)
+        monkeypatch.setattr(inductor_pass, "passes_folder", lambda: str(copied / "passes"))
+        before = MoePass().uuid()
+        with (copied / file).open("a") as source:
+            source.write("\n")
+        assert MoePass().uuid() != before
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        "name, value",
+        [
+            ("kernel", "cutlass"),
+            ("on_no_match", "no"),
+            ("routing", "fast"),
+            ("hidden_alignment", 7),
+        ],
+    )
+    def test_values(self, name, value):
+        with pytest.raises(UnsupportedError, match=f"^MoePass: {name} must be .*; got '?{value}"):
+            fp4moe.inductor_options(**{name: value})
+
+    def test_behind_the_cache(self):
+        if not hasattr(config, "pre_grad_pass_timing"):
+            pytest.skip("this torch runs the pass before its cache in any case")
+        with config.patch(pre_grad_custom_pass=MoePass()), torch.no_grad():
+            with pytest.raises(BackendCompilerFailed, match="pre_grad_pass_timing must be 'early'"):
+                torch.compile(Block(Gated))(*routed(5))
+
+    def test_nothing_to_match(self):
+        with torch.no_grad():
+            run = compiled(nn.Linear(4, 4), fp4moe.inductor_options(on_no_match="error"))
+            with pytest.raises(BackendCompilerFailed, match="got none"):
+                run(torch.ones(2, 4))
+            torch._dynamo.reset()
+            compiled(nn.Linear(4, 4), fp4moe.inductor_options())(torch.ones(2, 4))
+
+    def test_weights_that_are_not_known(self):
+        backend = CapturingBackend()
+        with torch.no_grad():
+            torch.compile(Block(Gated), backend=backend)(*routed(5))
+        graph = backend.graphs[0].graph
+        # Dynamo forgets its record of the inputs once the backend returns.
+        each = MoePass(on_no_match="error")
+        with config.patch(EARLY), torch.no_grad():
+            with pytest.raises(UnsupportedError, match="not real tensors"):
+                each(graph)
+        assert not [node for node in graph.nodes if node.target is OPERATOR]
+
+    def test_weights_that_are_trained(self):
+        each = MoePass()
+
+        def run_pass_only(graph_module, example_inputs):
+            with config.patch(EARLY):
+                each(graph_module.graph)
+            return graph_module.forward
+
+        torch.compile(Block(Gated).requires_grad_(True), backend=run_pass_only)(*routed(5))
+        assert "require gradients" in str(each.report)
+
+    def test_a_graph_without_its_module(self):
+        with config.patch(EARLY):
+            with pytest.raises(UnsupportedError, match="graph must belong to a GraphModule"):
+                MoePass()(torch.fx.Graph())
