@@ -53,11 +53,27 @@ def close_region(flow: Flow, region: Region, inside: set[fx.Node]) -> None:
         for node in region.nodes
         if node in chosen and hinted_shape(node) and _asks_beyond(flow, region, node, chosen)
     ]
+    choices, experts = _choices(flow, region.expert_ids), region.weight_shape("first")[0]
+    if choices is not None and choices > experts:
+        region.reasons.append(
+            f"its router chooses among {choices} experts, of which {experts} have weights"
+        )
     borders = {storage(node) for node in region.inputs().values()}
     for written in borders & set(flow.writers):
         for writer in flow.writers[written]:
             if first < flow.index[writer] < last:
                 region.reasons.append(f"one of its inputs is changed by {writer.name} meanwhile")
+
+
+def _choices(flow: Flow, ids: fx.Node) -> int | None:
+    """How many scores the ids were selected from; None where the graph does not say."""
+    node: fx.Node | None = ids
+    while node is not None:
+        reads = flow.reads[node]
+        if operation_name(node) in ("topk", "sort", "argsort", "max", "argmax"):
+            return (hinted_shape(reads[0]) or (None,))[-1]
+        node = reads[0] if reads else None
+    return None
 
 
 def _asks_beyond(flow: Flow, region: Region, node: fx.Node, chosen: set[fx.Node]) -> bool:

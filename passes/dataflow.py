@@ -59,7 +59,9 @@ def hinted_shape(node: fx.Node) -> tuple[int, ...] | None:
 def operation_name(node: fx.Node) -> str:
     """Return the plain name of an operation: "add" for torch.add, aten.add.Tensor and .add()."""
     if isinstance(node.target, str):
-        return node.target
+        # torch 2.11 writes x == y as x.__eq__(y).
+        special = node.target.startswith("__") and node.target.endswith("__")
+        return node.target[2:-2] if special else node.target
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.rpartition("::")[2]
     return getattr(node.target, "__name__", str(node.target))

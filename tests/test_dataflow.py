@@ -36,7 +36,7 @@ import fp4moe
 from fp4moe.errors import UnsupportedError
 from fp4moe.experts import ExpertWeights
 from fp4moe.passes import probes, rewrite_exported, rewrite_moe, verify, verify_region
-from fp4moe.passes.dataflow import Flow
+from fp4moe.passes.dataflow import Flow, operation_name
 from fp4moe.passes.regions import propose_regions
 
 OPERATOR = torch.ops.fp4moe.nvfp4_moe.default
@@ -436,6 +436,25 @@ class TestLookAlikes:
         assert reason in "; ".join(block.reasons), block
         # The table says which form came closest.
         assert "gated" in str(report)
+
+    @pytest.mark.parametrize("route", ["dynamo", "export"])
+    def test_a_router_with_more_experts_than_weights(self, route):
+        sizes = Sizes()
+        model = Model(LoopMask(sizes, "silu", True))
+        model.gate = nn.Linear(sizes.hidden, sizes.experts + 1, bias=False).requires_grad_(False)
+        graph, values = ROUTES[route](model, inputs(sizes))
+        report = rewrite_moe(graph, values)
+        text = f"router chooses among {sizes.experts + 1} experts, of which {sizes.experts} have"
+        assert report.count == 0 and text in str(report)
+
+    def test_operations_have_one_name(self):
+        def compare(x):
+            return x.__eq__(1), x.eq(1), x == 1
+
+        nodes = [n for n in torch.fx.symbolic_trace(compare).graph.nodes if n.op.startswith("call")]
+        assert [operation_name(node) for node in nodes] == ["eq"] * 3
+        method = torch.fx.Graph().call_method("__eq__", (1, 1))
+        assert operation_name(method) == "eq"
 
     def test_an_expert_that_no_token_chose(self):
         # One token, two of four experts; and more tokens than are compared.

@@ -28,11 +28,11 @@ def commands() -> list[str]:
     return [line.partition("#")[0].strip() for line in lines if line.partition("#")[0].strip()]
 
 
-def test_readme_code_runs(tmp_path, fresh_dynamo, capsys, monkeypatch):
+# Compiling ahead of time takes half a minute with optimisation.
+@torch._inductor.config.patch("aot_inductor.compile_wrapper_opt_level", "O0")
+def test_readme_code_runs(tmp_path, fresh_dynamo, capsys):
     gemma4(dtype=torch.bfloat16).save_pretrained(tmp_path)
     names: dict = {"__name__": "readme"}
-    # Compiling ahead of time takes half a minute with optimisation.
-    monkeypatch.setattr(torch._inductor.config.aot_inductor, "compile_wrapper_opt_level", "O0")
     for code in blocks("python"):
         if "autotune" in code:
             continue  # Blackwell's: tests/with_flashinfer/test_models.py runs it

@@ -285,10 +285,12 @@ class TestElsewhere:
         in_a_fresh_process(LOADED, numbers, tmp_path)
 
     def test_ahead_of_time_package(self, tmp_path):
-        # Both models' layers in one program: compiling its C++ is what takes the time.
-        layers = nn.Sequential(*map(moe_layer, LAYERS))
+        # Both models' layers in one program: compiling its C++ is what takes the time. torch 2.11
+        # does not compile NemotronH's router, rewritten or not: an assertion about a dtype fails.
+        names = LAYERS if torch.__version__ >= (2, 12) else ["gemma4"]
+        layers = nn.Sequential(*map(moe_layer, names))
         program, report = rewrite_exported(exported(layers))
-        assert report.count == 2
+        assert report.count == len(names)
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(tmp_path / "moe.pt2"),

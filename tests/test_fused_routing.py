@@ -33,7 +33,6 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 )
 
 import fp4moe
-from fp4moe.compile import BackendOptions
 from fp4moe.errors import UnsupportedError
 from fp4moe.integrations.fused_routing import ROUTERS, LogitsRouter
 from fp4moe.kernels.reference import REFERENCE
@@ -244,11 +243,9 @@ def test_a_state_dict_moves_the_routing_too(name):
 
 def test_the_backend_takes_it_as_fused_already(fresh_dynamo):
     model, capture = replaced(build("gemma4")), CapturingBackend()
-    options = {"inner_backend": capture, "on_no_match": "error"}
+    options = {"inner_backend": capture, "on_no_match": "error", "routing": "fused"}
     compiled = torch.compile(model, backend=fp4moe.backend, options=options, fullgraph=True)
     assert torch.equal(logits(compiled), logits(model)) and len(capture.graphs) == 1
-    with pytest.raises(UnsupportedError, match=r"^backend: routing must be 'given', the router"):
-        BackendOptions.parse({"routing": "fused"})
 
 
 @pytest.mark.parametrize("name", MODELS)
