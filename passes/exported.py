@@ -30,9 +30,8 @@ from torch.export.graph_signature import (
 from fp4moe.errors import UnsupportedError
 from fp4moe.kernels import DEFAULT_HIDDEN_ALIGNMENT
 
-from .report import RewriteReport, check_on_no_match, report_no_match
-from .rewrite import Rewritten, rewrite_graph
-from .routing import check_routing
+from .report import RewriteReport, report_no_match
+from .rewrite import Rewritten, check_settings, rewrite_graph
 
 __all__ = ["rewrite_aten", "rewrite_exported"]
 
@@ -74,8 +73,7 @@ def rewrite_exported(
             "rewrite_exported: exported_program must be a torch.export.ExportedProgram; got "
             f"{type(exported_program).__name__}. Export the model first, or call rewrite_moe."
         )
-    check_on_no_match(on_no_match, caller="rewrite_exported")
-    check_routing(routing, caller="rewrite_exported")
+    check_settings(kernel, hidden_alignment, routing, on_no_match, caller="rewrite_exported")
     if exported_program.graph_signature.backward_signature is not None:
         raise UnsupportedError(
             "rewrite_exported: exported_program must be for inference; got one with a backward "

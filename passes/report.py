@@ -10,7 +10,7 @@ from typing import Any
 from fp4moe.errors import UnsupportedError
 from fp4moe.explain import format_table
 
-__all__ = ["ON_NO_MATCH", "BlockMatch", "RewriteReport", "RoutingMatch", "check_on_no_match"]
+__all__ = ["ON_NO_MATCH", "BlockMatch", "RewriteReport", "RoutingMatch"]
 __all__ += ["report_no_match"]
 
 logger = logging.getLogger("fp4moe")
@@ -107,15 +107,6 @@ class RewriteReport:
             why = f" ({'; '.join(match.reasons)})" if match.reasons else ""
             lines.append(f"{match.path}: routing {match.method or 'unknown'}, {where}{why}")
         return "\n".join(lines)
-
-
-def check_on_no_match(on_no_match: str, *, caller: str) -> None:
-    """Raise UnsupportedError unless it is one of ON_NO_MATCH."""
-    if on_no_match not in ON_NO_MATCH:
-        raise UnsupportedError(
-            f"{caller}: on_no_match must be one of {', '.join(ON_NO_MATCH)}; got {on_no_match!r}. "
-            "Pass one of these."
-        )
 
 
 def report_no_match(

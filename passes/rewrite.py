@@ -17,17 +17,17 @@ from typing import Any
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from fp4moe.errors import UnsupportedError
-from fp4moe.kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, check_kernel_name
+from fp4moe.errors import check_choice
+from fp4moe.kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
 
 from .insert import FUSED_OPERATORS, insert_operator
 from .packing import PackedExperts
 from .plan import Planner
-from .report import RewriteReport, check_on_no_match, report_no_match
-from .routing import check_routing, fuse_routing
+from .report import ON_NO_MATCH, RewriteReport, report_no_match
+from .routing import fuse_routing
 from .symbolic import has_shapes, in_original, with_shapes
 
-__all__ = ["Rewritten", "rewrite_graph", "rewrite_moe"]
+__all__ = ["Rewritten", "check_settings", "rewrite_graph", "rewrite_moe"]
 
 logger = logging.getLogger("fp4moe")
 
@@ -39,6 +39,16 @@ class Rewritten:
     path: str
     packed: PackedExperts
     weight_nodes: tuple[fx.Node, ...]
+
+
+def check_settings(
+    kernel: str, hidden_alignment: int, routing: str, on_no_match: str, *, caller: str
+) -> None:
+    """Raise UnsupportedError unless each is one of its choices."""
+    check_kernel_name(kernel, caller=caller)
+    check_choice("hidden_alignment", hidden_alignment, HIDDEN_ALIGNMENTS, caller=caller)
+    check_choice("routing", routing, ROUTINGS, caller=caller)
+    check_choice("on_no_match", on_no_match, ON_NO_MATCH, caller=caller)
 
 
 def rewrite_moe(
@@ -74,7 +84,7 @@ def rewrite_moe(
         UnsupportedError: a value that is none of its choices, the kernel asked for by name cannot
             run a block, or no block with on_no_match="error"; the graph is as it was.
     """
-    check_on_no_match(on_no_match, caller="rewrite_moe")
+    check_settings(kernel, hidden_alignment, routing, on_no_match, caller="rewrite_moe")
     settings = (kernel, verify, hidden_alignment, routing)
     report, _ = rewrite_graph(graph_module, example_inputs, *settings)
     logger.info("rewrite_moe: %s", report)
@@ -90,14 +100,7 @@ def rewrite_graph(
     hidden_alignment: int,
     routing: str,
 ) -> tuple[RewriteReport, list[Rewritten]]:
-    """As `rewrite_moe`, whatever the number of blocks; also returns what was packed."""
-    check_kernel_name(kernel, caller="rewrite_moe")
-    check_routing(routing, caller="rewrite_moe")
-    if hidden_alignment not in HIDDEN_ALIGNMENTS:
-        raise UnsupportedError(
-            f"rewrite_moe: hidden_alignment must be one of {HIDDEN_ALIGNMENTS}; got "
-            f"{hidden_alignment!r}. Pass one of these."
-        )
+    """As `rewrite_moe` with checked settings; also returns what was packed."""
     origin: dict[fx.Node, fx.Node] | None = None
     searched = gm
     if not has_shapes(gm):

@@ -18,8 +18,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from fp4moe.errors import UnsupportedError
-from fp4moe.kernels import ROUTINGS, MoeSpec, Operands, current_capability, get_kernel
+from fp4moe.kernels import MoeSpec, Operands, current_capability, get_kernel
 
 from .dataflow import Flow, meta_value
 from .locate import innermost_module
@@ -28,21 +27,12 @@ from .routing_forms import RoutingForm, recognise
 from .routing_slice import RoutingSlice, cut_routing
 from .symbolic import has_shapes
 
-__all__ = ["check_routing", "fuse_routing"]
+__all__ = ["fuse_routing"]
 
 logger = logging.getLogger("fp4moe")
 GIVEN = torch.ops.fp4moe.nvfp4_moe.default
 FROM_LOGITS = torch.ops.fp4moe.nvfp4_moe_from_logits.default
 NO_SHAPES = "the graph carries no shapes; capture it with torch.compile or torch.export"
-
-
-def check_routing(routing: str, *, caller: str) -> None:
-    """Raise UnsupportedError unless it is one of ROUTINGS."""
-    if routing not in ROUTINGS:
-        raise UnsupportedError(
-            f"{caller}: routing must be one of {', '.join(ROUTINGS)}; got {routing!r}. Pass one of "
-            "these."
-        )
 
 
 def fuse_routing(

@@ -18,9 +18,11 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.functional import linear
 
 import fp4moe
+from fp4moe.compile import BackendOptions
 from fp4moe.errors import UnsupportedError
 from fp4moe.kernels import KERNELS
 from fp4moe.passes import fuse_routing, rewrite_exported, rewrite_moe
+from fp4moe.tensorrt import lowering_pass
 
 GIVEN = torch.ops.fp4moe.nvfp4_moe.default
 FROM_LOGITS = torch.ops.fp4moe.nvfp4_moe_from_logits.default
@@ -434,3 +436,23 @@ class TestModels:
             rewrite_exported(
                 torch.export.export(moe_layer(), (hidden(),), strict=False), routing="kernel"
             )
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("kernel", "best"), ("hidden_alignment", 64), ("routing", "auto"), ("on_no_match", "raise")],
+)
+def test_each_way_in_names_itself_and_the_choices(setting, value):
+    program = torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),))
+    graph = torch.fx.symbolic_trace(nn.Linear(2, 2))
+    ways = {
+        "rewrite_moe": lambda **given: rewrite_moe(graph, [torch.ones(1, 2)], **given),
+        "rewrite_exported": lambda **given: rewrite_exported(program, **given),
+        "MoePass": lambda **given: fp4moe.inductor_options(**given),
+        # Checked before torch_tensorrt is asked for.
+        "lowering_pass": lambda **given: lowering_pass(**given).__enter__(),
+        "backend": lambda **given: BackendOptions.parse(given),
+    }
+    for caller, way in ways.items():
+        with pytest.raises(UnsupportedError, match=f"^{caller}: {setting} must be .*{value}"):
+            way(**{setting: value})

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from .errors import UnsupportedError
+from .errors import UnsupportedError, check_choice
 from .kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
     HIDDEN_ALIGNMENTS,
@@ -88,12 +88,7 @@ class BackendOptions:
             ("verify", (True, False)),
             ("release_weights", (True, False)),
         ):
-            if getattr(parsed, name) not in choices:
-                listed = ", ".join(map(str, choices))
-                raise UnsupportedError(
-                    f"backend: {name} must be one of {listed}; got {getattr(parsed, name)!r}. Pass "
-                    "one of these."
-                )
+            check_choice(name, getattr(parsed, name), choices, caller="backend")
         if not isinstance(parsed.inner_options, (dict, type(None))):
             raise UnsupportedError(
                 "backend: inner_options must be a dict or None; got "

@@ -25,11 +25,10 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .errors import UnsupportedError
-from .kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, check_kernel_name
+from .kernels import DEFAULT_HIDDEN_ALIGNMENT
 from .passes.dataflow import meta_value
-from .passes.report import RewriteReport, check_on_no_match, report_no_match
-from .passes.rewrite import rewrite_graph
-from .passes.routing import check_routing
+from .passes.report import RewriteReport, report_no_match
+from .passes.rewrite import check_settings, rewrite_graph
 
 __all__ = ["MoePass"]
 
@@ -63,14 +62,7 @@ class MoePass(CustomGraphPass):
         routing: str = "given",
         before: Sequence[Pass] = (),
     ):
-        check_kernel_name(kernel, caller="MoePass")
-        check_on_no_match(on_no_match, caller="MoePass")
-        check_routing(routing, caller="MoePass")
-        if hidden_alignment not in HIDDEN_ALIGNMENTS:
-            raise UnsupportedError(
-                f"MoePass: hidden_alignment must be one of {HIDDEN_ALIGNMENTS}; got "
-                f"{hidden_alignment!r}. Pass one of these."
-            )
+        check_settings(kernel, hidden_alignment, routing, on_no_match, caller="MoePass")
         self.settings = (kernel, verify, hidden_alignment, routing)
         self.on_no_match = on_no_match
         self.before = tuple(before)

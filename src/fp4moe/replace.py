@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -19,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .candidates import ON_META, Candidate, stored_activation_scales, value_reasons
-from .errors import UnsupportedError
+from .errors import UnsupportedError, check_choice
 from .explain import BlockReport, ModelReport
 from .integrations.fused_routing import FusedRouting, plan_fused_routing
 from .integrations.module_list import find_module_lists
@@ -89,9 +88,9 @@ def replace_moe(
             no kernel for a block. The model is as it was.
     """
     check_kernel_name(kernel, caller="replace_moe")
-    _check_choice("method", method, METHODS)
-    _check_choice("hidden_alignment", hidden_alignment, HIDDEN_ALIGNMENTS)
-    _check_choice("routing", routing, ROUTINGS)
+    check_choice("method", method, METHODS, caller="replace_moe")
+    check_choice("hidden_alignment", hidden_alignment, HIDDEN_ALIGNMENTS, caller="replace_moe")
+    check_choice("routing", routing, ROUTINGS, caller="replace_moe")
     _refuse_other_kernels(model, kernel)
     _refuse_other_routing(model, routing)
     candidates = find_candidates(model)
@@ -175,15 +174,6 @@ def explain(model: nn.Module, kernel: str = "auto", *, only_structure: bool = Fa
     return ModelReport(
         type(model).__name__, tuple(sorted(rows.values(), key=lambda row: order[row.path]))
     )
-
-
-def _check_choice(name: str, value: object, known: Iterable) -> None:
-    known = tuple(known)
-    if value not in known:
-        raise UnsupportedError(
-            f"replace_moe: {name} must be one of {', '.join(map(str, known))}; got {value!r}. Pass "
-            "one of these."
-        )
 
 
 def _refuse_other_kernels(model: nn.Module, kernel: str) -> None:

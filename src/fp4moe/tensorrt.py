@@ -17,11 +17,11 @@ from typing import Any
 from torch import fx
 
 from .errors import UnsupportedError
-from .kernels import DEFAULT_HIDDEN_ALIGNMENT, check_kernel_name
+from .kernels import DEFAULT_HIDDEN_ALIGNMENT
 from .passes.dataflow import meta_value
 from .passes.exported import rewrite_aten
-from .passes.report import RewriteReport, check_on_no_match, report_no_match
-from .passes.routing import check_routing
+from .passes.report import RewriteReport, report_no_match
+from .passes.rewrite import check_settings
 
 __all__ = ["BACKENDS", "import_torch_tensorrt", "lowering_pass", "with_defaults"]
 
@@ -99,9 +99,7 @@ def lowering_pass(
     Raises:
         UnsupportedError: torch_tensorrt cannot be imported, or a value is none of its choices.
     """
-    check_kernel_name(kernel, caller="lowering_pass")
-    check_on_no_match(on_no_match, caller="lowering_pass")
-    check_routing(routing, caller="lowering_pass")
+    check_settings(kernel, hidden_alignment, routing, on_no_match, caller="lowering_pass")
     import_torch_tensorrt("lowering_pass")
     from torch_tensorrt.dynamo.lowering.passes._aten_lowering_pass import ATEN_POST_LOWERING_PASSES
 

@@ -11,7 +11,7 @@ import copy
 import os
 from typing import Any
 
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, UnsupportedError, check_choice
 from ..integrations.experts_implementation import register_transformers as register_experts
 from ..integrations.loading import Options, convention_of
 from ..integrations.quantizer import METHOD, register_formats, register_method
@@ -76,15 +76,9 @@ def from_pretrained(
             argument that does not go with this loader.
     """
     check_kernel_name(kernel, caller="from_pretrained")
-    for name, value, known in (
-        ("hidden_alignment", hidden_alignment, HIDDEN_ALIGNMENTS),
-        ("routing", routing, ROUTINGS),
-    ):
-        if value not in known:
-            raise UnsupportedError(
-                f"from_pretrained: {name} must be one of {', '.join(map(str, known))}; got "
-                f"{value!r}. Pass one of these."
-            )
+    caller = "from_pretrained"
+    check_choice("hidden_alignment", hidden_alignment, HIDDEN_ALIGNMENTS, caller=caller)
+    check_choice("routing", routing, ROUTINGS, caller=caller)
     for name in REFUSED:
         if hf_kwargs.get(name):
             raise UnsupportedError(
