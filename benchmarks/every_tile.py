@@ -1,6 +1,7 @@
 """Run every shipped tile of the Triton kernels once, for compute-sanitizer; needs a CUDA device.
 
 compute-sanitizer --tool memcheck python benchmarks/every_tile.py
+compute-sanitizer --tool memcheck python benchmarks/every_tile.py 1/4  # one of four parts
 """
 
 import sys
@@ -17,6 +18,8 @@ TOKENS = (1, 37, 700)
 def main() -> None:
     """Odd sizes, a strided input, ids outside the window, gated and not."""
     configs = sorted({c for layer in read(SHIPPED) for c in layer.tiles.values()}, key=str)
+    part, parts = map(int, sys.argv[1].split("/")) if sys.argv[1:] else (1, 1)
+    configs = configs[part - 1 :: parts]
     for activation, gated in (("gelu_tanh", True), ("relu2", False)):
         up, gate = torch.randn(2, 5, 208, 336, device="cuda")
         weights = ExpertWeights.quantize(

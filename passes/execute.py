@@ -10,6 +10,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from fp4moe.precision import float32_as_written
+
 from .dataflow import hinted_shape, is_data, meta_value, operation_name, size_hint
 
 __all__ = ["grouped_mm", "run_in_float32", "undisturbed"]
@@ -122,8 +124,6 @@ def grouped_mm(
 @contextlib.contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
     """Float32 as it is written, without gradients, and the caller's random state untouched."""
-    # TF32 and autocast would blur the two GELUs.
-    precision = torch.get_float32_matmul_precision()
     devices = [device] if device.type == "cuda" else []
     with (
         # A caller's fake mode would turn every probe into a fake.
@@ -131,14 +131,11 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         torch.inference_mode(False),
         torch.no_grad(),
         torch.random.fork_rng(devices),
-        torch.autocast(device.type, enabled=False),
+        # TF32 and autocast would blur the two GELUs.
+        float32_as_written(device),
     ):
-        torch.set_float32_matmul_precision("highest")
         # Not torch.manual_seed, which would reach devices that are not put back.
         torch.default_generator.manual_seed(0)
         for index in devices:
             torch.cuda.default_generators[index.index or 0].manual_seed(0)
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
+        yield

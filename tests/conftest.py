@@ -32,6 +32,26 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture(params=["legacy", "of matmul", "of everything"])
+def float32_products(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let float32 products be TF32, in each way that torch has."""
+    matmul = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [setting.fp32_precision for setting in matmul]
+    everything = torch.backends.fp32_precision
+    if request.param == "legacy":
+        torch.set_float32_matmul_precision("high")
+    elif request.param == "of matmul":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    else:
+        torch.backends.fp32_precision = "tf32"
+    yield
+    if request.param == "legacy":
+        torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision = everything
+    for setting, value in zip(matmul, before, strict=True):
+        setting.fp32_precision = value
+
+
 @pytest.fixture
 def poisoned_empty() -> Iterator[None]:
     """Fill torch.empty and its kin with NaN (integers: their maximum).

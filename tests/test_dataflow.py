@@ -282,7 +282,7 @@ class NormedLoop(LoopIndexAdd):
 
 class SecondUse(DenseScatter):
     def forward(self, hidden, ids, weights):
-        dense = torch.zeros(hidden.shape[0], self.sizes.experts).scatter(1, ids, weights)
+        dense = weights.new_zeros(hidden.shape[0], self.sizes.experts).scatter(1, ids, weights)
         x = hidden.expand(self.sizes.experts, -1, -1)
         inner = self.inner(torch.bmm(x, self.first.mT))
         y = (torch.bmm(inner, self.down.mT) * dense.t().unsqueeze(-1)).sum(0)
@@ -293,7 +293,7 @@ class Capacity(DenseScatter):
     """Drops the tokens that an expert cannot hold; what is left is a dense weighting."""
 
     def forward(self, hidden, ids, weights):
-        dense = torch.zeros(hidden.shape[0], self.sizes.experts).scatter(1, ids, weights)
+        dense = weights.new_zeros(hidden.shape[0], self.sizes.experts).scatter(1, ids, weights)
         dense = dense * (F.one_hot(ids, self.sizes.experts).sum(1).cumsum(0) <= 2)
         x = hidden.expand(self.sizes.experts, -1, -1)
         y = torch.bmm(self.inner(torch.bmm(x, self.first.mT)), self.down.mT)
@@ -304,7 +304,8 @@ class AllWeighed(DenseScatter):
     """Experts that were not selected count a little."""
 
     def forward(self, hidden, ids, weights):
-        dense = torch.full((hidden.shape[0], self.sizes.experts), 0.01).scatter(1, ids, weights)
+        dense = weights.new_full((hidden.shape[0], self.sizes.experts), 0.01)
+        dense = dense.scatter(1, ids, weights)
         dense = torch.tanh(dense)
         x = hidden.expand(self.sizes.experts, -1, -1)
         y = torch.bmm(self.inner(torch.bmm(x, self.first.mT)), self.down.mT)

@@ -367,6 +367,12 @@ def replaced(make, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("make", STYLES)
+def test_autocast_around_it_refuses_nothing(make):
+    with torch.autocast("cpu", torch.bfloat16):
+        replaced(make)
+
+
+@pytest.mark.parametrize("make", STYLES)
 @torch.no_grad()
 def test_replaced_model_computes_the_dequantised_weights(make):
     original = make_model(make)

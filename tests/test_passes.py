@@ -546,22 +546,37 @@ class TestVerification:
         values = [p.clone() for p in block.parameters()]
         versions = [p._version for p in block.parameters()]
         state = torch.get_rng_state()
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        try:
-            with torch.enable_grad():
-                verify_region(graph, region)
-                assert torch.is_grad_enabled()
-            with torch.no_grad():
-                verify_region(graph, region)
-                assert not torch.is_grad_enabled()
-            assert torch.get_float32_matmul_precision() == "high"
-        finally:
-            torch.set_float32_matmul_precision(precision)
+        with torch.enable_grad():
+            verify_region(graph, region)
+            assert torch.is_grad_enabled()
+        with torch.no_grad():
+            verify_region(graph, region)
+            assert not torch.is_grad_enabled()
         assert torch.equal(torch.get_rng_state(), state)
         assert all(map(torch.equal, values, block.parameters()))
         assert [p._version for p in block.parameters()] == versions
         assert str(graph.graph) == text
+
+    def test_float32_products_are_whole(self, float32_products, monkeypatch):
+        def settings():
+            matmul = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+            return [setting.fp32_precision for setting in matmul]
+
+        asked, during = settings(), []
+        compute = verify._compute
+        noting = lambda *given: during.append(settings()) or compute(*given)  # noqa: E731
+        monkeypatch.setattr(verify, "_compute", noting)
+        graph, _ = capture(Block(Gated), *routed(5))
+        assert verify_region(graph, region_of(graph))[0] is not None
+        assert asked[0] == "tf32" and settings() == asked
+        assert during and all(precision == ["ieee"] * 2 for precision in during)
+
+    def test_a_setting_of_all_products_still_rules(self, monkeypatch):
+        graph, _ = capture(Block(Gated), *routed(5))
+        monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
+        verify_region(graph, region_of(graph))
+        monkeypatch.setattr(torch.backends, "fp32_precision", "ieee")
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
 
     def test_memory_of_many_experts(self):
         class Many(Gated):

@@ -425,6 +425,16 @@ def test_checking_changes_nothing_on_the_way():
 # Memory.
 
 
+@pytest.mark.parametrize(
+    "build, routing", [(gemma4, "fused"), (nemotron_h, "fused"), (qwen3_moe, "given")]
+)
+def test_autocast_around_it_changes_nothing(build, routing):
+    expected = replaced(build, routing=routing)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = replaced(build, routing=routing)
+    assert torch.equal(logits(actual), logits(expected))
+
+
 def test_the_float_weights_are_freed_without_a_garbage_collection():
     model = nemotron_h()
     experts = [m for m in model.modules() if hasattr(m, "is_transposed")]

@@ -321,10 +321,11 @@ def run(arguments: argparse.Namespace) -> int:
                 flush=True,
             )
             rows.append(row)
+            if arguments.json:
+                text = json.dumps(about | {"rows": rows}, indent=1)
+                pathlib.Path(arguments.json).write_text(text + "\n")
     for line in ratios(rows):
         print(line)
-    if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     return int(wrong)
 
 

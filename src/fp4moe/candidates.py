@@ -14,6 +14,7 @@ from torch import nn
 
 from .experts import ExpertWeights
 from .module import FusedExperts
+from .precision import float32_as_written
 from .reference import moe_definition
 
 __all__ = [
@@ -142,7 +143,7 @@ def verify_against_definition(
     hidden = torch.randn(5, hidden_size, generator=generator).to(up.device, up.dtype)
     ids = torch.rand(5, experts, generator=generator).argsort(1)[:, :top_k].to(up.device)
     weights = torch.rand(5, top_k, generator=generator).to(up.device)
-    with torch.no_grad():
+    with torch.no_grad(), float32_as_written(up.device):
         try:
             actual = forward(hidden, ids, weights).float()
         except Exception as raised:  # the model's code may raise anything

@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 from ..candidates import Candidate, storage_reasons
 from ..kernels import Routing
 from ..kernels.torch_routing import route
+from ..precision import float32_as_written
 from .routing_trace import RoutingTrace, watch, ways_to_run
 from .transformers import is_experts_module
 
@@ -198,12 +199,12 @@ def plan_fused_routing(
         if why:
             refused[candidate.path] = [why]
     for path, trace in traces.items():
-        for run in ways_to_run(
-            model, path, attrgetter(plans[path].router.form.projection)(trace.router)
-        ):
+        weight = attrgetter(plans[path].router.form.projection)(trace.router)
+        for run in ways_to_run(model, path, weight):
             if trace.finished:
                 break
-            watch(run, [t for t in traces.values() if not t.finished])
+            with float32_as_written(weight.device):
+                watch(run, [t for t in traces.values() if not t.finished])
         if why := trace.problem or trace.error:
             refused[path] = [why]
             del plans[path]
@@ -289,7 +290,7 @@ def _difference(
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(PROBE_TOKENS, weight.shape[1], generator=generator) * sizes
     hidden = hidden.to(weight.device, dtype)
-    with torch.no_grad():
+    with torch.no_grad(), float32_as_written(weight.device):
         _, weights, ids = router(hidden)
         logits, bias, _ = LogitsRouter(router, form)(hidden)
         if logits.shape[1] != num_experts:

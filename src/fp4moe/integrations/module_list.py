@@ -21,6 +21,7 @@ from torch import nn
 from ..candidates import Candidate, storage_reasons, stored_activation_scales
 from ..experts import ExpertWeights
 from ..module import FusedExperts
+from ..precision import float32_as_written
 from .module_list_block import BlockForm, FusedMoeBlock
 from .module_list_probe import FloatExperts, confirm_form, find_form, identify_expert
 
@@ -218,7 +219,11 @@ def untouched(block: nn.Module, device: torch.device) -> Iterator[list[str]]:
     ]
     changed: list[str] = []
     devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(devices=devices),
+        float32_as_written(device),
+    ):
         try:
             yield changed
         finally:

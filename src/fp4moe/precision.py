@@ -1,0 +1,29 @@
+"""Float32 arithmetic as it is written, for comparisons, whatever the caller allows elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+__all__ = ["float32_as_written"]
+
+
+@contextlib.contextmanager
+def float32_as_written(device: torch.device) -> Iterator[None]:
+    """Without autocast on that device, and without TF32 or bfloat16 inside float32 products."""
+    # Not torch.get_float32_matmul_precision, which raises once these were set.
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    with torch.autocast(device.type, enabled=False):
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for setting, value in zip(settings, before, strict=True):
+                # "none" follows the setting above it, as before.
+                setting.fp32_precision = "none"
+                if setting.fp32_precision != value:
+                    setting.fp32_precision = value
