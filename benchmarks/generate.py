@@ -13,7 +13,8 @@ cache, with which generate() compiles decoding; one process for each model and s
 
 decode_ms: median step after a prompt of 128 tokens, compiled anew for each batch. prefill_ms: until
 the first token of a prompt of 512, in eager; without mamba_ssm transformers' own scan makes
-Nemotron's slow, and too large at batch 64. model_gib: parameters, buffers and packed weights.
+Nemotron's slow, and too large at batch 64. Its decoding at batch 64 fits beside fp4moe.backend with
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. model_gib: parameters, buffers and packed weights.
 peak_gib: allocated at most while timed. Without a CUDA device, --tiny shows that it runs, no more.
 """
 

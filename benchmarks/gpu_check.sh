@@ -13,6 +13,8 @@ layout=$(mktemp -d)
 cp -R src/fp4moe "$layout/fp4moe"
 cp -R passes "$layout/fp4moe/passes"
 export PYTHONPATH="$layout:${PYTHONPATH:-}" PYTHONUNBUFFERED=1
+# Nemotron's prefill asks for 32 GiB at once.
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 
 step() { # name, command...
     local name=$1

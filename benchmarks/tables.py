@@ -1,10 +1,11 @@
 """Write the tables and the plot of measured results.
 
     python benchmarks/tables.py benchmarks/results/h200.json --plot benchmarks/results/h200.svg
+    python benchmarks/tables.py benchmarks/results/h200_skewed.json
     python benchmarks/tables.py benchmarks/results/h200_generate.json
 
 Prints Markdown. The best peer is the fastest of Marlin, Humming as shipped and vLLM's bf16 Triton
-kernel, measured on another H200 a day before, not in this run.
+kernel, measured with balanced routing on another H200 a day before, not in this run.
 """
 
 from __future__ import annotations
@@ -31,54 +32,58 @@ SETTINGS = {
 COLUMNS = ("auto", "triton", "humming", "grouped_mm", "grouped_mm compiled", "batched_mm")
 
 
-def table(rows: list[dict[str, Any]], shape: str, short: bool = False) -> str:
+def table(results: dict[str, Any], shape: str, short: bool = False) -> str:
     """Return microseconds by tokens and kernel, and the ratio of the best peer to auto.
 
     Args:
-        rows: of `fp4moe bench --json`.
+        results: of `fp4moe bench --json`.
         shape: a key of TITLES.
         short: only the kernels of SHORT, where a best peer is known.
     """
+    rows, peers = results["rows"], results.get("routing", "balanced") == "balanced"
     us = {(row["kernel"], row["tokens"]): row["us"] for row in rows if row["shape"] == shape}
     floor = {row["tokens"]: row["floor_us"] for row in rows if row["shape"] == shape}
     if short:
         floor = {tokens: us for tokens, us in floor.items() if tokens in PEERS[shape]}
     columns = SHORT if short else COLUMNS
     kernels = [name for name in columns if any(name == kernel for kernel, _ in us)]
-    lines = [
-        f"| {TITLES[shape]}, T | floor | {' | '.join(kernels)} | best peer | peer / auto |",
-        "|" + "---|" * (len(kernels) + 4),
-    ]
+    titles = [f"{TITLES[shape]}, T", "floor", *kernels, *["best peer", "peer / auto"] * peers]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for tokens in floor:
         cells = [f"{us[name, tokens]:.1f}" if (name, tokens) in us else "" for name in kernels]
-        peer = PEERS[shape].get(tokens)
-        ratio = f"{peer / us['auto', tokens]:.2f}" if peer and ("auto", tokens) in us else ""
-        lines.append(
-            f"| {tokens} | {floor[tokens]:.1f} | {' | '.join(cells)} | {peer or ''} | {ratio} |"
-        )
+        cells = [str(tokens), f"{floor[tokens]:.1f}", *cells]
+        if peers:
+            peer = PEERS[shape].get(tokens)
+            both = peer and ("auto", tokens) in us
+            cells += [str(peer or ""), f"{peer / us['auto', tokens]:.2f}" if both else ""]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def whole_models(rows: list[dict[str, Any]], model: str, value: str = "decode_ms") -> str:
     """Return milliseconds by batch and setting, and how many times faster than Hugging Face.
 
+    A ratio of numbers from two calls, which had other hosts, has a ~.
+
     Args:
         rows: of `benchmarks/generate.py --json`.
         model: a key of MODELS.
         value: "decode_ms", a step, or "prefill_ms".
     """
-    ms = {(r["batch"], r["setting"]): r[value] for r in rows if r["model"] == model and r[value]}
+    found = {(r["batch"], r["setting"]): r for r in rows if r["model"] == model and r[value]}
     lines = [
         f"| {MODELS[model]}, batch | {' | '.join(SETTINGS.values())} |",
         "|" + "---|" * (len(SETTINGS) + 1),
     ]
-    for batch in sorted({batch for batch, _ in ms}):
-        slower = ms.get((batch, "huggingface"))
+    for batch in sorted({batch for batch, _ in found}):
+        base = found.get((batch, "huggingface"))
         cells = []
         for setting in SETTINGS:
-            own = ms.get((batch, setting))
-            ratio = f" ({slower / own:.2f}x)" if own and slower and setting != "huggingface" else ""
-            cells.append(f"{own:.2f}{ratio}" if own else "")
+            own = found.get((batch, setting))
+            cells.append(f"{own[value]:.2f}" if own else "")
+            if own and base and setting != "huggingface":
+                about = "~" * (own.get("call") != base.get("call"))
+                cells[-1] += f" ({about}{base[value] / own[value]:.2f}x)"
         lines.append(f"| {batch} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -126,7 +131,7 @@ def main() -> None:
             print(f"{value}\n\n{whole_models(results['rows'], model, value)}\n")
         return
     for shape in TITLES:
-        print(table(results["rows"], shape, args.short), end="\n\n")
+        print(table(results, shape, args.short), end="\n\n")
     if args.plot:
         plot(results, args.plot)
 
