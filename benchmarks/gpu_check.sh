@@ -13,8 +13,6 @@ layout=$(mktemp -d)
 cp -R src/fp4moe "$layout/fp4moe"
 cp -R passes "$layout/fp4moe/passes"
 export PYTHONPATH="$layout:${PYTHONPATH:-}" PYTHONUNBUFFERED=1
-# Nemotron's prefill asks for 32 GiB at once.
-export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 
 step() { # name, command...
     local name=$1
@@ -42,6 +40,8 @@ for part in $parts; do
     skewed) step skewed python3 -m fp4moe bench --routing skewed --no-peers --json "$out/skewed.json" ;;
     sanitize) step sanitize compute-sanitizer --tool memcheck python3 benchmarks/every_tile.py ;;
     gemma4 | nemotron)
+        # Nemotron's prefill asks for 32 GiB at once.
+        export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
         step "$part" python3 benchmarks/generate.py --model "$part" --json "$out/$part.json"
         ;;
     *) echo "$part: no such part" ;;
