@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 
@@ -35,9 +36,10 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.fixture(params=["legacy", "of matmul", "of everything"])
 def float32_products(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let float32 products be TF32, in each way that torch has."""
-    matmul = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [setting.fp32_precision for setting in matmul]
-    everything = torch.backends.fp32_precision
+    # torch.export sets the inner ones to the outermost one and leaves them so.
+    inner = itertools.product(("cuda", "mkldnn"), ("all", "matmul", "conv", "rnn"))
+    settings = [("generic", "all"), *inner]
+    before = [torch._C._get_fp32_precision_getter(*setting) for setting in settings]
     if request.param == "legacy":
         torch.set_float32_matmul_precision("high")
     elif request.param == "of matmul":
@@ -47,9 +49,8 @@ def float32_products(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if request.param == "legacy":
         torch.set_float32_matmul_precision("highest")
-    torch.backends.fp32_precision = everything
-    for setting, value in zip(matmul, before, strict=True):
-        setting.fp32_precision = value
+    for setting, value in zip(settings, before, strict=True):
+        torch._C._set_fp32_precision_setter(*setting, value)
 
 
 @pytest.fixture
