@@ -14,7 +14,8 @@ __all__ = ["float32_as_written"]
 def float32_as_written(device: torch.device) -> Iterator[None]:
     """Without autocast on that device, and without TF32 or bfloat16 inside float32 products."""
     # Not torch.get_float32_matmul_precision, which raises once these were set.
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    onednn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    settings = (torch.backends.cuda.matmul, onednn)
     before = [setting.fp32_precision for setting in settings]
     with torch.autocast(device.type, enabled=False):
         for setting in settings:
