@@ -30,9 +30,10 @@ demo: $(READY)
 	$(BIN)/python examples/gemma4_compile.py
 	$(BIN)/python examples/nemotron_h_compile.py
 
-# One thread per process: JOBS processes with the threads of a whole machine each are slower.
+# One thread per process: JOBS processes with the threads of a whole machine each are slower. The
+# longest tests come last, so that a process that is done takes some of the others'.
 test: lint types flashinfer tensorrt
-	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 flashinfer: $(OTHER)/ready
 	PYTHONPATH=$(OTHER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/with_flashinfer \
