@@ -41,8 +41,7 @@ for part in $parts; do
     sanitize) step sanitize compute-sanitizer --tool memcheck python3 benchmarks/every_tile.py ;;
     gemma4 | nemotron)
         # Nemotron's prefill asks for 32 GiB at once.
-        export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-        step "$part" python3 benchmarks/generate.py --model "$part" --json "$out/$part.json"
+        step "$part" env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python3 benchmarks/generate.py --model "$part" --json "$out/$part.json"
         ;;
     *) echo "$part: no such part" ;;
     esac

@@ -33,24 +33,32 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=["legacy", "of matmul", "of everything"])
-def float32_products(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Let float32 products be TF32, in each way that torch has."""
+@pytest.fixture
+def float32_settings() -> Iterator[None]:
+    """Start from torch's own settings of float32 products, and put back what was there."""
     # torch.export sets the inner ones to the outermost one and leaves them so.
     inner = itertools.product(("cuda", "mkldnn"), ("all", "matmul", "conv", "rnn"))
     settings = [("generic", "all"), *inner]
     before = [torch._C._get_fp32_precision_getter(*setting) for setting in settings]
+    legacy = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    for backend in ("cuda", "mkldnn"):
+        torch._C._set_fp32_precision_setter(backend, "matmul", "none")
+    yield
+    torch.set_float32_matmul_precision(legacy)
+    for setting, value in zip(settings, before, strict=True):
+        torch._C._set_fp32_precision_setter(*setting, value)
+
+
+@pytest.fixture(params=["legacy", "of matmul", "of everything"])
+def float32_products(request: pytest.FixtureRequest, float32_settings: None) -> None:
+    """Let float32 products be TF32, in each way that torch has."""
     if request.param == "legacy":
         torch.set_float32_matmul_precision("high")
     elif request.param == "of matmul":
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     else:
         torch.backends.fp32_precision = "tf32"
-    yield
-    if request.param == "legacy":
-        torch.set_float32_matmul_precision("highest")
-    for setting, value in zip(settings, before, strict=True):
-        torch._C._set_fp32_precision_setter(*setting, value)
 
 
 @pytest.fixture

@@ -538,7 +538,7 @@ class TestVerification:
         assert verify_region(graph, region_of(graph))[0] is None
 
     @pytest.mark.parametrize("experts", [Gated, overriding(noisy)])
-    def test_no_side_effects(self, experts):
+    def test_no_side_effects(self, experts, float32_settings):
         block = Block(experts)
         graph, _ = capture(block, *routed(5))
         region = region_of(graph)
@@ -546,12 +546,14 @@ class TestVerification:
         values = [p.clone() for p in block.parameters()]
         versions = [p._version for p in block.parameters()]
         state = torch.get_rng_state()
+        torch.set_float32_matmul_precision("high")
         with torch.enable_grad():
             verify_region(graph, region)
             assert torch.is_grad_enabled()
         with torch.no_grad():
             verify_region(graph, region)
             assert not torch.is_grad_enabled()
+        assert torch.get_float32_matmul_precision() == "high"
         assert torch.equal(torch.get_rng_state(), state)
         assert all(map(torch.equal, values, block.parameters()))
         assert [p._version for p in block.parameters()] == versions
@@ -564,18 +566,22 @@ class TestVerification:
 
         asked, during = settings(), []
         compute = verify._compute
-        noting = lambda *given: during.append(settings()) or compute(*given)  # noqa: E731
+
+        def noting(*given):
+            during.append(settings())
+            return compute(*given)
+
         monkeypatch.setattr(verify, "_compute", noting)
         graph, _ = capture(Block(Gated), *routed(5))
         assert verify_region(graph, region_of(graph))[0] is not None
         assert asked[0] == "tf32" and settings() == asked
         assert during and all(precision == ["ieee"] * 2 for precision in during)
 
-    def test_a_setting_of_all_products_still_rules(self, monkeypatch):
+    def test_a_setting_of_all_products_still_rules(self, float32_settings):
         graph, _ = capture(Block(Gated), *routed(5))
-        monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
+        torch.backends.fp32_precision = "tf32"
         verify_region(graph, region_of(graph))
-        monkeypatch.setattr(torch.backends, "fp32_precision", "ieee")
+        torch.backends.fp32_precision = "ieee"
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
 
     def test_memory_of_many_experts(self):

@@ -422,9 +422,6 @@ def test_checking_changes_nothing_on_the_way():
         assert torch.equal(torch.random.get_rng_state(), state)
 
 
-# Memory.
-
-
 @pytest.mark.parametrize(
     "build, routing", [(gemma4, "fused"), (nemotron_h, "fused"), (qwen3_moe, "given")]
 )
@@ -433,6 +430,9 @@ def test_autocast_around_it_changes_nothing(build, routing):
     with torch.autocast("cpu", torch.bfloat16):
         actual = replaced(build, routing=routing)
     assert torch.equal(logits(actual), logits(expected))
+
+
+# Memory.
 
 
 def test_the_float_weights_are_freed_without_a_garbage_collection():

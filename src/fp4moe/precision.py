@@ -7,7 +7,14 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["float32_as_written"]
+__all__ = ["float32_as_written", "without_autocast"]
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Keep an ambient autocast from lowering products on that device."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -17,7 +24,7 @@ def float32_as_written(device: torch.device) -> Iterator[None]:
     onednn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     settings = (torch.backends.cuda.matmul, onednn)
     before = [setting.fp32_precision for setting in settings]
-    with torch.autocast(device.type, enabled=False):
+    with without_autocast(device):
         for setting in settings:
             setting.fp32_precision = "ieee"
         try:

@@ -23,6 +23,7 @@ from .errors import ShapeError, UnsupportedError
 from .formats import NVFP4
 from .kernels.torch_routing import route
 from .module import FusedExperts, RoutedExperts
+from .precision import without_autocast
 from .ranges import Ranges
 from .replace import find_candidates
 from .stamps import STAMPS
@@ -89,7 +90,7 @@ class Recorder:
                 hit = (expert_ids == expert).any(1)
                 reached |= hit
                 self.tokens[local] += int(hit.sum())
-                with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                with torch.no_grad(), without_autocast(x.device):
                     self.intermediate.add(local, inner(local, x[hit].float()))
         self.hidden.add(0, x[reached])
 

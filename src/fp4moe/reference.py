@@ -10,7 +10,6 @@ W4A4 quantiser.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -19,6 +18,7 @@ from .activations import get_activation
 from .errors import ShapeError
 from .experts import ExpertWeights
 from .formats import NVFP4
+from .precision import without_autocast
 
 __all__ = [
     "fake_quantize_activation",
@@ -200,9 +200,7 @@ def _run(
             return y @ down.T
         return (fake_quantize_activation(y, intermediate_scale[expert]) @ down.T).bfloat16().float()
 
-    # float32 is part of the definition: an ambient autocast must not lower the GEMMs.
-    device = hidden.device.type
-    available = torch.amp.is_autocast_available(device)
-    with torch.autocast(device, enabled=False) if available else contextlib.nullcontext():
+    # float32 is part of the definition.
+    with without_autocast(hidden.device):
         out = sum_over_experts(expert_ids, routing_weights, expert_offset, local_experts, apply)
     return hidden.new_zeros(hidden.shape) if out is None else out.to(hidden.dtype)

@@ -26,7 +26,6 @@ from .kernels import (
     current_capability,
     why_not,
 )
-from .precision import float32_as_written
 from .selftest_checks import FAILED, NOT_SUPPORTED, OK, SKIPPED, Outcome, checks, make_subject
 
 __all__ = ["LAYERS", "SelftestReport", "SelftestRow", "default_layers", "run_selftest", "selftest"]
@@ -176,7 +175,7 @@ def run_selftest(
             on_row(rows[-1])
 
     on_device = torch.cuda.device(device if device.type == "cuda" else -1)
-    with torch.no_grad(), on_device, float32_as_written(device):
+    with torch.no_grad(), on_device:
         for name, sizes in layers.items():
             if name in refused:
                 add(name, "layer", None, Outcome(NOT_SUPPORTED, note=refused[name]))
