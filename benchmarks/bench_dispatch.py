@@ -1,10 +1,11 @@
-"""What a call of the operator costs before any arithmetic: T = 0, against two bare operators.
+"""What a call costs before any arithmetic: T = 0, of the operator and of what users call.
 
     python benchmarks/bench_dispatch.py
 
-The bare ones have the same schema, check nothing and return torch.empty: one registered with
-Library.impl (the floor), one with torch.library.custom_op. Times are the shortest of several
-repeats, in microseconds a call.
+The operator is compared with two bare ones, which have the same schema, check nothing and return
+torch.empty: one registered with Library.impl (the floor), one with torch.library.custom_op.
+`fused_moe`, which looks up kernel and layout at each call, is compared with `FusedExperts.forward`,
+which has them. Times are the shortest of several repeats, in microseconds a call.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from collections.abc import Callable
 import torch
 from machine import cpu_name
 
-from fp4moe import ExpertWeights
+from fp4moe import ExpertWeights, FusedExperts, fused_moe
 from fp4moe.kernels import get_kernel
 from fp4moe.ops import nvfp4_moe_arguments
 
 OP = torch.ops.fp4moe.nvfp4_moe.default
 LIBRARY = torch.library.Library("fp4moe_bench", "DEF")
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2816, 704, 4, 8
+WIDTH = 36
 MODES: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
     "grad": contextlib.nullcontext,
     "no_grad": torch.no_grad,
@@ -63,6 +65,22 @@ def problem(call: Callable[..., torch.Tensor], args: tuple) -> str:
     return ""
 
 
+def users_calls(weights: ExpertWeights, kernel: str) -> dict[str, Callable[..., torch.Tensor]]:
+    """What a user calls with (hidden, ids, routing weights), by name."""
+
+    def function(hidden, expert_ids, routing_weights):
+        return fused_moe(hidden, weights, expert_ids, routing_weights, kernel=kernel)
+
+    forward = FusedExperts(weights, kernel).forward
+    return {f"FusedExperts.forward {kernel}": forward, f"fused_moe {kernel}": function}
+
+
+def print_ratio(label: str, times: dict[str, float], to: dict[str, float]) -> None:
+    """Print a row of quotients."""
+    ratios = (times[mode] / to[mode] for mode in MODES)
+    print(f"{'ratio ' + label:{WIDTH}s}" + "".join(f"{ratio:12.2f}" for ratio in ratios))
+
+
 def main() -> int:
     """Print the table; 1 where an operator returns the wrong thing."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -90,31 +108,36 @@ def main() -> int:
         )
 
     operators = {"fp4moe::nvfp4_moe": OP, **bare_operators()}
-    for label, operator in operators.items():
+    calls = users_calls(weights, "reference") | users_calls(weights, "auto")
+    for label, call in {**operators, **calls}.items():
         for tokens in (0, 3):
-            if found := problem(operator, call_arguments(tokens)):
+            arguments = call_arguments(tokens)
+            if found := problem(call, arguments[:3] if label in calls else arguments):
                 print(f"bench_dispatch: {label} {found}; no time is worth printing.")
                 return 1
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"T = 0, shortest of {args.repeats} runs of {args.calls} calls, microseconds a call")
-    print(f"{'':20s}" + "".join(f"{mode:>12s}" for mode in MODES))
-    times: dict[str, dict[str, float]] = {label: {} for label in operators}
+    print(f"{'':{WIDTH}s}" + "".join(f"{mode:>12s}" for mode in MODES))
+    times: dict[str, dict[str, float]] = {label: {} for label in (*operators, *calls)}
     for mode, context in MODES.items():
         with context():
             arguments = call_arguments(0)  # in inference mode these are inference tensors
             # They take turns, so that a busy moment hits all of them; the first is warm-up.
             for repeat in range(args.repeats + 1):
-                for label, operator in operators.items():
-                    run = microseconds(operator, arguments, args.calls)
+                for label, call in {**operators, **calls}.items():
+                    given = arguments[:3] if label in calls else arguments
+                    run = microseconds(call, given, args.calls)
                     best = times[label].get(mode, run) if repeat > 1 else run
                     times[label][mode] = min(best, run)
     for label, row in times.items():
-        print(f"{label:20s}" + "".join(f"{row[mode]:12.2f}" for mode in MODES))
+        print(f"{label:{WIDTH}s}" + "".join(f"{row[mode]:12.2f}" for mode in MODES))
     for label in list(operators)[1:]:
-        ratios = (times["fp4moe::nvfp4_moe"][mode] / times[label][mode] for mode in MODES)
-        print(f"{'ratio to ' + label:20s}" + "".join(f"{ratio:12.2f}" for ratio in ratios))
+        print_ratio(f"operator to {label}", times["fp4moe::nvfp4_moe"], times[label])
+    for kernel in ("reference", "auto"):
+        forward, function = users_calls(weights, kernel)
+        print_ratio(f"{function} to forward", times[function], times[forward])
     return 0
 
 

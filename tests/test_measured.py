@@ -21,10 +21,6 @@ WIDE = "sorted 128,64,1,8,3 128,64,1,8,3"
 def write(tmp_path, monkeypatch):
     """Write a user's file, and forget it afterwards."""
 
-    def clear():
-        measured.measurements.cache_clear()
-        choose_tiles.cache_clear()
-
     def write(**change):
         row = {
             "gpu": "a GPU",
@@ -41,12 +37,12 @@ def write(tmp_path, monkeypatch):
         path = tmp_path / "measured.json"
         path.write_text(json.dumps({"measured": [row | change]}))
         monkeypatch.setenv("FP4MOE_MEASURED", str(path))
-        clear()
+        measured.forget()
         return path
 
     yield write
     monkeypatch.undo()
-    clear()
+    measured.forget()
 
 
 def test_what_is_shipped_is_from_an_h200():

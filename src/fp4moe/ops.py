@@ -11,8 +11,8 @@ benchmarks/bench_dispatch.py.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -27,12 +27,19 @@ from .kernels import (
     Operands,
     PreparedWeights,
     Routing,
+    check_kernel_name,
+    choice_state,
     current_capability,
     get_kernel,
     select_kernel,
 )
 
-__all__ = ["fused_moe", "nvfp4_moe_arguments", "nvfp4_moe_from_logits_arguments"]
+__all__ = [
+    "fused_moe",
+    "nvfp4_moe_arguments",
+    "nvfp4_moe_from_logits_arguments",
+    "tensor_versions",
+]
 
 library = torch.library.Library("fp4moe", "DEF")
 # Packed weights and block scales are read by their strides: no relayout by Inductor.
@@ -200,8 +207,9 @@ def fused_moe(
 
     out[t] = sum_k routing_weights[t, k] * expert(expert_ids[t, k], hidden[t])
 
-    A kernel's layout is prepared at the first call and kept as long as `weights`. Under
-    torch.compile use `FusedExperts`, which prepares outside the graph.
+    The kernel is chosen and its layout prepared at the first call; both are kept as long as
+    `weights`, and made anew when top_k, the device, a tensor of `weights`, CUDA_HOME or the
+    measurements change. Under torch.compile use `FusedExperts`, which prepares outside the graph.
 
     Args:
         hidden: [T, H], bfloat16, float16 or float32, any strides; T may be 0.
@@ -229,35 +237,85 @@ def fused_moe(
             f"{list(hidden.shape)}. "
             "Pass the hidden states that these experts were made for."
         )
+    top_k = expert_ids.shape[-1] if expert_ids.ndim else None
+    name = _choose_once(weights, kernel, top_k, current_capability(hidden.device))
+    arguments = _prepare_once(weights, name)
+    return torch.ops.fp4moe.nvfp4_moe.default(hidden, expert_ids, routing_weights, *arguments)
+
+
+# Both die with the weights: by what a choice depends on, and by kernel.
+_chosen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_prepared: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# What a mode hands out instead, such as a fake tensor, must not serve a later call.
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _choose_once(
+    weights: ExpertWeights,
+    kernel: str,
+    top_k: int | None,
+    capability: tuple[int, int] | None,
+) -> str:
+    """Return the kernel's name, that of an earlier call where all that it depends on is equal."""
+    # A symbolic top_k cannot be a key.
+    if torch.compiler.is_compiling() or not isinstance(top_k, int):
+        return _choose(weights, kernel, top_k, capability)
+    check_kernel_name(kernel, caller="fused_moe")
+    names = _chosen.setdefault(weights, {})
+    key = kernel, top_k, capability, choice_state()
+    if key not in names:
+        names[key] = _choose(weights, kernel, top_k, capability)
+    return names[key]
+
+
+def _choose(
+    weights: ExpertWeights,
+    kernel: str,
+    top_k: int | None,
+    capability: tuple[int, int] | None,
+) -> str:
     spec = MoeSpec(
         activation=weights.activation,
         gated=weights.gated,
         hidden_size=weights.hidden_size,
         intermediate_size=weights.intermediate_size,
         num_experts=weights.num_experts,
-        top_k=expert_ids.shape[-1] if expert_ids.ndim else None,
-        capability=current_capability(hidden.device),
+        top_k=top_k,
+        capability=capability,
     )
-    name = select_kernel(kernel, spec, caller="fused_moe")
-    prepared = _prepare_once(weights, name)
-    return torch.ops.fp4moe.nvfp4_moe.default(
-        hidden, expert_ids, routing_weights, *nvfp4_moe_arguments(prepared, name)
-    )
+    return select_kernel(kernel, spec, caller="fused_moe")
 
 
-_prepared: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+class _Prepared(NamedTuple):
+    """The operator's arguments for one kernel, and the tensors of the weights as they were then."""
+
+    tensors: tuple[torch.Tensor, ...]
+    versions: list[tuple[int, int]]
+    arguments: tuple
 
 
-def _prepare_once(weights: ExpertWeights, kernel: str) -> PreparedWeights:
-    """Return the prepared weights, those of the last call where no tensor has changed since."""
+def tensor_versions(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
+    """Return what differs after a change in place, and after `tensor.data = other`."""
+    return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
+
+
+def _prepare_once(weights: ExpertWeights, kernel: str) -> tuple:
+    """Return `nvfp4_moe_arguments`, those of the last call where no tensor has changed since."""
     if torch.compiler.is_compiling():
-        return get_kernel(kernel).prepare(weights, hidden_alignment=DEFAULT_HIDDEN_ALIGNMENT)
-    versions = tuple(0 if t.is_inference() else t._version for t in weights.tensors().values())
+        return _prepare(weights, kernel)
     entries = _prepared.setdefault(weights, {})
-    if kernel not in entries or entries[kernel][0] != versions:
-        prepared = get_kernel(kernel).prepare(weights, hidden_alignment=DEFAULT_HIDDEN_ALIGNMENT)
-        # Weights in their logical layout need no entry, and would keep themselves alive.
-        if prepared.operands.gate_up_packed is weights.gate_up.packed:
-            return prepared
-        entries[kernel] = (versions, prepared)
-    return entries[kernel][1]
+    entry = entries.get(kernel)
+    if entry is not None and entry.versions == tensor_versions(entry.tensors):
+        return entry.arguments
+    tensors = tuple(weights.tensors().values())
+    if any(type(t) not in PLAIN for t in tensors):
+        return _prepare(weights, kernel)
+    versions, arguments = tensor_versions(tensors), _prepare(weights, kernel)
+    if all(type(t) in PLAIN for t in arguments if isinstance(t, torch.Tensor)):
+        entries[kernel] = _Prepared(tensors, versions, arguments)
+    return arguments
+
+
+def _prepare(weights: ExpertWeights, kernel: str) -> tuple:
+    prepared = get_kernel(kernel).prepare(weights, hidden_alignment=DEFAULT_HIDDEN_ALIGNMENT)
+    return nvfp4_moe_arguments(prepared, kernel)

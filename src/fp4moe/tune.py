@@ -207,5 +207,4 @@ def _describe(shape: bench.Shape) -> dict[str, Any]:
 
 def _write(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps({"measured": rows}, indent=1) + "\n")
-    measured.measurements.cache_clear()
-    measured.choose_tiles.cache_clear()
+    measured.forget()

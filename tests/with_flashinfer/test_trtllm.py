@@ -310,6 +310,18 @@ def test_settings_reach_the_call(emulated):
         set_flashinfer(enable_pdl="yes")
 
 
+def test_settings_reach_a_call_whose_kernel_was_chosen_before(emulated):
+    weights = layer()
+    x, ids, routing = tokens(2, weights)
+    fused_moe(x, weights, ids, routing)
+    previous = set_flashinfer(enable_pdl=True)
+    try:
+        fused_moe(x, weights, ids, routing)
+    finally:
+        set_flashinfer(**dataclasses.asdict(previous))
+    assert [call["enable_pdl"] for call in emulated.of(ROUTED)] == [None, True]
+
+
 def test_many_tokens_are_launched_in_parts(emulated, monkeypatch):
     from fp4moe.kernels import flashinfer_trtllm
 

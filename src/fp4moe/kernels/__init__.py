@@ -11,7 +11,8 @@ from ..errors import ShapeError, UnsupportedError
 from .flashinfer_cutlass import FLASHINFER_CUTLASS
 from .flashinfer_trtllm import FLASHINFER_TRTLLM
 from .humming import HUMMING
-from .measured import fastest
+from .humming_library import toolkit_variables
+from .measured import fastest, times_forgotten
 from .prepared import Kernel, Operands, PreparedWeights
 from .reference import REFERENCE, REFERENCE_W4A4
 from .spec import (
@@ -40,6 +41,7 @@ __all__ = [
     "PreparedWeights",
     "Routing",
     "check_kernel_name",
+    "choice_state",
     "choose_kernel",
     "current_capability",
     "get_kernel",
@@ -66,7 +68,7 @@ IMPOSSIBLE = {
 
 def check_kernel_name(kernel: str, *, caller: str) -> None:
     """Raise UnsupportedError unless `kernel` is "auto" or a kernel's name."""
-    if kernel != "auto" and kernel not in KERNEL_NAMES and kernel not in IMPOSSIBLE:
+    if kernel not in ("auto", *KERNEL_NAMES, *IMPOSSIBLE):
         raise UnsupportedError(
             f"{caller}: kernel must be auto or one of {', '.join(KERNEL_NAMES)}; got {kernel!r}. "
             "Pass one of these names."
@@ -165,6 +167,14 @@ def select_kernel(kernel: str, spec: MoeSpec, *, caller: str) -> str:
             f"{'. '.join(refused)}."
         )
     return name
+
+
+def choice_state() -> tuple:
+    """Return what choices depend on besides a spec: a choice stands as long as this is equal.
+
+    Packages that are installed later are seen by choices that were not made before.
+    """
+    return times_forgotten(), *toolkit_variables()
 
 
 def _candidates(kernel: str) -> list[str]:

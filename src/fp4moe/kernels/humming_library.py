@@ -31,6 +31,7 @@ __all__ = [
     "pack_scales",
     "pack_weights",
     "toolchain_reasons",
+    "toolkit_variables",
     "unpack_scales",
     "unpack_weights",
 ]
@@ -67,9 +68,14 @@ def library_reasons() -> tuple[str, ...]:
 library_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def toolkit_variables() -> tuple[str | None, str | None]:
+    """Return the environment variables that name a toolkit."""
+    return os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")
+
+
 def toolkit_roots(major: str) -> list[pathlib.Path]:
     """Return where humming-kernels looks for CUDA: system folders, then wheels of NVIDIA."""
-    system = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    system = [*toolkit_variables(), "/usr/local/cuda"]
     roots = [pathlib.Path(root) for root in system if root]
     roots += sorted(pathlib.Path("/usr/local").glob("cuda-*"))
     wheels = "nvidia" if major == "12" else f"nvidia/cu{major}"

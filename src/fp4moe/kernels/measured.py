@@ -1,7 +1,8 @@
 """What was measured: which kernel is the fastest on a GPU, and with which tiles Triton is.
 
 `measured.json` is shipped; `fp4moe bench --tune` measures this machine's GPU and writes the same
-into a file of the user's, which comes first. Nothing is measured on a user's call.
+into a file of the user's, which comes first. Nothing is measured on a user's call. The files are
+read once; `forget` reads them again and makes every choice anew.
 
 A layer is prepared for one kernel, which then serves every number of tokens: "auto" takes the one
 with the lowest geometric mean over the numbers of tokens that all were measured at. The tiles are
@@ -25,7 +26,17 @@ from ..errors import UnsupportedError
 from .spec import MoeSpec
 from .triton_configs import Config, parse_config
 
-__all__ = ["SHIPPED", "Measured", "choose_tiles", "fastest", "measurements", "read", "user_file"]
+__all__ = [
+    "SHIPPED",
+    "Measured",
+    "choose_tiles",
+    "fastest",
+    "forget",
+    "measurements",
+    "read",
+    "times_forgotten",
+    "user_file",
+]
 
 SHIPPED = pathlib.Path(__file__).with_name("measured.json")
 # So few slots that each may have programs of its own: no sorting, experts are read once a slot.
@@ -106,6 +117,22 @@ def measurements() -> tuple[Measured, ...]:
     """Return the user's measurements and behind them the shipped ones."""
     own = user_file()
     return (*(read(own) if own.exists() else ()), *read(SHIPPED))
+
+
+_times_forgotten = 0
+
+
+def forget() -> None:
+    """Forget what was read and chosen, after a file or FP4MOE_MEASURED has changed."""
+    global _times_forgotten
+    measurements.cache_clear()
+    choose_tiles.cache_clear()
+    _times_forgotten += 1
+
+
+def times_forgotten() -> int:
+    """Return how often `forget` was called: a choice made under another number is void."""
+    return _times_forgotten
 
 
 def fastest(kernels: Sequence[str], spec: MoeSpec) -> str:
