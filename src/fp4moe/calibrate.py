@@ -74,7 +74,8 @@ def calibrate(model: nn.Module, *, percentile: float | None = None) -> Iterator[
     ModelOpt's `input_scale` is defined. Fused experts hold them in their state_dict. Float experts
     remember them until `replace_moe` (or `experts_implementation="fp4moe"`) packs them. Only W4A4
     kernels use them. A second calibration replaces the first; the model runs as it is, so a layer
-    behind quantised activations sees their rounding.
+    behind quantised activations sees their rounding. Inside the context, fused experts of a kernel
+    with a layout of its own are held in checkpoint order, too: twice the memory of their weights.
 
     Inside the context torch.compile is off (`torch.compiler.set_stance("force_eager")`, for the
     whole process): a compiled graph would not show its activations.

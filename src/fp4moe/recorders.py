@@ -20,9 +20,12 @@ from torch.utils.hooks import RemovableHandle
 from .activations import get_activation
 from .candidates import ACTIVATION_SCALES, Candidate
 from .errors import ShapeError, UnsupportedError
+from .experts import ExpertWeights
 from .formats import NVFP4
+from .kernels import PreparedWeights
 from .kernels.torch_routing import route
 from .module import FusedExperts, RoutedExperts
+from .ops import tensor_versions
 from .precision import without_autocast
 from .ranges import Ranges
 from .replace import find_candidates
@@ -118,6 +121,16 @@ class _FusedRecorder(Recorder):
     """FusedExperts and RoutedExperts."""
 
     module: FusedExperts
+    _logical: tuple[PreparedWeights, list[tuple[int, int]], ExpertWeights] | None = None
+
+    def weights(self) -> ExpertWeights:
+        """Return the logical weights: the layout is undone once, and again where it has changed."""
+        prepared = self.module.prepared
+        versions = tensor_versions(prepared.tensors().values())
+        if self._logical is None or self._logical[1] != versions:
+            # What was undone is held, so that no other tensor can take its address.
+            self._logical = prepared, versions, self.module.weights
+        return self._logical[2]
 
     def attach(self) -> list[RemovableHandle]:
         return [self.module.register_forward_pre_hook(self._before, with_kwargs=True)]
@@ -131,7 +144,7 @@ class _FusedRecorder(Recorder):
         else:
             names = ("hidden_states", "top_k_index", "top_k_weights")
             hidden, ids, _ = _positional(names, args, kwargs)
-        weights = self.module.weights
+        weights = self.weights()
         activation = get_activation(weights.activation).function
 
         def inner(expert: int, rows: torch.Tensor) -> torch.Tensor:

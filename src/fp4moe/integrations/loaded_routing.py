@@ -25,6 +25,8 @@ __all__ = ["fuse_routing"]
 def fuse_routing(model: nn.Module, experts: Mapping[str, ExpertsPlan], options: Any) -> None:
     """Put RoutedExperts in the place of every FusedExperts of `experts`, in place.
 
+    Those of kernel "reference" hold the weights in checkpoint order: they are laid out once, here.
+
     Raises:
         UnsupportedError: a router is not one that a kernel can stand for; lists the reasons.
     """

@@ -216,6 +216,8 @@ class Loading:
             fail("load as transformers expects", got, "Use a checkpoint of this very model")
         self._check_values()
         rescaled = 0
+        # finish() lays them out, when it knows how the kernel routes.
+        kernel = "reference" if self.options.routing == "fused" else self.options.kernel
         quiet = not self.options.progress or not plan.experts
         for path, experts in tqdm(plan.experts.items(), desc="packing experts", disable=quiet):
             device = model.get_submodule(path).place.device
@@ -227,7 +229,7 @@ class Loading:
             self.files.close()
             fused = FusedExperts(
                 weights,
-                self.options.kernel,
+                kernel,
                 hidden_alignment=self.options.hidden_alignment,
                 top_k=experts.facts.top_k,
             )
