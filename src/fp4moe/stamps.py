@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["FUSED_CHILD", "STAMPS", "is_experts_class"]
+__all__ = ["STAMPS", "is_experts_class"]
 
 # What `use_experts_implementation` sets on every instance.
 STAMPS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-# Where `experts_implementation="fp4moe"` keeps the fused experts of a module.
-FUSED_CHILD = "fp4moe"
 
 
 def is_experts_class(cls: type) -> bool:

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from ..candidates import value_reasons
 from ..errors import UnsupportedError
 from ..module import FusedExperts
-from ..stamps import FUSED_CHILD
+from .transformers import FUSED_CHILD, describe_experts
 
 __all__ = ["experts_forward", "register_transformers", "register_when_imported"]
 
@@ -49,9 +50,6 @@ def experts_forward(
 
 
 def _pack(module: Any) -> FusedExperts:
-    from ..candidates import value_reasons
-    from .transformers import describe_experts
-
     candidate = describe_experts("experts", module)
     reasons = candidate.reasons or value_reasons(candidate)
     if reasons or candidate.quantize is None:

@@ -22,10 +22,12 @@ from ..candidates import (
     verify_against_definition,
 )
 from ..experts import ExpertWeights, split_gate_up
-from ..stamps import FUSED_CHILD, STAMPS
+from ..stamps import STAMPS
 
 __all__ = ["describe_experts", "find_experts", "is_experts_module"]
 
+# Where `experts_implementation="fp4moe"` keeps the fused experts of a module.
+FUSED_CHILD = "fp4moe"
 TOP_K_NAMES = (
     "num_experts_per_tok",
     "top_k_experts",
