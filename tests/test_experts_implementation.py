@@ -84,12 +84,14 @@ def test_experts_that_cannot_be_fused_are_refused_by_name():
 
 
 @pytest.mark.parametrize("first", ["fp4moe", "transformers"])
-def test_either_order_of_imports_registers_the_name(first):
+def test_either_order_of_imports_registers_the_name_and_guards_saving(first):
     second = {"fp4moe": "transformers", "transformers": "fp4moe"}[first]
     code = (
         f"import {first}, {second}\n"
         "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as functions\n"
         "assert 'fp4moe' in functions\n"
+        "from transformers import PreTrainedModel\n"
+        "assert PreTrainedModel.save_pretrained.for_fp4moe\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

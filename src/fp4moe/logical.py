@@ -54,9 +54,15 @@ class Lent:
             and tensor.untyped_storage().data_ptr() not in places
         ]
 
-    def changed(self) -> list[str]:
-        """Return the names of the tensors that were written to in place."""
-        return [name for name, mark, version in self.marks if mark._version != version]
+    def check(self, module: Any) -> None:
+        """Refuse to go on with weights whose copies were written to."""
+        changed = [name for name, mark, version in self.marks if mark._version != version]
+        if changed:
+            raise UnsupportedError(
+                f"{type(module).__name__}: tensors of state_dict() must go to load_state_dict once "
+                f"they were written to; got new values in {', '.join(changed)}, copies in another "
+                f"layout than kernel {module.kernel} reads. Call load_state_dict with them."
+            )
 
     def __reduce__(self) -> tuple[type[Lent], tuple[()]]:
         # A copy of the module has handed out nothing.

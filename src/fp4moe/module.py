@@ -43,7 +43,8 @@ class FusedExperts(nn.Module):
 
     The call signature is that of Hugging Face's experts modules.
     Casting the module (`.to(torch.bfloat16)`, `.half()`) moves it but never changes a dtype: its
-    numbers are NVFP4.
+    numbers are NVFP4. `state_dict` may hand out copies: write to them only to load them again, and
+    do not average buffers (`AveragedModel(use_buffers=True)`), which are codes.
 
     Args:
         weights: the quantised experts.
@@ -179,7 +180,7 @@ class FusedExperts(nn.Module):
     ) -> torch.Tensor:
         """Apply the experts; see `fp4moe.fused_moe` for the arguments."""
         if not torch.compiler.is_compiling() and self._lent.marks:
-            self._check_lent()
+            self._lent.check(self)
         return torch.ops.fp4moe.nvfp4_moe.default(
             hidden_states, top_k_index, top_k_weights, *self._operands(), *self._arguments
         )
@@ -238,17 +239,8 @@ class FusedExperts(nn.Module):
                 "Load into a model that was replaced in the same way."
             )
 
-    def _check_lent(self) -> None:
-        """Refuse to go on with weights whose copies were written to, as EMA loops do."""
-        if changed := self._lent.changed():
-            raise UnsupportedError(
-                f"{type(self).__name__}: tensors of state_dict() must go to load_state_dict once "
-                f"they were written to; got new values in {', '.join(changed)}, copies in another "
-                f"layout than kernel {self.kernel} reads. Call load_state_dict with them."
-            )
-
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        self._check_lent()
+        self._lent.check(self)
         logical = self._logical(self.prepared)
         logical = {name.replace(".", "_"): tensor for name, tensor in logical.items()}
         self._lent = Lent(logical, self.prepared.operands)
@@ -401,7 +393,7 @@ class RoutedExperts(FusedExperts):
     ) -> torch.Tensor:
         """Choose and apply the experts; see torch.ops.fp4moe.nvfp4_moe_from_logits."""
         if not torch.compiler.is_compiling() and self._lent.marks:
-            self._check_lent()
+            self._lent.check(self)
         return torch.ops.fp4moe.nvfp4_moe_from_logits.default(
             hidden_states, router_logits, routing_bias, *self._operands(), *self._arguments
         )

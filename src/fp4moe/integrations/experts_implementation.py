@@ -35,6 +35,8 @@ MODELS = "transformers.modeling_utils"
 # An empty buffer beside the packed experts: whoever casts the model casts it, and so says what
 # dtype the float weights would have by now.
 LIKE_FLOATS = "fp4moe_like_floats"
+# Which of the float weights required a gradient.
+TRAINED = "fp4moe_trained"
 
 # Threads must see a module either with its float weights or with the packed ones.
 _packing = threading.Lock()
@@ -84,7 +86,8 @@ def _pack(module: Any) -> FusedExperts:
             )
         fused = FusedExperts(candidate.quantize("max")).train(module.training)
         floats = dict(module.named_parameters(recurse=False))
-        fused.trained_floats = [n for n in candidate.parameters if floats[n].requires_grad]
+        trained = tuple(n for n in candidate.parameters if floats[n].requires_grad)
+        setattr(module, TRAINED, trained)
         like = floats["down_proj"].detach().new_empty(0)
         module.register_buffer(LIKE_FLOATS, like, persistent=False)
         # The packed experts first: another thread looks for them without the lock.
@@ -116,13 +119,13 @@ def _unpack(module: Any) -> None:
             return
         like = module.get_buffer(LIKE_FLOATS)
         for name, tensor in float_parameters(module, fused.weights, like.dtype).items():
-            trained = name in fused.trained_floats
+            trained = name in getattr(module, TRAINED)
             module.register_parameter(name, nn.Parameter(tensor, requires_grad=trained))
         scales = fused.activation_scales()
         if any(bool((scale != 1).any()) for scale in scales):
             setattr(module, ACTIVATION_SCALES, scales)
-        delattr(module, FUSED_CHILD)
-        delattr(module, LIKE_FLOATS)
+        for name in (FUSED_CHILD, LIKE_FLOATS, TRAINED):
+            delattr(module, name)
         hooks = module._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if hook is _unpack_for_others]:
             del hooks[key]
