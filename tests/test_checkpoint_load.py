@@ -101,7 +101,7 @@ def test_logits_equal_independent_dequantisation(checkpoint, registered, name):
     # The experts count for more than the limit: without them the logits are others.
     for module in model.modules():
         if isinstance(module, fp4moe.FusedExperts):
-            module.down_global_scale.zero_()
+            module.prepared_down_global_scale.zero_()
     assert makers.relative_error(makers.logits(model), expected) > 1e-2
 
 
@@ -140,7 +140,7 @@ def test_the_rest_is_loaded_as_transformers_does(checkpoint, tmp_path, name):
     assert tied == plain.config.tie_word_embeddings
     generated = model.generate(torch.tensor([[2, 5, 7]]), max_new_tokens=3, do_sample=False)
     assert generated.shape == (1, 6)
-    with pytest.raises(ValueError, match="not serializable"):
+    with pytest.raises(UnsupportedError, match=r"^save_pretrained: model must hold float weights"):
         model.save_pretrained(tmp_path / "again")
 
 

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch._dynamo
-from tiny_models import MODELS, gemma4
+from accelerate.hooks import attach_execution_device_hook
+from tiny_models import (
+    MODELS,
+    Block,
+    enlarge_experts,
+    experts_class,
+    gemma4,
+    nemotron_h,
+    qwen3_moe,
+    routed,
+)
 
 import fp4moe
 from fp4moe.module import FusedExperts
@@ -72,11 +84,162 @@ def test_experts_that_cannot_be_fused_are_refused_by_name():
 
 
 @pytest.mark.parametrize("first", ["fp4moe", "transformers"])
-def test_either_order_of_imports_registers_the_name(first):
+def test_either_order_of_imports_registers_the_name_and_guards_saving(first):
     second = {"fp4moe": "transformers", "transformers": "fp4moe"}[first]
     code = (
         f"import {first}, {second}\n"
         "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as functions\n"
         "assert 'fp4moe' in functions\n"
+        "from transformers import PreTrainedModel\n"
+        "assert PreTrainedModel.save_pretrained.for_fp4moe\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+BUILDS = {"gemma4": gemma4, "nemotron_h": nemotron_h, "qwen3_moe": qwen3_moe}
+
+
+@pytest.fixture
+def eager_threads():
+    """Let threads change places at nearly every instruction."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
+def test_four_threads_at_a_first_call_and_at_the_first_call_back(name, eager_threads):
+    model = enlarge_experts(BUILDS[name]())
+    expected = logits(fp4moe.replace_moe(copy.deepcopy(model), progress=False))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for _ in range(4):
+            model.set_experts_implementation("fp4moe")
+            for result in pool.map(logits, [model] * 4):
+                torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+            assert fp4moe.explain(model).count("replaced") == 2
+            model.set_experts_implementation("grouped_mm")
+            first, *others = pool.map(logits, [model] * 4)
+            assert all(torch.equal(result, first) for result in others)
+
+
+@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_there_and_back_again(name, dtype, caplog):
+    model = enlarge_experts(BUILDS[name](dtype=dtype))
+    frozen = next(n for n, _ in model.named_parameters() if n.endswith("down_proj"))
+    model.get_parameter(frozen).requires_grad_(False)
+    described = [(n, p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters()]
+    buffers = [n for n, _ in model.named_buffers()]
+    modules = [n for n, _ in model.named_modules()]
+    twin = fp4moe.replace_moe(copy.deepcopy(model), progress=False)
+    packed, dense = logits(twin), None
+    for _ in range(2):
+        caplog.clear()
+        model.set_experts_implementation("fp4moe")
+        # The weights that went back are on the grid of NVFP4, and pack to what they were.
+        torch.testing.assert_close(logits(model), packed, rtol=1e-4, atol=1e-4)
+        assert not caplog.records
+        model.set_experts_implementation("grouped_mm")
+        back = logits(model)
+        (record,) = caplog.records
+        assert "experts_implementation='grouped_mm'" in record.getMessage()
+        assert "carry NVFP4's rounding; load the model again" in record.getMessage()
+        logits(model)
+        assert len(caplog.records) == 1
+        assert sorted(
+            (n, p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters()
+        ) == sorted(described)
+        assert [n for n, _ in model.named_buffers()] == buffers
+        assert [n for n, _ in model.named_modules()] == modules
+        assert not any(m._forward_pre_hooks for m in model.modules())
+        # The same experts, decoded: what is left is the arithmetic of 16 bits.
+        error = float((back - packed).norm() / packed.norm())
+        assert error < (1e-5 if dtype == torch.float32 else 4e-2)
+        # The largest weight, divided and multiplied by 2688 in float32, moves by its last bit.
+        if dense is not None:
+            torch.testing.assert_close(back, dense, rtol=1e-4, atol=1e-5)
+        dense = back
+
+
+@pytest.mark.parametrize(
+    "form", [{}, {"is_transposed": True}, {"is_concatenated": False}, {"has_gate": False}], ids=str
+)
+def test_every_stored_form_comes_back_in_its_own_places(form):
+    kind = experts_class(**form)
+    if form == {"is_concatenated": False}:
+        kind._apply_gate = lambda self, x: self.act_fn(x[..., ::2]) * x[..., 1::2]
+    block = Block(kind, "fp4moe")
+    block.experts.config._experts_implementation = "eager"
+    before = {n: p.clone() for n, p in block.experts.named_parameters()}
+    inputs = routed(9)
+    expected = block(*inputs)
+    block.experts.config._experts_implementation = "fp4moe"
+    block(*inputs)
+    assert not [*block.parameters()]
+    block.experts.config._experts_implementation = "eager"
+    result = block(*inputs)
+    for name, value in block.experts.named_parameters():
+        # Half a step of the coarsest part of the grid, between 4 and 6, of a block's scale.
+        assert value.shape == before[name].shape
+        assert 0 < float((value - before[name]).norm() / before[name].norm()) < 0.13
+    assert float((result - expected).norm() / expected.norm()) < 0.3
+
+
+def test_weights_come_back_in_the_dtype_that_the_model_has_by_then():
+    model = enlarge_experts(qwen3_moe("fp4moe"))
+    logits(model)
+    model.to(torch.bfloat16)
+    packed = logits(model)
+    model.set_experts_implementation("grouped_mm")
+    assert float((logits(model) - packed).norm() / packed.norm()) < 4e-2
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_copies_of_a_packed_model_go_back_alone():
+    model = enlarge_experts(qwen3_moe("fp4moe"))
+    packed = logits(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other.set_experts_implementation("eager")
+        torch.testing.assert_close(logits(other), packed, rtol=1e-4, atol=1e-5)
+        assert not [m for m in other.modules() if isinstance(m, FusedExperts)]
+    assert fp4moe.explain(model).count("replaced") == 2
+    assert torch.equal(logits(model), packed)
+
+
+def test_calibrated_ranges_survive_the_way_back():
+    model = enlarge_experts(qwen3_moe("fp4moe"))
+    logits(model)
+    for part in (m for m in model.modules() if isinstance(m, FusedExperts)):
+        part.set_activation_scales(0.5, 0.25)
+    for name in ("grouped_mm", "fp4moe"):
+        model.set_experts_implementation(name)
+        logits(model)
+    for part in (m for m in model.modules() if isinstance(m, FusedExperts)):
+        hidden, inner = part.activation_scales()
+        assert hidden.tolist() == [0.5] and inner.tolist() == [0.25] * 8
+
+
+def test_a_compiled_model_goes_back_at_a_break(fresh_dynamo):
+    model = enlarge_experts(gemma4("fp4moe"))
+    packed = logits(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert torch.equal(logits(compiled), packed)
+    model.set_experts_implementation("eager")
+    torch.testing.assert_close(logits(compiled), packed, rtol=1e-4, atol=1e-5)
+    assert torch.equal(logits(compiled), logits(model))
+
+
+def test_hooks_of_accelerate_stay_where_they_are():
+    model = enlarge_experts(qwen3_moe())
+    expected = logits(fp4moe.replace_moe(copy.deepcopy(model), progress=False))
+    attach_execution_device_hook(model, "cpu")
+    model.set_experts_implementation("fp4moe")
+    assert torch.equal(logits(model), expected)
+    model.set_experts_implementation("grouped_mm")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)

@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
     {"kernels"},
     {"checks"},
     {"ops"},
-    {"linear", "module"},
+    {"linear", "logical", "module"},
     {"autotune", "bench", "calibrate", "candidates", "checkpoint", "evaluate", "integrations"}
     | {"recorders", "replace", "selftest", "selftest_checks", "text_model", "tune"},
     {"passes"},

@@ -26,6 +26,7 @@ KEYS = [
     "intermediate_scale",
     "_extra_state",
 ]
+BUFFERS = [f"prepared_{key}" for key in KEYS[:-1]]
 
 
 def expert_weights(gated=True, activation="silu", local=L, intermediate=I, hidden=H, **kwargs):
@@ -63,7 +64,7 @@ def assert_same(a: FusedExperts, b: FusedExperts) -> None:
     """Same metadata, kernel, buffers and result."""
     assert (a.metadata, a.kernel, a.requested_kernel) == (b.metadata, b.kernel, b.requested_kernel)
     mine, theirs = dict(a.named_buffers()), dict(b.named_buffers())
-    assert list(mine) == list(theirs) == KEYS[:-1]
+    assert list(mine) == list(theirs) == BUFFERS
     assert all(same_bytes(mine[name], theirs[name]) for name in mine)
     args = routed()
     assert torch.equal(a(*args), b(*args))
@@ -89,7 +90,7 @@ def test_what_a_module_tells():
     assert module.num_experts == L + 2
     assert module.nbytes == weights.nbytes
     assert list(module.parameters()) == []
-    assert [name for name, _ in module.named_buffers()] == KEYS[:-1]
+    assert [name for name, _ in module.named_buffers()] == BUFFERS
     assert module.metadata == weights.metadata()
     logical = module.weights
     assert logical.metadata() == weights.metadata()
@@ -219,7 +220,7 @@ def test_state_dict_round_trips(through, nested, strict, tmp_path):
     assert_same(mine, theirs)
     # In place: what compiled graphs and CUDA graphs hold stays valid.
     assert {name: b.data_ptr() for name, b in mine.named_buffers()} == places
-    assert places["down_packed"] != theirs.down_packed.data_ptr()
+    assert places["prepared_down_packed"] != theirs.prepared_down_packed.data_ptr()
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -239,7 +240,7 @@ def test_a_missing_key_is_reported_as_torch_does(key):
     assert result.missing_keys == [f"experts.{key}"] and result.unexpected_keys == []
     # What is there is loaded, the rest stays.
     for name, buffer in target.experts.named_buffers():
-        origin = kept if name == key else source.experts
+        origin = kept if name == f"prepared_{key}" else source.experts
         assert same_bytes(buffer, origin.get_buffer(name)), name
 
 

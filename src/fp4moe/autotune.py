@@ -83,7 +83,7 @@ def autotune(
         )
     path = None if cache is None else pathlib.Path(cache)
     if path is not None:
-        _check_stamp(path, layers[0].gate_up_packed.device)
+        _check_stamp(path, layers[0].prepared_gate_up_packed.device)
     tokens = 1 << (max_tokens - 1).bit_length()
     set_flashinfer(enable_pdl=flashinfer_settings().enable_pdl, tune_max_num_tokens=tokens)
     arguments = {} if path is None else {"cache": str(path)}
@@ -91,7 +91,9 @@ def autotune(
         for layer in layers:
             _run(layer, max_tokens)
     if path is not None:
-        _stamp_file(path).write_text(json.dumps(cache_stamp(layers[0].gate_up_packed.device)))
+        _stamp_file(path).write_text(
+            json.dumps(cache_stamp(layers[0].prepared_gate_up_packed.device))
+        )
     logger.info("autotune: %d distinct layers, up to %d tokens", len(layers), tokens)
     return len(layers)
 
@@ -175,7 +177,7 @@ def _random_weights(candidate: Candidate, device: torch.device) -> ExpertWeights
 
 def _run(layer: FusedExperts, tokens: int) -> None:
     """Call the layer once on random tokens and balanced random experts."""
-    device, experts = layer.gate_up_packed.device, layer.num_experts
+    device, experts = layer.prepared_gate_up_packed.device, layer.num_experts
     generator = torch.Generator(device=device).manual_seed(0)
     hidden = torch.randn(
         tokens,

@@ -6,11 +6,15 @@ The finders are `integrations/transformers.py` (experts modules with Hugging Fac
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .experts import ExpertWeights
 from .module import FusedExperts
@@ -19,7 +23,10 @@ from .reference import moe_definition
 
 __all__ = [
     "ACTIVATION_SCALES",
+    "MERGE",
     "Candidate",
+    "carry_hooks",
+    "runs_own_forward",
     "storage_reasons",
     "stored_activation_scales",
     "value_reasons",
@@ -27,6 +34,7 @@ __all__ = [
 
 # Where `calibrate` leaves (hidden_scale [1], intermediate_scale [L]) with a float module.
 ACTIVATION_SCALES = "fp4moe_activation_scales"
+MERGE = "merge the adapter first (merge_and_unload())"
 ON_META = "is on the meta device (not loaded, or offloaded); load it onto a real device"
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Relative RMS limit between a block and the definition on the same float weights: four roundings to
@@ -103,17 +111,75 @@ def storage_reasons(module: nn.Module, parameters: dict[str, torch.Tensor]) -> l
             f"its weights are on several devices ({', '.join(sorted(devices))}); move them to one"
         )
     for part in module.modules():
-        hook = getattr(part, "_hf_hook", None)
-        hooks = getattr(hook, "hooks", (hook,))
-        if any(getattr(h, "offload", False) for h in hooks):
+        hooks = list(_accelerate_hooks(part))
+        if any(getattr(hook, "offload", False) for hook in hooks):
             reasons.append("its weights are offloaded by accelerate; load the model onto a device")
             break
-        if hook is not None or part._forward_hooks or part._forward_pre_hooks:
+        others = part._forward_hooks or part._forward_pre_hooks
+        if others or not all(_only_moves(hook) for hook in hooks):
             reasons.append(
                 "it has forward hooks, which would be lost; remove them and register them again"
             )
             break
     return reasons
+
+
+def _accelerate_hooks(module: nn.Module) -> Iterator[Any]:
+    hook = vars(module).get("_hf_hook")
+    if hook is not None:
+        yield from getattr(hook, "hooks", (hook,))
+
+
+def _only_moves(hook: Any) -> bool:
+    # Not a class derived from it, which may do more.
+    return (type(hook).__module__, type(hook).__name__) == ("accelerate.hooks", "AlignDevicesHook")
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Put accelerate's hooks of a module, which move its inputs, on what takes its place."""
+    for hook in _accelerate_hooks(old):
+        from accelerate.hooks import add_hook_to_module
+
+        hook = copy.copy(hook)
+        # It knows tied weights by addresses, at which packed ones may lie by now.
+        hook.tied_params_map = None
+        add_hook_to_module(new, hook, append=True)
+
+
+def runs_own_forward(module: nn.Module) -> bool:
+    """Whether a call runs the class's forward, be it inside accelerate's hook or left by it."""
+    hooked = "_hf_hook" in vars(module)
+    forward = vars(module).get("_old_forward" if hooked else "forward")
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
+
+
+def adapter_reasons(parent: nn.Module | None, module: nn.Module, names: list[str]) -> list[str]:
+    """Return why packing would break an adapter that is at work on a module's parameters.
+
+    Args:
+        parent: the module that holds `module`, where it is known.
+        module: what holds the parameters.
+        names: their names.
+    """
+    wrapped = [n for n in names if parametrize.is_parametrized(module, n)]
+    if wrapped:
+        return [f"{', '.join(wrapped)} is parametrised, as unmerged adapters do it; {MERGE}"]
+    if parent is None:
+        return []
+    kind = type(parent).__name__
+    if getattr(parent, "base_layer", None) is module:
+        return [f"{kind} around it holds an adapter that is not merged; {MERGE}"]
+    held = {*vars(parent), *parent._parameters, *parent._buffers, *parent._modules}
+    if read := sorted((_names_read(type(parent)) & set(names)) - held):
+        return [f"{kind} around it reads its {', '.join(read)}; {MERGE}"]
+    return []
+
+
+def _names_read(kind: type) -> set[str]:
+    """Return the names of the attributes that the methods of a class read."""
+    members = (member for base in kind.__mro__ for member in vars(base).values())
+    functions = (inspect.unwrap(getattr(member, "fget", member)) for member in members)
+    return {n for f in functions if inspect.isfunction(f) for n in f.__code__.co_names}
 
 
 def value_reasons(candidate: Candidate) -> list[str]:

@@ -1,7 +1,9 @@
 """FusedExperts: the experts of one layer, packed, as a module that calls the operator.
 
 Its state_dict is always logical (checkpoint order, linear scales), whatever layout the kernel
-prepared. RoutedExperts leaves the choice of the experts to the kernel, too.
+prepared; buffers hold the prepared layout, are not persistent and have names of their own, so that
+nobody who pairs state_dict and buffers by name mixes the two. RoutedExperts leaves the choice of
+the experts to the kernel, too.
 """
 
 from __future__ import annotations
@@ -27,9 +29,13 @@ from .kernels import (
     get_kernel,
     select_kernel,
 )
+from .logical import Lent, logical_tensor
 from .ops import nvfp4_moe_arguments, nvfp4_moe_from_logits_arguments
 
 __all__ = ["FusedExperts", "RoutedExperts"]
+
+# What the kernel reads: a buffer is called by this and the operand's name.
+PREPARED = "prepared_"
 
 
 class FusedExperts(nn.Module):
@@ -37,7 +43,8 @@ class FusedExperts(nn.Module):
 
     The call signature is that of Hugging Face's experts modules.
     Casting the module (`.to(torch.bfloat16)`, `.half()`) moves it but never changes a dtype: its
-    numbers are NVFP4.
+    numbers are NVFP4. `state_dict` may hand out copies: write to them only to load them again, and
+    do not average buffers (`AveragedModel(use_buffers=True)`), which are codes.
 
     Args:
         weights: the quantised experts.
@@ -50,14 +57,23 @@ class FusedExperts(nn.Module):
         UnsupportedError: no kernel runs these weights on their device; lists the reasons.
     """
 
-    gate_up_packed: torch.Tensor
-    gate_up_block_scale: torch.Tensor
-    gate_up_global_scale: torch.Tensor
-    down_packed: torch.Tensor
-    down_block_scale: torch.Tensor
-    down_global_scale: torch.Tensor
-    hidden_scale: torch.Tensor
-    intermediate_scale: torch.Tensor
+    prepared_gate_up_packed: torch.Tensor
+    prepared_gate_up_block_scale: torch.Tensor
+    prepared_gate_up_global_scale: torch.Tensor
+    prepared_down_packed: torch.Tensor
+    prepared_down_block_scale: torch.Tensor
+    prepared_down_global_scale: torch.Tensor
+    prepared_hidden_scale: torch.Tensor
+    prepared_intermediate_scale: torch.Tensor
+
+    gate_up_packed = logical_tensor("gate_up_packed")
+    gate_up_block_scale = logical_tensor("gate_up_block_scale")
+    gate_up_global_scale = logical_tensor("gate_up_global_scale")
+    down_packed = logical_tensor("down_packed")
+    down_block_scale = logical_tensor("down_block_scale")
+    down_global_scale = logical_tensor("down_global_scale")
+    hidden_scale = logical_tensor("hidden_scale")
+    intermediate_scale = logical_tensor("intermediate_scale")
 
     def __init__(
         self,
@@ -98,9 +114,10 @@ class FusedExperts(nn.Module):
 
     def _hold(self, prepared: PreparedWeights) -> None:
         for name in getattr(self, "_kept", ()):
-            del self._buffers[name]
+            delattr(self, PREPARED + name)
         for name, tensor in prepared.tensors().items():
-            self.register_buffer(name, tensor)
+            self.register_buffer(PREPARED + name, tensor, persistent=False)
+        self._lent = Lent()
         self.metadata = prepared.metadata
         self._kept = tuple(prepared.kept)
         self._arguments = self._operator_arguments(prepared)[len(prepared.operands) :]
@@ -154,7 +171,7 @@ class FusedExperts(nn.Module):
         """What the kernel reads."""
         return PreparedWeights(
             Operands(*self._operands()),
-            {name: self.get_buffer(name) for name in self._kept},
+            {name: self.get_buffer(PREPARED + name) for name in self._kept},
             self.metadata,
         )
 
@@ -162,6 +179,8 @@ class FusedExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Apply the experts; see `fp4moe.fused_moe` for the arguments."""
+        if not torch.compiler.is_compiling() and self._lent.marks:
+            self._lent.check(self)
         return torch.ops.fp4moe.nvfp4_moe.default(
             hidden_states, top_k_index, top_k_weights, *self._operands(), *self._arguments
         )
@@ -169,18 +188,18 @@ class FusedExperts(nn.Module):
     def _operands(self) -> tuple[torch.Tensor, ...]:
         # Spelled out: torch.compile follows attributes, and a call costs less so.
         return (
-            self.gate_up_packed,
-            self.gate_up_block_scale,
-            self.gate_up_global_scale,
-            self.down_packed,
-            self.down_block_scale,
-            self.down_global_scale,
-            self.hidden_scale,
-            self.intermediate_scale,
+            self.prepared_gate_up_packed,
+            self.prepared_gate_up_block_scale,
+            self.prepared_gate_up_global_scale,
+            self.prepared_down_packed,
+            self.prepared_down_block_scale,
+            self.prepared_down_global_scale,
+            self.prepared_hidden_scale,
+            self.prepared_intermediate_scale,
         )
 
     def _apply(self, fn, recurse: bool = True):
-        before = self.gate_up_packed.device
+        before = self.prepared_gate_up_packed.device
         for name, tensor in self._buffers.items():
             assert tensor is not None
             result = fn(tensor)
@@ -188,7 +207,7 @@ class FusedExperts(nn.Module):
             self._buffers[name] = (
                 result if result.dtype == tensor.dtype else tensor.to(result.device)
             )
-        after = self.gate_up_packed.device
+        after = self.prepared_gate_up_packed.device
         if after not in (before, torch.device("meta")):
             kernel = self._select(self.metadata, after)
             if kernel != self.kernel:
@@ -221,8 +240,12 @@ class FusedExperts(nn.Module):
             )
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        for name, tensor in self._logical(self.prepared).items():
-            destination[prefix + name.replace(".", "_")] = tensor if keep_vars else tensor.detach()
+        self._lent.check(self)
+        logical = self._logical(self.prepared)
+        logical = {name.replace(".", "_"): tensor for name, tensor in logical.items()}
+        self._lent = Lent(logical, self.prepared.operands)
+        for name, tensor in logical.items():
+            destination[prefix + name] = tensor if keep_vars else tensor.detach()
         destination[prefix + nn.modules.module._EXTRA_STATE_KEY_SUFFIX] = self.get_extra_state()
 
     def _load_from_state_dict(
@@ -251,7 +274,7 @@ class FusedExperts(nn.Module):
                     f"{prefix}{short} must be {tensor.dtype} {list(tensor.shape)}; got "
                     f"{given.dtype} {list(given.shape)}."
                 )
-        if self.gate_up_packed.is_meta and not assign:
+        if self.prepared_gate_up_packed.is_meta and not assign:
             wrong.append(f"{prefix}: the layer is on the meta device; pass assign=True.")
         if wrong:
             errors.extend(wrong)
@@ -265,7 +288,7 @@ class FusedExperts(nn.Module):
             self._take(loaded)
             self._prepare(ExpertWeights.from_tensors(loaded, self.metadata))
             return
-        device = self.gate_up_packed.device
+        device = self.prepared_gate_up_packed.device
         loaded = {name: tensor.to(device) for name, tensor in loaded.items()}
         self._take(loaded)
         self._copy_in(ExpertWeights.from_tensors(loaded, self.metadata))
@@ -275,7 +298,8 @@ class FusedExperts(nn.Module):
         with torch.no_grad():
             # copy_ keeps the storage that compiled graphs and CUDA graphs know.
             for name, tensor in prepared.tensors().items():
-                self.get_buffer(name).copy_(tensor)
+                self.get_buffer(PREPARED + name).copy_(tensor)
+        self._lent = Lent()
 
     def extra_repr(self) -> str:
         """One line: sizes, activation, kernel."""
@@ -304,7 +328,8 @@ class RoutedExperts(FusedExperts):
         UnsupportedError: the kernel cannot run these weights or this routing; lists the reasons.
     """
 
-    output_scale: torch.Tensor
+    prepared_output_scale: torch.Tensor
+    output_scale = logical_tensor("output_scale")
 
     def __init__(
         self,
@@ -327,7 +352,8 @@ class RoutedExperts(FusedExperts):
                 f"RoutedExperts: output_scale must have shape [{weights.num_experts}], one value "
                 f"an expert; got {list(output_scale.shape)}. Pass the router's per_expert_scale."
             )
-        self.register_buffer("output_scale", output_scale.detach().float().clone())
+        scale = output_scale.detach().float().clone()
+        self.register_buffer("prepared_output_scale", scale, persistent=False)
         self._prepare(weights)
 
     def _select(self, metadata: dict[str, Any], device: torch.device) -> str:
@@ -346,26 +372,28 @@ class RoutedExperts(FusedExperts):
         return get_kernel(self.kernel).prepare(
             weights,
             hidden_alignment=self.hidden_alignment,
-            output_scale=self.output_scale[first : first + weights.local_experts],
+            output_scale=self.prepared_output_scale[first : first + weights.local_experts],
         )
 
     def _operator_arguments(self, prepared: PreparedWeights) -> tuple:
         return nvfp4_moe_from_logits_arguments(prepared, self.routing, self.kernel)
 
     def _logical(self, prepared: PreparedWeights) -> dict[str, torch.Tensor]:
-        return {**super()._logical(prepared), "output_scale": self.output_scale}
+        return {**super()._logical(prepared), "output_scale": self.prepared_output_scale}
 
     def _take(self, loaded: dict[str, torch.Tensor]) -> None:
-        if self.output_scale.is_meta:
-            self.output_scale = loaded["output_scale"]
+        if self.prepared_output_scale.is_meta:
+            self.prepared_output_scale = loaded["output_scale"]
             return
         with torch.no_grad():
-            self.output_scale.copy_(loaded["output_scale"])
+            self.prepared_output_scale.copy_(loaded["output_scale"])
 
     def forward(
         self, hidden_states: torch.Tensor, router_logits: torch.Tensor, routing_bias: torch.Tensor
     ) -> torch.Tensor:
         """Choose and apply the experts; see torch.ops.fp4moe.nvfp4_moe_from_logits."""
+        if not torch.compiler.is_compiling() and self._lent.marks:
+            self._lent.check(self)
         return torch.ops.fp4moe.nvfp4_moe_from_logits.default(
             hidden_states, router_logits, routing_bias, *self._operands(), *self._arguments
         )

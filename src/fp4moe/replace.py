@@ -17,7 +17,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .candidates import ON_META, Candidate, stored_activation_scales, value_reasons
+from .candidates import (
+    ON_META,
+    Candidate,
+    carry_hooks,
+    stored_activation_scales,
+    value_reasons,
+)
 from .errors import UnsupportedError, check_choice
 from .explain import BlockReport, ModelReport
 from .integrations.fused_routing import FusedRouting, plan_fused_routing
@@ -66,6 +72,8 @@ def replace_moe(
     routing: str = "given",
 ) -> Model:
     """Replace the experts of every mixture-of-experts block by fused NVFP4 experts, in place.
+
+    Hooks of accelerate that only move inputs to the experts' device go over to the fused experts.
 
     Args:
         model: any module that holds Hugging Face experts modules, or blocks that loop over a
@@ -149,6 +157,7 @@ def replace_moe(
             )
         fused = job.build(experts)
         fused.train(job.module.training)
+        carry_hooks(job.module, fused)
         if plan is not None:
             _set_submodule(model, plan.path, plan.router)
         _set_submodule(model, path, fused)

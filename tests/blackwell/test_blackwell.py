@@ -187,7 +187,7 @@ def test_the_models_of_this_file_show_a_wrong_layer():
             before = model(prompt, use_cache=False).logits
             for module in model.modules():
                 if hasattr(module, "down_packed"):
-                    module.down_packed.copy_(module.down_packed.roll(1, 0))
+                    module.prepared_down_packed.copy_(module.prepared_down_packed.roll(1, 0))
             after = model(prompt, use_cache=False).logits
         assert typical_error(after, before) > 2 * 2**0.5 * W4A4
 

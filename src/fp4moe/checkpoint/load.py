@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import CheckpointError, UnsupportedError, check_choice
 from ..integrations.experts_implementation import register_transformers as register_experts
 from ..integrations.loading import Options, convention_of
+from ..integrations.parallelism import refuse_parallelism
 from ..integrations.quantizer import METHOD, register_formats, register_method
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
 from ..module import FusedExperts
@@ -72,8 +73,8 @@ def from_pretrained(
     Raises:
         CheckpointError: files are unsafe or damaged, a tensor is missing, unexpected, there twice,
             of a wrong shape or not finite, or the quantisation is unknown. No model is returned.
-        UnsupportedError: no kernel for the experts, experts of another form, offloading, or an
-            argument that does not go with this loader.
+        UnsupportedError: no kernel for the experts, experts of another form, offloading, tensor or
+            expert parallelism, or an argument that does not go with this loader.
     """
     check_kernel_name(kernel, caller="from_pretrained")
     caller = "from_pretrained"
@@ -90,6 +91,11 @@ def from_pretrained(
             "from_pretrained: use_safetensors must not be False; got False. Pickle files are never "
             "opened."
         )
+    refuse_parallelism(
+        hf_kwargs.get("distributed_config"),
+        tp_plan=hf_kwargs.get("tp_plan"),
+        tp_size=hf_kwargs.get("tp_size"),
+    )
     directory = _directory(path_or_id, hf_kwargs)
     with CheckpointFiles.open(directory) as files:
         quantization = files.quantization

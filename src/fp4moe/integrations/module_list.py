@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..candidates import Candidate, storage_reasons, stored_activation_scales
+from ..candidates import MERGE, Candidate, storage_reasons, stored_activation_scales
 from ..experts import ExpertWeights
 from ..module import FusedExperts
 from ..precision import float32_as_written
@@ -58,9 +58,14 @@ def _roles(child: nn.Module) -> dict[str, str] | None:
     if not isinstance(child, nn.ModuleList) or len(child) < 2:
         return None
     for roles in ROLE_NAMES:
-        if all(isinstance(getattr(e, n, None), nn.Linear) for e in child for n in roles.values()):
+        if all(_is_linear(getattr(e, n, None)) for e in child for n in roles.values()):
             return roles
     return None
+
+
+def _is_linear(module: Any) -> bool:
+    """Whether this is a Linear, or one in an adapter."""
+    return isinstance(getattr(module, "base_layer", module), nn.Linear)
 
 
 def _router(block: nn.Module, experts: str) -> str | None:
@@ -135,7 +140,10 @@ def _expert_reasons(experts: list[nn.Module], roles: dict[str, str]) -> list[str
         linears = {role: getattr(expert, n) for role, n in roles.items()}
         for role, linear in linears.items():
             where = f"expert {index}'s {roles[role]}"
-            if type(linear) is not nn.Linear:
+            if hasattr(linear, "base_layer"):
+                adapter = f"{type(linear).__module__}.{type(linear).__name__}"
+                reasons.append(f"{where} is in an adapter ({adapter}); {MERGE}")
+            elif type(linear) is not nn.Linear:
                 reasons.append(f"{where} is a {type(linear).__name__}, not a plain Linear")
             elif linear.bias is not None:
                 reasons.append(f"{where} has a bias, which the operator does not add")

@@ -16,6 +16,7 @@ from typing import Any
 from ..checkpoint.compressed_tensors import is_nvfp4
 from ..errors import UnsupportedError
 from .loading import Loading, Options
+from .parallelism import refuse_parallelism
 
 __all__ = ["METHOD", "register_formats", "register_method"]
 
@@ -74,6 +75,7 @@ def _classes() -> tuple[Any, Any]:
         def _process_model_before_weight_loading(
             self, model, checkpoint_files=None, dtype=None, **kwargs
         ):
+            refuse_parallelism(getattr(model.config, "distributed_config", None))
             self.loading.open(model, checkpoint_files, dtype or model.dtype)
             return model
 

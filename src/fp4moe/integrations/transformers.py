@@ -17,6 +17,8 @@ from torch import nn
 from ..activations import ACTIVATIONS, identify_activation, probe_values
 from ..candidates import (
     Candidate,
+    adapter_reasons,
+    runs_own_forward,
     storage_reasons,
     stored_activation_scales,
     verify_against_definition,
@@ -24,7 +26,7 @@ from ..candidates import (
 from ..experts import ExpertWeights, split_gate_up
 from ..stamps import STAMPS
 
-__all__ = ["describe_experts", "find_experts", "is_experts_module"]
+__all__ = ["describe_experts", "find_experts", "float_parameters", "is_experts_module"]
 
 # Where `experts_implementation="fp4moe"` keeps the fused experts of a module.
 FUSED_CHILD = "fp4moe"
@@ -49,6 +51,11 @@ def find_experts(model: nn.Module) -> list[Candidate]:
     found = [describe_experts(path, m) for path, m in model.named_modules() if is_experts_module(m)]
     reason = _half_loaded(model)
     for candidate in found:
+        parent, _, name = candidate.path.rpartition(".")
+        if name:
+            around, names = model.get_submodule(parent), [*candidate.parameters]
+            wrapped = adapter_reasons(around, candidate.module, names)
+            candidate.reasons += [why for why in wrapped if why not in candidate.reasons]
         if reason:
             candidate.reasons.append(reason)
         if not candidate.path:
@@ -99,7 +106,8 @@ def describe_experts(path: str, module: Any) -> Candidate:
     candidate.num_experts, candidate.hidden_size = first.shape[0], first.shape[columns]
     candidate.intermediate_size = first.shape[rows] // (2 if module.has_gate else 1)
     reasons += storage_reasons(module, parameters)
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+    reasons += adapter_reasons(None, module, [*parameters])
+    if not runs_own_forward(module):
         reasons.append("its forward was replaced on the instance; undo that first")
     if module.has_bias:
         reasons.append("its experts have biases, which the operator does not add")
@@ -144,9 +152,25 @@ def _verify(
     eager = object.__new__(type(module))
     vars(eager).update(vars(module))
     eager.config = _EagerConfig(module.config)
-    return verify_against_definition(
-        eager.forward, up=up, down=down, gate=gate, activation=activation
-    )
+    forward = functools.partial(type(module).forward, eager)
+    return verify_against_definition(forward, up=up, down=down, gate=gate, activation=activation)
+
+
+def float_parameters(
+    module: Any, weights: ExpertWeights, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Return packed weights as the stamped module would hold them, by parameter name."""
+    parts = weights.dequantize(dtype)
+    if not module.has_gate:
+        first = parts["up"]
+    elif module.is_concatenated:
+        first = torch.cat((parts["gate"], parts["up"]), 1)
+    else:
+        first = torch.stack((parts["gate"], parts["up"]), 2).flatten(1, 2)
+    named = {"gate_up_proj" if module.has_gate else "up_proj": first, "down_proj": parts["down"]}
+    if module.is_transposed:
+        named = {name: tensor.transpose(1, 2) for name, tensor in named.items()}
+    return {name: tensor.contiguous() for name, tensor in named.items()}
 
 
 class _EagerConfig:
