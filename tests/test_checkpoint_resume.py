@@ -80,6 +80,7 @@ def test_a_directory_of_someone_else_is_refused(source, tmp_path):
         quantize(source, tmp_path / "out")
     assert len(list((tmp_path / "out.partial").iterdir())) == 2
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
     with pytest.raises(CheckpointError, match="must not exist yet"):
         quantize(source, tmp_path / "out")
 
