@@ -36,7 +36,7 @@ LAYERS: list[set[str]] = [
     {"passes"},
     {"compile", "inductor_pass", "tensorrt"},
     {""},
-    {"__main__", "cli", "cli_evaluate", "cli_quantize"},
+    {"__main__", "cli", "cli_evaluate", "cli_explain", "cli_quantize"},
 ]
 
 # Further limits, for names that a lower layer would allow: passes work on graphs, not on modules.
