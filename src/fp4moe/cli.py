@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(info())
         elif arguments.command == "bench":
             if arguments.tune:
+                bench.require_gpu()
+                bench.check_output(arguments.output, tuned=True)
                 names = ("shape", "tokens", "output", "jobs")
                 return tune(*(getattr(arguments, name) for name in names))
             return bench.run(arguments)
@@ -81,6 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Fp4MoeError as error:
         # In one line, whatever a library wrote that is quoted in it.
         print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        why = " ".join(str(error).split())[:200]
+        print(f"{arguments.command}: out of memory: {why} Ask for less.", file=sys.stderr)
         return 2
     return 0
 

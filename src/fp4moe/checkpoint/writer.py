@@ -208,7 +208,11 @@ def _check_arguments(
 def _target(dst: str | os.PathLike[str]) -> str:
     """The absolute path of the new directory, if that is possible there."""
     path = os.fspath(dst)
-    if not path or "\0" in path:
+    try:
+        possible = bool(path) and b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
         raise CheckpointError(
             f"quantize_checkpoint: dst must be a path; got {path!r}. Choose a name."
         )
