@@ -171,7 +171,7 @@ def _read_hf_quant_config() -> None:
         config, unused = plain(cls, name, **kwargs)
         entry = _entry(config)
         known = _has_quantizer(entry)
-        if known and (entry["quant_method"] in MODELOPT_METHODS or is_nvfp4(entry)):
+        if known and (entry.get("quant_method") in MODELOPT_METHODS or is_nvfp4(entry)):
             return config, unused
         content = None if os.path.isfile(name) else _hf_quant_config(name, config, kwargs, known)
         if content is not None and (not known or announces_nvfp4(content)):
@@ -196,6 +196,8 @@ def _entry(config: dict[str, Any]) -> dict[str, Any]:
 def _has_quantizer(entry: dict[str, Any]) -> bool:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+    if entry.get("load_in_8bit") or entry.get("load_in_4bit"):
+        return True  # bitsandbytes: transformers adds the rest of its name
     method = entry.get("quant_method")
     return isinstance(method, str) and method in AUTO_QUANTIZATION_CONFIG_MAPPING
 
