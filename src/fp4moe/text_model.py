@@ -40,12 +40,13 @@ def load_text_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = _tokenizer(AutoTokenizer, source)
+    damaged: tuple[type[Exception], ...] = (SafetensorError, pickle.UnpicklingError)
     try:
         # Any: the declared type knows nothing of output_loading_info.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True
         )
-    except (*config_errors(), SafetensorError, pickle.UnpicklingError) as error:
+    except damaged + config_errors() as error:
         raise _unloadable(source, error) from error
     model, info = loaded
     # transformers only warns of weights that it then leaves random.
