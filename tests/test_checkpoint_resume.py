@@ -80,6 +80,7 @@ def test_a_directory_of_someone_else_is_refused(source, tmp_path):
         quantize(source, tmp_path / "out")
     assert len(list((tmp_path / "out.partial").iterdir())) == 2
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
     with pytest.raises(CheckpointError, match="must not exist yet"):
         quantize(source, tmp_path / "out")
 
@@ -106,9 +107,11 @@ CHILDREN = """
 import json, os, resource, signal, sys
 import torch
 import fp4moe
+from fp4moe.integrations.from_config import model_on_meta
 
 source, folder, shard_bytes = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)
+model_on_meta(source, caller="test")  # imports the model's class as well
 
 
 def child(target, event=None, count=0, limit=None):

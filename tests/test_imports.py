@@ -19,7 +19,7 @@ SOURCES = {"fp4moe": ROOT / "src" / "fp4moe", "fp4moe.passes": ROOT / "passes"}
 # Lowest first. A module imports from lower layers and, without a cycle, from its own; never from a
 # higher one. "" is fp4moe/__init__.py.
 LAYERS: list[set[str]] = [
-    {"errors", "explain", "precision", "ranges", "sample_text", "stamps", "version"},
+    {"devices", "errors", "explain", "precision", "ranges", "sample_text", "stamps", "version"},
     {"formats"},
     {"activations", "quantize", "routing"},
     {"layout"},
@@ -34,7 +34,7 @@ LAYERS: list[set[str]] = [
     {"passes"},
     {"compile", "inductor_pass", "tensorrt"},
     {""},
-    {"__main__", "cli", "cli_evaluate", "cli_quantize"},
+    {"__main__", "cli", "cli_evaluate", "cli_explain", "cli_quantize"},
 ]
 
 # Further limits, for names that a lower layer would allow: passes work on graphs, not on modules.

@@ -15,6 +15,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import os
 import pathlib
 import statistics
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ import torch
 from .activations import ACTIVATIONS
 from .errors import UnsupportedError
 from .experts import ExpertWeights
-from .kernels import KERNELS, MoeSpec, choose_kernel, current_capability
+from .kernels import KERNELS, MoeSpec, choose_kernel, current_capability, measured
 from .module import FusedExperts
 from .quantize import NVFP4Values
 from .selftest import LAYERS
@@ -256,7 +257,7 @@ def add_parser(commands: Any) -> None:
     """Add `bench` to the subcommands of `fp4moe`."""
     command = commands.add_parser("bench", help="time the kernels on this GPU, checked first")
     command.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
-    command.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    command.add_argument("--tokens", nargs="+", type=_positive, default=list(TOKENS))
     command.add_argument("--kernel", nargs="+", default=[], help="default auto and what runs here")
     command.add_argument("--routing", choices=("balanced", "skewed"), default="balanced")
     command.add_argument(
@@ -268,7 +269,44 @@ def add_parser(commands: Any) -> None:
         "--tune", action="store_true", help="measure tiles and kernels, write what auto reads"
     )
     command.add_argument("--output", help="where --tune writes; default the user's own file")
-    command.add_argument("--jobs", type=int, default=8, help="processes that compile for --tune")
+    command.add_argument(
+        "--jobs", type=_positive, default=8, help="processes that compile for --tune"
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError("a number of 1 or more")
+    return number
+
+
+_positive.__name__ = "number of 1 or more"  # argparse names it: "invalid ... value: '0'"
+
+
+def check_output(path: str | None, *, tuned: bool = False) -> None:
+    """Refuse a file that cannot be written, before anything is measured.
+
+    Args:
+        path: of --json, or with `tuned` of --output, whose earlier measurements are kept.
+
+    Raises:
+        UnsupportedError: it cannot be opened, or holds something else than measurements.
+    """
+    if not path:
+        return
+    try:
+        if tuned:
+            pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+            if os.path.exists(path):
+                measured.read(pathlib.Path(path))
+        with open(path + ".unfinished" if tuned else path, "a"):
+            pass
+    except (OSError, ValueError) as error:
+        raise UnsupportedError(
+            f"bench: --json and --output must be files that can be written; got {path!r}: {error}. "
+            "Choose another."
+        ) from error
 
 
 def facts() -> dict[str, Any]:
@@ -297,6 +335,7 @@ def run(arguments: argparse.Namespace) -> int:
         UnsupportedError: there is no CUDA device, or a kernel does not run here.
     """
     require_gpu()
+    check_output(arguments.json)
     skew = SKEW if arguments.routing == "skewed" else 0.0
     about = facts() | {"routing": arguments.routing, "commit": arguments.commit}
     print(json.dumps(about))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .errors import ShapeError, UnsupportedError
 from .explain import format_table
 from .recorders import BlockRanges, make_recorders
-from .text_model import encode, load_text_model, read_texts
+from .text_model import check_ids, encode, load_text_model, read_texts
 
 __all__ = [
     "BlockRanges",
@@ -144,7 +144,8 @@ def calibrate_on_texts(
     """Run `calibrate` on the first `length` tokens of each text, one text at a time."""
     with calibrate(model, percentile=percentile) as report, torch.no_grad():
         for text in tqdm(texts, desc="calibrating", unit="text", disable=not progress):
-            ids = encode(tokenizer, text)[:length]
+            ids = encode(tokenizer, text, length)
+            check_ids(model, ids)
             if len(ids):
                 model(ids.unsqueeze(0).to(model.device), use_cache=False)
     return report

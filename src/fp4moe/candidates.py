@@ -91,6 +91,8 @@ def storage_reasons(module: nn.Module, parameters: dict[str, torch.Tensor]) -> l
     for name, parameter in parameters.items():
         if isinstance(parameter, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             reasons.append(f"{name} is uninitialised; run the model once or load its weights")
+        elif not parameter.numel():
+            reasons.append(f"{name} is empty, {list(parameter.shape)}; mend the configuration")
         elif parameter.device.type == "meta":
             reasons.append(f"{name} {ON_META}")
         elif type(parameter.data) is not torch.Tensor:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
-import pathlib
 import platform
 import sys
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
-from . import bench, cli_evaluate, cli_quantize
-from .errors import CheckpointError, Fp4MoeError, UnsupportedError
+from . import bench, cli_evaluate, cli_explain, cli_quantize
+from .errors import Fp4MoeError
 from .explain import format_table
 from .kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
@@ -24,7 +21,6 @@ from .kernels import (
     current_capability,
     why_not,
 )
-from .replace import explain
 from .selftest import LAYERS, TOKENS, run_selftest, selftest
 from .tune import tune
 from .version import __version__
@@ -49,12 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"fp4moe {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, GPU, and which kernels run here and why not")
-    command = commands.add_parser(
-        "explain", help="what replace_moe would do to a model, from its configuration alone"
-    )
-    command.add_argument("model", help="a directory with config.json, that file, or a hub id")
-    command.add_argument("--kernel", default="auto", help="auto or a kernel's name")
-    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    cli_explain.add_parser(commands)
     command = commands.add_parser("selftest", help="does a kernel compute what it should here?")
     command.add_argument("--kernel", default="auto", help="auto or a kernel's name")
     command.add_argument("--device", help="cuda, cuda:1, cpu; default the GPU, if there is one")
@@ -76,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(info())
         elif arguments.command == "bench":
             if arguments.tune:
+                bench.require_gpu()
+                bench.check_output(arguments.output, tuned=True)
                 names = ("shape", "tokens", "output", "jobs")
                 return tune(*(getattr(arguments, name) for name in names))
             return bench.run(arguments)
@@ -86,12 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.command == "evaluate":
             cli_evaluate.run(arguments)
         else:
-            report = explain(
-                model_from_config(arguments.model), arguments.kernel, only_structure=True
-            )
-            print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
+            cli_explain.run(arguments)
     except Fp4MoeError as error:
-        print(error, file=sys.stderr)
+        # In one line, whatever a library wrote that is quoted in it.
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        why = " ".join(str(error).split())[:200]
+        print(f"{arguments.command}: out of memory: {why} Ask for less.", file=sys.stderr)
         return 2
     return 0
 
@@ -132,35 +127,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def model_from_config(source: str) -> nn.Module:
-    """Build a transformers model on the meta device, without weights.
-
-    Raises:
-        UnsupportedError: transformers is not installed, or knows no such model.
-        CheckpointError: there is no readable configuration.
-    """
-    if importlib.util.find_spec("transformers") is None:
-        raise UnsupportedError(
-            "explain: transformers must be installed to build a model from its configuration; "
-            "got none. Run pip install 'fp4moe[transformers]'."
-        )
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    path = pathlib.Path(source)
-    path = path.parent if path.name == "config.json" else path
-    if path.exists() and not (path / "config.json").is_file():
-        raise CheckpointError(
-            f"explain: model must be a directory with config.json or a hub id; got {source}. "
-            "Pass the directory that from_pretrained loads."
-        )
-    try:
-        config = AutoConfig.from_pretrained(str(path) if path.exists() else source)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"explain: model must have a configuration that transformers can build; got {source}: "
-            f"{error}. Check the path, or the spelling of model_type."
-        ) from error

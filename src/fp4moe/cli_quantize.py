@@ -15,14 +15,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command = subparsers.add_parser(
         "quantize", help="write a float checkpoint again with its experts in NVFP4"
     )
-    command.add_argument("src", help="a directory with safetensors and config.json")
-    command.add_argument("dst", help="a new directory; a killed run goes on when repeated")
+    # Optional to argparse, since --layers takes what follows it; see `_paths`.
+    command.add_argument("src", nargs="?", help="a directory with safetensors and config.json")
+    command.add_argument(
+        "dst", nargs="?", help="a new or empty directory; a killed run goes on when repeated"
+    )
+    command.usage = "fp4moe quantize [-h] [options] src dst"
+    command.set_defaults(parser=command)
     command.add_argument(
         "--method", choices=METHODS, default="max", help="mse is slower and rounds with less error"
     )
     command.add_argument(
         "--layers",
         nargs="+",
+        action="extend",
         metavar="REGEX",
         help=r"quantise the experts layers in whose name one is found, such as 'layers\.[0-9]\.'",
     )
@@ -37,6 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
+    _paths(arguments)
     calibration = None
     if arguments.calibrate:
         from .calibrate import scales_from_text
@@ -51,3 +58,15 @@ def run(arguments: argparse.Namespace) -> None:
         max_shard_bytes=arguments.max_shard_bytes,
         progress=not arguments.no_progress,
     )
+
+
+def _paths(arguments: argparse.Namespace) -> None:
+    """Give back the paths that --layers has taken: `quantize --layers 0 SRC DST`."""
+    found = [path for path in (arguments.src, arguments.dst) if path is not None]
+    layers = arguments.layers or []
+    missing = 2 - len(found)
+    if len(layers) < missing or (layers and len(layers) == missing):
+        arguments.parser.error("the following arguments are required: src, dst")
+    found += layers[len(layers) - missing :] if missing else []
+    arguments.src, arguments.dst = found
+    arguments.layers = layers[: len(layers) - missing] or None

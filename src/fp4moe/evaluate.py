@@ -22,7 +22,7 @@ from .explain import format_table
 from .module import FusedExperts
 from .replace import replace_moe
 from .sample_text import standard_library_text
-from .text_model import encode, load_text_model, read_text, read_texts, text_windows
+from .text_model import check_ids, encode, load_text_model, read_text, read_texts, text_windows
 
 __all__ = ["EvaluationReport", "EvaluationRow", "evaluate"]
 
@@ -146,6 +146,7 @@ def evaluate(
     calibration = [] if calibrate is None else read_texts(calibrate)
     loaded, tokenizer = load_text_model(model, device=device)
     windows = text_windows(encode(tokenizer, content), length, tokens, tokenizer.bos_token_id)
+    check_ids(loaded, windows)
 
     def run(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return _predict(loaded, windows, batch, name, progress)
@@ -177,7 +178,7 @@ def _predict(
     losses, best = [], []
     bar = tqdm(total=len(windows), desc=name, unit="window", disable=not progress)
     with torch.no_grad(), bar:
-        for ids in windows.split(batch):
+        for ids in windows.split(min(batch, len(windows))):
             ids = ids.to(model.device)
             logits = model(ids, use_cache=False).logits[:, :-1].float()
             wanted = ids[:, 1:].flatten()

@@ -14,7 +14,8 @@ class BlockReport:
 
     Attributes:
         path, module: dotted name and class of the module.
-        status: "replaced", "replaceable" or "not replaceable".
+        status: "replaced", "replaceable" or "not replaceable"; of a quantised checkpoint also
+            "loadable": from_pretrained packs it as it is stored.
         reasons: why it cannot be replaced; else notes, on calibration for one.
         activation, gated, num_experts, top_k, hidden_size, intermediate_size: None where unknown.
         padded_sizes: (hidden, intermediate) as the kernel stores them.
@@ -39,10 +40,17 @@ class BlockReport:
 
 @dataclasses.dataclass(frozen=True)
 class ModelReport:
-    """The blocks of one model; `str()` is a table, `to_dict()` plain data."""
+    """The blocks of one model; `str()` is a table, `to_dict()` plain data.
+
+    Attributes:
+        model: name of its class.
+        blocks: in module order.
+        checkpoint: what `fp4moe explain` says of a quantised directory; None for a model.
+    """
 
     model: str
     blocks: tuple[BlockReport, ...]
+    checkpoint: str | None = None
 
     def count(self, status: str) -> int:
         """Number of blocks with that status."""
@@ -55,11 +63,14 @@ class ModelReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON."""
-        return {"model": self.model, "blocks": [dataclasses.asdict(block) for block in self.blocks]}
+        blocks = [dataclasses.asdict(block) for block in self.blocks]
+        data: dict[str, Any] = {"model": self.model, "blocks": blocks}
+        return data if self.checkpoint is None else data | {"checkpoint": self.checkpoint}
 
     def __str__(self) -> str:
+        last = [] if self.checkpoint is None else [self.checkpoint]
         if not self.blocks:
-            return f"{self.model}: no mixture-of-experts block"
+            return "\n".join([f"{self.model}: no mixture-of-experts block", *last])
         header = [
             "block",
             "module",
@@ -94,13 +105,13 @@ class ModelReport:
             for reason in b.reasons:
                 notes.setdefault(reason, []).append(b.path or b.module)
         lines += [f"{_few(paths)}: {reason}" for reason, paths in notes.items()]
-        kinds = ("replaced", "replaceable", "not replaceable")
+        kinds = ("replaced", "loadable", "replaceable", "not replaceable")
         counts = ", ".join(f"{self.count(kind)} {kind}" for kind in kinds if self.count(kind))
         lines.append(
             f"{self.model}: {len(self.blocks)} blocks ({counts}), experts "
             f"{format_bytes(self.nbytes)}"
         )
-        return "\n".join(lines)
+        return "\n".join(lines + last)
 
 
 def _few(paths: list[str]) -> str:

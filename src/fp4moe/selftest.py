@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import torch
 
 from .activations import ACTIVATIONS
+from .devices import present_device
 from .errors import ShapeError, UnsupportedError
 from .explain import format_table
 from .kernels import (
@@ -162,7 +163,7 @@ def run_selftest(
         UnsupportedError: no such kernel or alignment, or it runs none of the layers here.
         ShapeError: bad sizes or tokens.
     """
-    device = pick_device(device)
+    device = present_device(device, caller="selftest")
     layers = default_layers(device) if layers is None else layers
     _check_arguments(kernel, tokens, hidden_alignment)
     kernel, refused = _choose(kernel, device, layers)
@@ -218,7 +219,7 @@ def selftest(
         ShapeError: bad sizes or tokens.
     """
     file = sys.stdout if file is None else file
-    device = pick_device(device)
+    device = present_device(device, caller="selftest")
     layers = default_layers(device) if layers is None else layers
     widths = [max(map(len, ("layer", *layers))), *WIDTHS[1:]]
 
@@ -246,15 +247,6 @@ def selftest(
     )
     print(report.summary, file=file)
     return report.passed
-
-
-def pick_device(device: torch.device | str | None) -> torch.device:
-    """Return the device to test: the one given, else the current CUDA device, else the CPU."""
-    if device is not None:
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _check_arguments(kernel: str, tokens: Sequence[int], hidden_alignment: int) -> None:

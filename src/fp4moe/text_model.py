@@ -6,13 +6,16 @@ import importlib.util
 import json
 import os
 import pathlib
+import pickle
 from typing import Any
 
 import torch
 
+from .devices import present_device
 from .errors import CheckpointError, UnsupportedError
+from .integrations.from_config import config_errors, one_line
 
-__all__ = ["encode", "load_text_model", "read_text", "read_texts", "text_windows"]
+__all__ = ["check_ids", "encode", "load_text_model", "read_text", "read_texts", "text_windows"]
 
 
 def load_text_model(
@@ -24,7 +27,7 @@ def load_text_model(
     """Return (model, tokenizer) of a directory or a hub id, the model on the GPU if there is one.
 
     Raises:
-        UnsupportedError: transformers is not installed.
+        UnsupportedError: transformers is not installed, or the device is not there.
         CheckpointError: there is no such model or tokenizer, or weights are missing.
     """
     if importlib.util.find_spec("transformers") is None:
@@ -32,19 +35,19 @@ def load_text_model(
             "load_text_model: transformers must be installed; got none. Run pip install "
             "'fp4moe[transformers]'."
         )
+    chosen = present_device(device, caller="load_text_model")
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    tokenizer = _tokenizer(AutoTokenizer, source)
+    damaged: tuple[type[Exception], ...] = (SafetensorError, pickle.UnpicklingError)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
         # Any: the declared type knows nothing of output_loading_info.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"load_text_model: source must be a model with a tokenizer that transformers loads; "
-            f"got {source}: {error}. Check the path, or save the tokenizer beside the model."
-        ) from error
+    except damaged + config_errors() as error:
+        raise _unloadable(source, error) from error
     model, info = loaded
     # transformers only warns of weights that it then leaves random.
     if missing := sorted(info["missing_keys"]):
@@ -53,25 +56,63 @@ def load_text_model(
             f"{', '.join(missing[:10])} ({len(missing)} in all). Load a complete bfloat16 "
             "checkpoint."
         )
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(chosen).eval(), tokenizer
 
 
-def encode(tokenizer: Any, text: str) -> torch.Tensor:
-    """Return the token ids of a text, int64 [N], without special tokens."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+def _tokenizer(kind: Any, source: str | os.PathLike) -> Any:
+    try:
+        return kind.from_pretrained(source)
+    except Exception as error:
+        # The tokenizers library raises Exception itself for a file that it cannot read.
+        if type(error) is not Exception and not isinstance(error, config_errors()):
+            raise
+        raise _unloadable(source, error) from error
+
+
+def _unloadable(source: str | os.PathLike, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        "load_text_model: source must be a model with a tokenizer that transformers loads; got "
+        f"{source}: {one_line(error)}. Check the path, or save the tokenizer beside the model."
+    )
+
+
+def encode(tokenizer: Any, text: str, first: int | None = None) -> torch.Tensor:
+    """Return the token ids of a text, int64 [N], without special tokens; only the first so many.
+
+    Tokenising takes long for a text of many megabytes, so only a part of it is read: one that has
+    twice the tokens and 64 more, so that its end does not reach the first ones.
+    """
+    length = len(text) if first is None else 16 * first + 1024
+    while True:
+        ids = tokenizer(text[:length], add_special_tokens=False, verbose=False)["input_ids"]
+        if length >= len(text) or (first is not None and len(ids) >= 2 * first + 64):
+            return torch.tensor(ids[:first], dtype=torch.int64)
+        length *= 4
+
+
+def check_ids(model: Any, ids: torch.Tensor) -> None:
+    """Refuse token ids that the model has no embedding of.
+
+    Raises:
+        CheckpointError: the tokenizer is another model's.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    if ids.numel() and int(ids.max()) >= known:
+        raise CheckpointError(
+            f"load_text_model: source must have this model's tokenizer; got id {int(ids.max())} "
+            f"and {known} embeddings. Save the model's own tokenizer beside it."
+        )
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """Return a UTF-8 file.
+    """Return a UTF-8 file, without the byte order mark that some editors put before it.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     try:
-        return pathlib.Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return pathlib.Path(path).read_text("utf-8-sig")
+    except (OSError, ValueError) as error:  # not UTF-8, or no possible path
         raise CheckpointError(
             f"read_text: path must be a readable UTF-8 file; got {path}: {error}. Check the path."
         ) from error
@@ -89,7 +130,7 @@ def read_texts(path: str | os.PathLike) -> list[str]:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             value = error
         text = value.get("text") if isinstance(value, dict) else None
         if not isinstance(text, str):

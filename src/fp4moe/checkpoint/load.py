@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError, check_choice
 from ..integrations.experts_implementation import register_transformers as register_experts
+from ..integrations.from_config import model_class
 from ..integrations.loading import Options, convention_of
 from ..integrations.parallelism import refuse_parallelism
 from ..integrations.quantizer import METHOD, register_formats, register_method
@@ -110,7 +111,7 @@ def from_pretrained(
         "float": is_float,
         "fp4moe_options": options,
     }
-    kind = _model_class(transformers, config, bool(hf_kwargs.get("trust_remote_code")))
+    kind = model_class(transformers, config, bool(hf_kwargs.get("trust_remote_code")))
     result = kind.from_pretrained(directory, config=config, use_safetensors=True, **hf_kwargs)
     model = result[0] if isinstance(result, tuple) else result
     if getattr(model.config.quantization_config, "quant_method", None) != METHOD:
@@ -137,9 +138,23 @@ def _directory(path_or_id: str | os.PathLike[str], hf_kwargs: dict[str, Any]) ->
             f"{path!r}, which is neither. Check the path."
         )
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     patterns = DOWNLOADED + (["*.py"] if hf_kwargs.get("trust_remote_code") else [])
-    return snapshot_download(path, allow_patterns=patterns, ignore_patterns=LEFT, **hub)
+    try:
+        return snapshot_download(path, allow_patterns=patterns, ignore_patterns=LEFT, **hub)
+    except HFValidationError as error:
+        raise CheckpointError(
+            "from_pretrained: path_or_id must be a directory or the name of a repository; got "
+            f"{path!r}, which is no directory here and no such name. Check the path."
+        ) from error
+    except OSError as error:  # what huggingface_hub raises of the network and of its cache
+        why = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            "from_pretrained: path_or_id must be a directory or a repository that is in the cache "
+            f"or can be fetched; got {path!r}, which is no directory here: {why} Check the path, "
+            "or the name and the connection."
+        ) from error
 
 
 def _config(transformers: Any, directory: str, hf_kwargs: dict[str, Any]) -> Any:
@@ -152,13 +167,3 @@ def _config(transformers: Any, directory: str, hf_kwargs: dict[str, Any]) -> Any
     for name in set(hf_kwargs) & set(config.to_dict()) - {"dtype", "torch_dtype"}:
         setattr(config, name, hf_kwargs.pop(name))
     return config
-
-
-def _model_class(transformers: Any, config: Any, trusted: bool) -> Any:
-    """The class that the configuration names, or what AutoModelForCausalLM finds."""
-    own_code = trusted and getattr(config, "auto_map", None)
-    for name in () if own_code else config.architectures or ():
-        kind = getattr(transformers, name, None)
-        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
-            return kind
-    return transformers.AutoModelForCausalLM

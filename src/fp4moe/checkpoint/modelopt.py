@@ -12,7 +12,17 @@ from typing import Any
 
 from .conventions import KNOWN, Convention, fail, scale_form, strings
 
-__all__ = ["MODELOPT_PARTS", "is_modelopt", "modelopt_convention"]
+__all__ = [
+    "MODELOPT_METHODS",
+    "MODELOPT_PARTS",
+    "announces_nvfp4",
+    "is_modelopt",
+    "modelopt_convention",
+    "resembles_modelopt",
+]
+
+# The names that it goes by as quant_method.
+MODELOPT_METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed")
 
 MODELOPT_PARTS = {
     "weight": "weight",
@@ -30,7 +40,24 @@ def is_modelopt(quantization: Mapping[str, Any]) -> bool:
         producer = quantization.get("producer")
         named = isinstance(producer, dict) and producer.get("name") == "modelopt"
         return named or isinstance(quantization.get("quantization"), dict)
-    return method in ("modelopt", "modelopt_fp4", "modelopt_mixed")
+    return method in MODELOPT_METHODS
+
+
+def resembles_modelopt(quantization: Mapping[str, Any]) -> bool:
+    """Whether a tool of ModelOpt's kind wrote this, under whatever quant_method."""
+    method = quantization.get("quant_method")
+    named = isinstance(method, str) and ("modelopt" in method or "nvfp4" in method.lower())
+    plain = {key: value for key, value in quantization.items() if key != "quant_method"}
+    return named or "quant_algo" in plain or is_modelopt(plain)
+
+
+def announces_nvfp4(quantization: Mapping[str, Any]) -> bool:
+    """Whether ModelOpt's configuration names an algorithm of NVFP4 weights, read here or not."""
+    inner = quantization.get("quantization", quantization)
+    entries = [inner] if isinstance(inner, dict) else []
+    layers = entries[0].get("quantized_layers") if entries else None
+    entries += layers.values() if isinstance(layers, dict) else []
+    return any("NVFP4" in str(e.get("quant_algo")) for e in entries if isinstance(e, dict))
 
 
 def modelopt_convention(quantization: Mapping[str, Any]) -> Convention:

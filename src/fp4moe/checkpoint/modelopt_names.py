@@ -19,6 +19,7 @@ from ..errors import CheckpointError, UnsupportedError
 from ..formats import NVFP4
 from ..version import __version__
 from .header import Spec, name_keys
+from .mtp import mtp_module
 
 __all__ = ["Experts", "Part", "exclude_modules", "find_experts", "quantization_configs"]
 
@@ -31,8 +32,10 @@ ROLES = {
     **{"w1": "gate", "w3": "up", "w2": "down"},
 }
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-# ModelOpt's default: layers that predict further tokens stay as they are.
-LEFT_OUT = "mtp."
+# Granite-MoE's own [E, 2 I, H] and [E, H, I]; split, programs know them by Mixtral's names.
+GRANITE = re.compile(
+    r"(?P<module>(?:.*\.)?block_sparse_moe)\.(?P<name>input|output)_linear\.weight"
+)
 # The version of ModelOpt whose layout this is.
 LAYOUT_VERSION = "0.47.0"
 
@@ -77,51 +80,70 @@ class Experts:
         return [*self.first, *((part,) for part in self.down)]
 
 
-def find_experts(shapes: Mapping[str, Spec], patterns: Collection[str] | None) -> list[Experts]:
+def find_experts(
+    shapes: Mapping[str, Spec], patterns: Collection[str] | None, layers: int | None = None
+) -> tuple[list[Experts], list[str]]:
     """Return the experts layers that are to be quantised, in the order of their first key.
 
     Args:
         shapes: key -> (dtype, shape) of the whole checkpoint.
         patterns: regular expressions; a layer is taken where one is found in its module name.
-            None takes all but those of multi-token prediction (`mtp.`), as ModelOpt does.
+            None takes all but those of multi-token prediction (mtp.py), as ModelOpt does.
+        layers: of the model's decoder; what is numbered behind them is multi-token prediction's.
+
+    Returns:
+        The layers, and the names of those of multi-token prediction that were left out.
 
     Raises:
         UnsupportedError: there are none, or they are stored in a way that is not known here.
         CheckpointError: some of an experts layer is missing or its shapes do not fit.
     """
     inside: dict[str, list[str]] = {}
-    for key in shapes:
+    for key, (_, shape) in shapes.items():
         if match := INSIDE.fullmatch(key):
             inside.setdefault(match["module"], []).append(key)
-    taken = {name: keys for name, keys in inside.items() if _is_taken(name, patterns)}
+        elif (match := GRANITE.fullmatch(key)) and len(shape) == 3:
+            inside.setdefault(f"{match['module']}.experts", []).append(key)
+    if not inside:
+        raise UnsupportedError(
+            "quantize_checkpoint: src must hold experts under names that are known; got none in "
+            f"{len(shapes)} tensors. Known are <layer>.experts.gate_up_proj (or up_proj) and "
+            "down_proj, <layer>.experts.<number>.<projection>.weight, and Granite's "
+            "block_sparse_moe.input_linear."
+        )
+    if patterns is None:
+        taken = [name for name in inside if mtp_module(name, layers) is None]
+        left = [name for name in inside if name not in taken]
+    else:
+        taken = [name for name in inside if any(re.search(p, name) for p in patterns)]
+        left = []
     if not taken:
         got = f"{name_keys(inside)} with layers={patterns}"
         raise UnsupportedError(
             "quantize_checkpoint: layers must choose modules whose name ends in experts; got "
-            f"{got}. Pass other patterns, or a checkpoint of a mixture-of-experts model."
+            f"{got}. Pass other patterns."
         )
-    return [_read_layer(name, keys, shapes) for name, keys in taken.items()]
-
-
-def _is_taken(name: str, patterns: Collection[str] | None) -> bool:
-    if patterns is None:
-        return not name.startswith(LEFT_OUT)
-    return any(re.search(pattern, name) for pattern in patterns)
+    return [_read_layer(name, inside[name], shapes) for name in taken], left
 
 
 def _read_layer(module: str, keys: list[str], shapes: Mapping[str, Spec]) -> Experts:
     fused = {match["name"]: key for key in keys if (match := FUSED.fullmatch(key))}
+    granite = {match["name"]: key for key in keys if (match := GRANITE.fullmatch(key))}
     single = [match for key in keys if (match := SINGLE.fullmatch(key)) and match["name"] in ROLES]
-    unknown = set(keys) - set(fused.values()) - {match[0] for match in single}
+    unknown = set(keys) - {*fused.values(), *granite.values()} - {match[0] for match in single}
     floats = {key for key in keys if shapes[key][0] in FLOATS}
-    if unknown or floats != set(keys) or (fused and single):
+    if unknown or floats != set(keys) or sum(map(bool, (fused, granite, single))) > 1:
         got = name_keys(unknown or set(keys) - floats or set(keys))
         raise UnsupportedError(
             f"quantize_checkpoint: {module} must hold gate, up and down projections in bfloat16, "
             f"float16 or float32 and nothing else; got {got}. Leave this layer out with layers=."
         )
     if fused:
-        layer = _read_fused(module, fused, shapes)
+        first = "gate_up_proj" if "gate_up_proj" in fused else "up_proj"
+        names = ("gate_proj", "up_proj") if first == "gate_up_proj" else ("up_proj",)
+        layer = _read_fused(module, fused, shapes, (first, "down_proj"), (*names, "down_proj"))
+    elif granite:
+        layer = _read_fused(module, granite, shapes, ("input", "output"), ("w1", "w3", "w2"))
     else:
         layer = _read_single(module, single, shapes)
     parts = [part for group in layer.groups() for part in group]
@@ -134,21 +156,32 @@ def _read_layer(module: str, keys: list[str], shapes: Mapping[str, Spec]) -> Exp
     return layer
 
 
-def _read_fused(module: str, fused: dict[str, str], shapes: Mapping[str, Spec]) -> Experts:
-    """[E, 2 I, H] or [E, I, H], and [E, H, I]; gate rows before up rows."""
+def _read_fused(
+    module: str,
+    fused: dict[str, str],
+    shapes: Mapping[str, Spec],
+    stacks: tuple[str, str],
+    names: tuple[str, ...],
+) -> Experts:
+    """[E, 2 I, H] or [E, I, H], and [E, H, I]; gate rows before up rows.
+
+    Args:
+        fused: stack -> key.
+        stacks: what these two stacks are called.
+        names: what their projections are called when written: (gate,) up, down.
+    """
     sizes = {name: shapes[key][1] for name, key in fused.items()}
-    first, gates = ("gate_up_proj", 2) if "gate_up_proj" in fused else ("up_proj", 1)
-    if set(sizes) != {first, "down_proj"}:
+    (first, second), gates = stacks, len(names) - 1
+    if set(sizes) != set(stacks):
         _incomplete(module, f"{name_keys(fused.values())}")
-    down = sizes["down_proj"]
+    down = sizes[second]
     wanted = (down[0], gates * down[2], down[1]) if len(down) == 3 else None
     if sizes[first] != wanted or 0 in down:
         raise UnsupportedError(
             f"quantize_checkpoint: {module} must hold {first} [E, {'2 * ' * (gates - 1)}I, H] and "
-            f"down_proj [E, H, I]; got {sizes}. Leave this layer out with layers=."
+            f"{second} [E, H, I]; got {sizes}. Leave this layer out with layers=."
         )
     count, hidden, intermediate = down
-    names = ("gate_proj", "up_proj")[2 - gates :]
     layer = Experts(module, count, [], [])
     for expert in range(count):
         rows = [slice(i * intermediate, (i + 1) * intermediate) for i in range(gates)]
@@ -161,11 +194,11 @@ def _read_fused(module: str, fused: dict[str, str], shapes: Mapping[str, Spec]) 
                     (intermediate, hidden),
                     expert,
                 )
-                for name, place in zip(names, rows, strict=True)
+                for name, place in zip(names[:-1], rows, strict=True)
             )
         )
-        name, shape = f"{module}.{expert}.down_proj", (hidden, intermediate)
-        layer.down.append(Part(name, fused["down_proj"], (expert,), shape, expert))
+        name, shape = f"{module}.{expert}.{names[-1]}", (hidden, intermediate)
+        layer.down.append(Part(name, fused[second], (expert,), shape, expert))
     return layer
 
 
@@ -211,29 +244,39 @@ def _incomplete(module: str, got: str) -> None:
     )
 
 
-def exclude_modules(shapes: Mapping[str, Spec], found: Iterable[Experts]) -> list[str]:
+def exclude_modules(
+    shapes: Mapping[str, Spec], found: Iterable[Experts], layers: int | None = None
+) -> list[str]:
     """Patterns of `fnmatch` for the modules that stay as they are.
 
     A module is whatever has a 2-D `weight`, or holds fused experts. As in ModelOpt's lists, a
     pattern is the shortest name that no quantised module shares, with a star where it stands for
-    modules below it; but no number ends one, since `layers.1*` would take layers.10 along.
+    modules below it; but no number ends one, since `layers.1*` would take layers.10 along. Only
+    behind the decoder's layers one does: no quantised layer has a higher number.
 
     Args:
         shapes: key -> (dtype, shape) of the checkpoint that is read.
         found: the experts that are quantised.
+        layers: of the model's decoder, see `find_experts`.
     """
     parts = [part for layer in found for group in layer.groups() for part in group]
-    names, sources = [part.name for part in parts], {part.source for part in parts}
+    names = [part.name for part in parts]
+    sources = {part.source.removesuffix(".weight") for part in parts}
     shared = {".".join(path[:end]) for path in _paths(names) for end in range(1, len(path) + 1)}
     modules = {
         key.removesuffix(".weight")
         for key, (_, shape) in shapes.items()
-        if (key.endswith(".weight") and len(shape) == 2) or FUSED.fullmatch(key)
+        if (key.endswith(".weight") and len(shape) == 2)
+        or FUSED.fullmatch(key)
+        or (GRANITE.fullmatch(key) and len(shape) == 3)
     }
     patterns = {"lm_head"}  # a tied one is not in the files, but other programs build it
-    for path in _paths(modules - shared - {*sources}):
-        end = 1
-        while end < len(path) and (".".join(path[:end]) in shared or path[end - 1].isdigit()):
+    for path in _paths(modules - shared - sources):
+        end, further = 1, mtp_module(".".join(path), layers)
+        while end < len(path) and (
+            (name := ".".join(path[:end])) in shared
+            or (path[end - 1].isdigit() and name != further)
+        ):
             end += 1
         patterns.add(".".join(path[:end]) + ("*" if end < len(path) else ""))
     wide = {p for p in patterns if p.endswith("*") and fnmatch.filter(names, p)}

@@ -2,26 +2,124 @@
 
 Named `<dst>.partial`. A journal holds the arguments and the source's fingerprint; a weight file
 that has its name is done (shard_file.py). config.json comes last, so nothing loads it before.
+While a process writes there it holds a lock on a file, which the system lets go when it dies.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import IO, Any
 
 from ..errors import CheckpointError
 from .files import CheckpointFiles
 from .header import name_keys, read_json
 from .shard_file import TEMPORARY, sync_directory, write_file
 
-__all__ = ["JOURNAL", "check_space", "close_partial", "fingerprint", "open_partial", "was_closed"]
+__all__ = [
+    "JOURNAL",
+    "LOCK",
+    "check_space",
+    "check_target",
+    "close_partial",
+    "fingerprint",
+    "locked",
+    "open_partial",
+    "was_closed",
+]
 
-JOURNAL = "fp4moe_unfinished.json"
+JOURNAL, LOCK = "fp4moe_unfinished.json", "fp4moe_running.lock"
+# What a file system without locks answers.
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+logger = logging.getLogger("fp4moe")
+
+
+def check_target(target: str) -> None:
+    """Refuse what a rename cannot put a directory in place of; an empty directory is accepted.
+
+    Raises:
+        CheckpointError: it is there and not empty, a link, or where a disk is mounted.
+    """
+    if not os.path.lexists(target) or os.path.isfile(os.path.join(target, JOURNAL)):
+        return
+    if os.path.isdir(target) and not os.path.islink(target) and not os.listdir(target):
+        if not os.path.ismount(target):
+            return
+        raise CheckpointError(
+            f"quantize_checkpoint: dst must not be where a disk is mounted; got {target!r}. Choose "
+            "a name below it."
+        )
+    raise CheckpointError(
+        f"quantize_checkpoint: dst must not exist yet, or be an empty directory; got {target!r}. "
+        "Remove it, or choose another name."
+    )
+
+
+@contextlib.contextmanager
+def locked(partial: str, target: str) -> Iterator[None]:
+    """Keep other processes from writing the same checkpoint; makes the partial directory.
+
+    Raises:
+        CheckpointError: another process is at it, or see `check_target`.
+    """
+    while True:
+        check_target(target)
+        closed = os.path.isfile(os.path.join(target, JOURNAL))
+        directory = target if closed else partial
+        if not os.path.isdir(directory):
+            os.makedirs(directory, exist_ok=True)
+            sync_directory(os.path.dirname(directory))
+        path = os.path.join(directory, LOCK)
+        with open(path, "a+") as file:
+            _lock(file, target)
+            # Its last holder may have renamed or removed it meanwhile: then look again.
+            if not _is_there(file, path) or closed != os.path.isfile(os.path.join(target, JOURNAL)):
+                continue
+            try:
+                check_target(target)
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
+                yield
+            finally:
+                if _is_there(file, path):
+                    os.remove(path)
+            return
+
+
+def _lock(file: IO[str], target: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise CheckpointError(
+            "quantize_checkpoint: dst must not be written by another process; got process "
+            f"{file.read().strip()} at work on {target!r}. Wait for it, or end it: a call with the "
+            "same arguments then goes on."
+        ) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        logger.warning(
+            "quantize_checkpoint: the file system of %r has no locks; let no other process write "
+            "there",
+            target,
+        )
+
+
+def _is_there(file: IO[str], path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def fingerprint(files: CheckpointFiles, others: Collection[str]) -> str:
@@ -34,18 +132,15 @@ def fingerprint(files: CheckpointFiles, others: Collection[str]) -> str:
 
 
 def open_partial(partial: str, arguments: Mapping[str, Any], expected: Collection[str]) -> None:
-    """Make the directory, or take over that of a killed run with the same arguments.
+    """Begin in the directory, or take over that of a killed run with the same arguments.
 
     Raises:
         CheckpointError: it is a run of something else, or holds files that are not `expected`.
     """
-    if not os.path.isdir(partial):
-        os.makedirs(partial)
-        sync_directory(os.path.dirname(partial))
     # Files that a killed run had begun, and no others.
     begun = re.compile(rf"({'|'.join(map(re.escape, [JOURNAL, *expected]))})\.\d+{TEMPORARY}")
     old = {name for name in os.listdir(partial) if begun.fullmatch(name)}
-    names = set(os.listdir(partial)) - old
+    names = set(os.listdir(partial)) - old - {LOCK}
     journal = os.path.join(partial, JOURNAL)
     if not names:
         write_file(journal, json.dumps(dict(arguments), indent=2).encode())
@@ -77,26 +172,32 @@ def check_space(partial: str, needed: int) -> None:
 
 
 def close_partial(partial: str, target: str) -> None:
-    """Give the finished directory its name, then remove the journal."""
+    """Give the finished directory its name, then remove the lock and, last, the journal."""
     sync_directory(partial)
     os.rename(partial, target)
     sync_directory(os.path.dirname(target))
-    os.remove(os.path.join(target, JOURNAL))
+    _clear(target)
 
 
 def was_closed(target: str, arguments: Mapping[str, Any]) -> bool:
     """Whether a run of these arguments was killed between its last two steps; ends it if so.
 
     Raises:
-        CheckpointError: `target` exists and is anything else.
+        CheckpointError: it was a run of other arguments.
     """
-    if not os.path.lexists(target):
-        return False
     journal = os.path.join(target, JOURNAL)
-    if not os.path.isfile(journal) or read_json(journal) != arguments:
+    if not os.path.isfile(journal):
+        return False
+    if read_json(journal) != arguments:
         raise CheckpointError(
             f"quantize_checkpoint: dst must not exist yet; got {target!r}. Remove it, or choose "
             "another name."
         )
-    os.remove(journal)
+    _clear(target)
     return True
+
+
+def _clear(target: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(target, LOCK))
+    os.remove(os.path.join(target, JOURNAL))

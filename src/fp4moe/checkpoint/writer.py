@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -22,11 +24,15 @@ from ..quantize import METHODS
 from ..version import __version__
 from .files import INDEX, PICKLES, CheckpointFiles
 from .modelopt_names import Experts, exclude_modules, find_experts, quantization_configs
+from .mtp import decoder_layers
 from .partial_run import (
     JOURNAL,
+    LOCK,
     check_space,
+    check_target,
     close_partial,
     fingerprint,
+    locked,
     open_partial,
     was_closed,
 )
@@ -36,9 +42,11 @@ from .write_stream import shard_tensors, worker_threads
 
 __all__ = ["WriteReport", "quantize_checkpoint"]
 
+logger = logging.getLogger("fp4moe")
 # Weights in other files, and code, which is never executed and so never handed on.
 NOT_COPIED = (".py", ".safetensors", ".index.json", ".gguf", ".h5", ".msgpack", *PICKLES)
-WRITTEN = ("config.json", "hf_quant_config.json", INDEX, JOURNAL)
+FOR_OTHERS = "for other programs: fp4moe.from_pretrained refuses these experts"
+WRITTEN = ("config.json", "hf_quant_config.json", INDEX, JOURNAL, LOCK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +60,9 @@ class WriteReport:
         quantized_share: part of the source's tensor bytes that is now NVFP4, 0 to 1.
         resumed: weight files that an earlier run had finished.
         not_copied: files and directories of the source that have no copy.
+        left_as_they_are: experts modules of multi-token prediction, copied as they are.
+        not_run_here: why fp4moe itself cannot run the experts yet, so that from_pretrained refuses
+            the files; programs that read ModelOpt's layout may.
     """
 
     directory: str
@@ -61,6 +72,8 @@ class WriteReport:
     quantized_share: float
     resumed: int
     not_copied: tuple[str, ...]
+    left_as_they_are: tuple[str, ...] = ()
+    not_run_here: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         text = (
@@ -68,6 +81,11 @@ class WriteReport:
             f"the bytes, are NVFP4; {self.source_bytes / 1e9:.3g} GB became "
             f"{self.written_bytes / 1e9:.3g} GB"
         )
+        if self.not_run_here:
+            text += f"\n{FOR_OTHERS}: {'; '.join(self.not_run_here)}"
+        if self.left_as_they_are:
+            text += "\nleft as they are (multi-token prediction): "
+            text += ", ".join(self.left_as_they_are)
         left = ", ".join(self.not_copied)
         return f"{text}\nnot copied (code, other weights, directories): {left}" if left else text
 
@@ -84,17 +102,19 @@ def quantize_checkpoint(
 ) -> WriteReport:
     """Write a copy of a Hugging Face checkpoint whose experts are NVFP4, in ModelOpt's layout.
 
-    All other tensors stay as they are; Python files are not copied. Files go to `<dst>.partial`,
-    which becomes `dst` by one rename at the end: a killed run leaves no `dst`, goes on when it is
-    called again, and gives the same bytes.
+    All other tensors stay as they are; Python files are not copied. Experts that fp4moe itself
+    cannot run yet (clamped gates) are written for other programs, with a warning. Files go to
+    `<dst>.partial`, which becomes `dst` by one rename at the end: a killed run leaves no `dst`,
+    goes on when it is called again, and gives the same bytes.
 
     Args:
         src: directory with safetensors and config.json; experts in bfloat16, float16 or float32,
             fused or one by one, their columns multiples of 16.
-        dst: directory that does not exist yet.
+        dst: directory that does not exist yet, or is empty.
         method: "max" or "mse", as in `quantize_nvfp4`.
         layers: regular expressions; an experts layer is quantised where one is found in its name,
-            such as "model.layers.3.mlp.experts". None takes all but multi-token prediction's.
+            such as "model.layers.3.mlp.experts". None takes all but those of multi-token
+            prediction: under names of their own (`mtp`), or numbered behind the decoder's layers.
         calibration: experts module -> (hidden_scale, intermediate_scale), decode multipliers
             amax / 2688; the second is a number or one per expert. Names are those of the model or
             of its files. The files then say NVFP4 and hold input_scale, else W4A16_NVFP4.
@@ -102,21 +122,23 @@ def quantize_checkpoint(
         progress: whether to show a bar over the bytes that are read, and the report.
 
     Raises:
-        CheckpointError: `src` is damaged, incomplete, unsafe or quantised; `dst` exists, or is a
-            partial run of something else; the disk is full or read-only (the partial run stays).
+        CheckpointError: `src` is damaged, incomplete, unsafe or quantised; `dst` exists, is a
+            partial run of something else, or another process writes it; the disk is full or
+            read-only (the partial run stays).
         UnsupportedError: no experts are found, or they are stored in an unknown way.
         ShapeError: an argument does not fit.
     """
     patterns = _check_arguments(method, layers, max_shard_bytes)
-    target = os.path.abspath(os.fspath(dst))
+    target = _target(dst)
     with CheckpointFiles.open(src) as files:
         if files.quantization is not None:
             raise CheckpointError(
                 "quantize_checkpoint: src must be a float checkpoint; got quantization "
                 f"{str(files.quantization)[:100]}. Pass the original."
             )
-        found = find_experts(files.shapes, patterns)
+        found, left = find_experts(files.shapes, patterns, decoder_layers(files.config))
         scales = input_scales(found, calibration)
+        refusals = _refusals(files)
         shards = plan_shards(files, found, scales, int(max_shard_bytes))
         names = set(os.listdir(files.directory))
         copied = sorted(name for name in names if _is_copied(files.directory, name))
@@ -130,7 +152,8 @@ def quantize_checkpoint(
         }
         small = _configuration(files, found, shards, calibrated=calibration is not None)
         try:
-            finished = _write(files, target, arguments, shards, copied, small, scales, progress)
+            with locked(target + ".partial", target):
+                finished = _write(files, target, arguments, shards, copied, small, scales, progress)
         except OSError as error:
             size = sum(shard.layout.size for shard in shards)
             raise CheckpointError(
@@ -146,6 +169,8 @@ def quantize_checkpoint(
             quantized_bytes(shards, files.shapes) / read,
             finished,
             tuple(sorted(names - {*copied, *files.shards, *WRITTEN})),
+            tuple(left),
+            tuple(refusals),
         )
     if progress:
         tqdm.write(str(report))
@@ -180,6 +205,40 @@ def _check_arguments(
     return patterns
 
 
+def _target(dst: str | os.PathLike[str]) -> str:
+    """The absolute path of the new directory, if that is possible there."""
+    path = os.fspath(dst)
+    try:
+        possible = bool(path) and b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise CheckpointError(
+            f"quantize_checkpoint: dst must be a path; got {path!r}. Choose a name."
+        )
+    target = os.path.abspath(path)
+    check_target(target)
+    return target
+
+
+def _refusals(files: CheckpointFiles) -> list[str]:
+    """Why from_pretrained will refuse the experts, said before hours are spent on them."""
+    if importlib.util.find_spec("transformers") is None:
+        return []
+    from ..integrations.from_config import experts_refusals, model_on_meta
+
+    try:
+        model = model_on_meta(files.directory, caller="quantize_checkpoint")
+    except CheckpointError as error:
+        # Files for other programs need no class of transformers.
+        logger.info("quantize_checkpoint: not known whether from_pretrained will load: %s", error)
+        return []
+    refusals = experts_refusals(model)
+    if refusals:
+        logger.warning("quantize_checkpoint: %s: %s", FOR_OTHERS, "; ".join(refusals))
+    return refusals
+
+
 def _is_copied(directory: str, name: str) -> bool:
     plain = not name.startswith(".") and not name.lower().endswith(NOT_COPIED)
     return plain and name not in WRITTEN and os.path.isfile(os.path.join(directory, name))
@@ -189,7 +248,8 @@ def _configuration(
     files: CheckpointFiles, found: list[Experts], shards: list[Shard], *, calibrated: bool
 ) -> dict[str, Any]:
     """File name -> content of the JSON files, config.json last."""
-    legacy, current = quantization_configs(exclude_modules(files.shapes, found), calibrated)
+    excluded = exclude_modules(files.shapes, found, decoder_layers(files.config))
+    legacy, current = quantization_configs(excluded, calibrated)
     contents: dict[str, Any] = {"hf_quant_config.json": legacy}
     if len(shards) > 1:
         weight_map = {key: shard.layout.name for shard in shards for key in shard.layout.places}

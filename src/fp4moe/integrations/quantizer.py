@@ -8,12 +8,12 @@ loading.py; registering it is explicit (`fp4moe.register_transformers`), but for
 from __future__ import annotations
 
 import functools
-import json
 import os
-import pathlib
 from typing import Any
 
 from ..checkpoint.compressed_tensors import is_nvfp4
+from ..checkpoint.header import read_json
+from ..checkpoint.modelopt import MODELOPT_METHODS, announces_nvfp4, resembles_modelopt
 from ..errors import UnsupportedError
 from .loading import Loading, Options
 from .parallelism import refuse_parallelism
@@ -127,16 +127,17 @@ def register_method() -> None:
 def register_formats() -> None:
     """Register it for ModelOpt's files and for compressed-tensors' NVFP4 ones; safe to repeat.
 
-    compressed-tensors' other formats stay with transformers' own quantizer. Configurations are then
-    read together with ModelOpt's hf_quant_config.json, which transformers alone does not open: it
-    would leave the experts random.
+    compressed-tensors' other formats stay with transformers' own quantizer, as do all others that
+    it knows. Configurations are then read together with ModelOpt's hf_quant_config.json, which
+    transformers alone does not open: it would leave the experts random.
 
     Raises:
         UnsupportedError: another quantizer claims ModelOpt's files.
     """
     from transformers.quantizers import auto
 
-    _claim("modelopt")
+    for method in MODELOPT_METHODS:
+        _claim(method)
     _read_hf_quant_config()
     config_class, quantizer_class = _classes()
     configs: Any = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -163,7 +164,6 @@ def register_formats() -> None:
 
 def _read_hf_quant_config() -> None:
     from transformers import PreTrainedConfig
-    from transformers.utils import cached_file
 
     plain: Any = PreTrainedConfig.get_config_dict.__func__  # type: ignore[attr-defined]
     if hasattr(plain, "for_fp4moe"):
@@ -171,14 +171,51 @@ def _read_hf_quant_config() -> None:
 
     def get_config_dict(cls, name, **kwargs):
         config, unused = plain(cls, name, **kwargs)
-        if "quantization_config" not in config and not os.path.isfile(name):
-            hub = {key: kwargs[key] for key in HUB if kwargs.get(key) is not None}
-            hub["_commit_hash"] = config.get("_commit_hash")
-            file = cached_file(name, FILE, _raise_exceptions_for_missing_entries=False, **hub)
-            if file is not None:
-                content = json.loads(pathlib.Path(file).read_text())
-                config["quantization_config"] = {"quant_method": "modelopt", **content}
+        entry = _entry(config)
+        known = _has_quantizer(entry)
+        if known and (entry.get("quant_method") in MODELOPT_METHODS or is_nvfp4(entry)):
+            return config, unused
+        content = None if os.path.isfile(name) else _hf_quant_config(name, config, kwargs, known)
+        if content is not None and (not known or announces_nvfp4(content)):
+            config["quantization_config"] = content | {"quant_method": "modelopt"}
+        elif not known and resembles_modelopt(entry):
+            # Claimed, whatever its name: loading reads it, or says what it is.
+            config["quantization_config"] = entry | {"quant_method": "modelopt"}
         return config, unused
 
     get_config_dict.for_fp4moe = True  # type: ignore[attr-defined]
     PreTrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[assignment]
+
+
+def _entry(config: dict[str, Any]) -> dict[str, Any]:
+    """The quantization entry where transformers looks for it; {} where there is none."""
+    entry, text = config.get("quantization_config"), config.get("text_config")
+    if entry is None and isinstance(text, dict):
+        entry = text.get("quantization_config")
+    return entry if isinstance(entry, dict) else {}
+
+
+def _has_quantizer(entry: dict[str, Any]) -> bool:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    if entry.get("load_in_8bit") or entry.get("load_in_4bit"):
+        return True  # bitsandbytes: transformers adds the rest of its name
+    method = entry.get("quant_method")
+    return isinstance(method, str) and method in AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+def _hf_quant_config(
+    name: Any, config: dict[str, Any], kwargs: Any, known: bool
+) -> dict[str, Any] | None:
+    """The content of hf_quant_config.json beside a configuration, None where there is none.
+
+    Where another quantizer is known to load the model, the hub need not answer.
+    """
+    from transformers.utils import cached_file
+
+    hub = {key: kwargs[key] for key in HUB if kwargs.get(key) is not None}
+    hub["_commit_hash"] = config.get("_commit_hash")
+    flags = ("missing_entries", *(("connection_errors", "gated_repo") if known else ()))
+    hub |= {f"_raise_exceptions_for_{flag}": False for flag in flags}
+    file = cached_file(name, FILE, **hub)
+    return None if file is None else read_json(file)
