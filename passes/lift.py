@@ -18,6 +18,7 @@ from torch import fx
 
 from fp4moe.float_weights import FloatWeights, StoredForm
 from fp4moe.identity import find_packed
+from fp4moe.kernels import Operands
 
 from .dataflow import meta_value
 from .locate import innermost_module
@@ -122,7 +123,7 @@ def lift_packed(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> LiftedGrap
     return LiftedGraph(lifted, inputs, kept, layers)
 
 
-def _operands(layer: PackedInput, inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+def _operands(layer: PackedInput, inputs: Sequence[Any]) -> Operands:
     packed = find_packed(layer.weights(inputs), layer.form, caller="backend")
     return packed.operands(layer.scale(inputs), caller="backend")
 
@@ -196,9 +197,9 @@ class _Lifting:
         mode = getattr(near, "fake_mode", None)
         nodes = []
         with self.gm.graph.inserting_after(last):
-            for number, tensor in reversed(list(enumerate(_operands(packed, self.values)))):
-                name = f"fp4moe_{len(self.layers)}_{number}"
-                node = self.gm.graph.placeholder(name)
+            operands = _operands(packed, self.values)._asdict()
+            for name, tensor in reversed(operands.items()):
+                node = self.gm.graph.placeholder(f"fp4moe_{len(self.layers)}_{name}")
                 node.meta["example_value"] = _fake(mode, tensor)
                 # Neither a guard nor a symbolic size, and for CUDA graphs an address that stays.
                 node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.float_weights import FloatWeights, StoredForm, pack_float
 from fp4moe.identity import find_packed
@@ -25,7 +26,7 @@ from fp4moe.stamps import is_experts_class
 
 from .dataflow import Flow, hinted_shape, meta_value
 from .hypotheses import Hypothesis
-from .insert import output_sizes
+from .insert import FUSED_OPERATORS, output_sizes
 from .locate import Region, find_regions
 from .regions import propose_regions
 from .report import BlockMatch
@@ -96,6 +97,8 @@ class Planner:
         found = [
             self._plan(region, trusted=not self.verify)
             for region in find_regions(self.gm.graph, is_experts_class)
+            # An earlier run has been here.
+            if not any(node.target in FUSED_OPERATORS for node in region.nodes)
         ]
         taken = {node for plan in found for node in plan.region.nodes}
         flow = Flow(self.gm.graph)
@@ -168,7 +171,7 @@ class Planner:
         else:
             known, owner = _verdicts, 0
         functions = tuple(node.target for node in nodes)
-        key = (owner, trusted, _structure(region), functions)
+        key = (owner, trusted, _structure(region), functions, tuple(ACTIVATIONS.items()))
         if key not in known:
             known[key] = (
                 Verdict(*trust_region(region)) if trusted else judge_region(self.gm, region)

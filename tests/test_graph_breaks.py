@@ -14,13 +14,20 @@ import warnings
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from tiny_models import MODELS, CapturingBackend, enlarge_latent_experts, keep_layers
+from tiny_models import (
+    MODELS,
+    CapturingBackend,
+    enlarge_latent_experts,
+    keep_layers,
+    packed_addresses,
+    table_entries,
+)
 from transformers import CompileConfig
 
 import fp4moe
 import fp4moe.compile
 from fp4moe.errors import UnsupportedError
-from fp4moe.passes import packing, show_graph
+from fp4moe.passes import show_graph
 from fp4moe.stamps import is_experts_class
 
 OPERATOR = torch.ops.fp4moe.nvfp4_moe.default
@@ -194,15 +201,6 @@ def test_whole_models_of_two_blocks(name):
     check_graph(inner.graphs[0], blocks=2)
 
 
-def buffers(graph_module):
-    """The addresses of what the operators read."""
-    return {
-        name: buffer.data_ptr()
-        for name, buffer in graph_module.named_buffers()
-        if name.startswith("fp4moe_") and buffer.numel()
-    }
-
-
 @pytest.mark.parametrize("name, whole", [("gemma4", False), ("nemotron_h", True)])
 def test_three_lengths_compile_twice_and_pack_once(name, whole):
     inner = CapturingBackend()
@@ -221,8 +219,8 @@ def test_three_lengths_compile_twice_and_pack_once(name, whole):
     weights = [p for n, p in model.named_parameters() if n.endswith(("up_proj", "gate_up_proj"))]
     weights = [p for p in weights if p.ndim == 3]
     assert len(weights) == blocks
-    assert all(len(packing._packed[weight]) == 1 for weight in weights)
-    first, second = map(buffers, inner.graphs)
+    assert all(len(table_entries(weight)) == 1 for weight in weights)
+    first, second = (packed_addresses(inner, number) for number in range(2))
     # Six packed tensors and two activation scales a block.
     assert first == second and len(first) == 8 * blocks
 

@@ -46,7 +46,9 @@ class WithPackedInputs:
     """
 
     def __init__(self, compiled: Callable, lifted: LiftedGraph, *, release: bool):
-        self.compiled, self.lifted, self.release = compiled, lifted, release
+        # Not its example inputs, which would live as long as the graph.
+        self.compiled, self.kept, self.layers = compiled, lifted.kept, lifted.layers
+        self.release = release
         self.models: dict[int, _Model] = {}
         self.lock = threading.Lock()
 
@@ -54,13 +56,13 @@ class WithPackedInputs:
         with self.lock:
             entries = self._entries(args)
         packed: list[torch.Tensor] = []
-        for entry, layer in zip(entries, self.lifted.layers, strict=True):
+        for entry, layer in zip(entries, self.layers, strict=True):
             packed += entry.operands(layer.scale(args), caller="backend")
-        return self.compiled(*[args[i] for i in self.lifted.kept], *packed)
+        return self.compiled(*[args[i] for i in self.kept], *packed)
 
     def _entries(self, args: Sequence[Any]) -> list[PackedFloats]:
         """The packed weights of all layers, after a look at the values of the float ones."""
-        first = args[self.lifted.layers[0].first[0]]
+        first = args[self.layers[0].first[0]]
         if capturing(first.device):
             return self._find(args)
         place = first.untyped_storage()._cdata
@@ -70,20 +72,20 @@ class WithPackedInputs:
             alive = {p: m for p, m in self.models.items() if all(e() for e in m.entries)}
             self.models = {**alive, place: (model := _Model())}
         known = [entry for reference in model.entries if (entry := reference()) is not None]
-        if len(known) == len(self.lifted.layers):
+        if len(known) == len(self.layers):
             changed = model.watch.read(() if model.on_gpu else self._pairs(known, args))
             if not changed and _unchanged(model.seen, args):
                 model.watch.look_again()
                 return known
         found = self._find(args)
-        for entry, layer in zip(found, self.lifted.layers, strict=True):
+        for entry, layer in zip(found, self.layers, strict=True):
             # Made here, so that the watch sees the factors per expert, too.
             entry.operands(layer.scale(args), caller="backend")
             if self.release:
                 self._release(entry, layer, args)
         pairs = self._pairs(found, args)
         model.entries = [weakref.ref(entry) for entry in found]
-        model.seen = [_see(i, args[i]) for layer in self.lifted.layers for i in layer.positions]
+        model.seen = [_see(i, args[i]) for layer in self.layers for i in layer.positions]
         model.on_gpu = all(tensor.device.type == "cuda" for tensor, _mark in pairs)
         model.watch.look(pairs)
         return found
@@ -91,7 +93,7 @@ class WithPackedInputs:
     def _find(self, args: Sequence[Any]) -> list[PackedFloats]:
         return [
             find_packed(layer.weights(args), layer.form, caller="backend")
-            for layer in self.lifted.layers
+            for layer in self.layers
         ]
 
     def _pairs(
@@ -99,7 +101,7 @@ class WithPackedInputs:
     ) -> list[tuple[torch.Tensor, Mark]]:
         return [
             pair
-            for entry, layer in zip(entries, self.lifted.layers, strict=True)
+            for entry, layer in zip(entries, self.layers, strict=True)
             for pair in entry.watched(layer.weights(args).flat(), layer.scale(args))
         ]
 
