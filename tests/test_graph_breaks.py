@@ -356,14 +356,6 @@ class TestShownGraph:
         assert_expected_inline(
             shown("gemma4", dynamic=False),
             """\
-fp4moe_N_gate_up_packed: u8[8, 96, 32] = attribute fp4moe_N_gate_up_packed
-fp4moe_N_gate_up_block_scale: u8[8, 96, 4] = attribute fp4moe_N_gate_up_block_scale
-fp4moe_N_gate_up_global_scale: f32[8] = attribute fp4moe_N_gate_up_global_scale
-fp4moe_N_down_packed: u8[8, 64, 24] = attribute fp4moe_N_down_packed
-fp4moe_N_down_block_scale: u8[8, 64, 3] = attribute fp4moe_N_down_block_scale
-fp4moe_N_down_global_scale: f32[8] = attribute fp4moe_N_down_global_scale
-fp4moe_N_hidden_scale: f32[1] = attribute fp4moe_N_hidden_scale
-fp4moe_N_intermediate_scale: f32[8] = attribute fp4moe_N_intermediate_scale
 nvfp4_moe_default: f32[10, 64] = fp4moe.nvfp4_moe.default(
     hidden_states_9, top_k_index, top_k_weights_2,
     fp4moe_N_gate_up_packed,
@@ -380,14 +372,6 @@ nvfp4_moe_default: f32[10, 64] = fp4moe.nvfp4_moe.default(
         assert_expected_inline(
             shown("gemma4", dynamic=True),
             """\
-fp4moe_N_gate_up_packed: u8[8, 96, 32] = attribute fp4moe_N_gate_up_packed
-fp4moe_N_gate_up_block_scale: u8[8, 96, 4] = attribute fp4moe_N_gate_up_block_scale
-fp4moe_N_gate_up_global_scale: f32[8] = attribute fp4moe_N_gate_up_global_scale
-fp4moe_N_down_packed: u8[8, 64, 24] = attribute fp4moe_N_down_packed
-fp4moe_N_down_block_scale: u8[8, 64, 3] = attribute fp4moe_N_down_block_scale
-fp4moe_N_down_global_scale: f32[8] = attribute fp4moe_N_down_global_scale
-fp4moe_N_hidden_scale: f32[1] = attribute fp4moe_N_hidden_scale
-fp4moe_N_intermediate_scale: f32[8] = attribute fp4moe_N_intermediate_scale
 nvfp4_moe_default: f32[2*s, 64] = fp4moe.nvfp4_moe.default(
     hidden_states_9, top_k_index, top_k_weights_2,
     fp4moe_N_gate_up_packed,
@@ -404,14 +388,6 @@ nvfp4_moe_default: f32[2*s, 64] = fp4moe.nvfp4_moe.default(
         assert_expected_inline(
             shown("nemotron_h", dynamic=False),
             """\
-fp4moe_N_gate_up_packed: u8[8, 48, 32] = attribute fp4moe_N_gate_up_packed
-fp4moe_N_gate_up_block_scale: u8[8, 48, 4] = attribute fp4moe_N_gate_up_block_scale
-fp4moe_N_gate_up_global_scale: f32[8] = attribute fp4moe_N_gate_up_global_scale
-fp4moe_N_down_packed: u8[8, 64, 24] = attribute fp4moe_N_down_packed
-fp4moe_N_down_block_scale: u8[8, 64, 3] = attribute fp4moe_N_down_block_scale
-fp4moe_N_down_global_scale: f32[8] = attribute fp4moe_N_down_global_scale
-fp4moe_N_hidden_scale: f32[1] = attribute fp4moe_N_hidden_scale
-fp4moe_N_intermediate_scale: f32[8] = attribute fp4moe_N_intermediate_scale
 nvfp4_moe_default: f32[10, 64] = fp4moe.nvfp4_moe.default(
     hidden_states_4, topk_indices, topk_weights_2,
     fp4moe_N_gate_up_packed,
@@ -428,14 +404,6 @@ nvfp4_moe_default: f32[10, 64] = fp4moe.nvfp4_moe.default(
         assert_expected_inline(
             shown("nemotron_h", dynamic=True),
             """\
-fp4moe_N_gate_up_packed: u8[8, 48, 32] = attribute fp4moe_N_gate_up_packed
-fp4moe_N_gate_up_block_scale: u8[8, 48, 4] = attribute fp4moe_N_gate_up_block_scale
-fp4moe_N_gate_up_global_scale: f32[8] = attribute fp4moe_N_gate_up_global_scale
-fp4moe_N_down_packed: u8[8, 64, 24] = attribute fp4moe_N_down_packed
-fp4moe_N_down_block_scale: u8[8, 64, 3] = attribute fp4moe_N_down_block_scale
-fp4moe_N_down_global_scale: f32[8] = attribute fp4moe_N_down_global_scale
-fp4moe_N_hidden_scale: f32[1] = attribute fp4moe_N_hidden_scale
-fp4moe_N_intermediate_scale: f32[8] = attribute fp4moe_N_intermediate_scale
 nvfp4_moe_default: f32[2*s, 64] = fp4moe.nvfp4_moe.default(
     hidden_states_4, topk_indices, topk_weights_2,
     fp4moe_N_gate_up_packed,
