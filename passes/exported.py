@@ -124,7 +124,8 @@ def rewrite_aten(
 ) -> tuple[RewriteReport, list[Rewritten]]:
     """Rewrite an ATen graph, whose modules are named by their classes' names, in place."""
     _map_classes(gm.graph, _class_of)
-    report, done = rewrite_graph(gm, values, kernel, verify, hidden_alignment, routing)
+    settings = (kernel, verify, hidden_alignment, routing)
+    report, done = rewrite_graph(gm, values, *settings, constants=True)
     _map_classes(gm.graph, _name_of)
     return report, done
 

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.experts import GATE_UP_LAYOUTS
+from fp4moe.float_weights import SEPARATE, StoredForm
+from fp4moe.formats import NVFP4
 
 __all__ = ["SEPARATE", "Hypothesis", "possible_hypotheses"]
-
-# Gate and up as tensors of their own, in the order of their use.
-SEPARATE = ("gate, up", "up, gate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +32,18 @@ class Hypothesis:
     activation: str
     down_transposed: bool = False
     weighting: str = "output"
+
+    def stored(self, kernel: str, hidden_alignment: int) -> StoredForm:
+        """Return what the weights mean and what to pack them into, as the operator takes it."""
+        return StoredForm(
+            NVFP4.name,
+            self.activation,
+            self.layout or "",
+            self.transposed,
+            self.down_transposed,
+            kernel,
+            hidden_alignment,
+        )
 
     def __str__(self) -> str:
         form = f"gated ({self.layout}) " if self.gated else ""

@@ -1,24 +1,34 @@
-"""Put the operator in the place of a region, with the metadata that compilers read."""
+"""Put the operator in the place of a region, with the metadata that compilers read.
+
+The operator takes the float weights and finds the packed ones itself (`float_moe`), or, in a
+program that owns its weights, packed ones that become attributes of the graph (`nvfp4_moe`).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any
 
 import torch
 from torch import fx
 
+from fp4moe.float_weights import FloatWeights, StoredForm
+from fp4moe.kernels import PreparedWeights
 from fp4moe.ops import nvfp4_moe_arguments
 
 from .dataflow import meta_value, result_node
 from .locate import Region
-from .packing import PackedExperts
 
-__all__ = ["FUSED_OPERATORS", "OPERATOR", "insert_operator", "output_sizes"]
+__all__ = ["FUSED_OPERATORS", "insert_operator", "output_sizes"]
 
-OPERATOR = torch.ops.fp4moe.nvfp4_moe.default
-FUSED_OPERATORS = (OPERATOR, torch.ops.fp4moe.nvfp4_moe_from_logits.default)
+FUSED_OPERATORS = tuple(
+    getattr(torch.ops.fp4moe, f"{kind}_moe{end}").default
+    for kind in ("nvfp4", "float")
+    for end in ("", "_from_logits")
+)
 aten = torch.ops.aten
+_numbers = itertools.count()
 
 
 def output_sizes(region: Region) -> list[Any] | None:
@@ -39,18 +49,23 @@ def output_sizes(region: Region) -> list[Any] | None:
 
 
 def insert_operator(
-    gm: fx.GraphModule, region: Region, packed: PackedExperts, weighting: str
+    gm: fx.GraphModule,
+    region: Region,
+    form: StoredForm,
+    weighting: str,
+    constants: PreparedWeights | None,
 ) -> None:
     """Insert the operator before the region's output and erase what is dead then.
 
     Args:
-        gm: changed in place, not recompiled. region: verified. packed: its weights.
+        gm: changed in place, not recompiled. region: verified. form: what its weights mean.
         weighting: "output", or "input" where the hidden states are weighted.
+        constants: packed weights for the graph to own, or None.
     """
     assert region.output is not None
     inside = set(region.nodes)
     with gm.graph.inserting_before(region.output):
-        result = _Maker(gm, region).block(packed, weighting)
+        result = _Maker(gm, region).block(form, weighting, constants)
     for node in (region.output, *region.aliases):
         node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
     for node in reversed(region.nodes):
@@ -72,7 +87,9 @@ class _Maker:
         self.key = "example_value" if "example_value" in self.hidden.meta else "val"
         self.fake_mode = getattr(meta_value(self.hidden), "fake_mode", None)
 
-    def block(self, packed: PackedExperts, weighting: str) -> fx.Node:
+    def block(
+        self, form: StoredForm, weighting: str, constants: PreparedWeights | None
+    ) -> fx.Node:
         """The operator, with what it takes before and what the graph expects behind it."""
         hidden = self.reshape(self.hidden, [-1, self.width])
         ids = self.reshape(self.ids, [-1, self.top_k])
@@ -88,18 +105,39 @@ class _Maker:
             ids, weights = self.reshape(ids, [-1, 1]), None
         if weights is None:
             weights = self.call(aten.ones_like.default, ids, dtype=torch.float32)
-        attributes = [
-            self.attribute(f"{packed.name}_{name}", tensor)
-            for name, tensor in packed.weights.operands._asdict().items()
-        ]
-        settings = nvfp4_moe_arguments(packed.weights, packed.kernel)[len(attributes) :]
-        result = self.call(OPERATOR, hidden, ids, weights, *attributes, *settings)
+        if constants is None:
+            floats = self.floats()
+            operator = torch.ops.fp4moe.float_moe.default
+            result = self.call(operator, hidden, ids, weights, *map(list, floats), *form)
+        else:
+            stem = f"fp4moe_{next(_numbers)}"
+            attributes = [
+                self.attribute(f"{stem}_{name}", tensor)
+                for name, tensor in constants.operands._asdict().items()
+            ]
+            settings = nvfp4_moe_arguments(constants, form.kernel)[len(attributes) :]
+            operator = torch.ops.fp4moe.nvfp4_moe.default
+            result = self.call(operator, hidden, ids, weights, *attributes, *settings)
         if weighting == "input" and self.top_k > 1:
             apart = self.reshape(result, [-1, self.top_k, self.width])
             result = self.call(aten.sum.dim_IntList, apart, [1])
         result = self.cast(self.shaped(result), self.result.dtype)
         result.meta[self.key] = self.result
         return result
+
+    def floats(self) -> FloatWeights:
+        """The nodes of the float weights, of this graph."""
+        roles = self.region.weights
+        groups = (roles["first"], roles.get("second", ()), roles["down"])
+        return FloatWeights(*(tuple(map(self.own, group)) for group in groups))
+
+    def own(self, node: fx.Node) -> Any:
+        """The node; or where a copy was searched, whose modules are functions, one like it."""
+        if node.graph is self.graph:
+            return node
+        like = self.graph.get_attr(str(node.target))
+        like.meta[self.key] = meta_value(node)
+        return like
 
     def routing_weights(self, ids: fx.Node) -> fx.Node | None:
         """[T, K], gathered from [T, E] where they are dense."""
@@ -162,13 +200,8 @@ class _Maker:
         return {name: self.output.meta[name] for name in names if name in self.output.meta}
 
     def attribute(self, name: str, tensor: torch.Tensor) -> fx.Node:
-        """Read a packed tensor, made a buffer of the graph module at first."""
-        if not hasattr(self.gm, name):
-            self.gm.register_buffer(name, tensor, persistent=False)
-            # AOTAutograd asks where each attribute of a dynamo graph comes from.
-            sources = getattr(self.gm, "_param_name_to_source", None)
-            if sources is not None:
-                sources[name] = torch._dynamo.source.ConstantSource(name)
+        """Read a packed tensor, made a buffer of the graph module."""
+        self.gm.register_buffer(name, tensor, persistent=False)
         node = self.graph.get_attr(name)
         # Static: the shape environment would otherwise make a symbol of each size.
         fake = self.fake_mode

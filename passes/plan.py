@@ -9,16 +9,25 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
+from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import ShapeError, UnsupportedError
-from fp4moe.kernels import MoeSpec, current_capability, select_kernel
+from fp4moe.float_weights import FloatWeights, StoredForm, pack_float
+from fp4moe.identity import find_packed
+from fp4moe.kernels import (
+    MoeSpec,
+    PreparedWeights,
+    current_capability,
+    get_kernel,
+    select_kernel,
+)
 from fp4moe.stamps import is_experts_class
 
 from .dataflow import Flow, hinted_shape, meta_value
 from .hypotheses import Hypothesis
-from .insert import output_sizes
+from .insert import FUSED_OPERATORS, output_sizes
 from .locate import Region, find_regions
-from .packing import PackedExperts, pack_once
 from .regions import propose_regions
 from .report import BlockMatch
 from .verify import Verdict, judge_region, trust_region
@@ -30,27 +39,43 @@ logger = logging.getLogger("fp4moe")
 
 @dataclasses.dataclass
 class Plan:
-    """What was decided about one block."""
+    """What was decided about one block.
+
+    Attributes:
+        stored: what its weights mean and are packed into; None where it is left, with reasons.
+        constants: the packed weights, where the graph is to own them.
+    """
 
     region: Region
     verdict: Verdict
     reasons: list[str]
-    packed: PackedExperts | None = None
+    stored: StoredForm | None = None
+    constants: PreparedWeights | None = None
 
     def match(self) -> BlockMatch:
         """Return its line of the report."""
         return BlockMatch(
             path=self.region.path,
             module=self.region.module_class,
-            rewritten=self.packed is not None,
+            rewritten=self.stored is not None,
             form=str(self.verdict.form) if self.verdict.form else None,
-            kernel=self.packed.kernel if self.packed else None,
+            kernel=self.stored.kernel if self.stored else None,
             reasons=tuple(self.reasons),
         )
 
 
+# What each distinct structure computes; the functions it calls are part of the key.
+_verdicts: dict[tuple, Verdict] = {}
+
+
 class Planner:
-    """Decides what happens to each block; each distinct structure is verified once."""
+    """Decides what happens to each block; each distinct structure is verified once.
+
+    Args:
+        gm: the graph. example_inputs: the values of its placeholders, None where computed.
+        kernel, verify, hidden_alignment: as of `rewrite_moe`.
+        constants: whether the graph is to own its packed weights.
+    """
 
     def __init__(
         self,
@@ -59,17 +84,21 @@ class Planner:
         kernel: str,
         verify: bool,
         hidden_alignment: int,
+        constants: bool,
     ):
+        self.constants = constants
         self.gm, self.kernel, self.verify, self.alignment = gm, kernel, verify, hidden_alignment
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.values = dict(zip(placeholders, example_inputs, strict=True))
-        self.verdicts: dict[str, Verdict] = {}
+        self.verdicts: dict[tuple, Verdict] = {}
 
     def plans(self) -> list[Plan]:
         """The blocks that say their name, then those that only their data flow shows."""
         found = [
             self._plan(region, trusted=not self.verify)
             for region in find_regions(self.gm.graph, is_experts_class)
+            # An earlier run has been here.
+            if not any(node.target in FUSED_OPERATORS for node in region.nodes)
         ]
         taken = {node for plan in found for node in plan.region.nodes}
         flow = Flow(self.gm.graph)
@@ -101,7 +130,8 @@ class Planner:
         if region.reasons and not region.by_flow:
             return unknown
         if not reasons:
-            reasons += _weight_reasons(*(w for group in weights.values() for w in group))
+            flat = [weight for group in weights.values() for weight in group]
+            reasons += _weight_reasons(flat, real=self.constants) or _gradient_reasons(region)
         if reasons and not region.by_flow:
             return unknown
         verdict = self._verdict(region, trusted)
@@ -118,19 +148,35 @@ class Planner:
         name, why = self._kernel(region, verdict.form, weights["first"][0])
         reasons += [why] if why else []
         if name and not reasons:
+            stored = verdict.form.stored(name, self.alignment)
+            floats = FloatWeights(weights["first"], weights.get("second", ()), weights["down"])
             try:
-                plan.packed = pack_once(weights, verdict.form, name, self.alignment)
+                if self.constants:
+                    packed = pack_float(floats, stored)
+                    kernel = get_kernel(name)
+                    plan.constants = kernel.prepare(packed, hidden_alignment=self.alignment)
+                elif not any(isinstance(weight, FakeTensor) for weight in floats.flat()):
+                    # Ahead of the first call, so that it can be inside a capture.
+                    find_packed(floats, stored, caller="rewrite_moe", thorough=True)
+                plan.stored = stored
             except ShapeError as error:
                 reasons.append(str(error))
         return plan
 
     def _verdict(self, region: Region, trusted: bool) -> Verdict:
-        key = _structure(region)
-        if key not in self.verdicts:
-            self.verdicts[key] = (
+        nodes = [*region.nodes, *region.support]
+        if any(node.op in ("get_attr", "call_module") for node in nodes):
+            # What it computes hangs on values that its structure does not show.
+            known, owner = self.verdicts, id(self.gm)
+        else:
+            known, owner = _verdicts, 0
+        functions = tuple(node.target for node in nodes)
+        key = (owner, trusted, _structure(region), functions, tuple(ACTIVATIONS.items()))
+        if key not in known:
+            known[key] = (
                 Verdict(*trust_region(region)) if trusted else judge_region(self.gm, region)
             )
-        return self.verdicts[key]
+        return known[key]
 
     def _parameters(self) -> set[fx.Node]:
         """Nodes that are stored weights, whatever their shape."""
@@ -172,20 +218,37 @@ class Planner:
             return None, str(error)
 
 
-def _weight_reasons(*weights: Any) -> list[str]:
+def _weight_reasons(weights: Sequence[Any], real: bool) -> list[str]:
     for weight in weights:
-        if not isinstance(weight, torch.Tensor) or isinstance(weight, torch._subclasses.FakeTensor):
+        fake = isinstance(weight, FakeTensor)
+        if not isinstance(weight, torch.Tensor) or (fake and real):
             return [
                 "its weights are computed in the graph or are not real tensors; only stored "
                 "weights can be packed"
             ]
-        if type(weight.data) is not torch.Tensor:
+        if not fake and type(weight.data) is not torch.Tensor:
             return [f"its weights are {type(weight.data).__name__}, not plain tensors"]
         if torch.is_grad_enabled() and weight.requires_grad:
             return [
                 "its weights require gradients; compile under torch.no_grad() or call "
                 "model.requires_grad_(False)"
             ]
+    return []
+
+
+def _gradient_reasons(region: Region) -> list[str]:
+    """Why training forbids it: the operator gives its inputs no gradient."""
+    inputs = {"hidden states": region.hidden, "routing weights": region.routing_weights}
+    needing = [
+        name
+        for name, node in inputs.items()
+        if node is not None and getattr(meta_value(node), "requires_grad", False)
+    ]
+    if torch.is_grad_enabled() and needing:
+        return [
+            f"its {' and '.join(needing)} need a gradient, which the fused operator does not give; "
+            "to run it without one, compile under torch.no_grad()"
+        ]
     return []
 
 

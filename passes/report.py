@@ -69,6 +69,14 @@ class RewriteReport:
         """Number of blocks rewritten."""
         return sum(block.rewritten for block in self.blocks)
 
+    def with_subgraph(self, other: RewriteReport) -> RewriteReport:
+        """Return this report with that of a graph inside a higher-order operator."""
+        return RewriteReport(
+            self.blocks + other.blocks,
+            self.already_fused + other.already_fused,
+            self.routing + other.routing,
+        )
+
     @property
     def near_misses(self) -> tuple[BlockMatch, ...]:
         """Blocks that were left, with their reasons."""

@@ -2,9 +2,10 @@
 
 Before: the nodes of a block, however it is written (sort and grouped_mm, bmm on gathered weights, a
 loop over experts, ...).
-After:  packed weights as attributes of the graph module, and one fp4moe.nvfp4_moe.
-Kept: routing unless asked, placeholders, size nodes that others use. Not handled: graphs whose
-weights are not real tensors, training.
+After:  one fp4moe.float_moe on the same float weights, whose packed ones it finds when it runs; in a
+program that owns its weights, packed ones as attributes and one fp4moe.nvfp4_moe.
+Kept: routing unless asked, placeholders, size nodes that others use. Not handled: weights that are
+computed in the graph, training.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from fp4moe.errors import check_choice
 from fp4moe.kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
 
 from .insert import FUSED_OPERATORS, insert_operator
-from .packing import PackedExperts
 from .plan import Planner
 from .report import ON_NO_MATCH, RewriteReport, report_no_match
 from .routing import fuse_routing
+from .subgraphs import subgraph_calls
 from .symbolic import has_shapes, in_original, with_shapes
 
 __all__ = ["Rewritten", "check_settings", "rewrite_graph", "rewrite_moe"]
@@ -37,7 +38,6 @@ class Rewritten:
     """A rewritten block and the nodes of its float weights."""
 
     path: str
-    packed: PackedExperts
     weight_nodes: tuple[fx.Node, ...]
 
 
@@ -63,10 +63,13 @@ def rewrite_moe(
 ) -> RewriteReport:
     """Replace each mixture-of-experts block by one operator on packed weights.
 
+    The operator takes the float weights of the graph and looks its packed ones up, so that the graph
+    follows them; for a program that owns its weights see `rewrite_exported`.
+
     Args:
         graph_module: a graph of torch.compile, torch.export or torch.fx.symbolic_trace; changed in
-            place.
-        example_inputs: the values of its placeholders; expert weights must be real tensors.
+            place, with the graphs of its higher-order operators.
+        example_inputs: the values of its placeholders.
         kernel: "auto" or a kernel's name, see `fp4moe.why_not`.
         verify: compare each distinct block's numbers with the definition. False trusts the names of
             Hugging Face experts modules (gate first, concatenated, the activation of its `act_fn`);
@@ -99,8 +102,14 @@ def rewrite_graph(
     verify: bool,
     hidden_alignment: int,
     routing: str,
+    *,
+    constants: bool = False,
 ) -> tuple[RewriteReport, list[Rewritten]]:
-    """As `rewrite_moe` with checked settings; also returns what was packed."""
+    """As `rewrite_moe` with checked settings; also returns what was rewritten.
+
+    Args:
+        constants: the graph is to own its packed weights, which become attributes.
+    """
     origin: dict[fx.Node, fx.Node] | None = None
     searched = gm
     if not has_shapes(gm):
@@ -109,14 +118,17 @@ def rewrite_graph(
     # Everything is decided before the graph changes, so that an error leaves it as it was.
     # Compilers may call under their fake mode, where no number can be asked and nothing packed.
     with unset_fake_temporarily():
-        plans = Planner(searched, example_inputs, kernel, verify, hidden_alignment).plans()
+        plans = Planner(
+            searched, example_inputs, kernel, verify, hidden_alignment, constants
+        ).plans()
     done: list[Rewritten] = []
     # From the last one: a region may read the output of an earlier one.
     for plan in reversed(plans):
-        if plan.packed is not None and plan.verdict.form is not None:
+        if plan.stored is not None and plan.verdict.form is not None:
             region = plan.region if origin is None else in_original(plan.region, origin)
-            insert_operator(gm, region, plan.packed, plan.verdict.form.weighting)
-            done.insert(0, Rewritten(region.path, plan.packed, region.weight_nodes()))
+            weighting = plan.verdict.form.weighting
+            insert_operator(gm, region, plan.stored, weighting, plan.constants)
+            done.insert(0, Rewritten(region.path, region.weight_nodes()))
     if origin is not None:
         # The shapes are those of one example, and half a graph of them would look like all.
         for node in gm.graph.nodes:
@@ -125,4 +137,15 @@ def rewrite_graph(
         gm.graph.lint()
         gm.recompile()
     matches = fuse_routing(gm, example_inputs, rewrite=routing == "fused")
-    return RewriteReport(tuple(plan.match() for plan in plans), already, matches), done
+    report = RewriteReport(tuple(plan.match() for plan in plans), already, matches)
+    if not constants:
+        values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+        seen: set[fx.GraphModule] = set()
+        for call in subgraph_calls(gm):
+            if call.graph_module not in seen:
+                seen.add(call.graph_module)
+                inner = [values.get(operand) for operand in call.operands]
+                settings = (kernel, verify, hidden_alignment, routing)
+                found, _done = rewrite_graph(call.graph_module, inner, *settings)
+                report = report.with_subgraph(found)
+    return report, done

@@ -1,14 +1,16 @@
 """Name the routing in front of each fused operator and, on request, hand it to the kernel.
 
-Before: logits [T, E] -> softmax or sigmoid, top-k, sum, div, ... -> fp4moe.nvfp4_moe.
-After:  logits [T, E] -> fp4moe.nvfp4_moe_from_logits; a factor per expert (Gemma4) is folded into
-the global scales of the down projection.
+Before: logits [T, E] -> softmax or sigmoid, top-k, sum, div, ... -> float_moe or nvfp4_moe.
+After:  logits [T, E] -> float_moe_from_logits or nvfp4_moe_from_logits. A factor per expert (Gemma4)
+goes with the float weights, or into the global scales of the packed down projection.
 Structure proposes (routing_slice.py), numbers decide (routing_forms.py). Not handled: logits that
 are not [T, E], methods without renormalisation, factors per expert that are not stored.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import logging
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from fp4moe.float_weights import FloatWeights, StoredForm
 from fp4moe.kernels import MoeSpec, Operands, current_capability, get_kernel
 
 from .dataflow import Flow, meta_value
@@ -32,17 +35,20 @@ __all__ = ["fuse_routing"]
 logger = logging.getLogger("fp4moe")
 GIVEN = torch.ops.fp4moe.nvfp4_moe.default
 FROM_LOGITS = torch.ops.fp4moe.nvfp4_moe_from_logits.default
+FLOAT = torch.ops.fp4moe.float_moe.default
+FLOAT_FROM_LOGITS = torch.ops.fp4moe.float_moe_from_logits.default
 NO_SHAPES = "the graph carries no shapes; capture it with torch.compile or torch.export"
 
 
 def fuse_routing(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, rewrite: bool = True
 ) -> tuple[RoutingMatch, ...]:
-    """Name the routing of each nvfp4_moe in a graph and hand it to the kernel, in place.
+    """Name the routing of each fused operator in a graph and hand it to the kernel, in place.
 
     Args:
         graph_module: a dynamo-level or ATen graph, after `rewrite_moe` or of a replaced model.
-        example_inputs: the values of its placeholders; a factor per expert must be a real tensor.
+        example_inputs: the values of its placeholders; a factor per expert that goes into packed
+            weights must be a real tensor.
         rewrite: False only names.
 
     Returns one RoutingMatch for each operator in graph order; what cannot be fused stays, with the
@@ -55,7 +61,7 @@ def fuse_routing(
     flow = Flow(gm.graph)
     shapes = has_shapes(gm)
     matches, plans = [], []
-    for operator in [node for node in gm.graph.nodes if node.target is GIVEN]:
+    for operator in [node for node in gm.graph.nodes if node.target in (GIVEN, FLOAT)]:
         found, form, why = _name(gm, flow, operator, known) if shapes else (None, None, NO_SHAPES)
         factors = None
         if found is not None and form is not None and not why:
@@ -86,9 +92,7 @@ def _name(
     known: dict[str, tuple[RoutingForm | None, str]],
 ) -> tuple[RoutingSlice | None, RoutingForm | None, str]:
     """Return (slice, form, "" or why it cannot be fused) for the longest slice that fits a form."""
-    num_experts = operator.args[14]
-    assert isinstance(num_experts, int)
-    found, why = cut_routing(gm, flow, operator, num_experts)
+    found, why = cut_routing(gm, flow, operator, _Layer.of(operator).num_experts)
     for each in found:
         key = each.structure()
         if key not in known:
@@ -111,6 +115,8 @@ def _scaled_down(
     """Return (down_global_scale times the factor per expert or None, why it cannot be computed)."""
     if form.output_scale is None:
         return None, ""
+    if operator.target is FLOAT:
+        return None, _factor_reason(values, found.vectors[form.output_scale])
     operand = _node(operator.args[3 + Operands._fields.index("down_global_scale")])
     node = found.vectors[form.output_scale]
     tensors = [_stored(gm, values, n) for n in (operand, node)]
@@ -126,21 +132,53 @@ def _scaled_down(
         return global_scale * scale.detach().float()[first : first + count], ""
 
 
+def _factor_reason(values: dict[fx.Node, Any], node: fx.Node) -> str:
+    """Why a factor per expert cannot go with the float weights; "" where it can."""
+    if node.op not in ("placeholder", "get_attr"):
+        return f"its factor per expert {node.name} is not a stored tensor"
+    tensor = values.get(node, meta_value(node))
+    if torch.is_grad_enabled() and getattr(tensor, "requires_grad", False):
+        return f"its factor per expert {node.name} requires gradients"
+    return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """What an operator's arguments say about its layer."""
+
+    activation: str
+    gated: bool
+    kernel: str
+    num_experts: int
+    intermediate_size: int
+
+    @classmethod
+    def of(cls, operator: fx.Node) -> _Layer:
+        args: Any = operator.args
+        if operator.target is FLOAT:
+            groups = (tuple(map(meta_value, group)) for group in args[3:6])
+            form = StoredForm(*args[6:])
+            experts, _hidden, intermediate = form.sizes(FloatWeights(*groups))
+            return cls(form.activation, form.gated, form.kernel, int(experts), int(intermediate))
+        activation, gated, kernel, num_experts, _offset = args[11:]
+        intermediate = int(meta_value(args[3 + Operands._fields.index("down_packed")]).shape[2]) * 2
+        return cls(activation, gated, kernel, num_experts, intermediate)
+
+
 def _kernel_reason(operator: fx.Node, form: RoutingForm) -> str:
     assert form.routing is not None
-    hidden, down = meta_value(_node(operator.args[0])), meta_value(_node(operator.args[6]))
-    activation, gated, kernel, num_experts, _ = operator.args[11:]
+    hidden, layer = meta_value(_node(operator.args[0])), _Layer.of(operator)
     spec = MoeSpec(
-        activation=str(activation),
-        gated=bool(gated),
+        activation=layer.activation,
+        gated=layer.gated,
         hidden_size=int(hidden.shape[1]),
-        intermediate_size=int(down.shape[2]) * 2,
-        num_experts=int(num_experts),  # type: ignore[arg-type]
+        intermediate_size=layer.intermediate_size,
+        num_experts=layer.num_experts,
         top_k=form.routing.top_k,
         capability=current_capability(hidden.device),
     )
-    reasons = get_kernel(str(kernel)).reasons_not_to_route(spec, form.routing)
-    return f"kernel {kernel} does not route so: {'; '.join(reasons)}" if reasons else ""
+    reasons = get_kernel(layer.kernel).reasons_not_to_route(spec, form.routing)
+    return f"kernel {layer.kernel} does not route so: {'; '.join(reasons)}" if reasons else ""
 
 
 def _node(argument: Any) -> fx.Node:
@@ -165,27 +203,43 @@ def _insert(
 ) -> None:
     """Put the operator that routes in place; factors is down's new scale, None for its own."""
     assert form.routing is not None
-    hidden, operands, settings = operator.args[0], list(operator.args[3:11]), operator.args[11:]
-    place = Operands._fields.index("down_global_scale")
+    hidden, place = operator.args[0], Operands._fields.index("down_global_scale")
+
+    def vector(number: int | None) -> fx.Node:
+        return _nothing(gm, found.logits) if number is None else found.vectors[number]
+
+    unscaled = None
     with gm.graph.inserting_before(operator):
-        if form.bias is not None:
-            bias = found.vectors[form.bias]
+        given = (hidden, found.logits, vector(form.bias))
+        if operator.target is FLOAT:
+            floats, settings = operator.args[3:6], operator.args[6:]
+            scale = vector(form.output_scale)
+            arguments = (*given, scale, *floats, *form.routing, *settings)
+            fused = gm.graph.call_function(FLOAT_FROM_LOGITS, arguments)
         else:
-            with unset_fake_temporarily():
-                empty = torch.empty(0, device=meta_value(found.logits).device)
-            bias = _attribute(gm, operator, "fp4moe_no_bias", empty)
-        if factors is not None:
-            unscaled = _node(operands[place])
-            name = f"fp4moe_scaled_{unscaled.name}"
-            operands[place] = _attribute(gm, operator, name, factors)
-        arguments = (hidden, found.logits, bias, *operands, *form.routing, *settings)
-        fused = gm.graph.call_function(FROM_LOGITS, arguments)
+            operands, settings = list(operator.args[3:11]), operator.args[11:]
+            if factors is not None:
+                unscaled = _node(operands[place])
+                name = f"fp4moe_scaled_{unscaled.name}"
+                operands[place] = _attribute(gm, operator, name, factors)
+            arguments = (*given, *operands, *form.routing, *settings)
+            fused = gm.graph.call_function(FROM_LOGITS, arguments)
     fused.meta.update(operator.meta)
     operator.replace_all_uses_with(fused)
     gm.graph.erase_node(operator)
-    if factors is not None and unscaled.op == "get_attr" and not unscaled.users:
+    if unscaled is not None and unscaled.op == "get_attr" and not unscaled.users:
         gm.graph.erase_node(unscaled)
     _erase_unused(gm.graph, flow, found)
+
+
+def _nothing(gm: fx.GraphModule, like: fx.Node) -> fx.Node:
+    """A float tensor of size 0, which stands for an absent one."""
+    node = gm.graph.call_function(torch.ops.aten.new_empty.default, (like, [0]))
+    key = "example_value" if "example_value" in like.meta else "val"
+    value = meta_value(like)
+    with getattr(value, "fake_mode", None) or contextlib.nullcontext():
+        node.meta[key] = value.new_empty([0])
+    return node
 
 
 def _attribute(gm: fx.GraphModule, near: fx.Node, name: str, tensor: torch.Tensor) -> fx.Node:

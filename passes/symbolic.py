@@ -77,7 +77,10 @@ def in_original(region: Region, origin: dict[fx.Node, fx.Node]) -> Region:
         hidden=original(region.hidden),
         expert_ids=original(region.expert_ids),
         routing_weights=original(region.routing_weights),
-        weights={r: tuple(origin.get(n, n) for n in ns) for r, ns in region.weights.items()},
+        weights={
+            role: tuple(original(n) if n in origin else n for n in nodes)
+            for role, nodes in region.weights.items()
+        },
         output=original(region.output),
         aliases=tuple(origin[node] for node in region.aliases),
     )

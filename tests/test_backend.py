@@ -20,14 +20,15 @@ from tiny_models import (
     gemma4,
     keep_layers,
     nemotron_h,
+    packed_addresses,
     routed,
+    table_entries,
 )
 from torch import nn
 
 import fp4moe
 from fp4moe.compile import BackendOptions
 from fp4moe.errors import UnsupportedError
-from fp4moe.passes import packing
 
 OPERATOR = torch.ops.fp4moe.nvfp4_moe.default
 BackendCompilerFailed = torch._dynamo.exc.BackendCompilerFailed
@@ -329,15 +330,19 @@ class TestGradients:
         )
 
     @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-    def test_frozen_weights_are_fused_and_backward_refuses(self, inner):
+    @pytest.mark.parametrize("place, name", [(0, "hidden states"), (2, "routing weights")])
+    def test_inputs_that_need_a_gradient_are_left(self, inner, place, name):
         block = Block(Gated)
-        hidden, ids, weights = routed(5)
-        hidden.requires_grad_(True)
-        actual = compiled(block, inner_backend=inner, on_no_match="error")(hidden, ids, weights)
-        assert actual.requires_grad
-        assert torch.equal(actual.detach(), run(replaced(block), *routed(5)))
-        with pytest.raises(UnsupportedError, match="backward must not be called"):
-            actual.sum().backward()
+        inputs = [*routed(5)]
+        inputs[place].requires_grad_(True)
+        model = compiled(block, inner_backend=inner)
+        with pytest.warns(UserWarning, match=f"experts: its {name} need a gradient"):
+            actual = model(*inputs)
+        expected = block(*inputs)
+        gradients = [torch.autograd.grad(out.sum(), inputs[place])[0] for out in (actual, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+        # The same graph without gradients is fused.
+        assert torch.equal(run(model, *routed(5)), run(replaced(block), *routed(5)))
 
     def test_no_grad_after_grad_is_fused(self):
         block = Block(Gated).requires_grad_(True)
@@ -368,24 +373,21 @@ def move(block):
 
 class TestChangedWeights:
     @pytest.mark.parametrize("change", [change_in_place, load, load_and_assign, move])
-    def test_raise_until_packed_again(self, change):
+    def test_the_next_call_uses_them(self, change):
         block = Block(Gated)
-        model = compiled(block)
+        inner = CapturingBackend()
+        model = compiled(block, inner_backend=inner)
         run(model, *routed(5))
         change(block)
-        with pytest.raises(UnsupportedError, match="expert weights of experts must stay") as caught:
-            run(model, *routed(5))
-        assert "Call torch.compiler.reset()" in str(caught.value)
-        torch.compiler.reset()
-        actual = run(model, *routed(5))
-        assert torch.equal(actual, run(replaced(block), *routed(5)))
+        expected = run(replaced(block), *routed(5))
+        assert torch.equal(run(model, *routed(5)), expected)
+        assert len(inner.graphs) == 1
 
     def test_new_numbers_are_packed(self):
         block = Block(Gated)
         model = compiled(block)
         before = run(model, *routed(5))
         block.experts.down_proj.mul_(2)
-        torch.compiler.reset()
         # Twice a weight is twice its global scale, to the bit.
         assert torch.equal(run(model, *routed(5)), 2 * before)
 
@@ -401,36 +403,33 @@ class TestPackedOnce:
             outputs.append(run(model, *routed(5)))
         assert torch.equal(*outputs)
         assert len(inner.graphs) == 2
-        assert len(packing._packed[block.experts.gate_up_proj]) == 1
-        first, second = (
-            {name: buffer.data_ptr() for name, buffer in graph.named_buffers()}
-            for graph in inner.graphs
-        )
+        assert len(table_entries(block.experts.gate_up_proj)) == 1
+        first, second = (packed_addresses(inner, number) for number in range(2))
         assert first == second and len(first) == 8
 
     def test_each_kernel_has_its_own(self):
         block = Block(Gated)
         for kernel in ("reference", "reference_w4a4", "reference"):
             run(compiled(block, kernel=kernel), *routed(5))
-        assert len(packing._packed[block.experts.gate_up_proj]) == 2
+        assert len(table_entries(block.experts.gate_up_proj)) == 2
 
     def test_dies_with_the_parameter(self):
         block = Block(Gated)
-        run(compiled(block), *routed(5))
+        # An inner backend that keeps no example inputs.
+        model = compiled(block, inner_backend="eager")
+        run(model, *routed(5))
         first = block.experts.gate_up_proj
-        ((_, packed),) = packing._packed[first].values()
-        before = len(packing._packed)
-        alive = weakref.ref(packed), weakref.ref(first)
-        del packed, first, block
-        torch.compiler.reset()
+        (packed,) = table_entries(first)
+        operand = packed.prepared.operands.down_packed
+        alive = weakref.ref(packed), weakref.ref(first), weakref.ref(operand)
+        # The graph, which is still there, keeps none of them.
+        del packed, first, operand, block, model
         gc.collect()
-        assert [reference() for reference in alive] == [None, None]
-        assert len(packing._packed) < before
+        assert [reference() for reference in alive] == [None, None, None]
 
     def test_keeps_no_parameter_alive(self):
         block = Block(Gated)
         run(compiled(block), *routed(5))
-        torch.compiler.reset()
         alive = [weakref.ref(p) for p in block.parameters()]
         block.experts.down_proj = None
         gc.collect()

@@ -39,7 +39,7 @@ from fp4moe.passes import probes, rewrite_exported, rewrite_moe, verify, verify_
 from fp4moe.passes.dataflow import Flow, operation_name
 from fp4moe.passes.regions import propose_regions
 
-OPERATOR = torch.ops.fp4moe.nvfp4_moe.default
+OPERATOR = torch.ops.fp4moe.float_moe.default
 TABLE = pathlib.Path(__file__).parents[1] / "benchmarks" / "results" / "ways_of_writing.md"
 # What a tracer raises where Python would need a value that only a run knows.
 NOT_CAPTURED = (

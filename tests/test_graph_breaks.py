@@ -14,13 +14,20 @@ import warnings
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from tiny_models import MODELS, CapturingBackend, enlarge_latent_experts, keep_layers
+from tiny_models import (
+    MODELS,
+    CapturingBackend,
+    enlarge_latent_experts,
+    keep_layers,
+    packed_addresses,
+    table_entries,
+)
 from transformers import CompileConfig
 
 import fp4moe
 import fp4moe.compile
 from fp4moe.errors import UnsupportedError
-from fp4moe.passes import packing, show_graph
+from fp4moe.passes import show_graph
 from fp4moe.stamps import is_experts_class
 
 OPERATOR = torch.ops.fp4moe.nvfp4_moe.default
@@ -194,15 +201,6 @@ def test_whole_models_of_two_blocks(name):
     check_graph(inner.graphs[0], blocks=2)
 
 
-def buffers(graph_module):
-    """The addresses of what the operators read."""
-    return {
-        name: buffer.data_ptr()
-        for name, buffer in graph_module.named_buffers()
-        if name.startswith("fp4moe_") and buffer.numel()
-    }
-
-
 @pytest.mark.parametrize("name, whole", [("gemma4", False), ("nemotron_h", True)])
 def test_three_lengths_compile_twice_and_pack_once(name, whole):
     inner = CapturingBackend()
@@ -221,8 +219,8 @@ def test_three_lengths_compile_twice_and_pack_once(name, whole):
     weights = [p for n, p in model.named_parameters() if n.endswith(("up_proj", "gate_up_proj"))]
     weights = [p for p in weights if p.ndim == 3]
     assert len(weights) == blocks
-    assert all(len(packing._packed[weight]) == 1 for weight in weights)
-    first, second = map(buffers, inner.graphs)
+    assert all(len(table_entries(weight)) == 1 for weight in weights)
+    first, second = (packed_addresses(inner, number) for number in range(2))
     # Six packed tensors and two activation scales a block.
     assert first == second and len(first) == 8 * blocks
 
@@ -358,14 +356,6 @@ class TestShownGraph:
         assert_expected_inline(
             shown("gemma4", dynamic=False),
             """\
-fp4moe_N_gate_up_packed: u8[8, 96, 32] = attribute fp4moe_N_gate_up_packed
-fp4moe_N_gate_up_block_scale: u8[8, 96, 4] = attribute fp4moe_N_gate_up_block_scale
-fp4moe_N_gate_up_global_scale: f32[8] = attribute fp4moe_N_gate_up_global_scale
-fp4moe_N_down_packed: u8[8, 64, 24] = attribute fp4moe_N_down_packed
-fp4moe_N_down_block_scale: u8[8, 64, 3] = attribute fp4moe_N_down_block_scale
-fp4moe_N_down_global_scale: f32[8] = attribute fp4moe_N_down_global_scale
-fp4moe_N_hidden_scale: f32[1] = attribute fp4moe_N_hidden_scale
-fp4moe_N_intermediate_scale: f32[8] = attribute fp4moe_N_intermediate_scale
 nvfp4_moe_default: f32[10, 64] = fp4moe.nvfp4_moe.default(
     hidden_states_9, top_k_index, top_k_weights_2,
     fp4moe_N_gate_up_packed,
@@ -382,14 +372,6 @@ nvfp4_moe_default: f32[10, 64] = fp4moe.nvfp4_moe.default(
         assert_expected_inline(
             shown("gemma4", dynamic=True),
             """\
-fp4moe_N_gate_up_packed: u8[8, 96, 32] = attribute fp4moe_N_gate_up_packed
-fp4moe_N_gate_up_block_scale: u8[8, 96, 4] = attribute fp4moe_N_gate_up_block_scale
-fp4moe_N_gate_up_global_scale: f32[8] = attribute fp4moe_N_gate_up_global_scale
-fp4moe_N_down_packed: u8[8, 64, 24] = attribute fp4moe_N_down_packed
-fp4moe_N_down_block_scale: u8[8, 64, 3] = attribute fp4moe_N_down_block_scale
-fp4moe_N_down_global_scale: f32[8] = attribute fp4moe_N_down_global_scale
-fp4moe_N_hidden_scale: f32[1] = attribute fp4moe_N_hidden_scale
-fp4moe_N_intermediate_scale: f32[8] = attribute fp4moe_N_intermediate_scale
 nvfp4_moe_default: f32[2*s, 64] = fp4moe.nvfp4_moe.default(
     hidden_states_9, top_k_index, top_k_weights_2,
     fp4moe_N_gate_up_packed,
@@ -406,14 +388,6 @@ nvfp4_moe_default: f32[2*s, 64] = fp4moe.nvfp4_moe.default(
         assert_expected_inline(
             shown("nemotron_h", dynamic=False),
             """\
-fp4moe_N_gate_up_packed: u8[8, 48, 32] = attribute fp4moe_N_gate_up_packed
-fp4moe_N_gate_up_block_scale: u8[8, 48, 4] = attribute fp4moe_N_gate_up_block_scale
-fp4moe_N_gate_up_global_scale: f32[8] = attribute fp4moe_N_gate_up_global_scale
-fp4moe_N_down_packed: u8[8, 64, 24] = attribute fp4moe_N_down_packed
-fp4moe_N_down_block_scale: u8[8, 64, 3] = attribute fp4moe_N_down_block_scale
-fp4moe_N_down_global_scale: f32[8] = attribute fp4moe_N_down_global_scale
-fp4moe_N_hidden_scale: f32[1] = attribute fp4moe_N_hidden_scale
-fp4moe_N_intermediate_scale: f32[8] = attribute fp4moe_N_intermediate_scale
 nvfp4_moe_default: f32[10, 64] = fp4moe.nvfp4_moe.default(
     hidden_states_4, topk_indices, topk_weights_2,
     fp4moe_N_gate_up_packed,
@@ -430,14 +404,6 @@ nvfp4_moe_default: f32[10, 64] = fp4moe.nvfp4_moe.default(
         assert_expected_inline(
             shown("nemotron_h", dynamic=True),
             """\
-fp4moe_N_gate_up_packed: u8[8, 48, 32] = attribute fp4moe_N_gate_up_packed
-fp4moe_N_gate_up_block_scale: u8[8, 48, 4] = attribute fp4moe_N_gate_up_block_scale
-fp4moe_N_gate_up_global_scale: f32[8] = attribute fp4moe_N_gate_up_global_scale
-fp4moe_N_down_packed: u8[8, 64, 24] = attribute fp4moe_N_down_packed
-fp4moe_N_down_block_scale: u8[8, 64, 3] = attribute fp4moe_N_down_block_scale
-fp4moe_N_down_global_scale: f32[8] = attribute fp4moe_N_down_global_scale
-fp4moe_N_hidden_scale: f32[1] = attribute fp4moe_N_hidden_scale
-fp4moe_N_intermediate_scale: f32[8] = attribute fp4moe_N_intermediate_scale
 nvfp4_moe_default: f32[2*s, 64] = fp4moe.nvfp4_moe.default(
     hidden_states_4, topk_indices, topk_weights_2,
     fp4moe_N_gate_up_packed,

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from moe_layers import hidden, moe_layer
-from tiny_models import Block, CapturingBackend, experts_class, routed
+from tiny_models import Block, CapturingBackend, experts_class, routed, table_entries
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import config
@@ -21,7 +21,7 @@ from fp4moe import inductor_pass
 from fp4moe.errors import UnsupportedError
 from fp4moe.inductor_pass import MoePass
 
-OPERATOR = torch.ops.fp4moe.nvfp4_moe.default
+OPERATOR = torch.ops.fp4moe.float_moe.default
 BackendCompilerFailed = torch._dynamo.exc.BackendCompilerFailed
 Gated = experts_class()
 # torch 2.11 and 2.12 have no other way.
@@ -168,17 +168,18 @@ class TestRefused:
             torch._dynamo.reset()
             compiled(nn.Linear(4, 4), fp4moe.inductor_options())(torch.ones(2, 4))
 
-    def test_weights_that_are_not_known(self):
-        backend = CapturingBackend()
+    def test_weights_that_are_not_known_are_packed_when_they_come(self):
+        backend, block = CapturingBackend(), Block(Gated)
         with torch.no_grad():
-            torch.compile(Block(Gated), backend=backend)(*routed(5))
-        graph = backend.graphs[0].graph
+            torch.compile(block, backend=backend)(*routed(5))
+        graph = backend.graphs[0]
         # Dynamo forgets its record of the inputs once the backend returns.
-        each = MoePass(on_no_match="error")
         with config.patch(EARLY), torch.no_grad():
-            with pytest.raises(UnsupportedError, match="not real tensors"):
-                each(graph)
-        assert not [node for node in graph.nodes if node.target is OPERATOR]
+            MoePass(on_no_match="error")(graph.graph)
+            assert not table_entries(block.experts.down_proj)
+            (actual,) = graph(*backend.inputs[0])
+            assert torch.equal(actual, replaced(block)(*routed(5)))
+        assert [node.target for node in graph.graph.nodes].count(OPERATOR) == 1
 
     def test_weights_that_are_trained(self):
         each = MoePass()

@@ -22,6 +22,8 @@ from transformers import (
 from transformers.integrations.moe import use_experts_implementation
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from fp4moe import identity
+
 COMMON = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -269,6 +271,23 @@ class CapturingBackend:
     def __deepcopy__(self, memo):
         # generate() copies its configuration, options of the backend included.
         return self
+
+
+def table_entries(weight):
+    """What is packed of a float weight, in every form."""
+    place = weight.untyped_storage()._cdata
+    return [e for e in identity._table.values() if any(m.place == place for m in e.marks)]
+
+
+def packed_addresses(backend, number):
+    """Where the operators of a captured graph find their packed weights."""
+    graph, inputs = backend.graphs[number], backend.inputs[number]
+    names = [node.name for node in graph.graph.find_nodes(op="placeholder")]
+    return {
+        name: value.data_ptr()
+        for name, value in zip(names, inputs, strict=True)
+        if name.startswith("fp4moe_")
+    }
 
 
 def experts_class(

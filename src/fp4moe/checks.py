@@ -7,14 +7,17 @@ from typing import NoReturn
 import torch
 
 from .activations import ACTIVATIONS, get_activation
-from .errors import ShapeError, UnsupportedError
+from .errors import ShapeError, UnsupportedError, check_choice
+from .expert_quantize import GATE_UP_LAYOUTS
+from .float_weights import SEPARATE, FloatWeights, StoredForm
 from .formats import NVFP4
-from .kernels import FUSED_ROUTING_METHODS, KERNELS, get_kernel
+from .kernels import FUSED_ROUTING_METHODS, HIDDEN_ALIGNMENTS, KERNELS, get_kernel
 
-__all__ = ["check_moe", "check_moe_from_logits"]
+__all__ = ["check_float_moe", "check_float_moe_from_logits", "check_moe", "check_moe_from_logits"]
 
 BLOCK = NVFP4.block_size
 HIDDEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FLOAT_DTYPES = (*HIDDEN_DTYPES, torch.float64)
 ID_DTYPES = (torch.int32, torch.int64)
 
 
@@ -28,7 +31,18 @@ def _describe(tensor: torch.Tensor) -> str:
 
 def check_moe(hidden, expert_ids, routing_weights, *args) -> None:
     """Raise unless the arguments of `fp4moe::nvfp4_moe` fit together."""
-    name = "nvfp4_moe"
+    _check_choice("nvfp4_moe", hidden, expert_ids, routing_weights)
+    _check_weights("nvfp4_moe", hidden, *args)
+
+
+def check_float_moe(hidden, expert_ids, routing_weights, first, second, down, *form) -> None:
+    """Raise unless the arguments of `fp4moe::float_moe` fit together."""
+    _check_choice("float_moe", hidden, expert_ids, routing_weights)
+    weights = FloatWeights(first, second, down)
+    _check_floats("float_moe", hidden, weights, StoredForm(*form))
+
+
+def _check_choice(name, hidden, expert_ids, routing_weights) -> None:
     _check_hidden(name, hidden)
     tokens = hidden.shape[0]
     if expert_ids.ndim != 2 or expert_ids.dtype not in ID_DTYPES or expert_ids.shape[0] != tokens:
@@ -47,7 +61,6 @@ def check_moe(hidden, expert_ids, routing_weights, *args) -> None:
             _describe(routing_weights),
             "Pass one weight an id.",
         )
-    _check_weights(name, hidden, *args)
     if not hidden.device == expert_ids.device == routing_weights.device:
         got = f"{expert_ids.device} and {routing_weights.device}"
         rule = f"be on the device of hidden, {hidden.device}"
@@ -56,10 +69,43 @@ def check_moe(hidden, expert_ids, routing_weights, *args) -> None:
 
 def check_moe_from_logits(hidden, router_logits, routing_bias, *args) -> None:
     """Raise unless the arguments of `fp4moe::nvfp4_moe_from_logits` fit together."""
-    name = "nvfp4_moe_from_logits"
+    name, num_experts = "nvfp4_moe_from_logits", args[16]
+    _check_logits(name, hidden, router_logits, routing_bias, num_experts, *args[8:13])
+    _check_weights(name, hidden, *args[:8], *args[13:])
+
+
+def check_float_moe_from_logits(
+    hidden, router_logits, routing_bias, output_scale, first, second, down, *args
+) -> None:
+    """Raise unless the arguments of `fp4moe::float_moe_from_logits` fit together."""
+    name, form = "float_moe_from_logits", StoredForm(*args[5:])
+    weights = FloatWeights(first, second, down)
+    _check_floats(name, hidden, weights, form)
+    num_experts = form.sizes(weights)[0]
+    _check_logits(name, hidden, router_logits, routing_bias, num_experts, *args[:5])
+    if (
+        output_scale.shape not in ((0,), (num_experts,))
+        or not output_scale.dtype.is_floating_point
+        or output_scale.device != hidden.device
+    ):
+        rule = f"be float, of length 0 or {num_experts}, on {hidden.device}"
+        advice = "Pass an empty tensor for none."
+        _fail(name, "output_scale", rule, _describe(output_scale), advice)
+
+
+def _check_logits(
+    name,
+    hidden,
+    router_logits,
+    routing_bias,
+    num_experts,
+    method,
+    top_k,
+    num_groups,
+    top_groups,
+    routing_scaling,
+) -> None:
     _check_hidden(name, hidden)
-    method, top_k, num_groups, top_groups, _ = args[8:13]
-    num_experts = args[16]
     expected = (hidden.shape[0], num_experts)
     if router_logits.dtype not in HIDDEN_DTYPES or router_logits.shape != expected:
         _fail(
@@ -92,7 +138,6 @@ def check_moe_from_logits(hidden, router_logits, routing_bias, *args) -> None:
         rule = f"satisfy 1 <= top_groups <= {num_groups} and 1 <= top_k <= top_groups x {size}"
         got = f"{top_groups} and {top_k}"
         _fail(name, "top_groups and top_k", rule, got, "Pass the model's own.")
-    _check_weights(name, hidden, *args[:8], *args[13:])
     if not hidden.device == router_logits.device == routing_bias.device:
         got = f"{router_logits.device} and {routing_bias.device}"
         rule = f"be on the device of hidden, {hidden.device}"
@@ -108,6 +153,48 @@ def _check_hidden(name, hidden) -> None:
             _describe(hidden),
             "Flatten the tokens to one axis.",
         )
+
+
+def _check_floats(name, hidden, weights: FloatWeights, form: StoredForm) -> None:
+    get_activation(form.activation, caller=name)
+    get_kernel(form.kernel)
+    for argument, value, choices in (
+        ("format", form.format, (NVFP4.name,)),
+        ("layout", form.layout, ("", *GATE_UP_LAYOUTS, *SEPARATE)),
+        ("hidden_alignment", form.hidden_alignment, HIDDEN_ALIGNMENTS),
+    ):
+        check_choice(argument, value, choices, caller=name)
+    if not weights.first or not weights.down:
+        got = f"{len(weights.first)} and {len(weights.down)}"
+        _fail(name, "first and down", "hold tensors", got, "Pass lists.")
+    experts, hidden_size, intermediate = form.sizes(weights)
+    if hidden.shape[1] != hidden_size:
+        rule = f"have {hidden_size} columns, as its experts"
+        _fail(name, "hidden", rule, list(hidden.shape), "Pass this layer's input.")
+    rows = intermediate * (2 if form.layout in GATE_UP_LAYOUTS else 1)
+    up = (hidden_size, rows) if form.transposed else (rows, hidden_size)
+    down = (intermediate, hidden_size) if form.down_transposed else (hidden_size, intermediate)
+    shapes = {"first": up, "down": down} | ({"second": up} if form.layout in SEPARATE else {})
+    if ("second" in shapes) != bool(weights.second):
+        rule = f"hold {'tensors' if 'second' in shapes else 'nothing'} for layout {form.layout!r}"
+        _fail(name, "second", rule, len(weights.second), "Pass gate and up as the layout says.")
+    dtype = weights.down[0].dtype
+    for role, shape in shapes.items():
+        group = getattr(weights, role)
+        stacked = len(group) == 1 and group[0].ndim == 3
+        if not stacked and len(group) != experts:
+            rule = f"hold one stacked tensor or {experts}, one an expert"
+            _fail(name, role, rule, len(group), "Pass the weights of all experts.")
+        shape = (experts, *shape) if stacked else shape
+        for tensor in group:
+            if (
+                tensor.shape != shape
+                or tensor.device != hidden.device
+                or tensor.dtype != dtype
+                or dtype not in FLOAT_DTYPES
+            ):
+                rule = f"be float {list(shape)} on {hidden.device}, of one dtype"
+                _fail(name, role, rule, _describe(tensor), "Pass the weights of this layer.")
 
 
 def _check_weights(

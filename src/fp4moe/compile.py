@@ -21,9 +21,10 @@ from .kernels import (
     ROUTINGS,
     check_kernel_name,
 )
-from .passes.packing import weight_state
+from .packed_inputs import WithPackedInputs
+from .passes.lift import lift_packed
 from .passes.report import ON_NO_MATCH, RewriteReport, report_no_match
-from .passes.rewrite import Rewritten, rewrite_graph
+from .passes.rewrite import rewrite_graph
 from .stamps import is_experts_class
 from .tensorrt import BACKENDS, import_torch_tensorrt, with_defaults
 
@@ -115,15 +116,18 @@ def backend(
     """Rewrite the mixture-of-experts blocks of a graph and compile it with the inner backend.
 
     Pass it to `torch.compile(model, backend=fp4moe.backend, options={...})`; see `BackendOptions`
-    for the options. `mode` is handed on to the inner backend where that takes one. Each distinct
-    weight is packed once and shared by all graphs. The packed numbers are those at compile time: a
-    later change of a weight raises at the next call.
+    for the options. `mode` is handed on to the inner backend where that takes one.
+
+    The compiled graph holds no weights: it serves every module that torch.compile runs with it. The
+    packed weights are looked up by the float ones at each call, packed at first sight, shared by
+    all graphs, and die with the float ones. Float weights that change are packed again at the next
+    call; where only their values tell, as of writes through `.data`, on a GPU at the call after.
 
     Raises:
         UnsupportedError: an unknown option, or no block in the graph with on_no_match="error".
     """
     parsed = BackendOptions.parse(options)
-    report, rewritten = rewrite_graph(
+    report, _ = rewrite_graph(
         graph_module,
         example_inputs,
         parsed.kernel,
@@ -133,13 +137,24 @@ def backend(
     )
     logger.info("fp4moe.backend: %s", report)
     _report_problems(report, parsed)
-    compiled = _call_inner(parsed, mode, graph_module, example_inputs)
-    if not rewritten:
-        return compiled
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    if parsed.release_weights:
-        _release(rewritten, placeholders, example_inputs)
-    return _with_weight_check(compiled, rewritten, placeholders)
+    lifted = lift_packed(graph_module, example_inputs)
+    if not lifted.layers:
+        return _call_inner(parsed, mode, graph_module, example_inputs)
+    _keep_static(lifted.inputs[len(lifted.kept) :])
+    compiled = _call_inner(parsed, mode, lifted.graph_module, lifted.inputs)
+    return WithPackedInputs(compiled, lifted, release=parsed.release_weights)
+
+
+def _keep_static(tensors: Sequence[torch.Tensor]) -> None:
+    """Tell AOTAutograd that sizes of inputs that dynamo does not know are numbers, not symbols."""
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
+
+    context = torch._guards.TracingContext.try_get()
+    for number, tensor in enumerate(tensors if context is not None else ()):
+        context.tensor_to_context[tensor] = StatefulSymbolicContext(
+            dynamic_sizes=[DimDynamic.STATIC] * tensor.ndim,
+            tensor_source=torch._dynamo.source.ConstantSource(f"fp4moe_packed_{number}"),
+        )
 
 
 def inductor_options(**settings: Any) -> dict[str, Any]:
@@ -163,6 +178,12 @@ def inductor_options(**settings: Any) -> dict[str, Any]:
     listed = list(present) if isinstance(present, (list, tuple)) else [present]
     before = [*settings.pop("before", ()), *(each for each in listed if each is not None)]
     options: dict[str, Any] = {"pre_grad_custom_pass": MoePass(**settings, before=before)}
+    # Inductor's CUDA graphs would go on with the weights of their recording.
+    cut = {"fp4moe::float_moe", "fp4moe::float_moe_from_logits"}
+    options["custom_should_partition_ops"] = [
+        *config.custom_should_partition_ops,
+        *sorted(cut.difference(config.custom_should_partition_ops)),
+    ]
     if hasattr(config, "pre_grad_pass_timing"):
         # torch 2.13: before the look into the cache, see MoePass.
         options["pre_grad_pass_timing"] = "early"
@@ -229,56 +250,3 @@ def _call_inner(
                 "fp4moe.backend: inner backend %s takes no mode; %r is not used", inner, mode
             )
     return inner(gm, cast("list[torch.Tensor]", inputs), **keywords)
-
-
-def _release(
-    rewritten: list[Rewritten], placeholders: list[fx.Node], inputs: Sequence[Any]
-) -> None:
-    positions = {node: index for index, node in enumerate(placeholders)}
-    for block in rewritten:
-        for node in block.weight_nodes:
-            if node not in positions or node.users:
-                logger.warning(
-                    "fp4moe.backend: %s keeps %s, which the graph still uses", block.path, node.name
-                )
-                continue
-            weight = inputs[positions[node]]
-            storage = weight.untyped_storage()
-            if storage.nbytes() > weight.nbytes:
-                logger.warning(
-                    "fp4moe.backend: %s keeps %s, whose storage others share", block.path, node.name
-                )
-            elif storage.nbytes():
-                if not storage.resizable():
-                    # Memory-mapped checkpoints: the mapping goes with its last user.
-                    weight.data = torch.empty_strided(
-                        weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device
-                    )
-                weight.untyped_storage().resize_(0)
-                # Writing to it or saving it raises then, where torch would crash or save nothing.
-                torch._C._set_throw_on_mutable_data_ptr(weight)
-
-
-def _with_weight_check(
-    compiled: Callable, rewritten: list[Rewritten], placeholders: list[fx.Node]
-) -> Callable:
-    positions = {node: index for index, node in enumerate(placeholders)}
-    watched = [
-        (positions[node], state, block.path)
-        for block in rewritten
-        for node, state in zip(block.weight_nodes, block.packed.states, strict=True)
-        if node in positions
-    ]
-
-    def run(*args: Any) -> Any:
-        for position, state, path in watched:
-            now = weight_state(args[position])
-            if now[0] != state[0] or now[1] not in (state[1], None):
-                raise UnsupportedError(
-                    f"backend: the expert weights of {path} must stay as they were when they were "
-                    "packed; got changed values. "
-                    "Call torch.compiler.reset() and run the compiled model again."
-                )
-        return compiled(*args)
-
-    return run

@@ -3,12 +3,11 @@
     torch.compile(model, options=fp4moe.inductor_options())
 
 It runs on the graph that dynamo hands to Inductor, before AOTAutograd. Weights are placeholders
-there, whose real tensors dynamo's record of each input names, or attributes of the graph module
-(freezing). Where neither holds, the block is left with the reason. For exported programs and
-AOTInductor use `fp4moe.passes.rewrite_exported`.
+there, or attributes of the graph module (freezing); the operator looks the packed ones up when it
+runs. For exported programs and AOTInductor use `fp4moe.passes.rewrite_exported`.
 
-Against `fp4moe.backend`: a weight that changes after compiling is not noticed, and the float
-weights stay.
+Against `fp4moe.backend`: the float weights stay, each layer looks at their values by itself, and
+Inductor's CUDA graphs are cut at each layer of experts, whose weights they could not follow.
 """
 
 from __future__ import annotations
@@ -76,13 +75,24 @@ class MoePass(CustomGraphPass):
         gm = graph.owning_module
         if gm is None:
             raise UnsupportedError(
-                "MoePass: graph must belong to a GraphModule, which holds the packed weights; got "
-                "one without. Pass gm.graph."
+                "MoePass: graph must belong to a GraphModule; got one without. Pass gm.graph."
+            )
+        if config.triton.cudagraphs and not getattr(config, "graph_partition", False):
+            raise UnsupportedError(
+                "MoePass: torch._inductor.config.graph_partition must be True with CUDA graphs, "
+                "which are cut at the experts; got False. Set it, or use fp4moe.backend with "
+                "mode='reduce-overhead'."
             )
         inputs = [_value(node) for node in graph.nodes if node.op == "placeholder"]
         self.report, _ = rewrite_graph(gm, inputs, *self.settings)
         logger.info("MoePass: %s", self.report)
-        report_no_match(self.report, self.on_no_match, caller="MoePass")
+        # Inductor calls for the bodies of higher-order operators first, one by one.
+        placeholders = [node.meta for node in graph.find_nodes(op="placeholder")]
+        body = any("example_value" in meta for meta in placeholders) and not any(
+            "grapharg" in meta for meta in placeholders
+        )
+        on_no_match = "ignore" if body else self.on_no_match
+        report_no_match(self.report, on_no_match, caller="MoePass")
 
     def uuid(self) -> str | None:
         """Return a hash of the passes' sources, the settings and the passes before, for caches.
@@ -111,16 +121,16 @@ def passes_folder() -> str:
 
 
 def _check_timing() -> None:
-    # torch 2.13 looks into the cache first if each pass has a uuid. The attributes of the graph are
-    # collected before, so that packed weights added then are no inputs of what is compiled.
+    # torch 2.13 looks into the cache first if each pass has a uuid. A graph from the cache names the
+    # kernel that another machine or installation may have chosen.
     try:
         from torch._inductor.codecache import resolve_pre_grad_pass_timing
     except ImportError:
         return
     if resolve_pre_grad_pass_timing() == "late":
         raise UnsupportedError(
-            "MoePass: torch._inductor.config.pre_grad_pass_timing must be 'early', for the packed "
-            "weights must be known before Inductor looks into its caches; got "
+            "MoePass: torch._inductor.config.pre_grad_pass_timing must be 'early', for the kernel "
+            "must be chosen before Inductor looks into its caches; got "
             f"{config.pre_grad_pass_timing!r}. Use fp4moe.inductor_options(), which sets it."
         )
 

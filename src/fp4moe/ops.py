@@ -2,6 +2,9 @@
 
     fp4moe::nvfp4_moe              the fused mixture of experts, ids and routing weights given
     fp4moe::nvfp4_moe_from_logits  the same, and the kernel chooses the experts
+    fp4moe::float_moe              as nvfp4_moe, on float weights whose packed ones it looks up, or
+                                   packs where it has not seen them; see fp4moe.identity
+    fp4moe::float_moe_from_logits  the same, and the kernel chooses the experts
     fp4moe::refuse_backward        raises; stands in the backward graphs, for there is no gradient
 
 The operators are registered with `Library.impl`: less dispatch than `torch.library.custom_op`, see
@@ -19,6 +22,8 @@ import torch
 from . import checks
 from .errors import ShapeError, UnsupportedError
 from .experts import ExpertWeights
+from .float_weights import FloatWeights, StoredForm
+from .identity import packed_now
 from .kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
     KERNELS,
@@ -67,6 +72,24 @@ library.define(
     f"float routing_scaling, {SETTINGS}) -> Tensor",
     tags=TAGS,
 )
+# Lists: a layer has one stacked tensor a role, or one for each expert; second may be empty. What
+# the settings mean: fp4moe.float_weights.StoredForm. output_scale is [E], or [0] for none.
+FLOATS = "Tensor[] first, Tensor[] second, Tensor[] down, "
+FORM = (
+    "str format, str activation, str layout, bool transposed, bool down_transposed, str kernel, "
+    "int hidden_alignment"
+)
+library.define(
+    "float_moe(Tensor hidden, Tensor expert_ids, Tensor routing_weights, "
+    f"{FLOATS}{FORM}) -> Tensor",
+    tags=TAGS,
+)
+library.define(
+    "float_moe_from_logits(Tensor hidden, Tensor router_logits, Tensor routing_bias, "
+    f"Tensor output_scale, {FLOATS}str routing_method, int top_k, int num_groups, int top_groups, "
+    f"float routing_scaling, {FORM}) -> Tensor",
+    tags=TAGS,
+)
 library.define(
     "refuse_backward(Tensor grad, Tensor like) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
@@ -81,6 +104,18 @@ def _nvfp4_moe_fake(hidden, expert_ids, routing_weights, *args):
 @torch.library.register_fake("fp4moe::nvfp4_moe_from_logits", lib=library)
 def _nvfp4_moe_from_logits_fake(hidden, router_logits, routing_bias, *args):
     checks.check_moe_from_logits(hidden, router_logits, routing_bias, *args)
+    return hidden.new_empty(hidden.shape)
+
+
+@torch.library.register_fake("fp4moe::float_moe", lib=library)
+def _float_moe_fake(hidden, expert_ids, routing_weights, *args):
+    checks.check_float_moe(hidden, expert_ids, routing_weights, *args)
+    return hidden.new_empty(hidden.shape)
+
+
+@torch.library.register_fake("fp4moe::float_moe_from_logits", lib=library)
+def _float_moe_from_logits_fake(hidden, router_logits, routing_bias, output_scale, *args):
+    checks.check_float_moe_from_logits(hidden, router_logits, routing_bias, output_scale, *args)
     return hidden.new_empty(hidden.shape)
 
 
@@ -114,6 +149,24 @@ def _nvfp4_moe_from_logits(
         Routing(*args[8:13]),
         Operands(*args[:8]),
         LayerSettings(activation, gated, num_experts, expert_offset),
+    )
+
+
+def _float_moe(hidden, expert_ids, routing_weights, *args):
+    checks.check_float_moe(hidden, expert_ids, routing_weights, *args)
+    weights, form = FloatWeights(*map(tuple, args[:3])), StoredForm(*args[3:])
+    operands = packed_now(weights, form, caller="float_moe")
+    settings = (form.activation, form.gated, form.kernel, form.sizes(weights)[0], 0)
+    return _nvfp4_moe(hidden, expert_ids, routing_weights, *operands, *settings)
+
+
+def _float_moe_from_logits(hidden, router_logits, routing_bias, output_scale, *args):
+    checks.check_float_moe_from_logits(hidden, router_logits, routing_bias, output_scale, *args)
+    weights, form = FloatWeights(*map(tuple, args[:3])), StoredForm(*args[8:])
+    operands = packed_now(weights, form, output_scale, caller="float_moe_from_logits")
+    settings = (form.activation, form.gated, form.kernel, form.sizes(weights)[0], 0)
+    return _nvfp4_moe_from_logits(
+        hidden, router_logits, routing_bias, *operands, *args[3:8], *settings
     )
 
 
@@ -171,6 +224,8 @@ def _refuse_backward_fake(grad, like):
 _IMPLEMENTATIONS = {
     "nvfp4_moe": _nvfp4_moe,
     "nvfp4_moe_from_logits": _nvfp4_moe_from_logits,
+    "float_moe": _float_moe,
+    "float_moe_from_logits": _float_moe_from_logits,
 }
 for _key in ("CPU", "CUDA"):
     library.impl("refuse_backward", _refuse_backward, _key)
