@@ -87,9 +87,7 @@ class _Maker:
         self.key = "example_value" if "example_value" in self.hidden.meta else "val"
         self.fake_mode = getattr(meta_value(self.hidden), "fake_mode", None)
 
-    def block(
-        self, form: StoredForm, weighting: str, constants: PreparedWeights | None
-    ) -> fx.Node:
+    def block(self, form: StoredForm, weighting: str, constants: PreparedWeights | None) -> fx.Node:
         """The operator, with what it takes before and what the graph expects behind it."""
         hidden = self.reshape(self.hidden, [-1, self.width])
         ids = self.reshape(self.ids, [-1, self.top_k])
@@ -200,8 +198,11 @@ class _Maker:
         return {name: self.output.meta[name] for name in names if name in self.output.meta}
 
     def attribute(self, name: str, tensor: torch.Tensor) -> fx.Node:
-        """Read a packed tensor, made a buffer of the graph module."""
-        self.gm.register_buffer(name, tensor, persistent=False)
+        """Read a packed tensor, made a buffer of the graph module where it is none yet."""
+        same = [other for other, buffer in self.gm.named_buffers() if buffer is tensor]
+        if not same:
+            self.gm.register_buffer(name, tensor, persistent=False)
+        name = same[0] if same else name
         node = self.graph.get_attr(name)
         # Static: the shape environment would otherwise make a symbol of each size.
         fake = self.fake_mode

@@ -4,7 +4,7 @@ Before: float weights are placeholders, which float_moe reads.
 After:  packed weights are placeholders behind the others, which nvfp4_moe reads; float weights that
 nothing else reads are no placeholders any more.
 Graphs of higher-order operators get the packed weights from their callers. So CUDA graphs see by the
-addresses whose weights they hold; where an operator looks weights up, they could not.
+addresses whose weights they hold; if an operator looked them up, they could not.
 """
 
 from __future__ import annotations
@@ -215,7 +215,9 @@ class _Lifting:
         operands = [call.operands for call in calls]
         fed = [all(o[i] in self.places for o in operands) for i in range(len(operands[0]))]
         first = operands[0]
-        values = [self.values[self.places[n]] if ok else None for n, ok in zip(first, fed)]
+        values = [
+            self.values[self.places[n]] if ok else None for n, ok in zip(first, fed, strict=True)
+        ]
         inner = _Lifting(body, values)
         inner.places = {node: i for node, i in inner.places.items() if fed[i]}
         inner.run()

@@ -91,6 +91,7 @@ class Planner:
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.values = dict(zip(placeholders, example_inputs, strict=True))
         self.verdicts: dict[tuple, Verdict] = {}
+        self.packed: dict[tuple, PreparedWeights] = {}
 
     def plans(self) -> list[Plan]:
         """The blocks that say their name, then those that only their data flow shows."""
@@ -152,9 +153,7 @@ class Planner:
             floats = FloatWeights(weights["first"], weights.get("second", ()), weights["down"])
             try:
                 if self.constants:
-                    packed = pack_float(floats, stored)
-                    kernel = get_kernel(name)
-                    plan.constants = kernel.prepare(packed, hidden_alignment=self.alignment)
+                    plan.constants = self._packed(floats, stored)
                 elif not any(isinstance(weight, FakeTensor) for weight in floats.flat()):
                     # Ahead of the first call, so that it can be inside a capture.
                     find_packed(floats, stored, caller="rewrite_moe", thorough=True)
@@ -162,6 +161,15 @@ class Planner:
             except ShapeError as error:
                 reasons.append(str(error))
         return plan
+
+    def _packed(self, floats: FloatWeights, stored: StoredForm) -> PreparedWeights:
+        """Packed weights of the graph's own: the table's follow the floats, constants must not."""
+        key = (tuple(map(id, floats.flat())), stored)
+        if key not in self.packed:
+            quantized = pack_float(floats, stored)
+            kernel = get_kernel(stored.kernel)
+            self.packed[key] = kernel.prepare(quantized, hidden_alignment=self.alignment)
+        return self.packed[key]
 
     def _verdict(self, region: Region, trusted: bool) -> Verdict:
         nodes = [*region.nodes, *region.support]

@@ -2,8 +2,8 @@
 
 Before: the nodes of a block, however it is written (sort and grouped_mm, bmm on gathered weights, a
 loop over experts, ...).
-After:  one fp4moe.float_moe on the same float weights, whose packed ones it finds when it runs; in a
-program that owns its weights, packed ones as attributes and one fp4moe.nvfp4_moe.
+After:  one fp4moe.float_moe on the same float weights, whose packed ones it finds when it runs; in
+a program that owns its weights, packed ones as attributes and one fp4moe.nvfp4_moe.
 Kept: routing unless asked, placeholders, size nodes that others use. Not handled: weights that are
 computed in the graph, training.
 """
@@ -63,8 +63,8 @@ def rewrite_moe(
 ) -> RewriteReport:
     """Replace each mixture-of-experts block by one operator on packed weights.
 
-    The operator takes the float weights of the graph and looks its packed ones up, so that the graph
-    follows them; for a program that owns its weights see `rewrite_exported`.
+    The operator takes the float weights of the graph and looks the packed ones up, so that the
+    graph follows them; for a program that owns its weights see `rewrite_exported`.
 
     Args:
         graph_module: a graph of torch.compile, torch.export or torch.fx.symbolic_trace; changed in

@@ -44,7 +44,9 @@ def subgraph_calls(gm: fx.GraphModule) -> Iterator[SubgraphCall]:
             inner = body.graph.find_nodes(op="placeholder")
             given = operands[len(operands) - len(inner) :]
             if len(given) == len(inner):
-                fitting = tuple(a if _fits(a, b) else None for a, b in zip(given, inner, strict=True))
+                fitting = tuple(
+                    a if _fits(a, b) else None for a, b in zip(given, inner, strict=True)
+                )
                 last = node.args[len(node.args) - len(inner) :]
                 yield SubgraphCall(node, body, fitting, list(last) == given)
 

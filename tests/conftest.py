@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import warnings
 from collections.abc import Iterator
@@ -31,6 +32,12 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def nothing_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget which structures other tests have verified."""
+    monkeypatch.setattr(importlib.import_module("fp4moe.passes.plan"), "_verdicts", {})
 
 
 @pytest.fixture

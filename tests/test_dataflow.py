@@ -510,7 +510,7 @@ class TestSideEffects:
             assert parameter._version == weights[name][1]
         assert rewrite_moe(graph, values).blocks[0].module == first.blocks[0].module
 
-    def test_two_layers_are_packed_apart_and_verified_once(self, monkeypatch):
+    def test_two_layers_are_packed_apart_and_verified_once(self, monkeypatch, nothing_verified):
         sizes = Sizes()
         model = nn.Sequential(*(Model(LoopMask(sizes, "silu", True)) for _ in range(3)))
         runs = []

@@ -24,15 +24,18 @@ LAYERS: list[set[str]] = [
     {"activations", "quantize", "routing"},
     {"layout"},
     {"expert_quantize"},
-    {"experts", "reference"},
+    {"experts", "fingerprint", "reference"},
+    {"float_weights"},
     {"kernels"},
+    {"value_watch"},
+    {"identity"},
     {"checks"},
     {"ops"},
     {"linear", "logical", "module"},
     {"autotune", "bench", "calibrate", "candidates", "checkpoint", "evaluate", "integrations"}
     | {"recorders", "replace", "selftest", "selftest_checks", "text_model", "tune"},
     {"passes"},
-    {"compile", "inductor_pass", "tensorrt"},
+    {"compile", "inductor_pass", "packed_inputs", "tensorrt"},
     {""},
     {"__main__", "cli", "cli_evaluate", "cli_explain", "cli_quantize"},
 ]
@@ -56,7 +59,10 @@ HEAVY: dict[str, set[str]] = {
     "tensorrt": set(),
     "torch_tensorrt": set(),
     "transformers": set(),
-    "triton": {f"kernels.triton_{name}" for name in ("choice", "decode", "experts", "routing")},
+    "triton": {
+        f"kernels.triton_{name}"
+        for name in ("choice", "decode", "experts", "fingerprint", "routing")
+    },
 }
 
 

@@ -27,21 +27,14 @@ from fp4moe.passes import (
     verify,
     verify_region,
 )
-from fp4moe.passes import plan as planning
 from fp4moe.passes.hypotheses import possible_hypotheses
 from fp4moe.passes.insert import FUSED_OPERATORS
 from fp4moe.stamps import is_experts_class
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "nothing_verified")
 
 Gated = experts_class()
 Plain = experts_class(has_gate=False, act_fn=nn.ReLU)
-
-
-@pytest.fixture(autouse=True)
-def nothing_verified(monkeypatch):
-    """Forget what other tests have verified."""
-    monkeypatch.setattr(planning, "_verdicts", {})
 
 
 def capture(model, *inputs, dynamic=None):
@@ -799,12 +792,12 @@ class TestGraph:
     def test_computed_weights_are_left(self):
         block = Block(Gated)
         graph, values = capture(block, *routed(5))
-        for node in graph.graph.find_nodes(op="placeholder"):
-            if "down_proj" in node.name:
-                with graph.graph.inserting_after(node):
-                    doubled = graph.graph.call_function(torch.mul, (node, 2))
-                doubled.meta = {"example_value": node.meta["example_value"] * 2}
-                node.replace_all_uses_with(doubled, delete_user_cb=lambda user: user is not doubled)
+        inputs = graph.graph.find_nodes(op="placeholder")
+        (down,) = [node for node in inputs if "down_proj" in node.name]
+        with graph.graph.inserting_after(down):
+            doubled = graph.graph.call_function(torch.mul, (down, 2))
+        doubled.meta = {"example_value": down.meta["example_value"] * 2}
+        down.replace_all_uses_with(doubled, delete_user_cb=lambda user: user is not doubled)
         report = rewrite_moe(graph, values)
         assert "weights are computed in the graph" in report.near_misses[0].reasons[0]
 

@@ -26,6 +26,8 @@ from fp4moe.tensorrt import lowering_pass
 
 GIVEN = torch.ops.fp4moe.nvfp4_moe.default
 FROM_LOGITS = torch.ops.fp4moe.nvfp4_moe_from_logits.default
+FLOAT = torch.ops.fp4moe.float_moe.default
+FLOAT_FROM_LOGITS = torch.ops.fp4moe.float_moe_from_logits.default
 EXPERTS, TOP_K, SIZE = 8, 3, 32
 # Weights of the routing in another order: a few of float32's 6e-8 each, and a sum over top_k.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -180,7 +182,7 @@ class TestFused:
         match, before, after, graph = fuse(choose, dynamic)
         assert (match.method, match.fused, match.reasons) == (method, True, ())
         targets = [node.target for node in graph.graph.nodes]
-        assert FROM_LOGITS in targets and GIVEN not in targets
+        assert FLOAT_FROM_LOGITS in targets and FLOAT not in targets
         torch.testing.assert_close(after, before, **CLOSE)
         # Nothing of the routing is left to run, in-place nodes included.
         words = ("topk", "softmax", "sigmoid", "scatter", "truediv", "sum", "sort", "gather")
@@ -289,7 +291,7 @@ class TestLeft:
         assert (match.method, match.fused) == (method, False)
         assert reason in match.reasons[0]
         assert torch.equal(after, before)
-        assert GIVEN in [node.target for node in graph.graph.nodes]
+        assert {GIVEN, FLOAT}.intersection(node.target for node in graph.graph.nodes)
         assert "keeps its routing" in caplog.text
 
     def test_given_from_outside(self):
@@ -387,7 +389,7 @@ class TestModels:
             report = rewrite_moe(graph, values, routing="fused")
         assert report.count == 1 and report.routing[0].fused
         targets = [node.target for node in graph.graph.nodes]
-        assert FROM_LOGITS in targets and GIVEN not in targets
+        assert FLOAT_FROM_LOGITS in targets and FLOAT not in targets
         fused = fp4moe.replace_moe(copy.deepcopy(model), progress=False, routing="fused")
         with torch.no_grad():
             torch.testing.assert_close(graph(*values)[0], fused(hidden()), **CLOSE)

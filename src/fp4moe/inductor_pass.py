@@ -121,8 +121,8 @@ def passes_folder() -> str:
 
 
 def _check_timing() -> None:
-    # torch 2.13 looks into the cache first if each pass has a uuid. A graph from the cache names the
-    # kernel that another machine or installation may have chosen.
+    # torch 2.13 looks into the cache first if each pass has a uuid. A graph from the cache names a
+    # kernel, which another machine or installation may have chosen.
     try:
         from torch._inductor.codecache import resolve_pre_grad_pass_timing
     except ImportError:

@@ -92,8 +92,7 @@ class WithPackedInputs:
 
     def _find(self, args: Sequence[Any]) -> list[PackedFloats]:
         return [
-            find_packed(layer.weights(args), layer.form, caller="backend")
-            for layer in self.layers
+            find_packed(layer.weights(args), layer.form, caller="backend") for layer in self.layers
         ]
 
     def _pairs(

@@ -34,7 +34,9 @@ class ValueWatch:
         """
         found = False
         for tensor, mark in pairs:
-            if tensor.device.type != "cuda" and not torch.equal(mark.hashes, sampled_hashes(tensor)):
+            if tensor.device.type != "cuda" and not torch.equal(
+                mark.hashes, sampled_hashes(tensor)
+            ):
                 found = mark.stale = True
         for table in self._tables.values():
             found |= table.read()
