@@ -4,7 +4,7 @@ Before: float weights are placeholders, which float_moe reads.
 After:  packed weights are placeholders behind the others, which nvfp4_moe reads; float weights that
 nothing else reads are no placeholders any more.
 Graphs of higher-order operators get the packed weights from their callers. So CUDA graphs see by the
-addresses whose weights they hold; if an operator looked them up, they could not.
+addresses whose weights they hold, which they cannot where an operator finds them.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def lift_packed(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> LiftedGrap
             setattr(lifted, name, getattr(gm, name))
     for node, copy in copies.items():
         if node.op == "placeholder" and hasattr(node, "_dynamo_source"):
-            copy._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+            copy._dynamo_source = node._dynamo_source
     lifting = _Lifting(lifted, example_inputs)
     lifting.run()
     before = graph.find_nodes(op="placeholder")[: len(example_inputs)]
@@ -170,12 +170,9 @@ class _Lifting:
         if not all(weight in self.places for group in groups for weight in group):
             return
         form = StoredForm(*rest[-len(StoredForm._fields) :])
-        packed = PackedInput(
-            innermost_module(node)[0],
-            *(tuple(self.places[weight] for weight in group) for group in groups),
-            None if scale is None else self.places[scale],
-            form,
-        )
+        first, second, down = (tuple(self.places[w] for w in group) for group in groups)
+        place = None if scale is None else self.places[scale]
+        packed = PackedInput(innermost_module(node)[0], first, second, down, place, form)
         experts = form.sizes(packed.weights(self.values))[0]
         operands = self._placeholders(packed)
         settings = (*rest[: -len(StoredForm._fields)], form.activation, form.gated, form.kernel)
@@ -195,7 +192,7 @@ class _Lifting:
         last = self.gm.graph.find_nodes(op="placeholder")[-1]
         near = meta_value(self.placeholders[packed.down[0]])
         mode = getattr(near, "fake_mode", None)
-        nodes = []
+        nodes: list[fx.Node] = []
         with self.gm.graph.inserting_after(last):
             operands = _operands(packed, self.values)._asdict()
             for name, tensor in reversed(operands.items()):
@@ -203,7 +200,7 @@ class _Lifting:
                 node.meta["example_value"] = _fake(mode, tensor)
                 # Neither a guard nor a symbolic size, and for CUDA graphs an address that stays.
                 node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-                node._dynamo_source = None  # type: ignore[attr-defined]
+                node._dynamo_source = None
                 nodes.insert(0, node)
         self.layers.append(_Layer(packed, nodes))
         return nodes

@@ -179,13 +179,13 @@ def _check_floats(name, hidden, weights: FloatWeights, form: StoredForm) -> None
         rule = f"hold {'tensors' if 'second' in shapes else 'nothing'} for layout {form.layout!r}"
         _fail(name, "second", rule, len(weights.second), "Pass gate and up as the layout says.")
     dtype = weights.down[0].dtype
-    for role, shape in shapes.items():
+    for role, one in shapes.items():
         group = getattr(weights, role)
         stacked = len(group) == 1 and group[0].ndim == 3
         if not stacked and len(group) != experts:
             rule = f"hold one stacked tensor or {experts}, one an expert"
             _fail(name, role, rule, len(group), "Pass the weights of all experts.")
-        shape = (experts, *shape) if stacked else shape
+        shape = (experts, *one) if stacked else one
         for tensor in group:
             if (
                 tensor.shape != shape

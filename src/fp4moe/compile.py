@@ -150,7 +150,9 @@ def _keep_static(tensors: Sequence[torch.Tensor]) -> None:
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
     context = torch._guards.TracingContext.try_get()
-    for number, tensor in enumerate(tensors if context is not None else ()):
+    if context is None:
+        return
+    for number, tensor in enumerate(tensors):
         context.tensor_to_context[tensor] = StatefulSymbolicContext(
             dynamic_sizes=[DimDynamic.STATIC] * tensor.ndim,
             tensor_source=torch._dynamo.source.ConstantSource(f"fp4moe_packed_{number}"),

@@ -256,7 +256,7 @@ def _key(flat: Sequence[torch.Tensor], form: StoredForm) -> tuple:
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _prepare(weights: FloatWeights, form: StoredForm) -> PreparedWeights:
