@@ -3,8 +3,8 @@
 Before: float weights are placeholders, which float_moe reads.
 After:  packed weights are placeholders behind the others, which nvfp4_moe reads; float weights that
 nothing else reads are no placeholders any more.
-Graphs of higher-order operators get the packed weights from their callers. So CUDA graphs see by the
-addresses whose weights they hold, which they cannot where an operator finds them.
+Graphs of higher-order operators get the packed weights from their callers. So CUDA graphs see by
+the addresses whose weights they hold; an operator that finds them would hide it.
 """
 
 from __future__ import annotations
