@@ -332,7 +332,8 @@ class TestGradients:
     @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
     @pytest.mark.parametrize("place, name", [(0, "hidden states"), (2, "routing weights")])
     def test_inputs_that_need_a_gradient_are_left(self, inner, place, name):
-        block = Block(Gated)
+        # The backward of grouped_mm does not trace with torch 2.11.
+        block = Block(Gated, "batched_mm")
         inputs = [*routed(5)]
         inputs[place].requires_grad_(True)
         model = compiled(block, inner_backend=inner)

@@ -6,7 +6,6 @@ Dynamo shares one graph between all modules of a class. The expected numbers are
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import weakref
@@ -139,9 +138,18 @@ class TestOneGraphManyWeights:
             layer.compile(**ways("eager", release_weights=True))
         check(run(model), wanted, "eager")
 
-    @pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
     @pytest.mark.parametrize("way", ["eager", "aot_eager"])
-    @pytest.mark.parametrize("inside", ["nested_compile_region", "checkpoint"])
+    @pytest.mark.parametrize(
+        "inside, name",
+        [
+            ("nested_compile_region", "gemma4"),
+            ("nested_compile_region", "qwen3_moe"),
+            # Gemma4 of transformers 5.17 writes to a dictionary inside the region, which dynamo
+            # refuses there.
+            ("checkpoint", "nemotron_h"),
+            ("checkpoint", "qwen3_moe"),
+        ],
+    )
     def test_higher_order_operators_are_searched(self, monkeypatch, inside, way, name):
         model = build(name)
         wanted = expected(model)
@@ -291,8 +299,7 @@ class TestChangedWeights:
         for change in (through_data, through_numpy):
             run(torch.compile(model, **ways(way)))
             # A single value is not among the samples; a new compile compares all of them.
-            with contextlib.suppress(StopIteration):
-                change(layers(model)[0].mlp.experts.down_proj)
+            change(layers(model)[0].mlp.experts.down_proj)
             layers(model)[1].mlp.experts.down_proj.data[3, 5, 7] += 1
             torch.compiler.reset()
             check(run(torch.compile(model, **ways(way))), expected(model), way)

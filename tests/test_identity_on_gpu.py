@@ -8,7 +8,8 @@ import gc
 import pytest
 import torch
 from test_identity import build, layers, ways
-from tiny_models import table_entries
+from tiny_models import Block, experts_class, routed
+from torch import nn
 
 import fp4moe
 from fp4moe.errors import UnsupportedError
@@ -35,6 +36,8 @@ def on_gpu(name, seed=0):
 
 def run(model, length=5):
     ids = torch.randint(1, 128, (2, length), generator=torch.Generator().manual_seed(length))
+    # For layers that are compiled apart, whose outputs are one another's inputs.
+    torch.compiler.cudagraph_mark_step_begin()
     with torch.no_grad():
         # A copy: the next replay of a CUDA graph writes over its output.
         return model(ids.cuda(), use_cache=False).logits.clone()
@@ -183,17 +186,19 @@ def test_a_look_waits_for_nothing():
 
 
 def test_released_memory_is_free():
-    model = on_gpu("qwen3_moe")
-    wanted = expected(model)
-    floats = sum(p.nbytes for p in model.parameters() if p.ndim == 3)
-    gc.collect()
+    block = Block(experts_class()).cuda()
+    size = 1024
+    for name, rows in (("gate_up_proj", 2 * size), ("down_proj", size)):
+        weight = torch.randn(8, rows, size, device="cuda") / 32
+        setattr(block.experts, name, nn.Parameter(weight, requires_grad=False))
+    del weight
+    inputs = [torch.randn(5, size, device="cuda"), *(x.cuda() for x in routed(5)[1:])]
+    compiled = torch.compile(block, **ways("eager", release_weights=True))
+    floats = sum(p.nbytes for p in block.parameters())
     before = torch.cuda.memory_allocated()
-    compiled = torch.compile(model, **ways("eager", release_weights=True))
-    assert far(run(compiled), wanted) < SAME
-    packed = sum(
-        tensor.nbytes
-        for layer in layers(model)
-        for entry in table_entries(layer.mlp.experts.down_proj)
-        for tensor in entry.prepared.operands
-    )
-    assert torch.cuda.memory_allocated() < before - floats + 1.5 * packed
+    with torch.no_grad():
+        compiled(*inputs)
+    gc.collect()
+    assert not any(p.untyped_storage().nbytes() for p in block.parameters())
+    # Packed weights have 4.5 of 32 bits; what else is kept is smaller than a hundredth.
+    assert torch.cuda.memory_allocated() < before - floats + 0.15 * floats

@@ -182,7 +182,7 @@ class TestFused:
         match, before, after, graph = fuse(choose, dynamic)
         assert (match.method, match.fused, match.reasons) == (method, True, ())
         targets = [node.target for node in graph.graph.nodes]
-        assert FLOAT_FROM_LOGITS in targets and FLOAT not in targets
+        assert FROM_LOGITS in targets and GIVEN not in targets
         torch.testing.assert_close(after, before, **CLOSE)
         # Nothing of the routing is left to run, in-place nodes included.
         words = ("topk", "softmax", "sigmoid", "scatter", "truediv", "sum", "sort", "gather")

@@ -7,6 +7,7 @@ The finders are `integrations/transformers.py` (experts modules with Hugging Fac
 from __future__ import annotations
 
 import copy
+import dis
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
@@ -178,10 +179,18 @@ def adapter_reasons(parent: nn.Module | None, module: nn.Module, names: list[str
 
 
 def _names_read(kind: type) -> set[str]:
-    """Return the names of the attributes that the methods of a class read."""
-    members = (member for base in kind.__mro__ for member in vars(base).values())
-    functions = (inspect.unwrap(getattr(member, "fget", member)) for member in members)
-    return {n for f in functions if inspect.isfunction(f) for n in f.__code__.co_names}
+    """Return the names of the attributes that the methods of a class read once it is made."""
+    members = [(n, member) for base in kind.__mro__ for n, member in vars(base).items()]
+    functions = [
+        inspect.unwrap(getattr(member, "fget", member)) for n, member in members if n != "__init__"
+    ]
+    return {
+        str(instruction.argval)
+        for function in functions
+        if inspect.isfunction(function)
+        for instruction in dis.get_instructions(function)
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
+    }
 
 
 def value_reasons(candidate: Candidate) -> list[str]:
