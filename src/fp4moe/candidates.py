@@ -7,8 +7,8 @@ The finders are `integrations/transformers.py` (experts modules with Hugging Fac
 from __future__ import annotations
 
 import copy
-import dis
 import dataclasses
+import dis
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
