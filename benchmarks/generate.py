@@ -11,9 +11,9 @@ cache, with which generate() compiles decoding; one process for each model and s
     fused        after fp4moe.replace_moe(routing="fused")
     backend      CompileConfig(backend=fp4moe.backend); prefill and weights stay bf16
 
-no_looks_ms: decode_ms of backend without its looks at the float weights' values, in the same
-process, by turns. decode_ms: median step after a prompt of 128 tokens, compiled anew for each batch. prefill_ms: until
-the first token of a prompt of 512, in eager; without mamba_ssm transformers' own scan makes
+decode_ms: median step after a prompt of 128 tokens, compiled anew for each batch. no_looks_ms: the
+same without the backend's looks at the float weights' values, by turns in one process. prefill_ms:
+until the first token of a prompt of 512, in eager; without mamba_ssm transformers' own scan makes
 Nemotron's slow, and too large at batch 64. Its decoding at batch 64 fits beside fp4moe.backend with
 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. model_gib: parameters, buffers and packed weights.
 peak_gib: allocated at most while timed. Without a CUDA device, --tiny shows that it runs, no more.
