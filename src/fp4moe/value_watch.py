@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .fingerprint import MULTIPLIER, SAMPLES, SECTORS, SPREAD, WORDS, sampled_hashes, slots
+from .fingerprint import MULTIPLIER, SAMPLES, SPREAD, WORDS, sampled_hashes, slots
 
 __all__ = ["ValueWatch"]
 
@@ -34,7 +34,9 @@ class ValueWatch:
         """
         found = False
         for tensor, mark in pairs:
-            if tensor.device.type != "cuda" and not torch.equal(mark.hashes, sampled_hashes(tensor)):
+            if tensor.device.type != "cuda" and not torch.equal(
+                mark.hashes, sampled_hashes(tensor)
+            ):
                 found = mark.stale = True
         for table in self._tables.values():
             found |= table.read()
@@ -116,7 +118,6 @@ class _Table:
                 self.changed,
                 SAMPLES=SAMPLES,
                 WORDS=WORDS,
-                SECTORS=SECTORS,
                 SPREAD=SPREAD,
                 MULTIPLIER=MULTIPLIER,
             )
