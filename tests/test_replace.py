@@ -699,14 +699,3 @@ def test_one_expert_layer_and_every_activation_in_one_model():
     assert [m.metadata["num_experts"] for m in model] == [1, 2, 3, 4]
     for part, value in zip(model, expected, strict=True):
         assert 0.01 < relative(part(hidden, ids, weights), value) < 0.4
-
-
-def test_progress_is_shown_on_stderr_or_not_at_all(capfd):
-    replace_moe(qwen3_moe(), progress=False)
-    assert capfd.readouterr() == ("", "")
-    replace_moe(qwen3_moe())
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert "checking experts" in err
-    assert "packing experts: 100%" in err
-    assert "2/2" in err
