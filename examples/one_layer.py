@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import CompileConfig
+from transformers.utils import logging as transformers_logging
 
 import fp4moe
 from fp4moe.explain import format_bytes, format_table
@@ -96,6 +97,8 @@ def layer_errors(candidate: Any, inputs: tuple, weights: fp4moe.ExpertWeights) -
 def run(model: torch.nn.Module) -> None:
     """Show everything for one model; raises where a promise does not hold."""
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+    # transformers tells of each kernel library that is not installed (causal_conv1d, mamba_ssm).
+    transformers_logging.set_verbosity_error()
     # transformers' grouped_mm asks cached functions for versions; dynamo tells of each.
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     started = time.time()

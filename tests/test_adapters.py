@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import peft
 import pytest
 import torch
 from test_module_list import MixtralOld, Model, OlmoeOld
@@ -33,6 +32,7 @@ def relative(actual, expected):
 
 def lora(model, **options):
     """Random adapters on both weights of every experts module."""
+    peft = pytest.importorskip("peft", reason="optional package")
     first = "up_proj" if "NemotronH" in type(model).__name__ else "gate_up_proj"
     targets = [f"experts.{first}", "experts.down_proj"]
     options = {"target_modules": [], "target_parameters": targets} | options

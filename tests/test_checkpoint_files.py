@@ -15,11 +15,12 @@ from collections.abc import Callable
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from fp4moe.checkpoint.files import CheckpointFiles
 from fp4moe.errors import CheckpointError
+
+hypothesis = pytest.importorskip("hypothesis", reason="optional package")
+st = hypothesis.strategies
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.bfloat16).reshape(3, 4),
@@ -28,11 +29,11 @@ TENSORS = {
     "empty": torch.empty(0, 7, dtype=torch.int64),
     "mask": torch.tensor([True, False]),
 }
-FUZZ = settings(
+FUZZ = hypothesis.settings(
     max_examples=150,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
@@ -347,7 +348,7 @@ def check_like_the_library(folder: pathlib.Path, data: bytes) -> None:
 
 
 @FUZZ
-@given(
+@hypothesis.given(
     edits=st.lists(
         st.tuples(st.integers(0, 2**16), st.integers(0, 255), st.sampled_from("rid")), max_size=4
     ),
@@ -363,7 +364,7 @@ def test_fuzzed_bytes(tmp_path, edits, cut):
 
 
 @FUZZ
-@given(
+@hypothesis.given(
     key=st.sampled_from([*TENSORS, "new", "__metadata__"]),
     field=st.sampled_from(["dtype", "shape", "data_offsets", "extra", None]),
     value=JSON
@@ -385,7 +386,7 @@ def test_fuzzed_fields(tmp_path, key, field, value, text):
 
 
 @FUZZ
-@given(
+@hypothesis.given(
     key=st.sampled_from([*TENSORS, "new"]),
     value=JSON
     | st.sampled_from(
@@ -415,7 +416,7 @@ def test_fuzzed_index(tmp_path, key, value, drop, whole):
 
 
 @FUZZ
-@given(data=st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
+@hypothesis.given(data=st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_fuzzed_configuration(tmp_path, data):
     write_single(tmp_path)
     (tmp_path / "config.json").write_bytes(data)

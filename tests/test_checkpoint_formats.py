@@ -10,14 +10,15 @@ import shutil
 import checkpoint_makers as makers
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import fp4moe
 from fp4moe.checkpoint.compressed_tensors import compressed_convention
 from fp4moe.checkpoint.modelopt import is_modelopt, modelopt_convention
 from fp4moe.checkpoint.read import share_global_scale
 from fp4moe.errors import CheckpointError
+
+hypothesis = pytest.importorskip("hypothesis", reason="optional package")
+st = hypothesis.strategies
 
 E4M3 = torch.float8_e4m3fn
 GROUP = {"weights": {"num_bits": 4, "type": "float", "group_size": 16}}
@@ -369,14 +370,14 @@ EDIT = st.tuples(
 )
 
 
-@settings(
+@hypothesis.settings(
     max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=list(hypothesis.HealthCheck),
 )
-@given(st.lists(EDIT, min_size=1, max_size=2))
+@hypothesis.given(st.lists(EDIT, min_size=1, max_size=2))
 def test_edited_key_sets_are_refused_or_equal(nemotron, tmp_path_factory, edits):
     swapped = []
 
@@ -407,14 +408,14 @@ def test_edited_key_sets_are_refused_or_equal(nemotron, tmp_path_factory, edits)
 JSON = st.sampled_from([None, 0, 17, -1.5, "", "NVFP4", "x" * 300, [], [1], {}, {"a": []}, True])
 
 
-@settings(
+@hypothesis.settings(
     max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=list(hypothesis.HealthCheck),
 )
-@given(st.lists(st.tuples(st.integers(0, 1000), JSON), min_size=1, max_size=2))
+@hypothesis.given(st.lists(st.tuples(st.integers(0, 1000), JSON), min_size=1, max_size=2))
 def test_edited_quantisation_configurations_are_refused_or_equal(nemotron, tmp_path_factory, edits):
     directory = pathlib.Path(tmp_path_factory.mktemp("edited"))
     for file in pathlib.Path(nemotron).iterdir():

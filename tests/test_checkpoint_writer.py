@@ -12,14 +12,11 @@ import shutil
 import warnings
 from collections.abc import Iterator
 
-import modelopt.torch.quantization as mtq
 import pytest
 import safetensors.torch
 import tiny_models
 import torch
 import transformers
-from modelopt.torch.export import export_hf_checkpoint
-from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
 import fp4moe
 from fp4moe.checkpoint.files import CheckpointFiles
@@ -87,6 +84,8 @@ def ranges(exported: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
 @pytest.fixture(scope="module", params=MODELS)
 def exported(request, tmp_path_factory) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
     """A model as transformers saves it, in several files, and as ModelOpt exports it."""
+    mtq = pytest.importorskip("modelopt.torch.quantization", reason="optional package")
+    export = pytest.importorskip("modelopt.torch.export", reason="optional package")
     folder = tmp_path_factory.mktemp(request.param)
     model = MODELS[request.param]("eager", torch.bfloat16)
     model.config.architectures = [type(model).__name__]
@@ -96,7 +95,7 @@ def exported(request, tmp_path_factory) -> Iterator[tuple[pathlib.Path, pathlib.
     with warnings.catch_warnings():  # ModelOpt's own, some of which it would turn into failures
         warnings.simplefilter("ignore")
         quantized = mtq.quantize(model, config, lambda model: model(input_ids=ids))
-        export_hf_checkpoint(quantized, dtype=torch.bfloat16, export_dir=folder / "modelopt")
+        export.export_hf_checkpoint(quantized, dtype=torch.bfloat16, export_dir=folder / "modelopt")
     yield folder / "float", folder / "modelopt"
     shutil.rmtree(folder)
 
@@ -115,6 +114,8 @@ def test_modelopt_writes_the_same_tensors(exported, tmp_path):
 
 
 def test_modelopt_writes_the_same_configuration(exported, tmp_path):
+    from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+
     source, theirs = exported
     calibration = ranges(read_all(theirs))
     fp4moe.quantize_checkpoint(source, tmp_path / "out", calibration=calibration, progress=False)

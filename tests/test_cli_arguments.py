@@ -10,13 +10,14 @@ import pytest
 import tiny_models
 import torch
 from huggingface_hub import constants
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import fp4moe
 from fp4moe import cli_quantize
 from fp4moe.cli import main
 from fp4moe.errors import CheckpointError
+
+hypothesis = pytest.importorskip("hypothesis", reason="optional package")
+st = hypothesis.strategies
 
 
 def call(arguments):
@@ -66,12 +67,12 @@ WORDS = ["reference", "auto", "max", "mse", "nano", "cpu", "cuda", "cuda:9", "fo
 REFUSED = ["selftest", "--tokens", "-3"]
 
 
-@given(data=st.data())
-@settings(
+@hypothesis.given(data=st.data())
+@hypothesis.settings(
     max_examples=400,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 def test_no_command_line_ends_in_a_traceback(data, folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -99,12 +100,12 @@ CONFIGS = st.fixed_dictionaries(
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's, of tensors without elements
-@given(config=CONFIGS)
-@settings(
+@hypothesis.given(config=CONFIGS)
+@hypothesis.settings(
     max_examples=300,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 def test_no_configuration_ends_in_a_traceback(config, tmp_path):
     small = {"vocab_size": 32, "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}

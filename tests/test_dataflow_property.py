@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from hypothesis import given, seed, settings
-from hypothesis import strategies as st
+import pytest
 from moe_writers import ACTIVATIONS, WRITERS, GroupedMM, Model, Sizes, inputs
 from test_dataflow import LIMIT, OPERATOR, error_after_rewrite
+
+hypothesis = pytest.importorskip("hypothesis", reason="optional package")
+st = hypothesis.strategies
 
 # What may happen between the two products; all but the first forbid a rewrite.
 BETWEEN = {
@@ -29,9 +31,9 @@ def sizes(draw):
     )
 
 
-@seed(0)
-@settings(max_examples=12, deadline=None, database=None)
-@given(
+@hypothesis.seed(0)
+@hypothesis.settings(max_examples=12, deadline=None, database=None)
+@hypothesis.given(
     name=st.sampled_from(sorted(WRITERS)),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
     gated=st.booleans(),

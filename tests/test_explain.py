@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 
-import expecttest
 import pytest
 import torch
 from tiny_models import enlarge_experts, family, fingerprint, gemma4, nemotron_h, qwen3_moe
@@ -17,6 +16,8 @@ from fp4moe.experts import ExpertWeights
 from fp4moe.explain import BlockReport, ModelReport, format_bytes, format_table
 from fp4moe.module import FusedExperts
 from fp4moe.replace import explain, replace_moe
+
+expecttest = pytest.importorskip("expecttest", reason="optional package")
 
 
 def fused_experts(hidden=40, intermediate=24, gated=True, **scales):

@@ -13,7 +13,6 @@ import warnings
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from tiny_models import (
     MODELS,
     CapturingBackend,
@@ -30,6 +29,8 @@ from fp4moe.errors import UnsupportedError
 from fp4moe.passes import show_graph
 from fp4moe.stamps import is_experts_class
 
+expecttest = pytest.importorskip("expecttest", reason="optional package")
+assert_expected_inline = expecttest.assert_expected_inline
 OPERATOR = torch.ops.fp4moe.nvfp4_moe.default
 # One MoE layer, for NemotronH attention behind it: what a case of the matrix compiles.
 ONE_BLOCK = {"gemma4": (0,), "nemotron_h": (1, 2), "nemotron_h_latent": (1, 2), "qwen3_moe": (0,)}

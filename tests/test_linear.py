@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from modelopt.torch.quantization.qtensor.fp8_tensor import FP8QTensor
-from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 
 import fp4moe
 from fp4moe.errors import ShapeError
@@ -15,6 +13,9 @@ E4M3 = torch.float8_e4m3fn
 
 def nvfp4_parts(rows, columns):
     """A weight quantised by ModelOpt, and what ModelOpt decodes it to."""
+    NVFP4QTensor = pytest.importorskip(
+        "modelopt.torch.quantization.qtensor.nvfp4_tensor", reason="optional package"
+    ).NVFP4QTensor
     weight = torch.randn(rows, columns)
     q, scale, scale_2 = NVFP4QTensor.quantize(weight, 16)
     decoded = q.dequantize(torch.float32, scale=scale, double_scale=scale_2, block_sizes={-1: 16})
@@ -22,6 +23,9 @@ def nvfp4_parts(rows, columns):
 
 
 def fp8_parts(rows, columns):
+    FP8QTensor = pytest.importorskip(
+        "modelopt.torch.quantization.qtensor.fp8_tensor", reason="optional package"
+    ).FP8QTensor
     weight = torch.randn(rows, columns)
     scale = weight.abs().amax() / 448
     q, scale = FP8QTensor.quantize(weight, scales=scale)

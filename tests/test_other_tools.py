@@ -8,16 +8,8 @@ from __future__ import annotations
 import copy
 import pickle
 
-import accelerate
 import pytest
 import torch
-from accelerate.hooks import (
-    AlignDevicesHook,
-    ModelHook,
-    add_hook_to_module,
-    attach_execution_device_hook,
-    remove_hook_from_module,
-)
 from tiny_models import enlarge_experts, gemma4, nemotron_h, qwen3_moe
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -26,6 +18,8 @@ from turned_kernel import layouts  # noqa: F401
 import fp4moe
 from fp4moe.errors import UnsupportedError
 
+accelerate = pytest.importorskip("accelerate", reason="optional package")
+hooks = accelerate.hooks
 IDS = torch.arange(1, 25).reshape(2, 12)
 CPU = torch.device("cpu")
 BUILDS = {"qwen3_moe": qwen3_moe, "gemma4": gemma4}
@@ -102,7 +96,7 @@ def test_offloading_changes_no_number(model, offload, buffers, tmp_path):
     offload(model, buffers, tmp_path)
     for _ in range(2):
         assert torch.equal(logits(model), expected)
-    remove_hook_from_module(model, recurse=True)
+    hooks.remove_hook_from_module(model, recurse=True)
     assert torch.equal(logits(model), expected)
 
 
@@ -195,28 +189,28 @@ def test_hooks_that_only_move_tensors_go_over_to_the_fused_experts(build):
     expected = logits(fp4moe.replace_moe(copy.deepcopy(model), progress=False))
     # Leaves the class's forward on every instance.
     accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
-    remove_hook_from_module(model, recurse=True)
+    hooks.remove_hook_from_module(model, recurse=True)
     # What a dispatch to a GPU does below each of its modules.
-    attach_execution_device_hook(model, "cpu", tied_params_map={})
+    hooks.attach_execution_device_hook(model, "cpu", tied_params_map={})
     assert fp4moe.explain(model).count("replaceable") == 2
     fp4moe.replace_moe(model, progress=False)
     assert torch.equal(logits(model), expected)
     for part in parts(model):
-        assert type(part._hf_hook) is AlignDevicesHook
+        assert type(part._hf_hook) is hooks.AlignDevicesHook
         assert part._hf_hook.execution_device == "cpu" and part._hf_hook.tied_params_map is None
     copied = copy.deepcopy(model)
     emptied(model)
     assert torch.equal(logits(copied), expected)
-    remove_hook_from_module(model, recurse=True)
+    hooks.remove_hook_from_module(model, recurse=True)
     assert torch.equal(logits(model), expected)
 
 
-class Doubling(ModelHook):
+class Doubling(hooks.ModelHook):
     def post_forward(self, module, output):
         return 2 * output
 
 
-class DoublingWhileMoving(AlignDevicesHook):
+class DoublingWhileMoving(hooks.AlignDevicesHook):
     def post_forward(self, module, output):
         return 2 * super().post_forward(module, output)
 
@@ -225,11 +219,11 @@ class DoublingWhileMoving(AlignDevicesHook):
 def test_hooks_that_do_more_are_refused(hook):
     model = qwen3_moe()
     experts = model.model.layers[0].mlp.experts
-    add_hook_to_module(experts, hook)
+    hooks.add_hook_to_module(experts, hook)
     expected = logits(model)
     with pytest.raises(UnsupportedError, match="it has forward hooks, which would be lost"):
         fp4moe.replace_moe(model, progress=False)
     assert torch.equal(logits(model), expected)
-    add_hook_to_module(experts, AlignDevicesHook("cpu"), append=True)
+    hooks.add_hook_to_module(experts, hooks.AlignDevicesHook("cpu"), append=True)
     with pytest.raises(UnsupportedError, match="it has forward hooks, which would be lost"):
         fp4moe.replace_moe(model, progress=False)

@@ -10,7 +10,6 @@ import operator
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from moe_writers import LargestStorage
 from tiny_models import Block, CapturingBackend, experts_class, routed
 from torch import nn
@@ -30,6 +29,9 @@ from fp4moe.passes import (
 from fp4moe.passes.hypotheses import possible_hypotheses
 from fp4moe.passes.insert import FUSED_OPERATORS
 from fp4moe.stamps import is_experts_class
+
+expecttest = pytest.importorskip("expecttest", reason="optional package")
+assert_expected_inline = expecttest.assert_expected_inline
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "nothing_verified")
 

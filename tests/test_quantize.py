@@ -6,12 +6,6 @@ import math
 
 import pytest
 import torch
-from compressed_tensors.compressors.nvfp4.helpers import (
-    pack_fp4_to_uint8,
-    quantize_and_pack_fp4,
-    unpack_fp4_from_uint8,
-)
-from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -43,9 +37,14 @@ def assert_same(ours: NVFP4Values, theirs: NVFP4Values) -> None:
     torch.testing.assert_close(ours.global_scale, theirs.global_scale, rtol=0, atol=0)
 
 
+def modelopt_tensor():
+    name = "modelopt.torch.quantization.qtensor.nvfp4_tensor"
+    return pytest.importorskip(name, reason="optional package").NVFP4QTensor
+
+
 def modelopt_quantize(x, global_scale=None):
     scale = None if global_scale is None else torch.as_tensor(global_scale, dtype=torch.float32)
-    q, block_scale, scale = NVFP4QTensor.quantize(
+    q, block_scale, scale = modelopt_tensor().quantize(
         x.clone(), NVFP4.block_size, weights_scaling_factor_2=scale
     )
     return NVFP4Values(q._quantized_data, block_scale, scale)
@@ -53,7 +52,7 @@ def modelopt_quantize(x, global_scale=None):
 
 def modelopt_dequantize(q):
     shape = torch.Size((*q.packed.shape[:-1], q.packed.shape[-1] * 2))
-    return NVFP4QTensor(shape, torch.float32, q.packed).dequantize(
+    return modelopt_tensor()(shape, torch.float32, q.packed).dequantize(
         torch.float32, scale=q.block_scale, double_scale=q.global_scale, block_sizes={-1: 16}
     )
 
@@ -191,16 +190,19 @@ def test_dequantize_casts_once(dtype):
 
 @pytest.mark.parametrize("global_scale", [2.0**-9, 2.0**-3, 1.0, 3e-4, 0.0017])
 def test_agrees_with_compressed_tensors(global_scale):
+    helpers = pytest.importorskip(
+        "compressed_tensors.compressors.nvfp4.helpers", reason="optional package"
+    )
     x = torch.randn(64, 256)
     q = quantize_nvfp4(x, global_scale)
-    theirs = quantize_and_pack_fp4(
+    theirs = helpers.quantize_and_pack_fp4(
         x, q.block_scale.float(), global_scale=1 / torch.tensor([global_scale])
     )
-    ours = unpack_fp4_from_uint8(q.packed, *x.shape, torch.float32)
-    other = unpack_fp4_from_uint8(theirs, *x.shape, torch.float32)
+    ours = helpers.unpack_fp4_from_uint8(q.packed, *x.shape, torch.float32)
+    other = helpers.unpack_fp4_from_uint8(theirs, *x.shape, torch.float32)
     step = (q.block_scale.float() * global_scale).repeat_interleave(16, 1)
     assert torch.equal(ours * step, dequantize_nvfp4(q))
-    assert torch.equal(pack_fp4_to_uint8(ours), q.packed)
+    assert torch.equal(helpers.pack_fp4_to_uint8(ours), q.packed)
     differs = ours != other
     if math.log2(global_scale).is_integer():
         assert not differs.any()

@@ -10,7 +10,6 @@ import math
 
 import pytest
 import torch
-from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 from transformers import Gemma4TextConfig, MixtralConfig, NemotronHConfig, Qwen3MoeConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -469,6 +468,9 @@ def test_activation_quantiser_keeps_its_error_bound():
 @pytest.mark.parametrize("scale", [0.0017, 2.0**-9, 0.004])
 def test_modelopt_quantises_activations_alike(scale):
     """Outside zero and underflowing blocks, and but for quotients that are as good as a tie."""
+    NVFP4QTensor = pytest.importorskip(
+        "modelopt.torch.quantization.qtensor.nvfp4_tensor", reason="optional package"
+    ).NVFP4QTensor
     x = torch.randn(256, 128)
     ours = fake_quantize_activation(x, torch.tensor([scale]))
     q, block_scale, double = NVFP4QTensor.quantize(

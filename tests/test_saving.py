@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 
-import peft
 import pytest
 import torch
 import transformers
@@ -86,6 +85,7 @@ def test_float_models_are_saved_as_ever(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 def test_adapters_on_a_packed_model_are_saved(tmp_path):
+    peft = pytest.importorskip("peft", reason="optional package")
     model = replaced(enlarge_experts(qwen3_moe()))
     config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     wrapped = peft.get_peft_model(copy.deepcopy(model), config)

@@ -1,7 +1,8 @@
 """The Triton kernels: layout, routing and results in the interpreter, compilation for every target.
 
-The interpreter is chosen when triton is imported, so its cases run in a process of their own, with
-TRITON_INTERPRET=1; they are skipped here and started by test_the_interpreter_agrees.
+The interpreter is chosen when triton is imported, so its cases, and those of test_fingerprint.py,
+run in a process of their own, with TRITON_INTERPRET=1; they are skipped here and started by
+test_the_interpreter_agrees.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import pytest
 import torch
 
-from fp4moe import ExpertWeights
+from fp4moe import ExpertWeights, fingerprint
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import UnsupportedError
 from fp4moe.kernels.measured import SHIPPED, choose_tiles, read
@@ -387,8 +388,9 @@ def test_activations(activation, gated):
 )
 def test_the_interpreter_agrees():
     file = pathlib.Path(__file__)
+    files = [str(file), str(file.with_name("test_fingerprint.py"))]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:xdist", "-W", "ignore"],
+        [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:xdist", "-W", "ignore"],
         cwd=file.parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -403,7 +405,7 @@ def signature(function, constants, hidden="*bf16"):
     pointers = {"hidden": hidden, "x": "*bf16", "ids": "*i64", "out": "*bf16", "partial": "*bf16"}
     pointers |= dict.fromkeys(("counts", "order", "tiles", "num_tiles", "words", "scales"), "*i32")
     pointers |= dict.fromkeys(("global_scale", "routing_weights", "weights", "bias"), "*fp32")
-    pointers["logits"] = "*bf16"
+    pointers |= {"logits": "*bf16", "table": "*i64", "expected": "*i64", "changed": "*i32"}
     types = {
         name: "constexpr" if name in constants else pointers.get(name, "i32")
         for name in function.arg_names
@@ -419,7 +421,7 @@ def signature(function, constants, hidden="*bf16"):
 
 def variants():
     """(kernel, constants, warps, further) of each row of the tables, and of each activation."""
-    from fp4moe.kernels import triton_choice, triton_experts, triton_routing
+    from fp4moe.kernels import triton_choice, triton_experts, triton_fingerprint, triton_routing
     from fp4moe.kernels.triton_configs import MODES as NAMES
 
     def constants(tile, **more):
@@ -459,6 +461,8 @@ def variants():
     yield triton_choice.choose_kernel, choice | {"SIGMOID": True, "BIASED": True}, 1, {}
     choice |= {"GROUPS": 1, "GROUP_EXPERTS": 128, "TOP_GROUPS": 0, "SIGMOID": False}
     yield triton_choice.choose_kernel, choice | {"BIASED": False}, 1, {}
+    names = ("SAMPLES", "WORDS", "SPREAD", "MULTIPLIER")
+    yield triton_fingerprint.compare_kernel, {n: getattr(fingerprint, n) for n in names}, 4, {}
 
 
 @compiled

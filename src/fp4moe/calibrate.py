@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .errors import ShapeError, UnsupportedError
 from .explain import format_table
+from .progress import progress_bar
 from .recorders import BlockRanges, make_recorders
 from .text_model import check_ids, encode, load_text_model, read_texts
 
@@ -143,7 +144,7 @@ def calibrate_on_texts(
 ) -> CalibrationReport:
     """Run `calibrate` on the first `length` tokens of each text, one text at a time."""
     with calibrate(model, percentile=percentile) as report, torch.no_grad():
-        for text in tqdm(texts, desc="calibrating", unit="text", disable=not progress):
+        for text in progress_bar(texts, show=progress, desc="calibrating", unit="text"):
             ids = encode(tokenizer, text, length)
             check_ids(model, ids)
             if len(ids):

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from .calibrate import calibrate_on_texts
 from .errors import ShapeError
 from .explain import format_table
 from .module import FusedExperts
+from .progress import progress_bar
 from .replace import replace_moe
 from .sample_text import standard_library_text
 from .text_model import check_ids, encode, load_text_model, read_text, read_texts, text_windows
@@ -176,7 +176,7 @@ def _predict(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return -ln p of each next token and the most likely ones, [W, length - 1] on the CPU."""
     losses, best = [], []
-    bar = tqdm(total=len(windows), desc=name, unit="window", disable=not progress)
+    bar = progress_bar(show=progress, total=len(windows), desc=name, unit="window")
     with torch.no_grad(), bar:
         for ids in windows.split(min(batch, len(windows))):
             ids = ids.to(model.device)

@@ -20,7 +20,6 @@ __all__ = ["SAMPLES", "full_hashes", "sampled_hashes", "slots"]
 # A slot is a part of a tensor of which so many 4-byte words are read, in sectors of 32 bytes.
 SAMPLES = 2048
 WORDS = 8
-SECTORS = SAMPLES // WORDS
 EXPERTS_PER_SLOT = 16
 MULTIPLIER = 0x1E3779B97F4A7C15
 SPREAD = 2654435761
@@ -29,14 +28,14 @@ SPREAD = 2654435761
 def slots(tensor: torch.Tensor) -> tuple[int, int, int]:
     """Return (first word, words, number of slots) of the memory that a tensor spans.
 
-    The slots share the words evenly. A last part below 4 bytes is left out.
+    The slots share the words evenly. What is less than a word at either end is left out.
     """
     size = tensor.element_size()
     start = -(-tensor.storage_offset() * size // 4)
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     stop = (tensor.storage_offset() + last + 1) * size // 4
     count = -(-tensor.shape[0] // EXPERTS_PER_SLOT) if tensor.ndim > 2 else 1
-    return start, max(stop - start, 0), max(count, 1)
+    return start, max(stop - start, 0) if tensor.numel() else 0, max(count, 1)
 
 
 def sampled_hashes(tensor: torch.Tensor) -> torch.Tensor:
@@ -58,7 +57,8 @@ def _samples(words: int, count: int, device: torch.device) -> tuple[torch.Tensor
     slot = torch.arange(count + 1, dtype=torch.int64, device=device) * words // count
     length = slot.diff()[:, None]
     sector = sample // WORDS
-    step = (-(-length // WORDS) // SECTORS).clamp(min=1)
+    # Rounded up, so that the samples reach the end.
+    step = (-(-length // SAMPLES)).clamp(min=1)
     place = (sector * step + sector * SPREAD // 256 % step) * WORDS + sample % WORDS
     factors = torch.where(place < length, (2 * sample + 1) * MULTIPLIER, 0)
     return (slot[:-1, None] + place).clamp(max=words - 1), factors
@@ -71,8 +71,7 @@ def full_hashes(tensor: torch.Tensor) -> torch.Tensor:
         same_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
         rows = torch.atleast_1d(tensor.detach().view(same_size))
         sums = rows.sum(-1, dtype=torch.int64) if rows.ndim > 1 else rows.long()
-        sums = sums.reshape(sums.shape[0], -1)
-        factors = torch.arange(
-            1, 2 * math.prod(sums.shape[1:]), 2, dtype=torch.int64, device=sums.device
-        )
+        others = math.prod(sums.shape[1:])
+        sums = sums.reshape(sums.shape[0], others)
+        factors = 2 * torch.arange(others, dtype=torch.int64, device=sums.device) + 1
         return (sums * (factors * MULTIPLIER)).sum(1)

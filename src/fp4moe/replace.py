@@ -15,7 +15,6 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .candidates import (
     ON_META,
@@ -42,6 +41,7 @@ from .kernels import (
 )
 from .layout import round_up
 from .module import FusedExperts, RoutedExperts
+from .progress import progress_bar
 from .quantize import METHODS
 
 __all__ = ["explain", "find_candidates", "replace_moe", "spec_of"]
@@ -114,7 +114,7 @@ def replace_moe(
         )
     refused = {}
     root = type(model).__name__
-    for candidate in tqdm(candidates, desc="checking experts", disable=not progress, leave=False):
+    for candidate in progress_bar(candidates, show=progress, desc="checking experts", leave=False):
         reasons = (
             candidate.reasons or value_reasons(candidate) or _kernel_reasons(candidate, kernel)
         )
@@ -139,7 +139,7 @@ def replace_moe(
     jobs = {c.path: c for c in candidates}
     # The lists must not keep a replaced layer's weights alive.
     del candidates, candidate
-    for path in tqdm(paths, desc="packing experts", disable=not progress):
+    for path in progress_bar(paths, show=progress, desc="packing experts"):
         job = jobs.pop(path)
         assert job.quantize is not None
         plan = plans.get(path)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .fingerprint import MULTIPLIER, SAMPLES, SECTORS, SPREAD, WORDS, sampled_hashes, slots
+from .fingerprint import MULTIPLIER, SAMPLES, SPREAD, WORDS, sampled_hashes, slots
 
 __all__ = ["ValueWatch"]
 
@@ -118,7 +118,6 @@ class _Table:
                 self.changed,
                 SAMPLES=SAMPLES,
                 WORDS=WORDS,
-                SECTORS=SECTORS,
                 SPREAD=SPREAD,
                 MULTIPLIER=MULTIPLIER,
             )

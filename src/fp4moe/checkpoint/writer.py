@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import CheckpointError, ShapeError, UnsupportedError
+from ..progress import progress_bar
 from ..quantize import METHODS
 from ..version import __version__
 from .files import INDEX, PICKLES, CheckpointFiles
@@ -280,13 +281,13 @@ def _write(
     needed = sum(shard.layout.size for shard in left)
     check_space(partial, needed + sum(os.path.getsize(files.path(name)) for name in copied))
     total = sum(shard.source_bytes for shard in shards)
-    bar = tqdm(
+    bar = progress_bar(
+        show=progress,
         total=total,
         initial=total - sum(shard.source_bytes for shard in left),
         desc="quantising experts",
         unit="B",
         unit_scale=True,
-        disable=not progress,
     )
     with bar, worker_threads() as workers:
         for shard in left:

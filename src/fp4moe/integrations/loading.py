@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..checkpoint.compressed_tensors import compressed_convention, is_compressed_tensors
 from ..checkpoint.conventions import FLOAT, Convention, fail, name_keys
@@ -29,6 +28,7 @@ from ..errors import CheckpointError, UnsupportedError
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, MoeSpec, choose_kernel, current_capability
 from ..layout import round_up
 from ..module import FusedExperts
+from ..progress import progress_bar
 from .key_names import KeyNames, may_skip, optional_names
 from .loaded_routing import fuse_routing
 from .probe_experts import describe_on_meta
@@ -218,8 +218,8 @@ class Loading:
         rescaled = 0
         # finish() lays them out, when it knows how the kernel routes.
         kernel = "reference" if self.options.routing == "fused" else self.options.kernel
-        quiet = not self.options.progress or not plan.experts
-        for path, experts in tqdm(plan.experts.items(), desc="packing experts", disable=quiet):
+        show = self.options.progress and bool(plan.experts)
+        for path, experts in progress_bar(plan.experts.items(), show=show, desc="packing experts"):
             device = model.get_submodule(path).place.device
             weights, count = read_experts(
                 self.files, path, experts, plan.convention, device=device, dtype=self.dtype

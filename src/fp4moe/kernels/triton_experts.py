@@ -94,7 +94,8 @@ def _load_weights(
         word = tl.load(words + word_at)
         scale = tl.load(scales + scale_at)
     else:
-        there = (slab < slabs) & (expert >= 0)
+        # Not a scalar condition & a block's: triton 3.9's interpreter makes that one of integers.
+        there = slab < tl.where(expert >= 0, slabs, 0)
         word = tl.load(words + word_at, mask=there[:, None, None], other=0)
         scale = tl.load(scales + scale_at, mask=there[:, None], other=0)
     word = word.to(tl.uint32, bitcast=True)

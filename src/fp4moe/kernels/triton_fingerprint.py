@@ -15,7 +15,6 @@ def compare_kernel(
     changed,  # int32 [slots], in memory that the host reads
     SAMPLES: tl.constexpr,
     WORDS: tl.constexpr,
-    SECTORS: tl.constexpr,
     SPREAD: tl.constexpr,
     MULTIPLIER: tl.constexpr,
 ):
@@ -25,7 +24,7 @@ def compare_kernel(
     words = tl.load(table + 2 * slot + 1)
     sample = tl.arange(0, SAMPLES).to(tl.int64)
     sector = sample // WORDS
-    step = tl.maximum((words + WORDS - 1) // WORDS // SECTORS, 1)
+    step = tl.maximum((words + SAMPLES - 1) // SAMPLES, 1)
     place = (sector * step + sector * SPREAD // 256 % step) * WORDS + sample % WORDS
     memory = address.to(tl.pointer_type(tl.int32))
     values = tl.load(memory + place, mask=place < words, other=0)
