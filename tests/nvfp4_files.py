@@ -83,16 +83,17 @@ def quantise(weight, scale):
 def make(name, directory, shared=True, also="", **changes):
     """Save a tiny model, then store its experts, and the weights that match `also`, as NVFP4.
 
+    name: of a model, or one that is built already.
     shared: gate and up of an expert have one global scale. Every input scale is another number.
     """
-    build = MODELS.get(name, gemma4_multimodal if name == "gemma4_multimodal" else None)
-    model = build("eager") if build else family(name, "eager")
+    model = name if isinstance(name, torch.nn.Module) else _build(name)
     for key, value in changes.items():
         setattr(model.config, key, value)
     enlarge_experts(model).to(torch.bfloat16).save_pretrained(directory)
     config = json.loads((pathlib.Path(directory) / "config.json").read_text())
     saved = load_file(pathlib.Path(directory) / "model.safetensors")
-    made = Made(_by_expert(saved), config, stacked="gemma4" in name)
+    floats = _by_expert(saved)
+    made = Made(floats, config, stacked=floats.keys() != saved.keys())
     made.tensors |= made.floats
     for count, (key, weight) in enumerate(sorted(made.floats.items())):
         if not (EXPERT.fullmatch(key) or (also and re.search(also, key))):
@@ -109,6 +110,12 @@ def make(name, directory, shared=True, also="", **changes):
             f"{head}input_scale": torch.tensor(0.01 + 1e-4 * count),
         }
     return made
+
+
+def _build(name):
+    if name == "gemma4_multimodal":
+        return gemma4_multimodal("eager")
+    return MODELS[name]("eager") if name in MODELS else family(name, "eager")
 
 
 def _by_expert(tensors):

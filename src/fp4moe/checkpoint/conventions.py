@@ -121,10 +121,9 @@ def form_of(matrix: Matrix, shapes: Mapping[str, Spec]) -> str | None:
     shape = () if scale is None else scale[1]
     if shape in {(), (1,), stack, (*stack, 1), (*stack, 1, 1)} - {(1, 1)}:
         return "fp8"
-    if shape in {tuple(rows), (*rows, 1)}:
-        return "fp8_channel"
-    powers = scale is not None and scale[0] in POWERS
-    return "mxfp8" if powers and shape == (*rows, columns // 32) else "fp8_block"
+    if scale is not None and scale[0] in POWERS and shape == (*rows, columns // 32):
+        return "mxfp8"
+    return "fp8_channel" if shape in {tuple(rows), (*rows, 1)} else "fp8_block"
 
 
 def form_words(form: str) -> str:

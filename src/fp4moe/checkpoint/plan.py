@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
 
-from .conventions import FLOAT, FLOATS, Convention, Matrix, fail, form_of, name_keys
+from .conventions import FLOAT, FLOATS, FORMS, Convention, Matrix, fail, form_of, name_keys
 from .header import Spec
 from .plan_checks import ExpertsFacts, LinearFacts, Problems, check_experts, check_linear
 from .rename_hint import rename_hint
@@ -216,10 +216,11 @@ def _experts_form(found: Mapping[tuple[int | None, str], Matrix], shapes: Mappin
     """Packed where any part of the module says so: a lost scale must not make it float."""
     forms = {form_of(matrix, shapes) for matrix in found.values()}
     scaled = any(set(matrix.keys) - {"weight"} for matrix in found.values())
-    others = sorted({form for form in forms if form not in ("float", None)})
-    if "nvfp4" in others or (scaled and not others):
-        return "nvfp4"
-    return others[0] if others else "float"
+    others = sorted({form for form in forms if form not in ("float", "nvfp4", None)})
+    known = [form for form in others if form in FORMS]
+    if known or (others and "nvfp4" not in forms):
+        return (known or others)[0]
+    return "nvfp4" if scaled or "nvfp4" in forms else "float"
 
 
 def _refuse_unannounced(shapes: Mapping[str, Spec], model: Model) -> None:
