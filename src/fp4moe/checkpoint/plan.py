@@ -172,7 +172,7 @@ def make_plan(shapes: Mapping[str, Spec], convention: Convention, model: Model) 
         check_linear(path, facts_of, kind, matrix, convention, shapes, problems)
         plan.linears[path] = LinearPlan(facts_of, kind, matrix)
     _place_rest(rest, shapes, model, plan, problems)
-    problems.hint = rename_hint(problems.unexpected, problems.missing)
+    problems.hint = rename_hint(problems.unexpected, problems.missing, model.name)
     problems.check()
     return plan
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 __all__ = ["rename_hint"]
 
@@ -12,20 +12,28 @@ __all__ = ["rename_hint"]
 SAMPLE = 64
 
 
-def rename_hint(unexpected: Collection[str], missing: Collection[str]) -> str:
-    """Return advice that maps the unexpected keys to all missing names, "" where none does."""
-    sources, targets = ({_head(name) for name in names} for names in (unexpected, missing))
-    counts: collections.Counter[tuple[str, str]] = collections.Counter()
-    for source in sorted(sources)[:SAMPLE]:
-        if pair := _pair(source, targets):
-            counts[pair] += 1
-    for (pattern, new), _ in counts.most_common(3):
-        renamed = {re.sub(pattern, new, source): source for source in sources}
+def rename_hint(
+    unexpected: Collection[str], missing: Collection[str], name: Callable[[str], str]
+) -> str:
+    """Return the mapping that turns unexpected keys into all missing names, "" where none does.
+
+    name: key -> its name in the model, as the class itself renames it.
+    """
+    heads = {_head(key): key for key in sorted(unexpected)}
+    targets = {_head(entry) for entry in missing}
+    pairs = collections.Counter(
+        pair
+        for key in list(heads.values())[:SAMPLE]
+        for source in (key, name(key))
+        if (pair := _pair(_head(source), targets))
+    )
+    for (pattern, new), _ in pairs.most_common(5):
+        renamed = {_head(name(re.sub(pattern, new, key))): head for head, key in heads.items()}
         if targets <= set(renamed):
-            name = min(targets)
+            first, mapping = min(targets), {pattern: new}
             return (
-                f"its names differ from the model's, {renamed[name]!r} for {name!r}; pass "
-                f"key_mapping={ {pattern: new}!r} if it is a checkpoint of this very model"
+                f"its names differ from the model's, {renamed[first]!r} for {first!r}; pass "
+                f"key_mapping={mapping!r} if it is a checkpoint of this very model"
             )
     return ""
 
@@ -37,23 +45,27 @@ def _head(name: str) -> str:
 
 
 def _pair(source: str, targets: Collection[str]) -> tuple[str, str] | None:
-    """The pattern and its replacement that turn a key into the name that it resembles most."""
-    old, best, suffix = source.split("."), [""], 0
-    for target in targets:
-        new = target.split(".")
-        count = _common(old[::-1], new[::-1])
-        if (count, target) > (suffix, ".".join(best)):
-            best, suffix = new, count
+    """The pattern and its replacement that turn a key into the name that it resembles most.
+
+    None where numbers differ: other layers are no other names.
+    """
+    old, new, suffix = source.split("."), [""], 0
+    for target in sorted(targets):
+        parts = target.split(".")
+        count = _common(old[::-1], parts[::-1])
+        if count > suffix:
+            new, suffix = parts, count
     if not suffix:
         return None
-    old, new = old[: len(old) - suffix], best[: len(best) - suffix]
+    old, new = old[: len(old) - suffix], new[: len(new) - suffix]
     prefix = _common(old, new)
-    inner, outer = ".".join(old[prefix:]), ".".join(new[prefix:])
+    if any(part.isdigit() for part in old[prefix:] + new[prefix:]):
+        return None
+    inner, outer = ("".join(f"{part}." for part in parts[prefix:]) for parts in (old, new))
     if inner and prefix:
-        return rf"\.{re.escape(inner)}\.", f".{outer}." if outer else "."
+        return rf"\.{re.escape(inner)}", f".{outer}"
     start = "".join(f"{part}." for part in old[:prefix])
-    inner = f"{inner}." if inner else ""
-    return f"^{re.escape(start + inner)}", f"{start}{outer}." if outer else start
+    return f"^{re.escape(start + inner)}", start + outer
 
 
 def _common(first: list[str], second: list[str]) -> int:
