@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from fp4moe.errors import CheckpointError
+from fp4moe.errors import CheckpointError, UnsupportedError
 
 MODELS = ("qwen3_moe", "nemotron_h")
 E8M0 = torch.float8_e8m0fnu
@@ -72,6 +72,16 @@ def test_float64_weights_are_read(tmp_path, name):
             other = theirs.tensors()[key]
             assert torch.equal(tensor.view(torch.uint8), other.view(torch.uint8))
     assert torch.equal(files.logits(model), files.logits(usual))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_float64_is_refused_before_it_is_loaded(tmp_path, name):
+    made = files.make(name, tmp_path / "source")
+    wide = {k: v.double() for k, v in made.floats.items()}
+    directory = made.write(tmp_path / "wide", wide, None, made.config | {"dtype": "float64"})
+    with pytest.raises(UnsupportedError, match=r"dtype must be bfloat16.*float64.*config\.json"):
+        files.load(directory, dtype="auto")
+    files.load(directory, dtype=torch.bfloat16)
 
 
 def qwen3_vl():

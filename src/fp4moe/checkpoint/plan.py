@@ -227,13 +227,15 @@ def _refuse_unannounced(shapes: Mapping[str, Spec], model: Model) -> None:
     """Refuse quantised weights without a configuration: what their bytes mean is unknown."""
     found: dict[str, set[str]] = {}
     for key, (dtype, _) in shapes.items():
+        if dtype in FLOATS:
+            continue
         name = model.name(key)
         module, _, leaf = name.rpartition(".")
         path = inside(name, model.experts)
         if path is None and module in model.linears and leaf.startswith("weight"):
             path = module
         own = name in model.plain and model.plain[name][0] == dtype
-        if path is not None and dtype not in FLOATS and not own:
+        if path is not None and not own:
             found.setdefault(str(dtype).removeprefix("torch."), set()).add(path)
     if found:
         got = ", ".join(f"{dtype} in {name_keys(paths)}" for dtype, paths in sorted(found.items()))

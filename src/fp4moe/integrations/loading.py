@@ -25,6 +25,7 @@ from ..checkpoint.modelopt import is_modelopt, modelopt_convention
 from ..checkpoint.plan import Model, Plan, inside, make_plan
 from ..checkpoint.plan_checks import ExpertsFacts, LinearFacts
 from ..checkpoint.read import read_experts, read_linear
+from ..checks import HIDDEN_DTYPES
 from ..errors import CheckpointError, UnsupportedError
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, MoeSpec, choose_kernel, current_capability
 from ..layout import round_up
@@ -122,6 +123,12 @@ class Loading:
     def open(self, model: Any, checkpoint_files: list[str] | None, dtype: torch.dtype) -> None:
         """Open the directory that transformers loads from."""
         self.model, self.dtype = model, dtype
+        if dtype not in HIDDEN_DTYPES:
+            raise UnsupportedError(
+                "from_pretrained: dtype must be bfloat16, float16 or float32; got "
+                f"{str(dtype).removeprefix('torch.')}, as asked for or as config.json says. Pass "
+                "dtype=torch.bfloat16."
+            )
         if not checkpoint_files or not all(f.endswith(".safetensors") for f in checkpoint_files):
             given = [os.path.basename(f) for f in checkpoint_files or ()]
             fail("be of safetensors files", given, "Convert it with save_pretrained")
