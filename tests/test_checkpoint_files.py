@@ -342,7 +342,8 @@ def check_like_the_library(folder: pathlib.Path, data: bytes) -> None:
         found = read_all(folder)
     except CheckpointError:
         return
-    assert_same(found, safetensors.torch.load(data))
+    # load() has no E8M0.
+    assert_same(found, safetensors.torch.load_file(folder / "model.safetensors"))
 
 
 @FUZZ

@@ -84,8 +84,8 @@ def _forms(inner: Mapping[str, Any]) -> set[str]:
     for name, group in groups.items():
         if not isinstance(group, dict):
             fail("have objects in config_groups", repr(group)[:100], "Check the configuration")
-        form = scale_form(group, f"config_groups[{name!r}]")
-        found |= {form} if form else set()
+        described = scale_form(group, f"config_groups[{name!r}]")
+        found |= {described} if described else set()
     return found
 
 

@@ -202,13 +202,14 @@ def _input_scales(
     stack, rows = _stack(plan, name)
     if stack is not None:
         if "input_scale" in stack.keys:
-            key = stack.keys["input_scale"]
-            scales = _spread(_seen(files, key, convention.reciprocal), count, rows)
+            stored = _seen(files, stack.keys["input_scale"], convention.reciprocal)
+            scales = _spread(stored, count, rows)
         return scales
     for expert in range(count):
-        key = plan.matrices[expert, name].keys.get("input_scale")
-        if key is not None:
-            scales[expert] = _seen(files, key, convention.reciprocal).reshape(())
+        keys = plan.matrices[expert, name].keys
+        if "input_scale" in keys:
+            stored = _seen(files, keys["input_scale"], convention.reciprocal)
+            scales[expert] = stored.reshape(())
     return scales
 
 

@@ -92,7 +92,7 @@ def may_skip(model: Any) -> Callable[[str], bool]:
     layers that the configuration counts behind those of the model.
     """
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
-    patterns += [r"(^|\.)mtp(_\w+)?\.", *_prediction_layers(model)]
+    patterns += [r"(^|\.)(mtp|nextn)(_[a-z_]+)?\.", *_prediction_layers(model)]
     ignored = re.compile("|".join(f"({pattern})" for pattern in patterns))
     return lambda key: ignored.search(key) is not None
 
