@@ -87,3 +87,19 @@ def poisoned_empty() -> Iterator[None]:
         finally:
             deterministic.fill_uninitialized_memory = fill
             torch.set_deterministic_debug_mode(mode)
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp4moe.register_transformers(), undone afterwards."""
+    from transformers import PreTrainedConfig
+    from transformers.quantizers import auto
+
+    import fp4moe
+
+    plain = PreTrainedConfig.__dict__["get_config_dict"]
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", plain)
+    for name in ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"):
+        monkeypatch.setattr(auto, name, dict(getattr(auto, name)))
+    fp4moe.register_transformers()
+    fp4moe.register_transformers()

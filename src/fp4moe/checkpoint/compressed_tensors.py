@@ -23,7 +23,12 @@ COMPRESSED_PARTS = {
     "input_global_scale": "input_scale",
     "input_scale": "fp8_input_scale",
 }
-FORMATS = {"nvfp4-pack-quantized": "nvfp4", "float-quantized": "fp8"}
+FORMATS = {
+    "nvfp4-pack-quantized": ("nvfp4",),
+    "float-quantized": ("fp8", "fp8_channel", "fp8_block"),
+    "mxfp8-quantized": ("mxfp8",),
+    "mxfp4-pack-quantized": ("mxfp4",),
+}
 MIXED = "mixed-precision"
 
 
@@ -69,7 +74,7 @@ def compressed_convention(quantization: Mapping[str, Any]) -> Convention:
             fail("have objects in config_groups", repr(group)[:100], "Check config.json")
         form = scale_form(group, f"config_groups[{name!r}]")
         stored = group.get("format") or overall
-        if form is not None and FORMATS.get(stored) != form:
+        if form is not None and form not in FORMATS.get(str(stored), ()):
             got = f"format {stored!r} for {form} in {name!r}"
             fail("have a format that fits its weights", got, KNOWN)
         forms |= {form} if form else set()

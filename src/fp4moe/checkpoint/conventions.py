@@ -21,18 +21,35 @@ from .header import Spec, name_keys
 __all__ = [
     "FLOAT",
     "FLOATS",
+    "FORMS",
     "KNOWN",
+    "OTHER",
     "Convention",
     "Matrix",
     "fail",
     "form_of",
+    "form_words",
     "listed",
     "name_keys",
     "scale_form",
     "strings",
 ]
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# What a matrix can be stored as: the form, and how a refusal names it.
+FORMS = {
+    "nvfp4": "NVFP4 (e2m1, an e4m3 scale per 16 values)",
+    "fp8": "FP8 (e4m3, one scale per tensor)",
+    "fp8_channel": "FP8 (e4m3, one scale per row)",
+    "fp8_block": "FP8 (e4m3, one scale per block)",
+    "mxfp8": "MXFP8 (e4m3, a power of two per 32 values)",
+    "mxfp4": "MXFP4 (e2m1, a power of two per 32 values)",
+}
+OTHER = (
+    "Use an NVFP4 checkpoint, or the float model, whose experts from_pretrained quantises to NVFP4"
+)
+# Scales of MX blocks: bytes that are exponents.
+POWERS = (torch.uint8, torch.float8_e8m0fnu)
 
 
 def fail(rule: str, got: object, fix: str) -> NoReturn:
@@ -49,7 +66,7 @@ class Convention:
         parts: name on disk -> part: "weight", "scale" (a block scale beside 4-bit codes, an FP8
             scale beside e4m3), "global_scale", "input_scale", "fp8_input_scale".
         reciprocal: global and NVFP4 input scales are stored as encode multipliers.
-        forms: "nvfp4" and "fp8", as the configuration announces them.
+        forms: names of `FORMS`, as the configuration announces them.
         ignored: the configuration's patterns of modules left alone.
     """
 
@@ -91,15 +108,27 @@ class Matrix:
 
 
 def form_of(matrix: Matrix, shapes: Mapping[str, Spec]) -> str | None:
-    """Return "nvfp4", "fp8" or "float" by the dtype of the weight; None where that is missing."""
-    spec = matrix.spec("weight", shapes)
-    if spec is None:
+    """Return a name of `FORMS`, "float" or another dtype; None where the weight is missing."""
+    weight, scale = (matrix.spec(part, shapes) for part in ("weight", "scale"))
+    if weight is None:
         return None
-    if spec[0] == torch.uint8:
-        return "nvfp4"
-    if spec[0] == torch.float8_e4m3fn:
+    if weight[0] == torch.uint8:
+        return "mxfp4" if scale is not None and scale[0] in POWERS else "nvfp4"
+    if weight[0] != torch.float8_e4m3fn:
+        return "float" if weight[0] in FLOATS else str(weight[0]).removeprefix("torch.")
+    *rows, columns = weight[1]
+    stack = tuple(rows[:-1])
+    shape = () if scale is None else scale[1]
+    if shape in {(), (1,), stack, (*stack, 1), (*stack, 1, 1)} - {(1, 1)}:
         return "fp8"
-    return "float" if spec[0] in FLOATS else "unknown"
+    if scale is not None and scale[0] in POWERS and shape == (*rows, columns // 32):
+        return "mxfp8"
+    return "fp8_channel" if shape in {tuple(rows), (*rows, 1)} else "fp8_block"
+
+
+def form_words(form: str) -> str:
+    """How a refusal names a form, or a dtype that is none."""
+    return FORMS.get(form, f"{form} weights of an unknown form")
 
 
 def scale_form(group: Mapping[str, Any], where: str) -> str | None:
@@ -110,10 +139,17 @@ def scale_form(group: Mapping[str, Any], where: str) -> str | None:
     if not isinstance(weights, dict):
         fail(f"describe weights in {where} by an object", repr(weights)[:100], "Check config.json")
     bits, kind, size = (weights.get(k) for k in ("num_bits", "type", "group_size"))
-    if (bits, kind) == (4, "float") and size in (16, None) and weights.get("symmetric", True):
-        return "nvfp4"
-    if (bits, kind) == (8, "float") and size is None and weights.get("symmetric", True):
-        return "fp8"
+    strategies = {"channel": "fp8_channel", "block": "fp8_block"}
+    forms = {
+        (4, 16): "nvfp4",
+        (4, None): "nvfp4",
+        (4, 32): "mxfp4",
+        (8, 32): "mxfp8",
+        (8, None): strategies.get(str(weights.get("strategy")), "fp8"),
+    }
+    plain = kind == "float" and weights.get("symmetric", True) and isinstance(size, int | None)
+    if plain and isinstance(bits, int) and (bits, size) in forms:
+        return forms[bits, size]
     got = f"{bits}-bit {kind} with group_size {size}"
     fail(f"hold NVFP4 (group size 16) or FP8 weights in {where}", got, KNOWN)
 

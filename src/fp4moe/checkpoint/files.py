@@ -6,6 +6,7 @@ Not handled here: what the tensors mean (quantisation formats, module names).
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -15,9 +16,11 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from .header import Spec, fail, name_keys, read_header, read_json
+from .header import FUNCTION, Spec, fail, name_keys, read_header, read_json
 
 __all__ = ["INDEX", "PICKLES", "WEIGHTS", "CheckpointFiles"]
+
+logger = logging.getLogger("fp4moe")
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The shards of save_pretrained; other files, such as consolidated.safetensors, may be there.
@@ -31,8 +34,8 @@ class CheckpointFiles:
     Attributes:
         directory: the directory, as given.
         config: content of config.json.
-        quantization: content of hf_quant_config.json, or else config.json's
-            "quantization_config"; None where there is neither.
+        quantization: content of hf_quant_config.json, or else the "quantization_config" of
+            config.json or of its text_config; None where there is none.
         shapes: key -> (dtype, shape) of every tensor.
         shards: file name -> its keys, both in the order of the index.
     """
@@ -60,9 +63,10 @@ class CheckpointFiles:
     def open(cls, directory: str | os.PathLike[str]) -> CheckpointFiles:
         """Open a directory as `save_pretrained` or a hub download leaves it.
 
-        Read are config.json, hf_quant_config.json, and model.safetensors or the files of
-        model.safetensors.index.json. A file may be a symbolic link within the directory, or from
-        `snapshots/<revision>` of a Hugging Face cache into its `blobs`; any other is refused.
+        Read are config.json, hf_quant_config.json, and model.safetensors or, where there is none,
+        the files of model.safetensors.index.json. Links are followed, as transformers does: they
+        belong to whoever made the directory. An index, which belongs to the checkpoint, names only
+        files of the directory itself.
 
         Raises:
             CheckpointError: something is missing, extra, damaged, unsafe or not safetensors. All
@@ -77,6 +81,9 @@ class CheckpointFiles:
             quantization = read_json(_resolve(root, "hf_quant_config.json"))
         else:
             quantization = config.get("quantization_config")
+            text = config.get("text_config")
+            if quantization is None and isinstance(text, dict):
+                quantization = text.get("quantization_config")
         if not isinstance(quantization, dict | None):
             got = repr(quantization)[:100]
             fail("quantization_config", "be a JSON object", got, "Check config.json")
@@ -117,8 +124,19 @@ class CheckpointFiles:
         return self._shard_of[key]
 
     def path(self, name: str) -> str:
-        """The path of a file of the directory, refused where it is missing or leads elsewhere."""
-        return _resolve(self.directory, name)
+        """The path of a file of the directory that may be copied.
+
+        Refused is a link to where none of the checkpoint's own files lies: a copy of what it leads
+        to may be published.
+        """
+        path = _resolve(self.directory, name)
+        own = {os.path.join(self.directory, file) for file in ("config.json", *self.shards)}
+        homes = {os.path.dirname(os.path.realpath(file)) for file in own}
+        homes.add(os.path.realpath(self.directory))
+        if os.path.dirname(os.path.realpath(path)) not in homes:
+            rule = "lie in the directory, or where config.json or the weights lie"
+            fail(repr(name), rule, "a link elsewhere", "Copy the file into the directory")
+        return path
 
     def release(self, shard: str) -> None:
         """Forget the mapping of one file; its memory goes when no tensor of it is left."""
@@ -142,12 +160,18 @@ class CheckpointFiles:
 
 def _read_specs(root: str) -> dict[str, dict[str, Spec]]:
     """File name -> key -> (dtype, shape), of the single file or of those in the index."""
-    single, index = _exists(root, WEIGHTS), _exists(root, INDEX)
-    if single and index:
-        fail("directory", f"hold {WEIGHTS} or {INDEX}", "both", "Remove the one that is stale")
-    if single:
+    shards = {name for name in os.listdir(root) if SHARD.fullmatch(name)}
+    if _exists(root, WEIGHTS):
+        # transformers' rule; an index beside it is left over from a merge, or names just this file.
+        if shards:
+            logger.warning(
+                "%s: %s is read, as transformers does; not read are the shards beside it: %s",
+                FUNCTION,
+                WEIGHTS,
+                name_keys(shards),
+            )
         return {WEIGHTS: read_header(_resolve(root, WEIGHTS))}
-    if not index:
+    if not _exists(root, INDEX):
         _no_weights(root)
     weight_map = read_json(_resolve(root, INDEX)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -159,8 +183,7 @@ def _read_specs(root: str) -> dict[str, dict[str, Spec]]:
             got = repr(name)[:100]
             fail(INDEX, f"name a file for {key!r}", got, "Download it again")
         planned.setdefault(name, []).append(key)
-    stale = {name for name in os.listdir(root) if SHARD.fullmatch(name)} - set(planned)
-    if stale:
+    if stale := shards - set(planned):
         fail(INDEX, "name every shard", f"others beside it {name_keys(stale)}", "Remove the stale")
     paths = {name: _resolve(root, name) for name in planned}
     found = {name: read_header(path) for name, path in paths.items()}
@@ -190,20 +213,16 @@ def _exists(root: str, name: str) -> bool:
 
 
 def _resolve(root: str, name: str) -> str:
-    """The path of a file that lies in the directory, or in the blobs of its cache."""
+    """The path of a regular file that the directory holds, itself or as a link."""
     plain = name.isprintable() and not set(name) & set('/\\:*?"<>|') and name not in ("", ".", "..")
     if not plain:
         fail("file names", "be plain names in the directory", repr(name), "Do not use this file")
-    home, path = os.path.realpath(root), os.path.join(root, name)
-    target = os.path.realpath(path)
-    allowed = [home]
-    if os.path.basename(os.path.dirname(home)) == "snapshots":
-        allowed.append(os.path.join(os.path.dirname(os.path.dirname(home)), "blobs"))
-    if os.path.dirname(target) not in allowed:
-        rule = "lie in the directory, or in the blobs of its Hugging Face cache"
-        fail(repr(name), rule, "a link elsewhere", "Copy the file into the directory")
-    if not os.path.isfile(target):
-        fail(repr(name), "be there", "no such file", "Download it again")
+    path = os.path.join(root, name)
+    if not os.path.isfile(path):
+        got = "no such file"
+        if os.path.islink(path):
+            got = f"a link to {os.path.realpath(path)!r}, where there is none"
+        fail(repr(name), "be there as a file", got, "Download it again")
     return path
 
 

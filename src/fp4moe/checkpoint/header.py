@@ -7,12 +7,13 @@ of JSON, then the data, which the tensors cover without holes or overlaps.
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import math
 import os
 import stat
-from collections.abc import Collection
-from typing import Any, NoReturn
+from collections.abc import Collection, Iterator
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 
@@ -28,7 +29,7 @@ MAX_JSON_BYTES = 100_000_000
 MAX_AXES = 64
 MAX_ELEMENTS = 2**63 - 1
 
-# The dtypes that are whole bytes and that torch has; F4, F6 and F8_E8M0 are none of them.
+# The dtypes that are whole bytes and that torch has; F4 and F6 are none of them.
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -41,6 +42,9 @@ DTYPES = {
     "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -68,7 +72,8 @@ def read_json(path: str) -> dict[str, Any]:
         CheckpointError: it cannot be read, is too long, or is anything else.
     """
     name = os.path.basename(path)
-    data = _read(path, 0, MAX_JSON_BYTES + 1)
+    with _opened(path) as file:
+        data = file.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
         fail(name, f"have at most {MAX_JSON_BYTES} bytes", "more", "Download it again")
     return _parse(name, data)
@@ -84,13 +89,14 @@ def read_header(path: str) -> dict[str, Spec]:
         CheckpointError: anything about the header or the length of the file is not right.
     """
     name = os.path.basename(path)
-    size = _size(path)
-    start = _read(path, 0, 8)
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > min(MAX_JSON_BYTES, size - 8):
-        got = f"{size} bytes and a header of {length}"
-        fail(name, "be a complete safetensors file", got, "Download it again")
-    data = _read(path, 8, length)
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(MAX_JSON_BYTES, size - 8):
+            got = f"{size} bytes and a header of {length}"
+            fail(name, "be a complete safetensors file", got, "Download it again")
+        data = file.read(length)
     if data[:1] != b"{":
         fail(name, "have a header that begins with {", repr(data[:1]), "Download it again")
     header = _parse(name, data)
@@ -164,29 +170,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _size(path: str) -> int:
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    """Open a regular file once; what cannot be read becomes a CheckpointError."""
     try:
-        info = os.stat(path)
-    except (OSError, ValueError) as error:
-        _unreadable(path, error)
-    # A pipe would wait for ever, a device has no end.
-    if not stat.S_ISREG(info.st_mode):
-        fail(repr(os.path.basename(path)), "be a regular file", "something else", "Remove it")
-    return info.st_size
-
-
-def _read(path: str, start: int, count: int) -> bytes:
-    _size(path)
-    try:
+        # A pipe would wait for ever, a device has no end.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            fail(repr(os.path.basename(path)), "be a regular file", "something else", "Remove it")
         with open(path, "rb") as file:
-            file.seek(start)
-            return file.read(count)
+            yield file
     except OSError as error:
-        _unreadable(path, error)
-
-
-def _unreadable(path: str, error: Exception) -> NoReturn:
-    raise CheckpointError(
-        f"{FUNCTION}: {os.path.basename(path)!r} must be a readable file; got {error}. "
-        "Check that the download is complete."
-    ) from error
+        raise CheckpointError(
+            f"{FUNCTION}: {os.path.basename(path)!r} must be a readable file; got {error}. "
+            "Check that the download is complete."
+        ) from error

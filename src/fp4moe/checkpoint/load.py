@@ -98,14 +98,13 @@ def from_pretrained(
         tp_size=hf_kwargs.get("tp_size"),
     )
     directory = _directory(path_or_id, hf_kwargs)
-    with CheckpointFiles.open(directory) as files:
-        quantization = files.quantization
-    is_float = convention_of(quantization) is FLOAT
+    files = CheckpointFiles.open(directory)
+    is_float = convention_of(files.quantization) is FLOAT
     import transformers
 
     register_method()
     config = _config(transformers, directory, hf_kwargs)
-    options = Options(kernel, hidden_alignment, routing, progress)
+    options = Options(kernel, hidden_alignment, routing, progress, files)
     config.quantization_config = {
         "quant_method": METHOD,
         "float": is_float,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .conventions import KNOWN, Convention, fail, scale_form, strings
+from .conventions import FORMS, KNOWN, OTHER, Convention, fail, scale_form, strings
 
 __all__ = [
     "MODELOPT_METHODS",
@@ -30,7 +30,18 @@ MODELOPT_PARTS = {
     "weight_scale_2": "global_scale",
     "input_scale": "input_scale",
 }
-ALGORITHMS = {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4", "FP8": "fp8"}
+ALGORITHMS = {
+    "NVFP4": "nvfp4",
+    "W4A16_NVFP4": "nvfp4",
+    "FP8": "fp8",
+    "FP8_PER_CHANNEL_PER_TOKEN": "fp8_channel",
+    "FP8_PB_WO": "fp8_block",
+    "FP8_BLOCK_SCALES": "fp8_block",
+    "MXFP8": "mxfp8",
+    "MXFP4": "mxfp4",
+    "W4A8_MXFP4_FP8": "mxfp4",
+}
+READ = ("nvfp4", "fp8")
 
 
 def is_modelopt(quantization: Mapping[str, Any]) -> bool:
@@ -69,9 +80,6 @@ def modelopt_convention(quantization: Mapping[str, Any]) -> Convention:
     inner = quantization.get("quantization", quantization)
     if not isinstance(inner, dict):
         fail("have an object as quantization", repr(inner)[:100], "Check hf_quant_config.json")
-    size = inner.get("group_size")
-    if size not in (None, 16):
-        fail("have NVFP4 blocks of 16", f"group_size {size!r}", KNOWN)
     ignored = strings(inner.get("exclude_modules", inner.get("ignore")), "ignore")
     forms = _forms(inner)
     return Convention("ModelOpt", MODELOPT_PARTS, False, frozenset(forms), ignored)
@@ -80,7 +88,12 @@ def modelopt_convention(quantization: Mapping[str, Any]) -> Convention:
 def _forms(inner: Mapping[str, Any]) -> set[str]:
     algorithm = inner.get("quant_algo")
     if algorithm != "MIXED_PRECISION":
-        return {_form(algorithm, "quant_algo")}
+        form = _form(inner, "quant_algo")
+        if form not in READ:
+            # In a mixture it may be of modules that the model has no use for: see the plan.
+            got = f"{algorithm!r}, which is {FORMS[form]} and not read yet"
+            fail("have a known algorithm as quant_algo", got, OTHER)
+        return {form}
     layers = inner.get("quantized_layers")
     if isinstance(layers, dict) and layers:
         found = set()
@@ -88,10 +101,7 @@ def _forms(inner: Mapping[str, Any]) -> set[str]:
             if not isinstance(layer, dict):
                 rule = "have an object for each of quantized_layers"
                 fail(rule, f"{layer!r} for {name!r}"[:100], "Check the configuration")
-            found.add(_form(layer.get("quant_algo"), f"quantized_layers[{name!r}]"))
-            if layer.get("group_size") not in (None, 16):
-                got = f"group_size {layer['group_size']!r} for {name!r}"
-                fail("have NVFP4 blocks of 16", got, KNOWN)
+            found.add(_form(layer, f"quantized_layers[{name!r}]"))
         return found
     groups = inner.get("config_groups")
     if not isinstance(groups, dict) or not groups:
@@ -101,12 +111,17 @@ def _forms(inner: Mapping[str, Any]) -> set[str]:
     for name, group in groups.items():
         if not isinstance(group, dict):
             fail("have objects in config_groups", repr(group)[:100], "Check the configuration")
-        form = scale_form(group, f"config_groups[{name!r}]")
-        found |= {form} if form else set()
+        described = scale_form(group, f"config_groups[{name!r}]")
+        found |= {described} if described else set()
     return found
 
 
-def _form(algorithm: object, where: str) -> str:
-    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
+def _form(entry: Mapping[str, Any], where: str) -> str:
+    """The form of `quant_algo`, which ModelOpt writes in either case."""
+    algorithm, size = entry.get("quant_algo"), entry.get("group_size")
+    form = ALGORITHMS.get(algorithm.upper()) if isinstance(algorithm, str) else None
+    if form is None:
         fail(f"have a known algorithm as {where}", repr(algorithm)[:100], KNOWN)
-    return ALGORITHMS[algorithm]
+    if form == "nvfp4" and size not in (None, 16):
+        fail("have NVFP4 blocks of 16", f"group_size {size!r} for {where}", KNOWN)
+    return form

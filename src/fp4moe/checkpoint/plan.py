@@ -11,9 +11,10 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
 
-from .conventions import FLOATS, Convention, Matrix, form_of
+from .conventions import FLOAT, FLOATS, FORMS, Convention, Matrix, fail, form_of, name_keys
 from .header import Spec
 from .plan_checks import ExpertsFacts, LinearFacts, Problems, check_experts, check_linear
+from .rename_hint import rename_hint
 
 __all__ = [
     "ExpertsFacts",
@@ -27,11 +28,20 @@ __all__ = [
 
 # On disk some families number the projections.
 PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+# Some tools put the expert's number behind the projection.
 TAIL = re.compile(
-    r"(?:([0-9]{1,9})\.)?(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)(?:[._](.+))?"
+    r"(?:([0-9]{1,9})\.)?(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)"
+    r"(?:\.([0-9]{1,9}))?(?:[._]([^0-9].*))?"
 )
-# Scales of an FP8 KV cache: the cache stays in the model's dtype here.
-KV_SCALE = re.compile(r".*\.[kqv]_(proj\.)?([kqv]_)?scale")
+# Of a quantised KV cache or attention: here both stay in the model's dtype.
+UNUSED = re.compile(
+    r".*\.(?:[kqv]_(?:proj\.)?(?:[kqv]_)?(?:scale|zero_point)|[kv]_proj\.[kv]_bias"
+    r"|kv_(?:scale|zero_point)|output_scale|prob_scale)"
+)
+
+
+# The forms of Linears that are read, and as what; None is one whose weight is missing.
+LINEAR_FORMS = {None: "nvfp4", "nvfp4": "nvfp4", "fp8": "fp8", "fp8_channel": "fp8"}
 
 
 @dataclasses.dataclass
@@ -114,6 +124,8 @@ def make_plan(shapes: Mapping[str, Spec], convention: Convention, model: Model) 
             or form; names the first ten keys of each kind and their count.
     """
     problems = Problems()
+    if convention is FLOAT:
+        _refuse_unannounced(shapes, model)
     experts: dict[str, dict[tuple[int | None, str], Matrix]] = {path: {} for path in model.experts}
     linears: dict[str, Matrix] = {}
     rest: list[str] = []
@@ -143,6 +155,9 @@ def make_plan(shapes: Mapping[str, Spec], convention: Convention, model: Model) 
                 check_experts(path, facts, form, found, convention, shapes, problems)
             rest += [key for matrix in found.values() for key in matrix.keys.values()]
             continue
+        if form not in ("float", "nvfp4"):
+            problems.unread.setdefault(form, set()).add(path)
+            continue
         check_experts(path, facts, form, found, convention, shapes, problems)
         plan.experts[path] = ExpertsPlan(facts, form, found)
     for path, matrix in linears.items():
@@ -150,10 +165,14 @@ def make_plan(shapes: Mapping[str, Spec], convention: Convention, model: Model) 
         if kind == "float" and set(matrix.keys) == {"weight"}:
             rest += matrix.keys.values()
             continue
-        facts_of = model.linears[path]
+        if kind not in LINEAR_FORMS:
+            problems.unread.setdefault(str(kind), set()).add(path)
+            continue
+        facts_of, kind = model.linears[path], LINEAR_FORMS[kind]
         check_linear(path, facts_of, kind, matrix, convention, shapes, problems)
-        plan.linears[path] = LinearPlan(facts_of, kind or "nvfp4", matrix)
+        plan.linears[path] = LinearPlan(facts_of, kind, matrix)
     _place_rest(rest, shapes, model, plan, problems)
+    problems.hint = rename_hint(problems.unexpected, problems.missing, model.name)
     problems.check()
     return plan
 
@@ -173,8 +192,9 @@ def _parse(tail: str, convention: Convention) -> tuple[tuple[int | None, str], s
     match = TAIL.fullmatch(tail)
     if match is None:
         return None
-    number, projection, leaf = match.groups()
-    if leaf is None and number is not None:
+    before, projection, behind, leaf = match.groups()
+    number = before or behind
+    if (leaf is None and number is not None) or (before and behind):
         return None
     leaf = leaf or "weight"
     part = convention.parts.get(leaf)
@@ -196,7 +216,35 @@ def _experts_form(found: Mapping[tuple[int | None, str], Matrix], shapes: Mappin
     """Packed where any part of the module says so: a lost scale must not make it float."""
     forms = {form_of(matrix, shapes) for matrix in found.values()}
     scaled = any(set(matrix.keys) - {"weight"} for matrix in found.values())
-    return "nvfp4" if scaled or forms - {"float", None} else "float"
+    others = sorted({form for form in forms if form not in ("float", "nvfp4", None)})
+    known = [form for form in others if form in FORMS]
+    if known or (others and "nvfp4" not in forms):
+        return (known or others)[0]
+    return "nvfp4" if scaled or "nvfp4" in forms else "float"
+
+
+def _refuse_unannounced(shapes: Mapping[str, Spec], model: Model) -> None:
+    """Refuse quantised weights without a configuration: what their bytes mean is unknown."""
+    found: dict[str, set[str]] = {}
+    for key, (dtype, _) in shapes.items():
+        if dtype in FLOATS:
+            continue
+        name = model.name(key)
+        module, _, leaf = name.rpartition(".")
+        path = inside(name, model.experts)
+        if path is None and module in model.linears and leaf.startswith("weight"):
+            path = module
+        own = name in model.plain and model.plain[name][0] == dtype
+        if path is not None and not own:
+            found.setdefault(str(dtype).removeprefix("torch."), set()).add(path)
+    if found:
+        got = ", ".join(f"{dtype} in {name_keys(paths)}" for dtype, paths in sorted(found.items()))
+        fix = (
+            "Put the hf_quant_config.json of the original beside config.json, or its "
+            "quantization_config into config.json or the text_config there"
+        )
+        rule = "announce the quantisation of its weights in a configuration"
+        fail(rule, f"no announcement and {got}", fix)
 
 
 def _place_rest(
@@ -220,7 +268,7 @@ def _place_rest(
             fits = dtype in FLOATS if expected[0].is_floating_point else dtype == expected[0]
             if shape != expected[1] or not fits:
                 problems.wrong[key] = f"is {_words(shapes[key])}, must be {_words(expected)}"
-        elif KV_SCALE.fullmatch(key) or model.may_skip(key) or model.may_skip(name):
+        elif _unused(key, shapes) or model.may_skip(key) or model.may_skip(name):
             plan.skipped.append(key)
         else:
             problems.unexpected.add(key)
@@ -232,6 +280,13 @@ def _place_rest(
             problems.missing.add(f"{path}.bias")
     needed = set(model.plain) - replaced - set(model.optional)
     problems.missing |= needed - set(plan.plain)
+
+
+def _unused(key: str, shapes: Mapping[str, Spec]) -> bool:
+    """Whether a tool writes the key for purposes that do not exist here."""
+    # compressed-tensors' size of the weight that is packed beside it.
+    shape = key.endswith(".weight_shape") and f"{key.removesuffix('shape')}packed" in shapes
+    return shape or UNUSED.fullmatch(key) is not None
 
 
 def _words(spec: Spec) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..formats import NVFP4
-from .conventions import FLOATS, Convention, Matrix, listed
+from .conventions import FLOATS, OTHER, Convention, Matrix, form_words, listed, name_keys
 from .header import Spec
 
 __all__ = ["ExpertsFacts", "LinearFacts", "Problems", "check_experts", "check_linear"]
@@ -56,9 +56,21 @@ class Problems:
         self.unexpected: set[str] = set()
         self.duplicated: set[str] = set()
         self.wrong: dict[str, str] = {}
+        self.unread: dict[str, set[str]] = {}
+        self.hint = ""
 
     def check(self) -> None:
         """Raise one CheckpointError for all of them."""
+        if self.unread:
+            got = ", ".join(
+                f"{form_words(form)} in {name_keys(paths)}"
+                for form, paths in sorted(self.unread.items())
+            )
+            raise CheckpointError(
+                "from_pretrained: checkpoint must hold NVFP4 or float experts, and NVFP4, FP8 (one "
+                f"scale per tensor or row) or float Linears; got {got}. These are not read yet. "
+                f"{OTHER}."
+            )
         parts = [
             listed(kind, keys)
             for kind, keys in (
@@ -73,8 +85,8 @@ class Problems:
             details = "; ".join(f"{key!r} {why}" for key, why in sorted(self.wrong.items())[:3])
             raise CheckpointError(
                 "from_pretrained: checkpoint must hold exactly the tensors of the model; got "
-                f"{'; '.join(parts)}{f' ({details})' if details else ''}. Nothing was loaded: use "
-                "a complete checkpoint of this very model."
+                f"{'; '.join(parts)}{f' ({details})' if details else ''}. Nothing was loaded: "
+                f"{self.hint or 'use a complete checkpoint of this very model'}."
             )
 
 
@@ -99,21 +111,11 @@ def check_experts(
         whole = {(expert, name) for expert in range(facts.num_experts) for name in names}
     for which in set(found) - whole:
         problems.unexpected |= set(found[which].keys.values())
-    # Either every projection of an input has an input scale, or none has.
-    calibrated = {
-        down: any(
-            "input_scale" in matrix.keys
-            for (_, name), matrix in found.items()
-            if (name == "down_proj") == down
-        )
-        for down in (False, True)
-    }
     on_disk = {part: name for name, part in reversed(list(convention.parts.items()))}
     for expert, projection in whole:
         matrix = found.get((expert, projection), Matrix())
+        # An input scale may be missing: calibration writes none for an expert without tokens.
         needed = set(NVFP4_NEEDED if form == "nvfp4" else ("weight",))
-        if form == "nvfp4" and calibrated[projection == "down_proj"]:
-            needed.add("input_scale")
         middle = projection if expert is None else f"{expert}.{projection}"
         for part in needed - set(matrix.keys):
             problems.missing.add(f"{path}.{middle}.{on_disk[part]}")
@@ -173,7 +175,7 @@ def check_linear(
     shapes: Mapping[str, Spec],
     problems: Problems,
 ) -> None:
-    """Check one quantised Linear; a form of None is one whose weight is missing."""
+    """Check one quantised Linear of form "nvfp4" or "fp8"; None is one whose weight is missing."""
     rows, columns = facts.out_features, facts.in_features
     on_disk = {part: name for name, part in reversed(list(convention.parts.items()))}
     needed = ("weight", "scale") if form == "fp8" else NVFP4_NEEDED
@@ -182,10 +184,10 @@ def check_linear(
     if form in ("nvfp4", None):
         _check_nvfp4(matrix, (), rows, columns, "", convention, shapes, problems)
         return
-    if form != "fp8" or "fp8" not in convention.forms:
+    if not {"fp8", "fp8_channel"} & convention.forms:
         for key in matrix.keys.values():
             problems.wrong[key] = (
-                f"is of {form}, which {convention.name} does not announce for this checkpoint"
+                f"is of FP8, which {convention.name} does not announce for this checkpoint"
             )
         return
     for part in set(matrix.keys) - FP8_PARTS:

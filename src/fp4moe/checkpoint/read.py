@@ -6,6 +6,8 @@ other, so that no more than one expert, or one stack, is there as floats. Every 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -19,29 +21,22 @@ from .conventions import Convention, Matrix, fail
 from .files import CheckpointFiles
 from .plan import ExpertsPlan, LinearPlan
 
-__all__ = ["read_experts", "read_linear", "share_global_scale"]
+__all__ = ["ReadExperts", "read_experts", "read_linear"]
 
 
-def share_global_scale(
-    block_scale: torch.Tensor, old: torch.Tensor, new: torch.Tensor
-) -> torch.Tensor:
-    """Rescale block scales to a larger global scale: e4m3(block_scale x old / new).
+@dataclasses.dataclass
+class ReadExperts:
+    """One experts module as read.
 
-    Exact where old equals new. Otherwise one e4m3 rounding of s = block_scale x old / new moves a
-    weight by at most 6 x new x max(s / 16, 2^-10): half a unit of a 3-bit mantissa, or half the
-    smallest subnormal.
-
-    Args:
-        block_scale: [L, N, K / 16] float8_e4m3fn.
-        old, new: [L] float32, 0 < old <= new.
-
-    Returns:
-        [L, N, K / 16] float8_e4m3fn.
+    Attributes:
+        weights: on their device.
+        folded: how many experts have gate and up with global scales of their own.
+        unseen: the experts that have no input scale where others of the module have one.
     """
-    if torch.equal(old, new):
-        return block_scale
-    ratio = (old / new)[:, None, None]
-    return (block_scale.float() * ratio).to(NVFP4.scale_dtype)
+
+    weights: ExpertWeights
+    folded: int = 0
+    unseen: tuple[int, ...] = ()
 
 
 def read_experts(
@@ -52,12 +47,16 @@ def read_experts(
     *,
     device: torch.device,
     dtype: torch.dtype,
-) -> tuple[ExpertWeights, int]:
+) -> ReadExperts:
     """Read one experts module.
 
-    Where gate and up of an expert have different global scales, both get the larger one; see
-    `share_global_scale` for the error. hidden_scale is the largest input scale of gate and up over
-    the experts; intermediate_scale stays one per expert. Without input scales both are 1.
+    An expert has one global scale for gate and up. Where those of the file differ, gate's is kept
+    and s = up's / gate's moves into down, which is exact since up enters linearly: what is up / s
+    here meets down x s. The range of down's input is divided by s as well.
+
+    hidden_scale is the largest input scale of gate and up over the experts; intermediate_scale
+    stays one per expert. An expert that saw no token while calibrating (a scale that is missing, 0
+    or infinite) gets the largest of the others; without any scale both are 1.
 
     Args:
         files: the opened checkpoint.
@@ -66,49 +65,47 @@ def read_experts(
         device: where the weights go.
         dtype: what float experts are cast to before they are quantised.
 
-    Returns:
-        The weights, and how many experts were rescaled.
-
     Raises:
-        CheckpointError: a scale is NaN, infinite or negative, a global scale is 0, or a float
+        CheckpointError: a scale is NaN or negative, a global scale is 0 or infinite, or a float
             weight is not finite.
     """
     if plan.form == "float":
-        return _quantized(files, path, plan, device, dtype), 0
+        return ReadExperts(_quantized(files, path, plan, device, dtype))
     facts = plan.facts
     projections = ("gate_proj", "up_proj") if facts.gated else ("up_proj",)
-    parts = {name: _projection(files, plan, convention, name) for name in projections}
-    scales = torch.stack([part.global_scale for part in parts.values()])
-    shared = scales.amax(0)
-    rescaled = int((scales != shared).any(0).sum())
-    first = NVFP4Values(
-        torch.cat([part.packed for part in parts.values()], 1),
-        # torch 2.11 cannot concatenate e4m3 on every device; bytes it can.
-        torch.cat(
-            [
-                share_global_scale(part.block_scale, part.global_scale, shared).view(torch.uint8)
-                for part in parts.values()
-            ],
-            1,
-        ).view(NVFP4.scale_dtype),
-        shared,
-    )
+    parts = [_projection(files, plan, convention, name) for name in projections]
     down = _projection(files, plan, convention, "down_proj")
-    hidden = torch.stack([_input_scales(files, plan, convention, name) for name in projections])
+    inputs = [_input_scales(files, plan, convention, name) for name in (*projections, "down_proj")]
+    # fmax prefers a number to NaN: one of the two scales of an input is enough.
+    hidden, unseen = _fill(functools.reduce(torch.fmax, inputs[:-1]))
+    inner, unseen_by_down = _fill(inputs[-1])
+    ratio = parts[-1].global_scale / parts[0].global_scale
+    moved = down.global_scale * ratio, inner / ratio
+    if not all(_normal(scale) for scale in moved):
+        got = f"gate {parts[0].global_scale.tolist()} and up {parts[-1].global_scale.tolist()}"
+        fail(f"have global scales of gate and up that are alike in {path}", got[:200], FIX)
     weights = ExpertWeights(
-        gate_up=first,
-        down=down,
+        gate_up=NVFP4Values(
+            torch.cat([part.packed for part in parts], 1),
+            # torch 2.11 cannot concatenate e4m3 on every device; bytes it can.
+            torch.cat([part.block_scale.view(torch.uint8) for part in parts], 1).view(
+                NVFP4.scale_dtype
+            ),
+            parts[0].global_scale,
+        ),
+        down=dataclasses.replace(down, global_scale=moved[0]),
         activation=facts.activation,
         gated=facts.gated,
         hidden_size=facts.hidden_size,
         intermediate_size=facts.intermediate_size,
         num_experts=facts.num_experts,
         expert_offset=0,
-        hidden_scale=_positive(hidden.amax().reshape(1), f"{path}: gate and up"),
-        intermediate_scale=_input_scales(files, plan, convention, "down_proj"),
+        hidden_scale=hidden.amax().reshape(1),
+        intermediate_scale=moved[1],
     )
-    _positive(weights.intermediate_scale, f"{path}: down")
-    return weights.to(device), rescaled
+    return ReadExperts(
+        weights.to(device), int((ratio != 1).sum()), tuple(sorted(unseen | unseen_by_down))
+    )
 
 
 def read_linear(
@@ -119,7 +116,10 @@ def read_linear(
     device: torch.device,
     dtype: torch.dtype,
 ) -> NVFP4Linear | FP8Linear:
-    """Read one quantised Linear; dtype is that of its bias. Raises as `read_experts` does."""
+    """Read one quantised Linear; dtype is that of its bias. Raises as `read_experts` does.
+
+    An input scale of 0 or infinity, of a Linear that saw no token, is left out: none is used here.
+    """
     keys = plan.matrix.keys
     weight = files.tensor(keys["weight"]).clone()
     bias = files.tensor(keys["bias"]).to(dtype, copy=True) if "bias" in keys else None
@@ -130,7 +130,8 @@ def read_linear(
     if part in keys:
         # ModelOpt's FP8 layers and compressed-tensors' have it as a decode multiplier.
         invert = convention.reciprocal and part == "input_scale"
-        input_scale = _scalars(files, keys[part], invert).reshape(())
+        stored = _seen(files, keys[part], invert).reshape(())
+        input_scale = stored if float(stored) else None
     linear: NVFP4Linear | FP8Linear
     if plan.form == "nvfp4":
         scale = _block_scale(files, keys["scale"]).clone()
@@ -164,9 +165,9 @@ def _projection(
         return NVFP4Values(packed[:, rows], scales[:, rows], _spread(scale, count, rows))
     each = [plan.matrices[expert, name].keys for expert in range(count)]
     rows_columns, blocks = (files.shapes[each[0][part]][1] for part in ("weight", "scale"))
-    packed = torch.empty((count, *rows_columns), dtype=torch.uint8)
-    scales = torch.empty((count, *blocks), dtype=NVFP4.scale_dtype)
-    global_scale = torch.empty(count)
+    packed = torch.empty((count, *rows_columns), dtype=torch.uint8, device="cpu")
+    scales = torch.empty((count, *blocks), dtype=NVFP4.scale_dtype, device="cpu")
+    global_scale = torch.empty(count, dtype=torch.float32, device="cpu")
     for expert, keys in enumerate(each):
         packed[expert] = files.tensor(keys["weight"])
         block = _block_scale(files, keys["scale"])
@@ -195,23 +196,30 @@ def _spread(scale: torch.Tensor, count: int, rows: slice) -> torch.Tensor:
 def _input_scales(
     files: CheckpointFiles, plan: ExpertsPlan, convention: Convention, name: str
 ) -> torch.Tensor:
-    """[E] float32 input scales of one projection; ones where the checkpoint has none."""
+    """[E] float32 input scales of one projection; NaN where there is none, 0 without tokens."""
     count = plan.facts.num_experts
+    scales = torch.full((count,), torch.nan, dtype=torch.float32, device="cpu")
     stack, rows = _stack(plan, name)
     if stack is not None:
-        if "input_scale" not in stack.keys:
-            return torch.ones(count)
-        key = stack.keys["input_scale"]
-        return _spread(_scalars(files, key, convention.reciprocal, zero=True), count, rows)
-    each = [plan.matrices[expert, name].keys for expert in range(count)]
-    if "input_scale" not in each[0]:
-        return torch.ones(count)
-    return torch.stack(
-        [
-            _scalars(files, keys["input_scale"], convention.reciprocal, zero=True).reshape(())
-            for keys in each
-        ]
-    )
+        if "input_scale" in stack.keys:
+            stored = _seen(files, stack.keys["input_scale"], convention.reciprocal)
+            scales = _spread(stored, count, rows)
+        return scales
+    for expert in range(count):
+        keys = plan.matrices[expert, name].keys
+        if "input_scale" in keys:
+            stored = _seen(files, keys["input_scale"], convention.reciprocal)
+            scales[expert] = stored.reshape(())
+    return scales
+
+
+def _seen(files: CheckpointFiles, key: str, invert: bool) -> torch.Tensor:
+    """Input scales as float32 decode multipliers; 0 where calibration saw no token."""
+    stored = files.tensor(key).to(torch.float32, copy=True)
+    if bad := stored[~(stored >= 0)].tolist():
+        fail("hold input scales that are numbers and not negative", f"{bad[0]} in {key!r}", FIX)
+    value = stored.reciprocal() if invert else stored
+    return torch.where(torch.isfinite(value), value, 0)
 
 
 def _block_scale(files: CheckpointFiles, key: str) -> torch.Tensor:
@@ -222,22 +230,30 @@ def _block_scale(files: CheckpointFiles, key: str) -> torch.Tensor:
     return scale
 
 
-def _scalars(files: CheckpointFiles, key: str, invert: bool, zero: bool = False) -> torch.Tensor:
-    """Global or input scales as float32 decode multipliers; `zero` allows 0."""
+def _scalars(files: CheckpointFiles, key: str, invert: bool) -> torch.Tensor:
+    """Global scales, or those of FP8 weights, as float32 decode multipliers."""
     stored = files.tensor(key).to(torch.float32, copy=True)
     value = stored.reciprocal() if invert else stored
     for tensor in (stored, value):
-        sound = torch.isfinite(tensor) & ((tensor >= 0) if zero else (tensor > 0))
+        sound = torch.isfinite(tensor) & (tensor > 0)
         if not bool(sound.all()):
             bad = float(stored[~sound][0]) if stored.ndim else float(stored)
             fail("hold scales that are finite and above 0", f"{bad} in {key!r}", FIX)
     return value
 
 
-def _positive(scales: torch.Tensor, where: str) -> torch.Tensor:
-    if not bool((scales > 0).all()):
-        fail("have seen activations where it has input scales", f"input scale 0 in {where}", FIX)
-    return scales
+def _fill(scales: torch.Tensor) -> tuple[torch.Tensor, set[int]]:
+    """[E] input scales with the largest for whom none is known, and who these are."""
+    if bool(scales.isnan().all()):
+        return torch.ones_like(scales), set()
+    known = scales > 0
+    largest = float(scales[known].amax()) if bool(known.any()) else 1.0
+    return torch.where(known, scales, largest), set((~known).nonzero().flatten().tolist())
+
+
+def _normal(scales: torch.Tensor) -> bool:
+    """Whether all are finite and so large that float32 keeps all bits."""
+    return bool((torch.isfinite(scales) & (scales >= torch.finfo(torch.float32).tiny)).all())
 
 
 def _quantized(

@@ -18,6 +18,10 @@ from ..checkpoint.plan import inside
 
 __all__ = ["KeyNames", "may_skip", "optional_names"]
 
+# How configurations count them: num_nextn_predict_layers, num_mtp_layers, mtp_num_hidden_layers,
+# num_mtp_modules.
+PREDICTION = re.compile(r"^(?=.*(?:mtp|nextn)).*(?:layers|modules)$")
+
 
 class KeyNames:
     """Renames keys as transformers does, also for tensors that its model does not have."""
@@ -82,7 +86,34 @@ def optional_names(model: Any) -> set[str]:
 
 
 def may_skip(model: Any) -> Callable[[str], bool]:
-    """Return whether a key may have no place in the model, as its class says."""
+    """Return whether a key may have no place in the model.
+
+    Its class says so, or the key is of multi-token prediction, which is named so or lies in the
+    layers that the configuration counts behind those of the model.
+    """
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+    patterns += [r"(^|\.)(mtp|nextn)(_[a-z_]+)?\.", *_prediction_layers(model)]
     ignored = re.compile("|".join(f"({pattern})" for pattern in patterns))
     return lambda key: ignored.search(key) is not None
+
+
+def _prediction_layers(model: Any) -> list[str]:
+    """Patterns of the layers of multi-token prediction behind the last one."""
+    text = model.config.get_text_config()
+    last = getattr(text, "num_hidden_layers", None)
+    counts = [
+        value
+        for config in (model.config, text)
+        for name, value in config.to_dict().items()
+        if PREDICTION.search(name) and type(value) is int
+    ]
+    if not isinstance(last, int) or max(counts, default=0) < 1:
+        return []
+    numbers = "|".join(map(str, range(last, last + max(counts))))
+    # The stack itself: those of a vision tower have a last layer of their own.
+    stacks = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == last and path.endswith("layers")
+    ]
+    return [rf"^{re.escape(path)}\.({numbers})\." for path in stacks]

@@ -11,19 +11,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..checkpoint.compressed_tensors import compressed_convention, is_compressed_tensors
-from ..checkpoint.conventions import FLOAT, Convention, fail, name_keys
+from ..checkpoint.conventions import FLOAT, FORMS, OTHER, Convention, fail, name_keys
 from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.modelopt import is_modelopt, modelopt_convention
 from ..checkpoint.plan import Model, Plan, inside, make_plan
 from ..checkpoint.plan_checks import ExpertsFacts, LinearFacts
 from ..checkpoint.read import read_experts, read_linear
+from ..checks import HIDDEN_DTYPES
 from ..errors import CheckpointError, UnsupportedError
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, MoeSpec, choose_kernel, current_capability
 from ..layout import round_up
@@ -38,15 +39,31 @@ __all__ = ["Loading", "Options", "Placeholder", "convention_of"]
 
 logger = logging.getLogger("fp4moe")
 
+# What transformers' own methods store, for the refusal.
+METHODS = {
+    "fp8": "fp8_block",
+    "fbgemm_fp8": "fp8_channel",
+    "mxfp8": "mxfp8",
+    "mxfp4": "mxfp4",
+}
+
 
 @dataclasses.dataclass
 class Options:
-    """Keywords of fp4moe.from_pretrained that transformers does not know."""
+    """Keywords of fp4moe.from_pretrained that transformers does not know.
+
+    files is the checkpoint if it is open already: its headers are read once.
+    """
 
     kernel: str = "auto"
     hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT
     routing: str = "given"
     progress: bool = True
+    files: CheckpointFiles | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Options:
+        """Return this one: transformers copies configurations."""
+        return self
 
 
 def convention_of(quantization: Mapping[str, Any] | None) -> Convention:
@@ -61,7 +78,14 @@ def convention_of(quantization: Mapping[str, Any] | None) -> Convention:
         return modelopt_convention(quantization)
     if is_compressed_tensors(quantization):
         return compressed_convention(quantization)
-    got = f"quant_method {quantization.get('quant_method')!r}"
+    method = quantization.get("quant_method")
+    form = METHODS.get(method) if isinstance(method, str) else None
+    got = f"quant_method {method!r}"
+    if method == "fp8" and quantization.get("weight_block_size", ()) is None:
+        form = "fp8"
+    if form is not None:
+        rule = "hold a quantisation that is read here"
+        fail(rule, f"{got}, which is {FORMS[form]} and not read yet", OTHER)
     known = "Known are ModelOpt's and compressed-tensors' NVFP4 files and float checkpoints"
     fail("be quantised by a known tool", got, known)
 
@@ -99,13 +123,23 @@ class Loading:
     def open(self, model: Any, checkpoint_files: list[str] | None, dtype: torch.dtype) -> None:
         """Open the directory that transformers loads from."""
         self.model, self.dtype = model, dtype
+        if dtype not in HIDDEN_DTYPES:
+            raise UnsupportedError(
+                "from_pretrained: dtype must be bfloat16, float16 or float32; got "
+                f"{str(dtype).removeprefix('torch.')}, as asked for or as config.json says. Pass "
+                "dtype=torch.bfloat16."
+            )
         if not checkpoint_files or not all(f.endswith(".safetensors") for f in checkpoint_files):
             given = [os.path.basename(f) for f in checkpoint_files or ()]
             fail("be of safetensors files", given, "Convert it with save_pretrained")
         directories = {os.path.dirname(file) for file in checkpoint_files}
         if len(directories) > 1:
             fail("lie in one directory", sorted(directories), "Copy its files together")
-        self.files = CheckpointFiles.open(directories.pop())
+        directory = directories.pop()
+        files, self.options.files = self.options.files, None
+        if files is None or not os.path.samefile(files.directory, directory):
+            files = CheckpointFiles.open(directory)
+        self.files = files
         names = {os.path.basename(file) for file in checkpoint_files}
         if names != set(self.files.shards):
             got = f"{sorted(names)} against {sorted(self.files.shards)}"
@@ -215,20 +249,23 @@ class Loading:
             got = f"failures for {name_keys(lost)}: {loading_info.conversion_errors or ''}"
             fail("load as transformers expects", got, "Use a checkpoint of this very model")
         self._check_values()
-        rescaled = 0
+        folded = 0
+        unseen: dict[str, Collection[int]] = {}
         # finish() lays them out, when it knows how the kernel routes.
         kernel = "reference" if self.options.routing == "fused" else self.options.kernel
         show = self.options.progress and bool(plan.experts)
         for path, experts in progress_bar(plan.experts.items(), show=show, desc="packing experts"):
             device = model.get_submodule(path).place.device
-            weights, count = read_experts(
+            found = read_experts(
                 self.files, path, experts, plan.convention, device=device, dtype=self.dtype
             )
-            rescaled += count
+            folded += found.folded
+            if found.unseen:
+                unseen[path] = found.unseen
             # Mapped pages count as memory of the process.
             self.files.close()
             fused = FusedExperts(
-                weights,
+                found.weights,
                 kernel,
                 hidden_alignment=self.options.hidden_alignment,
                 top_k=experts.facts.top_k,
@@ -241,11 +278,19 @@ class Loading:
             )
             model.set_submodule(path, module.eval())
         self.files.close()
-        if rescaled:
+        if folded:
+            logger.info(
+                "from_pretrained: gate and up of %d experts have different global scales; the "
+                "quotient was moved from up into down, which changes no product of the two",
+                folded,
+            )
+        if unseen:
             logger.warning(
-                "from_pretrained: gate and up of %d experts had different global scales and were "
-                "rescaled to the larger one, which rounds block scales once more",
-                rescaled,
+                "from_pretrained: calibration has no activation range for %d experts, which get "
+                "the largest of the others, 1 if there is none (kernels with 16-bit activations "
+                "use no range): %s",
+                sum(map(len, unseen.values())),
+                "; ".join(f"{path}: {', '.join(map(str, ids))}" for path, ids in unseen.items()),
             )
 
     def _check_values(self) -> None:
