@@ -52,8 +52,8 @@ def _value(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if shape is not None:
         # Only its metadata can be meant; a value that was read would show in the numbers.
         dtype = torch.float32 if meta.dtype in HALF else meta.dtype
-        empty = torch.full((1,), float("nan") if dtype.is_floating_point else 0, device=meta.device)
-        return empty.to(dtype).expand(shape)
+        fill = float("nan") if dtype.is_floating_point else 0
+        return torch.full((1,), fill, dtype=dtype, device=meta.device).expand(shape)
     raise ValueError(f"it reads {node.name} from outside")
 
 

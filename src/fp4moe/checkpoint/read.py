@@ -164,9 +164,9 @@ def _projection(
         return NVFP4Values(packed[:, rows], scales[:, rows], _spread(scale, count, rows))
     each = [plan.matrices[expert, name].keys for expert in range(count)]
     rows_columns, blocks = (files.shapes[each[0][part]][1] for part in ("weight", "scale"))
-    packed = torch.empty((count, *rows_columns), dtype=torch.uint8)
-    scales = torch.empty((count, *blocks), dtype=NVFP4.scale_dtype)
-    global_scale = torch.empty(count)
+    packed = torch.empty((count, *rows_columns), dtype=torch.uint8, device="cpu")
+    scales = torch.empty((count, *blocks), dtype=NVFP4.scale_dtype, device="cpu")
+    global_scale = torch.empty(count, dtype=torch.float32, device="cpu")
     for expert, keys in enumerate(each):
         packed[expert] = files.tensor(keys["weight"])
         block = _block_scale(files, keys["scale"])
@@ -200,12 +200,12 @@ def _input_scales(
     stack, rows = _stack(plan, name)
     if stack is not None:
         if "input_scale" not in stack.keys:
-            return torch.ones(count)
+            return torch.ones(count, dtype=torch.float32, device="cpu")
         key = stack.keys["input_scale"]
         return _spread(_scalars(files, key, convention.reciprocal, zero=True), count, rows)
     each = [plan.matrices[expert, name].keys for expert in range(count)]
     if "input_scale" not in each[0]:
-        return torch.ones(count)
+        return torch.ones(count, dtype=torch.float32, device="cpu")
     return torch.stack(
         [
             _scalars(files, keys["input_scale"], convention.reciprocal, zero=True).reshape(())

@@ -105,5 +105,6 @@ def _quantize(
             (f"{part.name}.weight_scale_2", values.global_scale),
         ]
         if scales:
-            tensors.append((f"{part.name}.input_scale", torch.tensor(scales[part.name])))
+            scale = torch.tensor(scales[part.name], dtype=torch.float32, device="cpu")
+            tensors.append((f"{part.name}.input_scale", scale))
     return tensors
