@@ -20,7 +20,7 @@ SOURCES = {"fp4moe": ROOT / "src" / "fp4moe", "fp4moe.passes": ROOT / "passes"}
 # higher one. "" is fp4moe/__init__.py.
 LAYERS: list[set[str]] = [
     {"devices", "errors", "explain", "precision", "ranges", "sample_text", "stamps", "version"}
-    | {"random_floats"},
+    | {"borrowed", "random_floats"},
     {"formats"},
     {"activations", "quantize", "routing"},
     {"layout"},
