@@ -16,7 +16,6 @@ from torch.utils._device import _device_constructors
 
 import fp4moe
 from fp4moe.experts import ExpertWeights
-from fp4moe.inductor_pass import MoePass
 from fp4moe.quantize import NVFP4Values
 
 IDS = torch.randint(1, 128, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -170,15 +169,7 @@ def by_backend(name, routing):
 
 
 def by_pass(name):
-    def run_pass(graph_module, example_inputs):
-        MoePass(on_no_match="error")(graph_module.graph)
-        graph_module.recompile()
-        return graph_module
-
-    with_early = torch._inductor.config.patch(
-        {k: v for k, v in fp4moe.inductor_options().items() if k == "pre_grad_pass_timing"}
-    )
-    return with_early(compiled(name, run_pass))
+    return compiled(name, "inductor", options=fp4moe.inductor_options(on_no_match="error"))
 
 
 ENTRIES = {
@@ -200,7 +191,7 @@ ENTRIES = {
 COMPILED = {
     "backend": functools.partial(by_backend, routing="given"),
     "backend routing": functools.partial(by_backend, routing="fused"),
-    "pass": by_pass,
+    "inductor_options": by_pass,
 }
 
 
@@ -301,10 +292,19 @@ def test_the_defaults_do_not_matter_to_loading(name, form, checkpoints):
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "nemotron_h"])
 def test_the_defaults_do_not_matter_to_writing(name, checkpoints, tmp_path):
-    expected = load_tensors(checkpoints[name, "NVFP4"])
+    written = load_tensors(checkpoints[name, "NVFP4"])
+    layers = {key.partition(".experts.")[0] + ".experts" for key in written if ".experts." in key}
+    ranges = {layer: (0.1, 0.3) for layer in layers}
+
+    def write(target):
+        fp4moe.quantize_checkpoint(
+            checkpoints[name, "bfloat16"], target, calibration=ranges, progress=False
+        )
+
+    write(tmp_path / "usual")
+    expected = load_tensors(tmp_path / "usual")
+    assert any(key.endswith("input_scale") for key in expected)
     for setting in SETTINGS:
         with SETTINGS[setting]():
-            fp4moe.quantize_checkpoint(
-                checkpoints[name, "bfloat16"], tmp_path / setting, progress=False
-            )
+            write(tmp_path / setting)
         assert_same(load_tensors(tmp_path / setting), expected)
