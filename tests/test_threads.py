@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import sys
 import threading
 
@@ -15,6 +16,7 @@ from tiny_models import enlarge_experts, gemma4, nemotron_h, qwen3_moe
 
 import fp4moe
 from fp4moe.borrowed import random_state_kept
+from fp4moe.experts import ExpertWeights
 from fp4moe.kernels import flashinfer_library
 from fp4moe.passes.execute import undisturbed
 from fp4moe.precision import float32_as_written
@@ -102,7 +104,7 @@ def test_the_state_is_put_back_after_an_error():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_tuning_ends_with_the_last_thread(monkeypatch):
+def test_tuning_ends_with_the_last_thread():
     assert not flashinfer_library.is_tuning()
     tuning = flashinfer_library._tuning
     assert overlap(tuning.borrow(), tuning.borrow(), flashinfer_library.is_tuning)
@@ -159,6 +161,24 @@ def test_four_threads_at_the_first_call_of_a_compiled_model(
     torch.testing.assert_close(results[0], expected)
     assert precision() == before
     assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_four_threads_at_the_first_fused_moe(gated, kernel, hasty):
+    first, down = torch.randn(8, 96 if gated else 48, 64) / 8, torch.randn(8, 64, 48) / 7
+    gate, up = first.chunk(2, 1) if gated else (None, first)
+    activation = "silu" if gated else "relu2"
+    hidden, ids = torch.randn(5, 64), torch.rand(5, 8).argsort(1)[:, :2].contiguous()
+    routing = torch.rand(5, 2)
+
+    def make():
+        return ExpertWeights.quantize(gate=gate, up=up, down=down, activation=activation)
+
+    expected = fp4moe.fused_moe(hidden, make(), ids, routing, kernel=kernel)
+    weights = make()
+    call = functools.partial(fp4moe.fused_moe, hidden, weights, ids, routing, kernel=kernel)
+    assert all(torch.equal(result, expected) for result in together(*[call] * 4))
 
 
 def test_two_threads_write_and_leave_the_number_of_threads(tmp_path, hasty):
