@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from fp4moe.borrowed import random_state_kept
 from fp4moe.precision import float32_as_written
 
 from .dataflow import hinted_shape, is_data, meta_value, operation_name, size_hint
@@ -52,8 +53,8 @@ def _value(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if shape is not None:
         # Only its metadata can be meant; a value that was read would show in the numbers.
         dtype = torch.float32 if meta.dtype in HALF else meta.dtype
-        empty = torch.full((1,), float("nan") if dtype.is_floating_point else 0, device=meta.device)
-        return empty.to(dtype).expand(shape)
+        fill = float("nan") if dtype.is_floating_point else 0
+        return torch.full((1,), fill, dtype=dtype, device=meta.device).expand(shape)
     raise ValueError(f"it reads {node.name} from outside")
 
 
@@ -124,18 +125,17 @@ def grouped_mm(
 @contextlib.contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
     """Float32 as it is written, without gradients, and the caller's random state untouched."""
-    devices = [device] if device.type == "cuda" else []
     with (
         # A caller's fake mode would turn every probe into a fake.
         unset_fake_temporarily(),
         torch.inference_mode(False),
         torch.no_grad(),
-        torch.random.fork_rng(devices),
+        random_state_kept(device),
         # TF32 and autocast would blur the two GELUs.
         float32_as_written(device),
     ):
         # Not torch.manual_seed, which would reach devices that are not put back.
         torch.default_generator.manual_seed(0)
-        for index in devices:
-            torch.cuda.default_generators[index.index or 0].manual_seed(0)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(0)
         yield

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
+from fp4moe.random_floats import random_normal, random_uniform
+
 from .dataflow import elements, hinted_shape, meta_value
 from .locate import Region
 
@@ -27,7 +29,7 @@ Probes = dict[str, torch.Tensor]
 
 def make_probes(region: Region) -> Probes:
     """Random inputs of the region's own sizes, on its own device."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     nodes = region.inputs()
     device = meta_value(nodes["hidden"]).device
     hidden_shape, ids_shape = (hinted_shape(nodes[n]) for n in ("hidden", "expert_ids"))
@@ -35,21 +37,24 @@ def make_probes(region: Region) -> Probes:
     tokens, top_k = elements(ids_shape[:-1]), ids_shape[-1]
     experts = region.weight_shape("first")[0]
     # Distinct experts of each token, as a router gives them.
-    ids = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :top_k]
-    ids = ids if top_k <= experts else torch.randint(experts, (tokens, top_k), generator=generator)
+    ids = random_uniform(generator, (tokens, experts)).argsort(1)[:, :top_k]
+    if top_k > experts:
+        ids = torch.randint(
+            experts, (tokens, top_k), generator=generator, dtype=torch.int64, device="cpu"
+        )
     probes = {
-        "hidden": torch.randn(hidden_shape, generator=generator),
+        "hidden": random_normal(generator, hidden_shape),
         "expert_ids": ids.reshape(ids_shape).to(meta_value(nodes["expert_ids"]).dtype),
     }
     if region.routing_weights is not None:
         shape = ids_shape if region.dense else hinted_shape(region.routing_weights) or ids_shape
-        probes["routing_weights"] = torch.rand(shape, generator=generator) + 0.1
+        probes["routing_weights"] = random_uniform(generator, shape) + 0.1
     for i, extra in enumerate(region.extras):
         # Small, so that the form without them comes closest.
-        probes[f"extra {i}"] = 0.1 * torch.randn(hinted_shape(extra) or (), generator=generator)
+        probes[f"extra {i}"] = 0.1 * random_normal(generator, hinted_shape(extra) or ())
     for role in region.weights:
         experts, rows, columns = region.weight_shape(role)
-        buffer = torch.randn(EXPERT_SHIFT * (experts - 1) + rows * columns, generator=generator)
+        buffer = random_normal(generator, (EXPERT_SHIFT * (experts - 1) + rows * columns,))
         # Standard deviation 1.5 before the activation, where its forms differ most.
         buffer *= 1.5 * hidden_shape[-1] ** -0.5
         # as_strided windows survive .to(device) only by a copy; the buffer is moved instead.
@@ -62,7 +67,11 @@ def compared_tokens(probes: Probes) -> torch.Tensor:
     """Which rows of the output are compared."""
     ids = probes["expert_ids"]
     count = elements(tuple(ids.shape[:-1]))
-    return torch.linspace(0, count - 1, min(COMPARED_TOKENS, count)).long().to(ids.device)
+    return (
+        torch.linspace(0, count - 1, min(COMPARED_TOKENS, count), dtype=torch.float32, device="cpu")
+        .long()
+        .to(ids.device)
+    )
 
 
 def other_experts(probes: Probes) -> Iterator[Probes]:
@@ -74,7 +83,7 @@ def other_experts(probes: Probes) -> Iterator[Probes]:
     experts, top_k = probes["down"].shape[0], ids.shape[-1]
     flat = ids.reshape(-1, top_k)
     unseen = set(range(experts)) - set(flat[rows].flatten().tolist())
-    places = torch.arange(rows.numel() * top_k, device=ids.device) % experts
+    places = torch.arange(rows.numel() * top_k, dtype=torch.int64, device=ids.device) % experts
     while unseen:
         # Neighbours in a list without repetition: no token gets an expert twice.
         pool = sorted(range(experts), key=lambda expert: expert not in unseen)

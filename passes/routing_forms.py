@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fp4moe.kernels import Routing
+from fp4moe.random_floats import random_normal
 from fp4moe.routing import sigmoid_topk, softmax_topk
 
 from .dataflow import hinted_shape, meta_value
@@ -63,15 +64,15 @@ def recognise(found: RoutingSlice) -> tuple[RoutingForm | None, str]:
     """Return (the one method that fits, "" or why no kernel routes so), or (None, the reason)."""
     (tokens, experts), device = found.shape, meta_value(found.logits).device
     top_k = (hinted_shape(found.expert_ids) or (0, 0))[-1]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     with undisturbed(device):
         # Negative biases tell -inf from 0 for the experts of dropped groups.
-        vectors = [torch.randn(experts, generator=generator) - 2 for _ in found.vectors]
+        vectors = [random_normal(generator, (experts,)) - 2 for _ in found.vectors]
         vectors = [vector.to(device) for vector in vectors]
         parts = []
         try:
             for _ in range(-(-PROBE_TOKENS // max(tokens, 1))):
-                logits = 2 * torch.randn(tokens, experts, generator=generator).to(device)
+                logits = 2 * random_normal(generator, (tokens, experts)).to(device)
                 parts.append((logits, *found.run(logits.clone(), [v.clone() for v in vectors])))
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             return None, f"it does not run by itself on random numbers: {error}"
@@ -150,7 +151,8 @@ class _Probes:
         expected_ids, expected = choose(self.logits, top_k)
         clear = torch.ones_like(self.logits[:, 0], dtype=torch.bool)
         for sign in (1, -1):
-            slope = torch.linspace(-1, 1, self.logits.shape[1]).to(self.logits)
+            slope = torch.linspace(-1, 1, self.logits.shape[1], dtype=torch.float32, device="cpu")
+            slope = slope.to(self.logits)
             other = choose(self.logits + sign * NUDGE * slope, top_k)[0]
             clear &= (other.sort().values == expected_ids.sort().values).all(1)
         (ids, order), (expected_ids, expected_order) = self.ids.sort(), expected_ids.sort()

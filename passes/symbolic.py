@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from fp4moe.borrowed import random_state_kept
+
 from .dataflow import meta_value
 from .locate import Region
 
@@ -56,7 +58,7 @@ def with_shapes(
         mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
         for value in example_inputs
     ]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), random_state_kept():
         FakeTensorProp(copied, mode).propagate_dont_convert_inputs(*fake)
     return copied, origin
 

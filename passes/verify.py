@@ -17,6 +17,7 @@ from torch import fx
 
 from fp4moe.activations import ACTIVATIONS, identify_activation
 from fp4moe.experts import split_gate_up
+from fp4moe.random_floats import random_normal
 
 from .dataflow import hinted_shape, meta_value, result_node
 from .execute import run_in_float32, undisturbed
@@ -129,7 +130,7 @@ def _dense_reason(gm: fx.GraphModule, region: Region, probes: Probes) -> str:
     assert region.routing_weights is not None and region.expert_ids is not None
     if region.routing_weights not in region.support:
         return "its dense weighting does not come from the selection of experts"
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     values: dict[fx.Node, Any] = {region.expert_ids: probes["expert_ids"]}
     inside = set(region.support)
     for node in region.support:
@@ -138,7 +139,8 @@ def _dense_reason(gm: fx.GraphModule, region: Region, probes: Probes) -> str:
             if read in inside or read in values or shape is None:
                 continue
             if meta_value(read).is_floating_point():
-                values[read] = torch.randn(shape, generator=generator).to(meta_value(read).device)
+                random = random_normal(generator, shape)
+                values[read] = random.to(meta_value(read).device)
     try:
         (dense,) = run_in_float32(gm, region.support, values, region.routing_weights)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -163,7 +165,7 @@ def trust_region(region: Region) -> tuple[Hypothesis | None, str]:
     names = {_default_activation(cls) for cls in classes}
     if len(names) != 1 or None in names:
         return None, "its act_fn module is not recorded in the graph or unknown; use verify=True"
-    hidden = torch.empty(hinted_shape(region.hidden) or (0,), device="meta")
+    hidden = torch.empty(hinted_shape(region.hidden) or (0,), dtype=torch.float32, device="meta")
     for form in _hypotheses({"hidden": hidden}, region):
         if form.activation in names and form.layout in (None, "gate_up"):
             return form, ""
@@ -201,10 +203,10 @@ def _errors(
     picked = compared_tokens(probes)
     x = probes["hidden"].reshape(count, -1)[picked]
     ids = probes["expert_ids"].reshape(count, -1)[picked].tolist()
-    weights = torch.ones(len(ids), len(ids[0]), device=x.device)
+    weights = torch.ones(len(ids), len(ids[0]), dtype=torch.float32, device=x.device)
     if "routing_weights" in probes:
         weights = probes["routing_weights"].reshape(count, -1)[picked]
-    expected = torch.zeros(len(forms), *x.shape, device=x.device)
+    expected = torch.zeros(len(forms), *x.shape, dtype=torch.float32, device=x.device)
     for token, experts in enumerate(ids):
         for slot, expert in enumerate(experts):
             products: dict[tuple[str, bool], torch.Tensor] = {}

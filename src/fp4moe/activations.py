@@ -69,8 +69,9 @@ def get_activation(name: str, *, caller: str = "get_activation") -> Activation:
 
 def probe_values() -> torch.Tensor:
     """Return [1, 512] float32 in -40..40, dense near zero: clamps and both GELUs show."""
-    wide = torch.linspace(-40.0, 40.0, 256)
-    return torch.cat((wide, torch.linspace(-4.0, 4.0, 256))).reshape(1, -1)
+    wide = torch.linspace(-40.0, 40.0, 256, dtype=torch.float32, device="cpu")
+    dense = torch.linspace(-4.0, 4.0, 256, dtype=torch.float32, device="cpu")
+    return torch.cat((wide, dense)).reshape(1, -1)
 
 
 def identify_activation(function: Callable[[torch.Tensor], torch.Tensor]) -> str | None:

@@ -158,7 +158,9 @@ def _random_weights(candidate: Candidate, device: torch.device) -> ExpertWeights
         return NVFP4Values(
             packed.random_(256),
             scale.to(NVFP4.scale_dtype),
-            torch.full((experts,), 1 / NVFP4.amax_per_global_scale, device=device),
+            torch.full(
+                (experts,), 1 / NVFP4.amax_per_global_scale, dtype=torch.float32, device=device
+            ),
         )
 
     return ExpertWeights(
@@ -170,8 +172,8 @@ def _random_weights(candidate: Candidate, device: torch.device) -> ExpertWeights
         intermediate_size=candidate.intermediate_size,
         num_experts=experts,
         expert_offset=0,
-        hidden_scale=torch.ones(1, device=device),
-        intermediate_scale=torch.ones(experts, device=device),
+        hidden_scale=torch.ones(1, dtype=torch.float32, device=device),
+        intermediate_scale=torch.ones(experts, dtype=torch.float32, device=device),
     )
 
 
@@ -186,7 +188,7 @@ def _run(layer: FusedExperts, tokens: int) -> None:
         device=device,
         dtype=torch.bfloat16,
     )
-    scores = torch.rand(tokens, experts, generator=generator, device=device)
+    scores = torch.rand(tokens, experts, generator=generator, dtype=torch.float32, device=device)
     if isinstance(layer, RoutedExperts):
         bias = scores.new_zeros(experts if layer.routing.method == "sigmoid_topk" else 0)
         layer(hidden, scores, bias)

@@ -82,7 +82,9 @@ def random_weights(shape: Shape) -> ExpertWeights:
             )
 
         scale = draw(0x30, 0x41, columns // 16).view(torch.float8_e4m3fn)
-        factor = torch.full((shape.num_experts,), columns**-0.5 / 3, device="cuda")
+        factor = torch.full(
+            (shape.num_experts,), columns**-0.5 / 3, dtype=torch.float32, device="cuda"
+        )
         return NVFP4Values(draw(0, 256, columns // 2), scale, factor)
 
     return ExpertWeights(
@@ -94,18 +96,22 @@ def random_weights(shape: Shape) -> ExpertWeights:
         intermediate_size=shape.intermediate_size,
         num_experts=shape.num_experts,
         expert_offset=0,
-        hidden_scale=torch.ones(1, device="cuda"),
-        intermediate_scale=torch.ones(shape.num_experts, device="cuda"),
+        hidden_scale=torch.ones(1, dtype=torch.float32, device="cuda"),
+        intermediate_scale=torch.ones(shape.num_experts, dtype=torch.float32, device="cuda"),
     )
 
 
 def routing(shape: Shape, tokens: int, seed: int, skew: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Distinct random experts a token; skew > 0 prefers low ids."""
     generator = torch.Generator("cuda").manual_seed(seed)
-    noise = torch.rand(tokens, shape.num_experts, device="cuda", generator=generator)
-    noise -= skew * torch.linspace(0, 1, shape.num_experts, device="cuda")
+    noise = torch.rand(
+        tokens, shape.num_experts, dtype=torch.float32, device="cuda", generator=generator
+    )
+    noise -= skew * torch.linspace(0, 1, shape.num_experts, dtype=torch.float32, device="cuda")
     ids = noise.topk(shape.top_k).indices
-    weights = torch.rand(tokens, shape.top_k, device="cuda", generator=generator)
+    weights = torch.rand(
+        tokens, shape.top_k, dtype=torch.float32, device="cuda", generator=generator
+    )
     return ids, weights / weights.sum(1, keepdim=True)
 
 
@@ -113,7 +119,7 @@ def float32_result(
     x: torch.Tensor, weights: ExpertWeights, ids: torch.Tensor, routing_weights: torch.Tensor
 ) -> torch.Tensor:
     """The layer in float32, expert by expert."""
-    out = torch.zeros(x.shape, device=x.device)
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     act = ACTIVATIONS[weights.activation].function
     for expert in ids.unique().tolist():
         token, slot = (ids == expert).nonzero(as_tuple=True)
@@ -223,7 +229,9 @@ def measure(
     cases = {}
     for tokens in all_tokens:
         generator = torch.Generator("cuda").manual_seed(1)
-        x = torch.randn(tokens, shape.hidden_size, device="cuda", generator=generator).bfloat16()
+        x = torch.randn(
+            tokens, shape.hidden_size, dtype=torch.float32, device="cuda", generator=generator
+        ).bfloat16()
         count = ROTATIONS if tokens <= 16 else 1
         routings = [routing(shape, tokens, seed, skew) for seed in range(count)]
         cases[tokens] = x, routings, float32_result(x, weights, *routings[0])

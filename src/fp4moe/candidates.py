@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from .experts import ExpertWeights
 from .module import FusedExperts
 from .precision import float32_as_written
+from .random_floats import random_normal, random_uniform
 from .reference import moe_definition
 
 __all__ = [
@@ -214,12 +215,12 @@ def verify_against_definition(
     activation: str,
 ) -> list[str]:
     """Run a float block and the definition on five tokens; return the reason where they differ."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     experts, _, hidden_size = up.shape
     top_k = min(2, experts)
-    hidden = torch.randn(5, hidden_size, generator=generator).to(up.device, up.dtype)
-    ids = torch.rand(5, experts, generator=generator).argsort(1)[:, :top_k].to(up.device)
-    weights = torch.rand(5, top_k, generator=generator).to(up.device)
+    hidden = random_normal(generator, (5, hidden_size)).to(up.device, up.dtype)
+    ids = random_uniform(generator, (5, experts)).argsort(1)[:, :top_k].to(up.device)
+    weights = random_uniform(generator, (5, top_k)).to(up.device)
     with torch.no_grad(), float32_as_written(up.device):
         try:
             actual = forward(hidden, ids, weights).float()

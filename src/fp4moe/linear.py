@@ -127,8 +127,8 @@ class NVFP4Linear(_PackedLinear):
         )
         self._hold_optional(bias, input_scale)
         # Code 8, minus zero, decodes to +0, as in ModelOpt.
-        grid = torch.tensor(NVFP4.grid)
-        values = torch.cat((grid, 0 - grid)).to(weight.device)
+        grid = torch.tensor(NVFP4.grid, dtype=torch.float32, device=weight.device)
+        values = torch.cat((grid, 0 - grid))
         self.register_buffer("codes", values, persistent=False)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:

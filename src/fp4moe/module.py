@@ -346,7 +346,9 @@ class RoutedExperts(FusedExperts):
         self.requested_kernel = kernel
         self.hidden_alignment = hidden_alignment
         if output_scale is None:
-            output_scale = torch.ones(weights.num_experts, device=weights.device)
+            output_scale = torch.ones(
+                weights.num_experts, dtype=torch.float32, device=weights.device
+            )
         if output_scale.shape != (weights.num_experts,):
             raise ShapeError(
                 f"RoutedExperts: output_scale must have shape [{weights.num_experts}], one value "

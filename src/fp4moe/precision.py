@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+
+from .borrowed import Borrowed
 
 __all__ = ["float32_as_written", "without_autocast"]
 
@@ -17,21 +20,32 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def _settings() -> tuple[Any, Any]:
+    # Not torch.get_float32_matmul_precision, which raises once these were set.
+    return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
+def _set_ieee() -> list[str]:
+    before = [setting.fp32_precision for setting in _settings()]
+    for setting in _settings():
+        setting.fp32_precision = "ieee"
+    return before
+
+
+def _put_back(before: list[str]) -> None:
+    for setting, value in zip(_settings(), before, strict=True):
+        # "none" follows the setting above it, as before.
+        setting.fp32_precision = "none"
+        if setting.fp32_precision != value:
+            setting.fp32_precision = value
+
+
+# These are settings of the process, not of the thread.
+_ieee = Borrowed(_set_ieee, _put_back)
+
+
 @contextlib.contextmanager
 def float32_as_written(device: torch.device) -> Iterator[None]:
     """Without autocast on that device, and without TF32 or bfloat16 inside float32 products."""
-    # Not torch.get_float32_matmul_precision, which raises once these were set.
-    onednn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    settings = (torch.backends.cuda.matmul, onednn)
-    before = [setting.fp32_precision for setting in settings]
-    with without_autocast(device):
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            for setting, value in zip(settings, before, strict=True):
-                # "none" follows the setting above it, as before.
-                setting.fp32_precision = "none"
-                if setting.fp32_precision != value:
-                    setting.fp32_precision = value
+    with without_autocast(device), _ieee.borrow():
+        yield

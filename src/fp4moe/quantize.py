@@ -158,7 +158,7 @@ def dequantize_nvfp4(q: NVFP4Values, dtype: torch.dtype = torch.float32) -> torc
     both = unpack_codes(torch.arange(256, dtype=torch.uint8, device=packed.device)).int()
     table = torch.cat((grid, 0 - grid))[both].bfloat16().view(torch.int32)
     index, pairs = torch.empty(2, size * 8, dtype=torch.int32, device=packed.device)
-    values, start = torch.empty(size, 16, device=packed.device), 0
+    values, start = torch.empty(size, 16, dtype=torch.float32, device=packed.device), 0
     for where in _pieces(scale.shape, size):
         step = (scale[where].float() * g_blocks[where]).view(-1, 1)
         n = len(step)
@@ -223,11 +223,12 @@ class _Scratch:
     def __init__(self, device: torch.device, blocks: int) -> None:
         self.blocks = min(blocks, _chunk_blocks(device))
         count = self.blocks * NVFP4.block_size
-        self.floats = torch.empty(4, count, device=device)
+        self.floats = torch.empty(4, count, dtype=torch.float32, device=device)
         self.codes = torch.empty(count, dtype=torch.uint8, device=device)
         self.odd = torch.empty(count // 2, dtype=torch.int16, device=device)
-        self.zero = torch.zeros((), device=device)
-        self.round = torch.tensor([ROUND, ROUND + 2, ROUND + 4], device=device).unbind()
+        self.zero = torch.zeros((), dtype=torch.float32, device=device)
+        rounding = [ROUND, ROUND + 2, ROUND + 4]
+        self.round = torch.tensor(rounding, dtype=torch.float32, device=device).unbind()
 
 
 def _encode(x: torch.Tensor, step: torch.Tensor, packed: torch.Tensor, scratch: _Scratch) -> None:
@@ -269,7 +270,7 @@ def _block_amax(blocks: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
 
 def _search_scales(x: torch.Tensor, s: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """The e4m3 scales near s with the least squared error; x [B, 16], s and g [B]."""
-    a = torch.empty(x.shape[::-1], device=x.device).copy_(x.t()).abs_()
+    a = torch.empty(x.shape[::-1], dtype=torch.float32, device=x.device).copy_(x.t()).abs_()
     first, step = s.view(torch.uint8).short(), s.float() * g
     norm = step.reciprocal()
     best, best_code = _block_error(a, step, norm), first
@@ -332,7 +333,7 @@ def _amax(name: str, x: torch.Tensor) -> torch.Tensor:
     pieces = _pieces(x.shape, PIECE_BLOCKS * 4 * NVFP4.block_size)
     ends = [torch.stack(torch.aminmax(x[where])) for where in pieces]
     if not ends:
-        return torch.zeros((), device=x.device)
+        return torch.zeros((), dtype=torch.float32, device=x.device)
     amax = torch.stack(ends).float().abs().amax()
     _check_finite(name, amax)
     return amax
@@ -344,7 +345,7 @@ def _scale_of(amax: torch.Tensor) -> torch.Tensor:
 
 
 def _checked_scale(name: str, value: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    g = torch.as_tensor(value).detach().to(x.device, torch.float32)
+    g = torch.as_tensor(value, dtype=torch.float32, device=x.device).detach()
     if g.shape != x.shape[:-1][: g.ndim]:
         rule = "global_scale must be a number or have the shape of leading axes of x"
         got = f"{tuple(g.shape)} for x {tuple(x.shape)}"

@@ -33,9 +33,9 @@ class Ranges:
 
     def __init__(self, count: int, percentile: float | None = None):
         self.percentile = percentile
-        self.amax = torch.zeros(count)
+        self.amax = torch.zeros(count, dtype=torch.float32, device="cpu")
         bins = 0 if percentile is None else BINS
-        self.counts = torch.zeros(count, bins, dtype=torch.int64)
+        self.counts = torch.zeros(count, bins, dtype=torch.int64, device="cpu")
 
     def add(self, index: int, values: torch.Tensor) -> None:
         """Take values of any shape and float dtype into one stream; NaN stays visible."""
@@ -54,7 +54,8 @@ class Ranges:
             return self.amax.clone()
         below = self.counts.cumsum(1)
         totals = below[:, -1].tolist()
-        wanted = torch.tensor([math.ceil(n * self.percentile / 100) for n in totals])
-        first = torch.searchsorted(below, wanted.unsqueeze(1)).squeeze(1)
+        wanted = [math.ceil(n * self.percentile / 100) for n in totals]
+        column = torch.tensor(wanted, dtype=torch.int64, device="cpu").unsqueeze(1)
+        first = torch.searchsorted(below, column).squeeze(1)
         upper_edge = ((first + FIRST + 1) << SHIFT).to(torch.int32).view(torch.float32)
         return torch.minimum(upper_edge, self.amax)

@@ -68,6 +68,12 @@ class BlockRanges:
         return tuple(value / LARGEST for value in self.intermediate_ranges)
 
 
+def _scales(block: BlockRanges) -> tuple[torch.Tensor, torch.Tensor]:
+    """[1] and [E] float32 global scales of the input and of the inputs of down."""
+    hidden = torch.tensor([block.hidden_scale], dtype=torch.float32, device="cpu")
+    return hidden, torch.tensor(block.intermediate_scale, dtype=torch.float32, device="cpu")
+
+
 class Recorder:
     """The ranges of one block, and the hooks that feed them."""
 
@@ -113,8 +119,7 @@ class Recorder:
 
     def store(self, block: BlockRanges) -> None:
         """Leave the scales with the float module, for whoever packs it."""
-        scales = (torch.tensor([block.hidden_scale]), torch.tensor(block.intermediate_scale))
-        setattr(self.module, ACTIVATION_SCALES, scales)
+        setattr(self.module, ACTIVATION_SCALES, _scales(block))
 
 
 class _FusedRecorder(Recorder):
@@ -155,9 +160,7 @@ class _FusedRecorder(Recorder):
         self.record(hidden, ids, weights.expert_offset, inner)
 
     def store(self, block: BlockRanges) -> None:
-        self.module.set_activation_scales(
-            block.hidden_scale, torch.tensor(block.intermediate_scale)
-        )
+        self.module.set_activation_scales(block.hidden_scale, _scales(block)[1])
 
 
 class _StampedRecorder(Recorder):

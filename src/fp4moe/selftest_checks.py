@@ -126,9 +126,11 @@ class Subject:
         """Return hidden [T, H], distinct expert ids [T, K], routing weights [T, K] of sum 1."""
         generator = self.generator(seed)
         shape, device = (tokens, self.weights.num_experts), self.hidden.device
-        scores = torch.rand(shape, generator=generator, device=device)
+        scores = torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
         ids = scores.argsort(1)[:, : self.top_k].contiguous()
-        weights = torch.rand(ids.shape, generator=generator, device=device) + 0.25
+        weights = (
+            torch.rand(ids.shape, generator=generator, dtype=torch.float32, device=device) + 0.25
+        )
         hidden = self.hidden.roll(-seed, 0)[:tokens]
         return hidden.contiguous(), ids, weights / weights.sum(1, keepdim=True)
 
@@ -245,7 +247,7 @@ def one_expert_for_all(subject: Subject) -> Outcome:
 def ids_without_expert(subject: Subject) -> Outcome:
     """Give -1 and E as ids: they contribute nothing, and a token with no other is exactly zero."""
     hidden, ids, weights = subject.inputs(subject.probe, seed=2)
-    none = torch.tensor([-1, subject.weights.num_experts], device=ids.device)
+    none = torch.tensor([-1, subject.weights.num_experts], dtype=ids.dtype, device=ids.device)
     ids[0::4], ids[1::4] = none[0], none[1]
     ids[2::4, -1], ids[3::4, 0] = none[0], none[1]
     expected = subject.expected(subject.weights, hidden, ids, weights)
@@ -305,7 +307,7 @@ def scale_followed(subject: Subject, name: str) -> Outcome:
     """Change one scale and prepare again: the kernel follows the definition."""
     weights = subject.weights
     tensors = weights.tensors()
-    factors = torch.tensor(FACTORS[name], device=weights.device)
+    factors = torch.tensor(FACTORS[name], dtype=torch.float32, device=weights.device)
     count_ = tensors[name].numel()
     tensors[name] = tensors[name] * factors.repeat(-(-count_ // factors.numel()))[:count_]
     other = ExpertWeights.from_tensors(tensors, weights.metadata())
@@ -374,7 +376,7 @@ def fused_routing(subject: Subject, method: str, seed: int = 7) -> Outcome:
 def clear_logits(subject: Subject, bias: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return [T, E] logits with a wide gap behind the last chosen expert: nobody breaks ties."""
     shape = (8 * subject.probe, subject.weights.num_experts)
-    logits = torch.randn(shape, generator=generator, device=bias.device)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float32, device=bias.device)
     score = torch.sigmoid(logits) + bias if bias.numel() else logits
     ranked = score.sort(1, descending=True).values
     gap = ranked[:, subject.top_k - 1] - ranked[:, min(subject.top_k, shape[1] - 1)]

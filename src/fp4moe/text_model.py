@@ -86,7 +86,7 @@ def encode(tokenizer: Any, text: str, first: int | None = None) -> torch.Tensor:
     while True:
         ids = tokenizer(text[:length], add_special_tokens=False, verbose=False)["input_ids"]
         if length >= len(text) or (first is not None and len(ids) >= 2 * first + 64):
-            return torch.tensor(ids[:first], dtype=torch.int64)
+            return torch.tensor(ids[:first], dtype=torch.int64, device="cpu")
         length *= 4
 
 
@@ -168,8 +168,8 @@ def text_windows(ids: torch.Tensor, length: int, tokens: int, first: int | None)
             "text, or a smaller length."
         )
     count = min(available, -(-tokens // length))
-    chosen = torch.arange(count) * available // count
+    chosen = torch.arange(count, dtype=torch.int64, device="cpu") * available // count
     windows = ids[: available * length].view(available, length)[chosen]
     if first is None:
         return windows
-    return torch.cat((torch.full((count, 1), first), windows), 1)
+    return torch.cat((torch.full((count, 1), first, dtype=torch.int64, device="cpu"), windows), 1)

@@ -109,7 +109,7 @@ def tune_tokens(
     good: set[Config],
 ) -> Config:
     """Return the fastest config: gate and up first, then down."""
-    x = torch.randn(tokens, shape.hidden_size, device="cuda").bfloat16()
+    x = torch.randn(tokens, shape.hidden_size, dtype=torch.float32, device="cuda").bfloat16()
     count = bench.ROTATIONS if tokens <= 16 else 1
     routings = [bench.routing(shape, tokens, seed, 0.0) for seed in range(count)]
     operands, settings = prepared.operands, prepared.settings

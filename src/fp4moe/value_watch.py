@@ -8,6 +8,7 @@ back gets the old ones once.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ class ValueWatch:
 
     def __init__(self) -> None:
         self._tables: dict[torch.device, _Table] = {}
+        # Threads may call one model at once.
+        self._lock = threading.RLock()
 
     def read(self, pairs: Pairs) -> bool:
         """Mark as stale what the last look found changed; on a CPU, what is changed now.
@@ -38,8 +41,9 @@ class ValueWatch:
                 mark.hashes, sampled_hashes(tensor)
             ):
                 found = mark.stale = True
-        for table in self._tables.values():
-            found |= table.read()
+        with self._lock:
+            for table in self._tables.values():
+                found |= table.read()
         return found
 
     def look(self, pairs: Pairs) -> None:
@@ -48,16 +52,18 @@ class ValueWatch:
         for pair in pairs:
             if pair[0].device.type == "cuda":
                 on_gpu.setdefault(pair[0].device, []).append(pair)
-        for device, found in on_gpu.items():
-            if device not in self._tables:
-                self._tables[device] = _Table(device)
-            self._tables[device].fill(found)
-        self.look_again()
+        with self._lock:
+            for device, found in on_gpu.items():
+                if device not in self._tables:
+                    self._tables[device] = _Table(device)
+                self._tables[device].fill(found)
+            self.look_again()
 
     def look_again(self) -> None:
         """Start a look at the same values as the last time, whose addresses have not changed."""
-        for table in self._tables.values():
-            table.launch()
+        with self._lock:
+            for table in self._tables.values():
+                table.launch()
 
 
 class _Table:

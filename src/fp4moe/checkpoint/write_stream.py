@@ -6,6 +6,7 @@ Not handled here: what is in which file (write_plan.py), the files themselves (s
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
+from ..borrowed import Borrowed
 from ..errors import CheckpointError
 from ..quantize import nvfp4_global_scale, quantize_nvfp4
 from .files import CheckpointFiles
@@ -27,15 +29,20 @@ AHEAD = 16
 Begun = tuple[int, Future[list[tuple[str, torch.Tensor]]]]
 
 
+_thread_count = Borrowed(torch.get_num_threads, torch.set_num_threads)
+
+
 @contextlib.contextmanager
 def worker_threads() -> Iterator[ThreadPoolExecutor]:
     """As many threads as torch uses, each working alone: they do not wait for one another."""
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as workers:
-            yield workers
-    finally:
-        torch.set_num_threads(threads)
+    with _thread_count.borrow() as threads:
+        try:
+            alone = functools.partial(torch.set_num_threads, 1)
+            with ThreadPoolExecutor(threads, initializer=alone) as workers:
+                yield workers
+        finally:
+            # A thread has a number of its own, too, which it took from the process at its start.
+            torch.set_num_threads(threads)
 
 
 def shard_tensors(
@@ -105,5 +112,6 @@ def _quantize(
             (f"{part.name}.weight_scale_2", values.global_scale),
         ]
         if scales:
-            tensors.append((f"{part.name}.input_scale", torch.tensor(scales[part.name])))
+            scale = torch.tensor(scales[part.name], dtype=torch.float32, device="cpu")
+            tensors.append((f"{part.name}.input_scale", scale))
     return tensors

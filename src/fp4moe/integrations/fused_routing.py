@@ -22,6 +22,7 @@ from ..candidates import Candidate, storage_reasons
 from ..kernels import Routing
 from ..kernels.torch_routing import route
 from ..precision import float32_as_written
+from ..random_floats import random_normal
 from .routing_trace import RoutingTrace, watch, ways_to_run
 from .transformers import is_experts_module
 
@@ -147,7 +148,9 @@ class LogitsRouter(nn.Module):
         for name in form.constants:
             setattr(self, name, getattr(router, name))
         if form.bias is None:
-            empty = torch.empty(0, device=attrgetter(form.projection)(router).device)
+            empty = torch.empty(
+                0, dtype=torch.float32, device=attrgetter(form.projection)(router).device
+            )
             self.register_buffer("no_bias", empty, persistent=False)
         self.training = router.training
 
@@ -276,7 +279,7 @@ def _probes(router: Any, form: RouterForm) -> Iterator[tuple[Any, torch.dtype]]:
     if form.bias is not None:
         # Negative scores tell -inf from 0 for the experts of dropped groups.
         bias = getattr(precise, form.bias)
-        random = torch.randn(bias.shape, generator=torch.Generator().manual_seed(1)) - 2
+        random = random_normal(torch.Generator("cpu").manual_seed(1), bias.shape) - 2
         bias.data.copy_(random)
         yield precise, torch.float32
 
@@ -286,9 +289,9 @@ def _difference(
 ) -> str:
     """Run a router and the reference kernel's routing; return how they differ, "" if they agree."""
     weight = attrgetter(form.projection)(router)
-    sizes = torch.logspace(-1, 1, PROBE_TOKENS)[:, None]
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(PROBE_TOKENS, weight.shape[1], generator=generator) * sizes
+    sizes = torch.logspace(-1, 1, PROBE_TOKENS, dtype=torch.float32, device="cpu")[:, None]
+    generator = torch.Generator("cpu").manual_seed(0)
+    hidden = random_normal(generator, (PROBE_TOKENS, weight.shape[1])) * sizes
     hidden = hidden.to(weight.device, dtype)
     with torch.no_grad(), float32_as_written(weight.device):
         _, weights, ids = router(hidden)

@@ -103,7 +103,9 @@ class Placeholder(nn.Module):
         super().__init__()
         size = torch.empty(nbytes, dtype=torch.uint8, device="meta")
         self.packed = nn.Parameter(size, requires_grad=False)
-        self.register_buffer("place", torch.empty(0, device="meta"), persistent=False)
+        self.register_buffer(
+            "place", torch.empty(0, dtype=torch.float32, device="meta"), persistent=False
+        )
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """Save nothing: transformers must neither load nor initialise it."""

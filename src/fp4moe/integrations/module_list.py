@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..borrowed import random_state_kept
 from ..candidates import MERGE, Candidate, storage_reasons, stored_activation_scales
 from ..experts import ExpertWeights
 from ..module import FusedExperts
@@ -170,7 +171,7 @@ def _confirmed_roles(expert: nn.Module, roles: dict[str, str]) -> dict[str, str]
     if "gate" not in roles:
         return roles
     exchanged = {"gate": roles["up"], "up": roles["gate"], "down": roles["down"]}
-    with torch.random.fork_rng(devices=[]):
+    with random_state_kept():
         fits = [identify_expert(expert, r)[0] for r in (roles, exchanged)]
     return exchanged if fits[0] is None and fits[1] is not None else roles
 
@@ -179,7 +180,7 @@ def _activation(experts: list[nn.Module], roles: dict[str, str]) -> tuple[str | 
     """Return (activation, "") or (None, why the experts are no MLPs of ours)."""
     names = []
     # Experts may drop out at random while they train.
-    with torch.random.fork_rng(devices=[]):
+    with random_state_kept():
         for index, expert in enumerate(experts):
             name, why = identify_expert(expert, roles)
             if name is None:
@@ -226,10 +227,9 @@ def untouched(block: nn.Module, device: torch.device) -> Iterator[list[str]]:
         if buffer is not None
     ]
     changed: list[str] = []
-    devices = [device] if device.type == "cuda" else []
     with (
         torch.no_grad(),
-        torch.random.fork_rng(devices=devices),
+        random_state_kept(device),
         float32_as_written(device),
     ):
         try:

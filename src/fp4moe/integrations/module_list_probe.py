@@ -20,6 +20,7 @@ from torch import nn
 
 from ..activations import ACTIVATIONS, get_activation, probe_values
 from ..candidates import VERIFY_LIMIT
+from ..random_floats import random_normal
 from ..reference import sum_over_experts
 from .module_list_block import BlockForm, FusedMoeBlock
 
@@ -135,7 +136,7 @@ def _record_calls(router: nn.Module, calls: list) -> nn.Module:
 
 
 def _random(generator: torch.Generator, shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.randn(tuple(shape), generator=generator).to(device)
+    return random_normal(generator, tuple(shape)).to(device)
 
 
 def _make_twin(
@@ -145,7 +146,7 @@ def _make_twin(
     device = next(block._modules[experts].parameters()).device  # type: ignore[union-attr]
     for name, child in block.named_children():
         if name == experts:
-            factors = 1.0 + 0.5 * torch.randn(len(child), 2, generator=generator)  # type: ignore[arg-type]
+            factors = 1.0 + 0.5 * _random(generator, (len(child), 2), device)  # type: ignore[arg-type]
             items = zip(child, factors.tolist(), strict=True)  # type: ignore[call-overload]
             copied: nn.Module = nn.ModuleList(_probe_expert(e, roles, f, device) for e, f in items)
         elif name != router and not isinstance(child, nn.Linear) and _holds_weights(child):
@@ -241,7 +242,7 @@ def find_form(
     block: nn.Module, experts: str, router: str, roles: dict[str, str], activation: str, width: int
 ) -> tuple[BlockForm | None, str]:
     """Return (the one form that computes what the block's forward does, "") or (None, reason)."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     shared, shared_gates, latents = _children(block, width, experts, router)
     hidden_size = getattr(block, latents[0][0]).in_features if latents else width
     try:
@@ -359,7 +360,7 @@ def confirm_form(
 ) -> tuple[BlockForm, list[str]]:
     """Run the block itself on five tokens; return the form with its router's dtype, and reasons."""
     weight = experts.parts[0]["up"].weight
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     calls: list = []
     clone = _shallow(block)
     clone._modules[form.router] = _record_calls(getattr(block, form.router), calls)

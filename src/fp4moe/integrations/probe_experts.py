@@ -13,6 +13,7 @@ from torch import nn
 
 from ..candidates import value_reasons
 from ..checkpoint.plan_checks import ExpertsFacts
+from ..random_floats import random_normal
 from .transformers import describe_experts
 
 __all__ = ["describe_on_meta"]
@@ -22,7 +23,7 @@ PROBED = 2
 
 def describe_on_meta(path: str, module: Any) -> tuple[ExpertsFacts | None, list[str]]:
     """Return (facts, reasons why it cannot be packed); facts are None where there are reasons."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     probe = object.__new__(type(module))
     vars(probe).update(vars(module))
     probe._parameters, count = {}, None
@@ -34,7 +35,7 @@ def describe_on_meta(path: str, module: Any) -> tuple[ExpertsFacts | None, list[
         shape = (min(PROBED, count), *parameter.shape[1:])
         fan_in = shape[-1] if len(shape) == 3 else 1
         # Made on the CPU, whatever the default device: models are built under "meta".
-        values = torch.randn(shape, generator=generator, device="cpu") * fan_in**-0.5
+        values = random_normal(generator, shape) * fan_in**-0.5
         probe._parameters[name] = nn.Parameter(values, requires_grad=False)
     candidate = describe_experts(path, probe)
     reasons = candidate.reasons or value_reasons(candidate)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
+from ..random_floats import random_normal
 from .module_list import untouched
 
 __all__ = ["RoutingTrace", "watch", "ways_to_run"]
@@ -127,13 +128,17 @@ def ways_to_run(
     """
     names = path.split(".")[:-1]
     around = [model.get_submodule(".".join(names[:n])) for n in range(len(names), -1, -1)]
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 5, projection.shape[1], generator=generator).to(projection)
+    generator = torch.Generator("cpu").manual_seed(0)
+    hidden = random_normal(generator, (1, 5, projection.shape[1]))
+    hidden = hidden.to(projection)
     yield lambda: _run(around[0], hidden)
     for module in around:
         embed = getattr(module, "get_input_embeddings", lambda: None)()
         if isinstance(embed, nn.Embedding):
-            ids = torch.arange(5, device=embed.weight.device)[None] % embed.num_embeddings
+            ids = (
+                torch.arange(5, dtype=torch.int64, device=embed.weight.device)[None]
+                % embed.num_embeddings
+            )
             yield lambda module=module, ids=ids: _run(module, ids)  # type: ignore[misc]
 
 

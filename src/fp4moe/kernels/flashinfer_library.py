@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..borrowed import Borrowed
 from ..errors import UnsupportedError
 
 __all__ = [
@@ -97,24 +98,19 @@ def set_flashinfer(
     return previous
 
 
-_tuning = False
+_tuning = Borrowed(lambda: None, lambda before: None)
 
 
 @contextlib.contextmanager
 def tuning(**arguments: Any) -> Iterator[None]:
     """Let FlashInfer's tuner measure what is called inside; arguments of flashinfer.autotune."""
-    global _tuning
-    before, _tuning = _tuning, True
-    try:
-        with torch.no_grad(), library().module.autotune(True, **arguments):
-            yield
-    finally:
-        _tuning = before
+    with _tuning.borrow(), torch.no_grad(), library().module.autotune(True, **arguments):
+        yield
 
 
 def is_tuning() -> bool:
     """Whether a call happens inside `tuning`."""
-    return _tuning
+    return _tuning.borrowers > 0
 
 
 @dataclasses.dataclass(frozen=True)

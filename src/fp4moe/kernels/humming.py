@@ -190,7 +190,8 @@ class HummingKernel(RoutesInTorch):
             if key in _warm:
                 return
             # No id is local: every kernel is loaded and none has rows.
-            outside, one = torch.full((1, 1), -1, device=device), torch.ones((1, 1), device=device)
+            outside = torch.full((1, 1), -1, dtype=torch.int64, device=device)
+            one = torch.ones((1, 1), dtype=torch.float32, device=device)
             for count in range(max(len(gemm.intervals) for gemm in gemms)):
                 intervals = tuple(g.intervals[min(count, len(g.intervals) - 1)] for g in gemms)
                 places = sort_slots(outside, (0, local), tuple(i.tile_rows for i in intervals))

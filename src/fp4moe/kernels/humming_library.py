@@ -270,7 +270,11 @@ def compile_gemm(shape: GemmShape, dtype: torch.dtype, device_index: int) -> Hum
         )
     # A launch takes one entry for every size: which one was decided when the rows were sorted.
     intervals = tuple(
-        Interval(high, config["block_shape"][0], torch.tensor([0, EVERY_SIZE, *kernel]))
+        Interval(
+            high,
+            config["block_shape"][0],
+            torch.tensor([0, EVERY_SIZE, *kernel], dtype=torch.int64, device="cpu"),
+        )
         for (_, high, config), (_, _, *kernel) in zip(
             tuning, compiled.view(-1, 4).tolist(), strict=True
         )

@@ -122,7 +122,7 @@ def inverse_index(index: torch.Tensor) -> torch.Tensor:
     """
     _check_permutation("inverse_index", index, index.numel())
     inverse = torch.empty_like(index)
-    inverse[index] = torch.arange(index.numel(), device="cpu")
+    inverse[index] = torch.arange(index.numel(), dtype=torch.int64, device="cpu")
     return inverse
 
 
@@ -163,7 +163,7 @@ def _check_permutation(function: str, index: torch.Tensor, rows: int) -> None:
     got = f"{index.dtype} {list(index.shape)} on {index.device}"
     fits = index.dtype == torch.int64 and index.shape == (rows,) and index.device.type == "cpu"
     if fits:
-        fits = torch.equal(index.sort().values, torch.arange(rows, device="cpu"))
+        fits = torch.equal(index.sort().values, torch.arange(rows, dtype=torch.int64, device="cpu"))
         got = "a value twice or out of range"
     if not fits:
         raise ShapeError(
