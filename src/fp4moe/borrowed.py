@@ -23,7 +23,7 @@ class Borrowed:
         put_back: gets what `take` returned.
     """
 
-    def __init__(self, take: Callable[[], Any], put_back: Callable[[Any], None]):
+    def __init__(self, take: Callable[[], Any], put_back: Callable[[Any], object]):
         self.take, self.put_back = take, put_back
         self.lock, self.borrowers, self.before = threading.Lock(), 0, None
 

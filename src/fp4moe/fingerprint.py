@@ -2,7 +2,7 @@
 
 `parameter.data += delta`, which adapters do when they merge, is such a write. Two kinds:
 
-    sampled_hashes   2048 words for each 16 experts, at every call; taken on the device
+    sampled_hashes   512 words for each 16 experts, at every call; taken on the device
     full_hashes      all values, when something is compiled
 
 Both are sums of the values' bits times odd numbers, modulo 2^64.
@@ -18,7 +18,7 @@ import torch
 __all__ = ["SAMPLES", "full_hashes", "sampled_hashes", "slots"]
 
 # A slot is a part of a tensor of which so many 4-byte words are read, in sectors of 32 bytes.
-SAMPLES = 2048
+SAMPLES = 512
 WORDS = 8
 EXPERTS_PER_SLOT = 16
 MULTIPLIER = 0x1E3779B97F4A7C15

@@ -53,9 +53,9 @@ class ValueWatch:
             if pair[0].device.type == "cuda":
                 on_gpu.setdefault(pair[0].device, []).append(pair)
         with self._lock:
+            # Not those of devices whose tensors have been released, which have no memory any more.
+            self._tables = {d: self._tables.get(d) or _Table(d) for d in on_gpu}
             for device, found in on_gpu.items():
-                if device not in self._tables:
-                    self._tables[device] = _Table(device)
                 self._tables[device].fill(found)
             self.look_again()
 
@@ -75,6 +75,11 @@ class _Table:
         self.ranges: list[tuple[Any, int, int]] = []
         self.event = torch.cuda.Event()
         self.pending = False
+
+    def __del__(self) -> None:
+        # The device still writes into memory that the next owner would get.
+        if self.pending:
+            self.event.synchronize()
 
     def read(self) -> bool:
         """Mark what the last launch found; returns whether there was anything."""
