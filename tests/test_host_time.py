@@ -135,6 +135,11 @@ def test_weights_are_laid_out_once_and_again_when_they_change(asked, flipped):  
     weights.down.block_scale.data = weights.down.block_scale.flip(0)
     results.append(check(5))
     check(5)
+    # Nor this, which only the values tell.
+    weights.gate_up.packed.data[2] ^= 3
+    assert not torch.equal(check(6), results[5])
+    weights.down.packed.numpy()[...] ^= 1
+    check(7)
     assert torch.equal(results[0], results[1]) and torch.equal(results[3], results[4])
     for one, other in ((1, 2), (2, 3), (4, 5)):
         assert not torch.equal(results[one], results[other])

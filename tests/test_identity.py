@@ -371,3 +371,26 @@ def test_a_mark_tells_memory_and_values_apart():
     assert mark.is_current(tensor) and not mark.same_values(tensor)
     tensor[0, 0, 0] = 1
     assert not mark.is_current(tensor)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["nemotron_h", "qwen3_moe"])
+def test_units_of_fsdp2(name, one_process):
+    from torch.distributed.fsdp import fully_shard
+
+    model = build(name)
+    wanted = expected(model)
+    for layer in layers(model):
+        fully_shard(layer)
+        layer.compile(**ways("eager"))
+    fully_shard(model)
+    for _ in range(3):
+        check(run(model), wanted, "eager")

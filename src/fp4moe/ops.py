@@ -23,7 +23,7 @@ from . import checks
 from .errors import ShapeError, UnsupportedError
 from .experts import ExpertWeights
 from .float_weights import FloatWeights, StoredForm
-from .identity import packed_now
+from .identity import Mark, capturing, packed_now
 from .kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
     KERNELS,
@@ -38,6 +38,7 @@ from .kernels import (
     get_kernel,
     select_kernel,
 )
+from .value_watch import ValueWatch
 
 __all__ = [
     "fused_moe",
@@ -342,11 +343,28 @@ def _choose(
 
 
 class _Prepared(NamedTuple):
-    """The operator's arguments for one kernel, and the tensors of the weights as they were then."""
+    """The operator's arguments for one kernel, and the tensors of the weights as they were then.
+
+    Where the arguments are copies in another layout, `pairs` are the tensors with their marks, and
+    `watch` looks at their values.
+    """
 
     tensors: tuple[torch.Tensor, ...]
     versions: list[tuple[int, int]]
     arguments: tuple
+    pairs: list[tuple[torch.Tensor, Mark]]
+    watch: ValueWatch
+
+    def is_current(self) -> bool:
+        """Whether nothing has been written since, as far as versions and looks tell."""
+        if self.versions != tensor_versions(self.tensors):
+            return False
+        if not self.pairs or capturing(self.tensors[0].device):
+            return True
+        if self.watch.read(self.pairs):
+            return False
+        self.watch.look_again()
+        return True
 
 
 def tensor_versions(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
@@ -360,14 +378,19 @@ def _prepare_once(weights: ExpertWeights, kernel: str) -> tuple:
         return _prepare(weights, kernel)
     entries = _prepared.setdefault(weights, {})
     entry = entries.get(kernel)
-    if entry is not None and entry.versions == tensor_versions(entry.tensors):
+    if entry is not None and entry.is_current():
         return entry.arguments
     tensors = tuple(weights.tensors().values())
     if any(type(t) not in PLAIN for t in tensors):
         return _prepare(weights, kernel)
     versions, arguments = tensor_versions(tensors), _prepare(weights, kernel)
     if all(type(t) in PLAIN for t in arguments if isinstance(t, torch.Tensor)):
-        entries[kernel] = _Prepared(tensors, versions, arguments)
+        pairs = []
+        if arguments[0] is not weights.gate_up.packed and not capturing(tensors[0].device):
+            pairs = [(tensor, Mark(tensor)) for tensor in tensors]
+        entries[kernel] = found = _Prepared(tensors, versions, arguments, pairs, ValueWatch())
+        if pairs:
+            found.watch.look(pairs)
     return arguments
 
 
