@@ -21,9 +21,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
-    """Start every test from the same random state, whatever ran before it."""
+def seed() -> Iterator[None]:
+    """Start every test from the same random state, and end it with the default dtype as it was."""
     torch.manual_seed(0)
+    yield
+    left, _ = torch.get_default_dtype(), torch.set_default_dtype(torch.float32)
+    assert left is torch.float32
 
 
 @pytest.fixture

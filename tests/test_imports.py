@@ -19,7 +19,17 @@ SOURCES = {"fp4moe": ROOT / "src" / "fp4moe", "fp4moe.passes": ROOT / "passes"}
 # Lowest first. A module imports from lower layers and, without a cycle, from its own; never from a
 # higher one. "" is fp4moe/__init__.py.
 LAYERS: list[set[str]] = [
-    {"devices", "errors", "explain", "precision", "ranges", "sample_text", "stamps", "version"}
+    {
+        "devices",
+        "errors",
+        "explain",
+        "precision",
+        "progress",
+        "ranges",
+        "sample_text",
+        "stamps",
+        "version",
+    }
     | {"borrowed", "random_floats"},
     {"formats"},
     {"activations", "quantize", "routing"},

@@ -14,6 +14,7 @@ import fp4moe
 # The operators and what they need; a module that is added here is paid for by every import.
 EAGER = {
     "activations",
+    "borrowed",
     "candidates",
     "checks",
     "errors",
@@ -35,6 +36,7 @@ EAGER = {
     "ops",
     "precision",
     "quantize",
+    "random_floats",
     "reference",
     "routing",
     "stamps",

@@ -205,3 +205,15 @@ def test_two_threads_write_and_leave_the_number_of_threads(tmp_path, hasty):
         assert tensors[0].keys() == tensors[1].keys()
         for key in tensors[0]:
             assert torch.equal(*(t[key].reshape(-1).view(torch.uint8) for t in tensors)), key
+
+
+def test_overlapping_calibrations_leave_compiling_on():
+    models = [qwen3_moe(), qwen3_moe()]
+    contexts = [fp4moe.calibrate(fp4moe.replace_moe(m, progress=False)) for m in models]
+    ids = torch.arange(8)[None]
+    for context, model in zip(contexts, models, strict=True):
+        context.__enter__()
+        model(ids)
+    for context in contexts:
+        context.__exit__(None, None, None)
+    assert torch._dynamo.eval_frame._stance.stance == "default"

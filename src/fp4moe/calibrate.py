@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
+from .borrowed import Borrowed
 from .errors import ShapeError, UnsupportedError
 from .explain import format_table
 from .progress import progress_bar
@@ -60,6 +61,14 @@ class CalibrationReport:
         lines = [format_table(header, rows)]
         lines += [f"{path}: no token, not calibrated" for path in self.uncalibrated]
         return "\n".join(lines)
+
+
+def _force_eager() -> Callable[[], object]:
+    stance = torch.compiler.set_stance("force_eager")  # from here on
+    return lambda: stance.__exit__(None, None, None)
+
+
+_eager = Borrowed(_force_eager, lambda leave: leave())
 
 
 @contextlib.contextmanager
@@ -107,7 +116,7 @@ def calibrate(model: nn.Module, *, percentile: float | None = None) -> Iterator[
     try:
         for recorder in recorders:
             handles += recorder.attach()
-        with torch.compiler.set_stance("force_eager"):
+        with _eager.borrow():
             yield report
     finally:
         for handle in handles:

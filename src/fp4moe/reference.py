@@ -150,7 +150,8 @@ def fake_quantize_activation(x: torch.Tensor, scale: torch.Tensor) -> torch.Tens
     magnitude = scaled.abs()
     # Spacing of the E2M1 grid: 0.5 below 2, 1 below 4, 2 above; round() goes to the even code at a
     # tie.
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    step = torch.full_like(magnitude, 2.0)
+    step = step.masked_fill(magnitude < 4, 1.0).masked_fill(magnitude < 2, 0.5)
     element = ((magnitude / step).round() * step).clamp(max=NVFP4.element_max).copysign(scaled)
     return (element * (block_scale * scale)).flatten(-2)[..., :columns]
 

@@ -153,7 +153,7 @@ def make_subject(
         sizes: activation, gated, hidden_size, intermediate_size, num_experts, top_k.
     """
     generator = torch.Generator(device).manual_seed(0)
-    normal = functools.partial(torch.randn, generator=generator, device=device)
+    normal = functools.partial(torch.randn, generator=generator, dtype=torch.float32, device=device)
     hidden = normal(max(64, *tokens), sizes["hidden_size"]).bfloat16()
     # Not the amax itself: bfloat16 inputs would then often lie on a rounding boundary.
     hidden_scale = 1.03 * float(hidden.abs().max()) / 2688
@@ -352,7 +352,9 @@ def fused_routing(subject: Subject, method: str, seed: int = 7) -> Outcome:
     if reasons:
         return Outcome(NOT_SUPPORTED, note="; ".join(reasons))
     generator = subject.generator(seed)
-    uniform = functools.partial(torch.rand, generator=generator, device=weights.device)
+    uniform = functools.partial(
+        torch.rand, generator=generator, dtype=torch.float32, device=weights.device
+    )
     bias = uniform(0 if softmax else weights.num_experts) - 0.5
     logits = clear_logits(subject, bias, generator)
     if softmax:

@@ -49,6 +49,7 @@ def model_on_meta(source: str | os.PathLike[str], *, caller: str) -> Any:
     """
     import transformers
 
+    dtype = torch.get_default_dtype()
     try:
         # False: never ask on the terminal whether to run a checkpoint's code.
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -64,6 +65,9 @@ def model_on_meta(source: str | os.PathLike[str], *, caller: str) -> Any:
             f"{caller}: model must have a configuration that transformers can build; got {source}: "
             f"{one_line(error)}. Check the path, or the entries of config.json."
         ) from error
+    finally:
+        # transformers leaves its own where building fails.
+        torch.set_default_dtype(dtype)
 
 
 def experts_refusals(model: Any) -> list[str]:
