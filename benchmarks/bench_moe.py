@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from fp4moe.cli import main
+from fp4moe.tools.cli import main
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():

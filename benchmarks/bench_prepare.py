@@ -16,17 +16,14 @@ from collections.abc import Callable
 import torch
 from machine import cpu_name
 
-from fp4moe.layout import (
-    deinterleave_128x4,
+from fp4moe.kernels.flashinfer.block_scales import deinterleave_128x4, interleave_128x4
+from fp4moe.kernels.flashinfer.rows import (
     down_row_index,
     gate_up_row_index,
-    interleave_128x4,
     inverse_index,
-    pad_matrix,
     permute_rows,
-    round_up,
-    trim_matrix,
 )
+from fp4moe.padding import pad_matrix, round_up, trim_matrix
 
 Matrices = dict[str, torch.Tensor]
 

@@ -16,7 +16,7 @@ import torch
 from machine import cpu_name
 from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 
-from fp4moe.quantize import dequantize_nvfp4, quantize_nvfp4
+from fp4moe.formats.nvfp4 import dequantize_nvfp4, quantize_nvfp4
 
 
 def best_seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from fp4moe import ExpertWeights
 from fp4moe.kernels.measured import SHIPPED, read
-from fp4moe.kernels.triton_moe import TRITON, run_with
+from fp4moe.kernels.triton.kernel import TRITON, run_with
 
 TOKENS = (1, 37, 700)
 

@@ -39,7 +39,7 @@ import torch
 from generate_models import SIZES, build
 
 import fp4moe
-from fp4moe.value_watch import ValueWatch
+from fp4moe.identity.value_watch import ValueWatch
 
 SETTINGS = ("huggingface", "replace_moe", "fused", "backend")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,7 +155,7 @@ class Run:
         self.name, self.setting, self.args, self.facts = name, setting, args, ""
         self.backend = Backend(args.kernel, "inductor" if DEVICE == "cuda" else "eager")
         self.model = build(name, args.tiny, args.layers, DEVICE)
-        self.blocks = len(fp4moe.replace.find_candidates(self.model))
+        self.blocks = len(fp4moe.models.replace.find_candidates(self.model))
         self.bytes = self.bf16_bytes = held_bytes(self.model)
         if setting == "huggingface":
             return
@@ -191,7 +191,7 @@ class Run:
             self.model.get_submodule(candidate.path).register_forward_hook(
                 lambda _, inputs, output, path=candidate.path: seen.update({path: (inputs, output)})
             )
-            for candidate in fp4moe.replace.find_candidates(self.model)
+            for candidate in fp4moe.models.replace.find_candidates(self.model)
         ]
         logits_of(self.model, ids)
         for hook in hooks:

@@ -29,7 +29,7 @@ from tokenizers.models import BPE
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from fp4moe.sample_text import standard_library_text
+from fp4moe.tools.sample_text import standard_library_text
 
 HIDDEN = 128
 COMMON = {
@@ -295,7 +295,7 @@ def main() -> None:
             ),
             ("parameters", f"{count}, {100 * share:.0f} % of them in experts"),
             ("trained on", f"{len(text)} bytes of the standard library, {steps} steps"),
-            ("held-out text", f"{len(held_out)} bytes, see `fp4moe.sample_text`"),
+            ("held-out text", f"{len(held_out)} bytes, see `fp4moe.tools.sample_text`"),
             ("bits per byte there, bfloat16", f"{bits:.4f}"),
             *((f"bits per byte there, {rival}", f"{r:.4f}") for rival, r in rivals.items()),
         ]

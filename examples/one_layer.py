@@ -17,8 +17,8 @@ from transformers import CompileConfig
 from transformers.utils import logging as transformers_logging
 
 import fp4moe
-from fp4moe.explain import format_bytes, format_table
 from fp4moe.reference import moe_definition, reference, reference_w4a4
+from fp4moe.report import format_bytes, format_table
 
 PROMPT_TOKENS = 12
 NEW_TOKENS = 6
@@ -108,7 +108,7 @@ def run(model: torch.nn.Module) -> None:
     before = fp4moe.explain(model)
     print(f"{before}\n")
 
-    candidate = fp4moe.replace.find_candidates(model)[0]
+    candidate = fp4moe.models.replace.find_candidates(model)[0]
     experts = Experts(candidate.module)
     with torch.no_grad():
         float_logits = model(ids).logits

@@ -8,13 +8,13 @@ if __name__ != "fp4moe.passes":
     )
 
 from .exported import rewrite_exported
-from .hypotheses import Hypothesis
-from .locate import Region, find_regions
+from .find.region import Region, find_regions
+from .graph.show import show_graph
+from .judge.forms import Hypothesis
+from .judge.verify import verify_region
 from .report import BlockMatch, RewriteReport, RoutingMatch
 from .rewrite import rewrite_moe
-from .routing import fuse_routing
-from .show import show_graph
-from .verify import verify_region
+from .routing.fuse import fuse_routing
 
 __all__ = [
     "BlockMatch",

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from fp4moe.float_weights import FloatWeights, StoredForm
+from fp4moe.identity.float_weights import FloatWeights, StoredForm
 from fp4moe.kernels import PreparedWeights
 from fp4moe.ops import nvfp4_moe_arguments
 
-from .dataflow import meta_value, result_node
-from .locate import Region
+from .find.region import Region
+from .graph.dataflow import meta_value, result_node
 
 __all__ = ["FUSED_OPERATORS", "insert_operator", "output_sizes"]
 

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from fp4moe.float_weights import FloatWeights, StoredForm
-from fp4moe.identity import find_packed
+from fp4moe.identity.float_weights import FloatWeights, StoredForm
+from fp4moe.identity.table import find_packed
 from fp4moe.kernels import Operands
 
-from .dataflow import meta_value
-from .locate import innermost_module
-from .subgraphs import SubgraphCall, subgraph_calls
+from .find.region import innermost_module
+from .graph.dataflow import meta_value
+from .graph.subgraphs import SubgraphCall, subgraph_calls
 
 __all__ = ["LiftedGraph", "PackedInput", "lift_packed"]
 

@@ -13,24 +13,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import ShapeError, UnsupportedError
-from fp4moe.float_weights import FloatWeights, StoredForm, pack_float
-from fp4moe.identity import find_packed
-from fp4moe.kernels import (
-    MoeSpec,
-    PreparedWeights,
-    current_capability,
-    get_kernel,
-    select_kernel,
-)
+from fp4moe.identity.float_weights import FloatWeights, StoredForm, pack_float
+from fp4moe.identity.table import find_packed
+from fp4moe.kernels import MoeSpec, PreparedWeights, current_capability, get_kernel, select_kernel
 from fp4moe.stamps import is_experts_class
 
-from .dataflow import Flow, hinted_shape, meta_value
-from .hypotheses import Hypothesis
+from .find.by_flow import propose_regions
+from .find.region import Region, find_regions
+from .graph.dataflow import Flow, hinted_shape, meta_value
 from .insert import FUSED_OPERATORS, output_sizes
-from .locate import Region, find_regions
-from .regions import propose_regions
+from .judge.forms import Hypothesis
+from .judge.verify import Verdict, judge_region, trust_region
 from .report import BlockMatch
-from .verify import Verdict, judge_region, trust_region
 
 __all__ = ["Plan", "Planner"]
 

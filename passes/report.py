@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 from fp4moe.errors import UnsupportedError
-from fp4moe.explain import format_table
+from fp4moe.report import format_table
 
 __all__ = ["ON_NO_MATCH", "BlockMatch", "RewriteReport", "RoutingMatch"]
 __all__ += ["report_no_match"]

@@ -21,12 +21,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from fp4moe.errors import check_choice
 from fp4moe.kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
 
+from .find.symbolic import has_shapes, in_original, with_shapes
+from .graph.subgraphs import subgraph_calls
 from .insert import FUSED_OPERATORS, insert_operator
 from .plan import Planner
 from .report import ON_NO_MATCH, RewriteReport, report_no_match
-from .routing import fuse_routing
-from .subgraphs import subgraph_calls
-from .symbolic import has_shapes, in_original, with_shapes
+from .routing.fuse import fuse_routing
 
 __all__ = ["Rewritten", "check_settings", "rewrite_graph", "rewrite_moe"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fp4moe import ExpertWeights
-from fp4moe.selftest import LAYERS
+from fp4moe.tools.selftest import LAYERS
 
 # On a B200, as `why_not` takes it.
 LAYER = {**LAYERS["Gemma4-26B-A4B"], "capability": (10, 0)}

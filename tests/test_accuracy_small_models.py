@@ -16,7 +16,7 @@ import pytest
 from trained_models import SMALL_MODELS
 
 import fp4moe
-from fp4moe.sample_text import standard_library_text
+from fp4moe.tools.sample_text import standard_library_text
 
 TOKENS, LENGTH = 4096, 256
 

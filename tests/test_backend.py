@@ -27,7 +27,7 @@ from tiny_models import (
 from torch import nn
 
 import fp4moe
-from fp4moe.compile import BackendOptions
+from fp4moe.compile.backend import BackendOptions
 from fp4moe.errors import UnsupportedError
 
 OPERATOR = torch.ops.fp4moe.nvfp4_moe.default

@@ -6,9 +6,10 @@ import itertools
 
 import torch
 
-from fp4moe import ExpertWeights, bench
-from fp4moe.cli import main
-from fp4moe.tune import candidates, families
+from fp4moe import ExpertWeights
+from fp4moe.tools import bench
+from fp4moe.tools.cli import main
+from fp4moe.tools.measure import candidates, families
 
 
 def layer(name):

@@ -25,10 +25,10 @@ from torch.overrides import TorchFunctionMode
 from trained_models import training_script
 
 import fp4moe
-from fp4moe.calibrate import scales_from_text
+from fp4moe.calibration.calibrate import scales_from_text
+from fp4moe.calibration.ranges import Ranges
 from fp4moe.errors import CheckpointError, ShapeError, UnsupportedError
 from fp4moe.kernels import KERNELS, get_kernel
-from fp4moe.ranges import Ranges
 
 # A global scale times the largest block scale and code.
 LARGEST = 448 * 6

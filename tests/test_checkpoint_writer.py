@@ -20,9 +20,9 @@ import transformers
 
 import fp4moe
 from fp4moe.checkpoint.files import CheckpointFiles
-from fp4moe.checkpoint.load import from_pretrained
-from fp4moe.cli import main
 from fp4moe.errors import CheckpointError, ShapeError, UnsupportedError
+from fp4moe.pretrained.load import from_pretrained
+from fp4moe.tools.cli import main
 
 INDEX = "model.safetensors.index.json"
 

@@ -16,11 +16,11 @@ from test_checkpoint_writer import raw
 from tiny_models import family
 
 import fp4moe
+from fp4moe.calibration.texts import encode, read_texts
 from fp4moe.checkpoint import partial_run
 from fp4moe.checkpoint.compressed_tensors import compressed_convention
 from fp4moe.checkpoint.mtp import decoder_layers, mtp_module
 from fp4moe.errors import CheckpointError, UnsupportedError
-from fp4moe.text_model import encode, read_texts
 
 
 def save(name, directory):

@@ -10,7 +10,7 @@ import pytest
 from tiny_models import gemma4, nemotron_h
 
 import fp4moe
-from fp4moe.cli import LAYERS, main
+from fp4moe.tools.cli import LAYERS, main
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -12,9 +12,9 @@ import torch
 from huggingface_hub import constants
 
 import fp4moe
-from fp4moe import cli_quantize
-from fp4moe.cli import main
 from fp4moe.errors import CheckpointError
+from fp4moe.tools import cli_quantize
+from fp4moe.tools.cli import main
 
 hypothesis = pytest.importorskip("hypothesis", reason="optional package")
 st = hypothesis.strategies

@@ -11,8 +11,8 @@ import transformers
 from tiny_models import COMMON, enlarge_experts, family, finish
 
 import fp4moe
-from fp4moe.cli_explain import explain_source
 from fp4moe.errors import CheckpointError, UnsupportedError
+from fp4moe.tools.cli_explain import explain_source
 
 MODELOPT = {"quant_algo": "NVFP4", "producer": {"name": "modelopt", "version": "0.31.0"}}
 

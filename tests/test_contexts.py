@@ -16,7 +16,7 @@ from torch.utils._device import _device_constructors
 
 import fp4moe
 from fp4moe.experts import ExpertWeights
-from fp4moe.quantize import NVFP4Values
+from fp4moe.formats.nvfp4 import NVFP4Values
 
 IDS = torch.randint(1, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 MODELS = {"qwen3_moe": qwen3_moe, "nemotron_h": nemotron_h}

@@ -35,9 +35,10 @@ from torch import nn
 import fp4moe
 from fp4moe.errors import UnsupportedError
 from fp4moe.experts import ExpertWeights
-from fp4moe.passes import probes, rewrite_exported, rewrite_moe, verify, verify_region
-from fp4moe.passes.dataflow import Flow, operation_name
-from fp4moe.passes.regions import propose_regions
+from fp4moe.passes import rewrite_exported, rewrite_moe, verify_region
+from fp4moe.passes.find.by_flow import propose_regions
+from fp4moe.passes.graph.dataflow import Flow, operation_name
+from fp4moe.passes.judge import probes, verify
 
 OPERATOR = torch.ops.fp4moe.float_moe.default
 TABLE = pathlib.Path(__file__).parents[1] / "benchmarks" / "results" / "ways_of_writing.md"

@@ -14,10 +14,10 @@ from trained_models import training_script
 from transformers import AutoModelForCausalLM
 
 import fp4moe
-from fp4moe.cli import main
+from fp4moe.calibration.texts import text_windows
 from fp4moe.errors import CheckpointError, ShapeError, UnsupportedError
-from fp4moe.sample_text import is_held_out, standard_library_text
-from fp4moe.text_model import text_windows
+from fp4moe.tools.cli import main
+from fp4moe.tools.sample_text import is_held_out, standard_library_text
 
 LENGTH, WINDOWS = 64, 6
 TEXT = "".join(f"def f_{i}(x):\n    return x ** {i} + {i * i}\n\n" for i in range(40))

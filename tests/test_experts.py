@@ -16,7 +16,7 @@ from fp4moe import fused_moe
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.experts import GATE_UP_LAYOUTS, ExpertWeights, split_gate_up
-from fp4moe.quantize import NVFP4Values, dequantize_nvfp4, quantize_nvfp4
+from fp4moe.formats.nvfp4 import NVFP4Values, dequantize_nvfp4, quantize_nvfp4
 from fp4moe.reference import moe_definition, reference, reference_w4a4
 
 L, I, H = 3, 32, 48  # noqa: E741

@@ -13,9 +13,9 @@ from torch import nn
 
 from fp4moe.errors import UnsupportedError
 from fp4moe.experts import ExpertWeights
-from fp4moe.explain import BlockReport, ModelReport, format_bytes, format_table
+from fp4moe.models.replace import explain, replace_moe
 from fp4moe.module import FusedExperts
-from fp4moe.replace import explain, replace_moe
+from fp4moe.report import BlockReport, ModelReport, format_bytes, format_table
 
 expecttest = pytest.importorskip("expecttest", reason="optional package")
 

@@ -13,8 +13,8 @@ import os
 import pytest
 import torch
 
-from fp4moe import fingerprint
-from fp4moe.fingerprint import SAMPLES, full_hashes, sampled_hashes, slots
+from fp4moe.identity import fingerprint
+from fp4moe.identity.fingerprint import SAMPLES, full_hashes, sampled_hashes, slots
 
 interpreted = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
@@ -164,7 +164,7 @@ def test_one_changed_bit_anywhere_changes_the_full_hash():
 
 def compared(rows, expected):
     """What the kernel writes, over numbers that it never writes."""
-    from fp4moe.kernels.triton_fingerprint import compare_kernel
+    from fp4moe.kernels.triton.fingerprint import compare_kernel
 
     changed = torch.full_like(expected, 7, dtype=torch.int32)
     table = torch.tensor(rows, device=expected.device)

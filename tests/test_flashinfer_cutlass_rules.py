@@ -28,9 +28,10 @@ from flashinfer_cutlass_emulator import (
 from fp4moe.activations import ACTIVATIONS as OURS
 from fp4moe.activations import get_activation
 from fp4moe.experts import ExpertWeights
+from fp4moe.formats.nvfp4 import NVFP4Values
 from fp4moe.kernels import MoeSpec
-from fp4moe.kernels.flashinfer_cutlass import FLASHINFER_CUTLASS
-from fp4moe.kernels.flashinfer_cutlass_rules import (
+from fp4moe.kernels.flashinfer.cutlass import FLASHINFER_CUTLASS
+from fp4moe.kernels.flashinfer.cutlass_rules import (
     CAPABILITIES,
     GATED,
     UNGATED,
@@ -38,7 +39,6 @@ from fp4moe.kernels.flashinfer_cutlass_rules import (
     reasons,
     size_multiples,
 )
-from fp4moe.quantize import NVFP4Values
 from fp4moe.reference import fake_quantize_activation, reference_w4a4
 
 KINDS = [(name, True) for name in GATED] + [(name, False) for name in UNGATED]

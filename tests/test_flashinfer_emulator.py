@@ -14,7 +14,7 @@ import torch
 from flashinfer_emulator import emulate_fp4_quantize, emulate_moe, emulate_routed_moe, route
 
 from fp4moe.experts import ExpertWeights
-from fp4moe.quantize import NVFP4Values
+from fp4moe.formats.nvfp4 import NVFP4Values
 from fp4moe.reference import reference_w4a4
 
 try:

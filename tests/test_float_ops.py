@@ -7,8 +7,8 @@ import torch
 
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.experts import ExpertWeights
-from fp4moe.float_weights import FloatWeights, StoredForm
-from fp4moe.identity import find_packed
+from fp4moe.identity.float_weights import FloatWeights, StoredForm
+from fp4moe.identity.table import find_packed
 from fp4moe.kernels import get_kernel
 from fp4moe.ops import nvfp4_moe_arguments
 

@@ -24,7 +24,7 @@ from tiny_models import (
 from transformers import CompileConfig
 
 import fp4moe
-import fp4moe.compile
+import fp4moe.compile.backend
 from fp4moe.errors import UnsupportedError
 from fp4moe.passes import show_graph
 from fp4moe.stamps import is_experts_class

@@ -22,8 +22,8 @@ from tiny_models import (
 )
 
 from fp4moe.errors import UnsupportedError
+from fp4moe.models.replace import explain, replace_moe
 from fp4moe.module import FusedExperts
-from fp4moe.replace import explain, replace_moe
 
 BUILDERS = {**MODELS, "gemma4_multimodal": tiny_models.gemma4_multimodal}
 # Family -> what the error must say of each of its blocks.

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fp4moe
 from fp4moe import fused_moe
+from fp4moe import layer as spec
 from fp4moe.errors import UnsupportedError
-from fp4moe.kernels import KERNELS, measured, spec
+from fp4moe.kernels import KERNELS, measured
 from fp4moe.kernels.reference import REFERENCE
 from fp4moe.module import RoutedExperts
 

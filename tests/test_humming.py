@@ -10,11 +10,12 @@ import pathlib
 import pytest
 import torch
 
+from fp4moe import layer as spec
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.experts import ExpertWeights
-from fp4moe.kernels import humming_library, spec
-from fp4moe.kernels.humming import HUMMING, activate, sort_slots, weighted_sum
-from fp4moe.kernels.humming_library import (
+from fp4moe.kernels.humming import library as humming_library
+from fp4moe.kernels.humming.kernel import HUMMING, activate, sort_slots, weighted_sum
+from fp4moe.kernels.humming.library import (
     GemmShape,
     compile_gemm,
     layer_arguments,
@@ -25,7 +26,7 @@ from fp4moe.kernels.humming_library import (
     unpack_scales,
     unpack_weights,
 )
-from fp4moe.kernels.spec import MoeSpec, Routing
+from fp4moe.layer import MoeSpec, Routing
 from fp4moe.reference import reference
 
 with_package = pytest.mark.skipif(

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fp4moe
-from fp4moe.identity import Mark
+from fp4moe.identity.table import Mark
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

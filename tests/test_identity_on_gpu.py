@@ -13,9 +13,9 @@ from torch import nn
 
 import fp4moe
 from fp4moe.errors import UnsupportedError
-from fp4moe.fingerprint import sampled_hashes
-from fp4moe.identity import Mark
-from fp4moe.value_watch import ValueWatch
+from fp4moe.identity.fingerprint import sampled_hashes
+from fp4moe.identity.table import Mark
+from fp4moe.identity.value_watch import ValueWatch
 
 # The same operator on hidden states that differ by 1e-6: one in 500 is rounded to another bfloat16,
 # 2^-8 off, 2e-4 in RMS; five-fold. Another model's weights would be 1.

@@ -17,9 +17,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
 
 import fp4moe
-from fp4moe import inductor_pass
+from fp4moe.compile import inductor as inductor_pass
+from fp4moe.compile.inductor import MoePass
 from fp4moe.errors import UnsupportedError
-from fp4moe.inductor_pass import MoePass
 
 OPERATOR = torch.ops.fp4moe.float_moe.default
 BackendCompilerFailed = torch._dynamo.exc.BackendCompilerFailed
@@ -122,7 +122,9 @@ class TestUuid:
     def test_none_behind_a_pass_without_one(self):
         assert MoePass(before=[lambda graph: None]).uuid() is None
 
-    @pytest.mark.parametrize("file", ["passes/verify.py", "quantize.py", "kernels/reference.py"])
+    @pytest.mark.parametrize(
+        "file", ["passes/judge/verify.py", "formats/nvfp4.py", "kernels/reference.py"]
+    )
     def test_depends_on_the_sources(self, file, tmp_path, monkeypatch):
         package = pathlib.Path(fp4moe.__file__).parent
         copied = tmp_path / "fp4moe"

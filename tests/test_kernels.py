@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fp4moe import ExpertWeights, FusedExperts, fused_moe, why_not
+from fp4moe import layer as spec_module
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.kernels import (
@@ -17,7 +18,6 @@ from fp4moe.kernels import (
     get_kernel,
     select_kernel,
 )
-from fp4moe.kernels import spec as spec_module
 from fp4moe.kernels.reference import ReferenceKernel
 
 LAYER = {

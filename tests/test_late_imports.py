@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -15,32 +17,29 @@ import fp4moe
 EAGER = {
     "activations",
     "borrowed",
-    "candidates",
     "checks",
     "errors",
-    "expert_quantize",
     "experts",
-    "fingerprint",
-    "float_weights",
     "formats",
     "identity",
-    "integrations",
-    "integrations.experts_implementation",
-    "integrations.saving",
-    "integrations.transformers",
     "kernels",
-    "layout",
+    "layer",
     "linear",
     "logical",
+    "models",
+    "models.block",
+    "models.experts_module",
+    "models.saving",
+    "models.transformers_registry",
     "module",
     "ops",
+    "pack",
+    "padding",
     "precision",
-    "quantize",
     "random_floats",
     "reference",
     "routing",
     "stamps",
-    "value_watch",
     "version",
 }
 # What torch loads late itself, or some versions of it do.
@@ -75,7 +74,8 @@ def test_importing_fp4moe_loads_the_operators_and_little_else(tmp_path):
         tmp_path,
     )
     ours = {name.removeprefix("fp4moe.") for name in loaded if name.startswith("fp4moe.")}
-    assert {name for name in ours if not name.startswith(("kernels.", "layout."))} == EAGER
+    whole = ("formats.", "identity.", "kernels.")
+    assert {name for name in ours if not name.startswith(whole)} == EAGER
     others = {name for name in loaded if name.split(".")[0] != "fp4moe"}
     packages = {name.split(".")[0] for name in others} - {"torch"}
     assert packages <= sys.stdlib_module_names
@@ -99,40 +99,16 @@ def test_every_name_comes_and_is_listed(tmp_path):
     assert set(fp4moe.__all__) <= set(listed)
 
 
-FUNCTIONS = {
-    "autotune": "autotune",
-    "calibrate": "calibrate",
-    "evaluate": "evaluate",
-    "explain": "replace",
-    "selftest": "selftest",
-}
-ORDERS = (
-    "assert callable(fp4moe.{name}); import fp4moe.{name}",
-    "import fp4moe.{name}",
-    "from fp4moe.{name} import __all__",
-    "importlib.import_module('fp4moe.{name}')",
-)
-
-
-@pytest.mark.parametrize("cli_first", [False, True])
-def test_a_function_wins_over_the_module_of_its_name(cli_first, tmp_path):
-    """Whatever is imported first: by ORDERS with the name forgotten before each, or the tools."""
-    code = "import fp4moe, importlib, sys, types\n" + "import fp4moe.cli\n" * cli_first
-    for order in ORDERS:
-        for name, home in FUNCTIONS.items():
-            if not cli_first:
-                code += f"vars(fp4moe).pop({name!r}, None)\n"
-                code += "".join(f"sys.modules.pop('fp4moe.{m}', None)\n" for m in (name, home))
-            code += order.format(name=name) + "\n"
-            code += f"assert isinstance(fp4moe.{name}, types.FunctionType), {(order, name)!r}\n"
-            code += f"from fp4moe import {name}\nassert {name} is fp4moe.{name}\n"
-            code += f"assert {name} is sys.modules['fp4moe.{home}'].{name}\n"
-            code += f"assert type(sys.modules['fp4moe.{name}']).__name__ == 'module'\n"
-    run(code + "print('0')", tmp_path)
+def test_functions_and_folders_do_not_share_names():
+    """Else the folder, once something in it is imported, would take the function's place."""
+    for name in fp4moe.__all__:
+        value = getattr(fp4moe, name)
+        if not isinstance(value, types.ModuleType):
+            assert importlib.util.find_spec(f"fp4moe.{name}") is None, name
 
 
 def test_submodules_are_attributes_and_other_names_are_not(tmp_path):
-    names = ["passes", "tensorrt", "recorders", "compile", "checkpoint", "bench"]
+    names = ["passes", "tensorrt", "calibration", "compile", "checkpoint", "tools"]
     assert run(
         f"import fp4moe, json\nprint(json.dumps([getattr(fp4moe, n).__name__ for n in {names}]))",
         tmp_path,

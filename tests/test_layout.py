@@ -10,20 +10,17 @@ import torch
 
 from fp4moe.errors import ShapeError
 from fp4moe.experts import ExpertWeights
-from fp4moe.layout import (
-    deinterleave_128x4,
+from fp4moe.kernels.flashinfer.block_scales import deinterleave_128x4, interleave_128x4
+from fp4moe.kernels.flashinfer.rows import (
     down_row_index,
     gate_interleave_index,
     gate_up_row_index,
-    interleave_128x4,
     inverse_index,
-    pad_matrix,
     permute_rows,
-    round_up,
     shuffle_index,
-    trim_matrix,
     up_gate_index,
 )
+from fp4moe.padding import pad_matrix, round_up, trim_matrix
 
 
 def random_bytes(*shape, device="cpu"):
@@ -316,7 +313,9 @@ def test_meta_tensors_give_shapes():
 
 MEMORY = """
 import sys, torch
-from fp4moe.layout import *
+from fp4moe.kernels.flashinfer.block_scales import *
+from fp4moe.kernels.flashinfer.rows import *
+from fp4moe.padding import *
 torch.set_num_threads(1)
 
 def status(name):

@@ -9,8 +9,8 @@ import pytest
 from fp4moe.errors import UnsupportedError
 from fp4moe.kernels import measured
 from fp4moe.kernels.measured import SHIPPED, choose_tiles, fastest, read
-from fp4moe.kernels.spec import MoeSpec
-from fp4moe.kernels.triton_configs import Config, Tile, parse_config
+from fp4moe.kernels.triton.tiles import Config, Tile, parse_config
+from fp4moe.layer import MoeSpec
 
 SPEC = MoeSpec("silu", True, 2816, 704, 128, 8, (9, 0))
 SLOT, SORTED = "slot 16,64,1,4,3 16,64,1,4,3", "sorted 16,64,1,4,3 16,64,1,4,3"

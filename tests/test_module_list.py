@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from fp4moe.errors import UnsupportedError
-from fp4moe.integrations import module_list
-from fp4moe.integrations.module_list import find_module_lists
-from fp4moe.integrations.module_list_block import FusedMoeBlock
+from fp4moe.models import module_list
+from fp4moe.models.module_list import find_module_lists
+from fp4moe.models.module_list_block import FusedMoeBlock
+from fp4moe.models.replace import explain, replace_moe
 from fp4moe.module import FusedExperts
 from fp4moe.reference import moe_definition
-from fp4moe.replace import explain, replace_moe
 
 H, INNER, E, K = 48, 32, 6, 2
 

@@ -17,17 +17,11 @@ from torch import nn
 import fp4moe
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import UnsupportedError
-from fp4moe.passes import (
-    execute,
-    find_regions,
-    probes,
-    rewrite_moe,
-    show_graph,
-    verify,
-    verify_region,
-)
-from fp4moe.passes.hypotheses import possible_hypotheses
+from fp4moe.passes import find_regions, rewrite_moe, show_graph, verify_region
+from fp4moe.passes.graph import execute
 from fp4moe.passes.insert import FUSED_OPERATORS
+from fp4moe.passes.judge import probes, verify
+from fp4moe.passes.judge.forms import possible_hypotheses
 from fp4moe.stamps import is_experts_class
 
 expecttest = pytest.importorskip("expecttest", reason="optional package")

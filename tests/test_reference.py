@@ -19,7 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.experts import ExpertWeights
-from fp4moe.quantize import NVFP4Values, dequantize_nvfp4, pack_codes
+from fp4moe.formats.nvfp4 import NVFP4Values, dequantize_nvfp4, pack_codes
 from fp4moe.reference import (
     fake_quantize_activation,
     moe_definition,

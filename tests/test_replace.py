@@ -29,9 +29,9 @@ from torch import nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from fp4moe.errors import UnsupportedError
+from fp4moe.models.replace import explain, replace_moe
 from fp4moe.module import FusedExperts
 from fp4moe.reference import reference_w4a4
-from fp4moe.replace import explain, replace_moe
 
 IDS = torch.tensor([[17, 5, 99, 42, 7, 64, 23, 8, 71]])
 FIRST, LAST = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
@@ -478,7 +478,7 @@ MEMORY = """
     from torch import nn
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-    from fp4moe.replace import explain, replace_moe
+    from fp4moe.models.replace import explain, replace_moe
 
     def resident():
         with open("/proc/self/statm") as file:

@@ -18,11 +18,11 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.functional import linear
 
 import fp4moe
-from fp4moe.compile import BackendOptions
+from fp4moe.compile.backend import BackendOptions
+from fp4moe.compile.tensorrt import lowering_pass
 from fp4moe.errors import UnsupportedError
 from fp4moe.kernels import KERNELS
 from fp4moe.passes import fuse_routing, rewrite_exported, rewrite_moe
-from fp4moe.tensorrt import lowering_pass
 
 GIVEN = torch.ops.fp4moe.nvfp4_moe.default
 FROM_LOGITS = torch.ops.fp4moe.nvfp4_moe_from_logits.default

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fp4moe import selftest_checks
-from fp4moe.cli import main
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.kernels import KERNELS, PreparedWeights
 from fp4moe.kernels.reference import ReferenceKernel
 from fp4moe.kernels.torch_routing import route
 from fp4moe.module import FusedExperts
 from fp4moe.reference import moe_definition, reference_w4a4
-from fp4moe.selftest import LAYERS, default_layers, run_selftest, selftest
+from fp4moe.tools import selftest_checks
+from fp4moe.tools.cli import main
+from fp4moe.tools.selftest import LAYERS, default_layers, run_selftest, selftest
 
 SIZES = {"hidden_size": 84, "intermediate_size": 40, "num_experts": 5, "top_k": 2}
 GATED = {"gated": {"activation": "gelu_tanh", "gated": True, **SIZES}}

@@ -21,7 +21,7 @@ from torch import nn
 from torch.export import Dim, export
 
 import fp4moe
-from fp4moe.compile import BackendOptions
+from fp4moe.compile.backend import BackendOptions
 from fp4moe.errors import UnsupportedError
 from fp4moe.passes import rewrite_exported
 

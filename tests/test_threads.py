@@ -17,8 +17,8 @@ from tiny_models import enlarge_experts, gemma4, nemotron_h, qwen3_moe
 import fp4moe
 from fp4moe.borrowed import random_state_kept
 from fp4moe.experts import ExpertWeights
-from fp4moe.kernels import flashinfer_library
-from fp4moe.passes.execute import undisturbed
+from fp4moe.kernels.flashinfer import library as flashinfer_library
+from fp4moe.passes.graph.execute import undisturbed
 from fp4moe.precision import float32_as_written
 
 IDS = torch.randint(1, 128, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -19,16 +19,17 @@ import sys
 import pytest
 import torch
 
-from fp4moe import ExpertWeights, fingerprint
+from fp4moe import ExpertWeights
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import UnsupportedError
+from fp4moe.formats.nvfp4 import NVFP4Values, dequantize_nvfp4
+from fp4moe.identity import fingerprint
 from fp4moe.kernels.measured import SHIPPED, choose_tiles, read
-from fp4moe.kernels.spec import LayerSettings, MoeSpec, Routing
 from fp4moe.kernels.torch_routing import route
-from fp4moe.kernels.triton_configs import Config, Tile
-from fp4moe.kernels.triton_layout import from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
-from fp4moe.kernels.triton_moe import TRITON, run_with
-from fp4moe.quantize import NVFP4Values, dequantize_nvfp4
+from fp4moe.kernels.triton.kernel import TRITON, run_with
+from fp4moe.kernels.triton.layout import from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
+from fp4moe.kernels.triton.tiles import Config, Tile
+from fp4moe.layer import LayerSettings, MoeSpec, Routing
 from fp4moe.reference import reference
 from fp4moe.routing import softmax_topk
 
@@ -52,8 +53,8 @@ if INTERPRETED and HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from fp4moe.kernels.triton_choice import choose_experts
-    from fp4moe.kernels.triton_decode import decode_slabs
+    from fp4moe.kernels.triton.choose import choose_experts
+    from fp4moe.kernels.triton.decode_nvfp4 import decode_slabs
 
     @triton.jit
     def decode(words, scales, out, ROWS: tl.constexpr, FP16: tl.constexpr):
@@ -218,7 +219,7 @@ def run_ptx(program, inputs, dtype):
 @compiled
 @pytest.mark.parametrize("fp16", [False, True])
 def test_the_ptx_decodes_every_byte_times_every_scale(fp16):
-    from fp4moe.kernels import triton_decode
+    from fp4moe.kernels.triton import decode_nvfp4 as triton_decode
 
     packed = torch.randint(0, 256, (1, 64, 32 * 127), dtype=torch.uint8)
     packed[0, 0] = torch.arange(packed.shape[2]).to(torch.uint8)
@@ -239,7 +240,7 @@ def test_the_ptx_decodes_every_byte_times_every_scale(fp16):
 @pytest.mark.parametrize("slots", [16, 32])
 @pytest.mark.parametrize(("count", "counted"), [(1, False), (300, False), (1, True), (300, True)])
 def test_sorted_tiles(count, counted, slots):
-    from fp4moe.kernels.triton_routing import count_kernel, place_kernel, scan_kernel, sort_kernel
+    from fp4moe.kernels.triton.sort import count_kernel, place_kernel, scan_kernel, sort_kernel
 
     offset, local, chunk = 2, 5, 32
     ids = torch.randint(-1, 9, (count,))
@@ -307,7 +308,7 @@ def test_a_tile_holds_more_slots_than_a_power_of_two(poisoned_empty):
 
 def compare_choices(routing, experts, device, tokens):
     """Distinct logits in strided rows: the ids of `fp4moe.routing`, and its weights."""
-    from fp4moe.kernels.triton_choice import choose_experts
+    from fp4moe.kernels.triton.choose import choose_experts
 
     generator = torch.Generator().manual_seed(experts)
     rows = [torch.randperm(experts, generator=generator) for _ in range(tokens)]
@@ -421,8 +422,19 @@ def signature(function, constants, hidden="*bf16"):
 
 def variants():
     """(kernel, constants, warps, further) of each row of the tables, and of each activation."""
-    from fp4moe.kernels import triton_choice, triton_experts, triton_fingerprint, triton_routing
-    from fp4moe.kernels.triton_configs import MODES as NAMES
+    from fp4moe.kernels.triton import (
+        choose as triton_choice,
+    )
+    from fp4moe.kernels.triton import (
+        fingerprint as triton_fingerprint,
+    )
+    from fp4moe.kernels.triton import (
+        gemm as triton_experts,
+    )
+    from fp4moe.kernels.triton import (
+        sort as triton_routing,
+    )
+    from fp4moe.kernels.triton.tiles import MODES as NAMES
 
     def constants(tile, **more):
         names = {"SLOTS": tile.slots, "MORE": tile.more, "ROWS": tile.rows, "SLABS": tile.slabs}

@@ -15,8 +15,7 @@ import pytest
 
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import ShapeError, UnsupportedError
-from fp4moe.kernels.spec import HIDDEN_ALIGNMENTS
-from fp4moe.kernels.trtllm_gen import (
+from fp4moe.kernels.flashinfer.trtllm_rules import (
     ACTIVATION_NAMES,
     FORMATS,
     ROUTING_TIERS,
@@ -29,6 +28,7 @@ from fp4moe.kernels.trtllm_gen import (
     size_multiples,
     token_tiles,
 )
+from fp4moe.layer import HIDDEN_ALIGNMENTS
 
 DATA = pathlib.Path(__file__).parent / "data" / "trtllm_gen_kernels.json"
 ROWS = json.loads(DATA.read_text("utf-8"))["rows"]

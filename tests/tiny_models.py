@@ -22,7 +22,7 @@ from transformers import (
 from transformers.integrations.moe import use_experts_implementation
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from fp4moe import identity
+from fp4moe.identity import table as identity
 
 COMMON = {
     "hidden_size": 64,

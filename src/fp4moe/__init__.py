@@ -6,34 +6,32 @@ passes and whatever else `import torch` does not load by itself come with the fi
 
 import importlib
 import importlib.util
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 from . import errors
 from .activations import ACTIVATIONS
 from .experts import ExpertWeights
 from .formats import NVFP4
-from .integrations.experts_implementation import register_when_imported
+from .formats.nvfp4 import NVFP4Values, dequantize_nvfp4, quantize_nvfp4
 from .kernels import why_not
-from .kernels.flashinfer_library import set_flashinfer
+from .kernels.flashinfer.library import set_flashinfer
 from .linear import FP8Linear, NVFP4Linear
+from .models.transformers_registry import register_when_imported
 from .module import FusedExperts
 from .ops import fused_moe
-from .quantize import NVFP4Values, dequantize_nvfp4, quantize_nvfp4
 from .version import __version__
 
 if TYPE_CHECKING:
     from . import passes, tensorrt
-    from .autotune import autotune
-    from .calibrate import calibrate
-    from .checkpoint.load import from_pretrained, register_transformers
-    from .checkpoint.writer import quantize_checkpoint
-    from .compile import backend, inductor_options
-    from .evaluate import evaluate
-    from .explain import ModelReport
-    from .replace import explain, replace_moe
-    from .selftest import selftest
+    from .calibration.calibrate import calibrate
+    from .compile.backend import backend, inductor_options
+    from .models.autotune import autotune
+    from .models.replace import explain, replace_moe
+    from .pretrained.load import from_pretrained, register_transformers
+    from .pretrained.quantize import quantize_checkpoint
+    from .report import ModelReport
+    from .tools.evaluate import evaluate
+    from .tools.selftest import selftest
 
 __all__ = [
     "ACTIVATIONS",
@@ -68,18 +66,18 @@ __all__ = [
 
 # Names that come at their first use, and the modules that have them.
 _LATE = {
-    "ModelReport": "explain",
-    "autotune": "autotune",
-    "backend": "compile",
-    "calibrate": "calibrate",
-    "evaluate": "evaluate",
-    "explain": "replace",
-    "from_pretrained": "checkpoint.load",
-    "inductor_options": "compile",
-    "quantize_checkpoint": "checkpoint.writer",
-    "register_transformers": "checkpoint.load",
-    "replace_moe": "replace",
-    "selftest": "selftest",
+    "ModelReport": "report",
+    "autotune": "models.autotune",
+    "backend": "compile.backend",
+    "calibrate": "calibration.calibrate",
+    "evaluate": "tools.evaluate",
+    "explain": "models.replace",
+    "from_pretrained": "pretrained.load",
+    "inductor_options": "compile.backend",
+    "quantize_checkpoint": "pretrained.quantize",
+    "register_transformers": "pretrained.load",
+    "replace_moe": "models.replace",
+    "selftest": "tools.selftest",
 }
 
 if not TYPE_CHECKING:  # A type checker would take any name for one of these.
@@ -98,18 +96,5 @@ if not TYPE_CHECKING:  # A type checker would take any name for one of these.
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
 
-
-class _Package(types.ModuleType):
-    """Keeps the functions that share a name with their module, such as `calibrate`.
-
-    The import system binds a module to its name in the package, whoever imports it, at any time.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _LATE and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 register_when_imported()

@@ -8,10 +8,10 @@ import torch
 
 from .activations import ACTIVATIONS, get_activation
 from .errors import ShapeError, UnsupportedError, check_choice
-from .expert_quantize import GATE_UP_LAYOUTS
-from .float_weights import SEPARATE, FloatWeights, StoredForm
-from .formats import NVFP4
+from .formats.base import NVFP4
+from .identity.float_weights import SEPARATE, FloatWeights, StoredForm
 from .kernels import FUSED_ROUTING_METHODS, HIDDEN_ALIGNMENTS, KERNELS, get_kernel
+from .pack import GATE_UP_LAYOUTS
 
 __all__ = ["check_float_moe", "check_float_moe_from_logits", "check_moe", "check_moe_from_logits"]
 

@@ -15,7 +15,9 @@ import torch
 
 from .activations import get_activation
 from .errors import ShapeError
-from .expert_quantize import (
+from .formats.base import NVFP4
+from .formats.nvfp4 import NVFP4Values, dequantize_nvfp4
+from .pack import (
     BLOCK,
     GATE_UP_LAYOUTS,
     activation_scale,
@@ -24,9 +26,7 @@ from .expert_quantize import (
     quantize_experts,
     split_gate_up,
 )
-from .formats import NVFP4
-from .layout import pad_matrix, round_up, trim_matrix
-from .quantize import NVFP4Values, dequantize_nvfp4
+from .padding import pad_matrix, round_up, trim_matrix
 
 __all__ = ["GATE_UP_LAYOUTS", "ExpertWeights", "split_gate_up"]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .errors import ShapeError
-from .formats import NVFP4
+from .formats.base import NVFP4
 
 __all__ = ["FP8Linear", "NVFP4Linear"]
 

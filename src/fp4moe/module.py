@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from .errors import ShapeError, UnsupportedError
-from .expert_quantize import activation_scale
 from .experts import ExpertWeights
 from .kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
@@ -31,6 +30,7 @@ from .kernels import (
 )
 from .logical import Lent, logical_tensor
 from .ops import nvfp4_moe_arguments, nvfp4_moe_from_logits_arguments
+from .pack import activation_scale
 
 __all__ = ["FusedExperts", "RoutedExperts"]
 
@@ -316,7 +316,7 @@ class RoutedExperts(FusedExperts):
     """Fused experts whose kernel also chooses them: (hidden, router logits, bias) -> [T, H].
 
     It stands where FusedExperts does, behind a router that returns its logits; see
-    `integrations/fused_routing.py`.
+    `models/routers.py`.
 
     Args:
         weights, kernel, hidden_alignment: see FusedExperts.

@@ -22,8 +22,9 @@ import torch
 from . import checks
 from .errors import ShapeError, UnsupportedError
 from .experts import ExpertWeights
-from .float_weights import FloatWeights, StoredForm
-from .identity import Mark, capturing, packed_now
+from .identity.float_weights import FloatWeights, StoredForm
+from .identity.table import Mark, capturing, packed_now
+from .identity.value_watch import ValueWatch
 from .kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
     KERNELS,
@@ -38,7 +39,6 @@ from .kernels import (
     get_kernel,
     select_kernel,
 )
-from .value_watch import ValueWatch
 
 __all__ = [
     "fused_moe",
@@ -74,7 +74,7 @@ library.define(
     tags=TAGS,
 )
 # Lists: a layer has one stacked tensor a role, or one for each expert; second may be empty. What
-# the settings mean: fp4moe.float_weights.StoredForm. output_scale is [E], or [0] for none.
+# the settings mean: fp4moe.identity.float_weights.StoredForm. output_scale is [E], or [0] for none.
 FLOATS = "Tensor[] first, Tensor[] second, Tensor[] down, "
 FORM = (
     "str format, str activation, str layout, bool transposed, bool down_transposed, str kernel, "

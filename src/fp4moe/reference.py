@@ -17,7 +17,7 @@ import torch
 from .activations import get_activation
 from .errors import ShapeError
 from .experts import ExpertWeights
-from .formats import NVFP4
+from .formats.base import NVFP4
 from .precision import without_autocast
 
 __all__ = [

@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny_models import enlarge_experts, gemma4, nemotron_h
 
-from fp4moe.autotune import autotune
 from fp4moe.kernels import current_capability
-from fp4moe.replace import replace_moe
-from fp4moe.selftest import LAYERS, run_selftest
-from fp4moe.selftest_checks import (
+from fp4moe.models.autotune import autotune
+from fp4moe.models.replace import replace_moe
+from fp4moe.tools.selftest import LAYERS, run_selftest
+from fp4moe.tools.selftest_checks import (
     OK,
     SAME_KERNEL,
     W4A4,

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from fp4moe.kernels import flashinfer_library, spec
+from fp4moe import layer as spec
+from fp4moe.kernels.flashinfer import library as flashinfer_library
 
 
 @dataclasses.dataclass

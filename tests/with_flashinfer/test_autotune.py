@@ -10,16 +10,17 @@ from fused_layers import layer, tokens
 from tiny_models import fingerprint, gemma4
 from torch import nn
 
-from fp4moe import FusedExperts, explain
-from fp4moe.autotune import autotune, cache_stamp
+from fp4moe import FusedExperts
+from fp4moe import report as explain
 from fp4moe.errors import CheckpointError, ShapeError, UnsupportedError
 from fp4moe.kernels import Routing
-from fp4moe.kernels.flashinfer_library import (
+from fp4moe.kernels.flashinfer.library import (
     flashinfer_settings,
     is_tuning,
     library,
     set_flashinfer,
 )
+from fp4moe.models.autotune import autotune, cache_stamp
 from fp4moe.module import RoutedExperts
 
 pytest.importorskip("flashinfer.fused_moe", reason="needs flashinfer-python")

@@ -15,8 +15,8 @@ from fused_layers import LAYER, error, layer, tokens
 from fp4moe import FusedExperts, why_not
 from fp4moe.errors import UnsupportedError
 from fp4moe.kernels import MoeSpec, Routing, get_kernel
-from fp4moe.kernels.flashinfer_cutlass import merge_repeated, sorts_in_one_block
-from fp4moe.kernels.flashinfer_library import library
+from fp4moe.kernels.flashinfer.cutlass import merge_repeated, sorts_in_one_block
+from fp4moe.kernels.flashinfer.library import library
 from fp4moe.ops import nvfp4_moe_arguments
 from fp4moe.reference import moe_definition, reference_w4a4
 

@@ -12,11 +12,11 @@ import warnings
 import pytest
 import torch
 
-from fp4moe.layout import (
+from fp4moe.kernels.flashinfer.block_scales import interleave_128x4
+from fp4moe.kernels.flashinfer.rows import (
     down_row_index,
     gate_interleave_index,
     gate_up_row_index,
-    interleave_128x4,
     permute_rows,
     shuffle_index,
     up_gate_index,

@@ -15,7 +15,7 @@ from fused_layers import error
 from tiny_models import CapturingBackend, enlarge_experts, gemma4, nemotron_h, nemotron_h_latent
 
 import fp4moe
-from fp4moe.kernels.flashinfer_library import library
+from fp4moe.kernels.flashinfer.library import library
 from fp4moe.kernels.torch_routing import route
 from fp4moe.passes.report import RewriteReport
 from fp4moe.reference import reference_w4a4

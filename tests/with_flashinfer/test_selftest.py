@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fp4moe.selftest import run_selftest
+from fp4moe.tools.selftest import run_selftest
 
 pytest.importorskip("flashinfer.fused_moe", reason="needs flashinfer-python")
 

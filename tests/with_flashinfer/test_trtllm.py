@@ -23,9 +23,9 @@ from fused_layers import LAYER, error, layer, tokens
 from fp4moe import ExpertWeights, FusedExperts, fused_moe, why_not
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.kernels import PreparedWeights, Routing, get_kernel
-from fp4moe.kernels import flashinfer_library as library_module
-from fp4moe.kernels.flashinfer_library import library, set_flashinfer
-from fp4moe.kernels.flashinfer_trtllm import packed_routing, tokens_per_launch
+from fp4moe.kernels.flashinfer import library as library_module
+from fp4moe.kernels.flashinfer.library import library, set_flashinfer
+from fp4moe.kernels.flashinfer.trtllm import packed_routing, tokens_per_launch
 from fp4moe.kernels.torch_routing import route
 from fp4moe.ops import nvfp4_moe_arguments, nvfp4_moe_from_logits_arguments
 from fp4moe.reference import reference_w4a4
@@ -323,7 +323,7 @@ def test_settings_reach_a_call_whose_kernel_was_chosen_before(emulated):
 
 
 def test_many_tokens_are_launched_in_parts(emulated, monkeypatch):
-    from fp4moe.kernels import flashinfer_trtllm
+    from fp4moe.kernels.flashinfer import trtllm as flashinfer_trtllm
 
     weights = layer()
     x, ids, routing = tokens(11, weights)

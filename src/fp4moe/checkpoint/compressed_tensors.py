@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .conventions import KNOWN, Convention, fail, scale_form, strings
+from .naming import KNOWN, Convention, fail, scale_form, strings
 
 __all__ = ["COMPRESSED_PARTS", "compressed_convention", "is_compressed_tensors", "is_nvfp4"]
 

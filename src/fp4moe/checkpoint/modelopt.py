@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .conventions import FORMS, KNOWN, OTHER, Convention, fail, scale_form, strings
+from .naming import FORMS, KNOWN, OTHER, Convention, fail, scale_form, strings
 
 __all__ = [
     "MODELOPT_METHODS",

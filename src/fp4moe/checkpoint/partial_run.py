@@ -1,8 +1,9 @@
 """The directory of an unfinished run: whose it is, what of it is done, whether the rest fits.
 
 Named `<dst>.partial`. A journal holds the arguments and the source's fingerprint; a weight file
-that has its name is done (shard_file.py). config.json comes last, so nothing loads it before.
-While a process writes there it holds a lock on a file, which the system lets go when it dies.
+that has its name is done (safetensors_writer.py). config.json comes last, so nothing loads it
+before. While a process writes there it holds a lock on a file, which the system lets go when it
+dies.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import IO, Any
 from ..errors import CheckpointError
 from .files import CheckpointFiles
 from .header import name_keys, read_json
-from .shard_file import TEMPORARY, sync_directory, write_file
+from .safetensors_writer import TEMPORARY, sync_directory, write_file
 
 __all__ = [
     "JOURNAL",

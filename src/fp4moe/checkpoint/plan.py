@@ -11,8 +11,8 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
 
-from .conventions import FLOAT, FLOATS, FORMS, Convention, Matrix, fail, form_of, name_keys
 from .header import Spec
+from .naming import FLOAT, FLOATS, FORMS, Convention, Matrix, fail, form_of, name_keys
 from .plan_checks import ExpertsFacts, LinearFacts, Problems, check_experts, check_linear
 from .rename_hint import rename_hint
 

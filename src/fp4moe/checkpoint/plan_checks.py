@@ -11,9 +11,9 @@ from collections.abc import Collection, Mapping
 import torch
 
 from ..errors import CheckpointError
-from ..formats import NVFP4
-from .conventions import FLOATS, OTHER, Convention, Matrix, form_words, listed, name_keys
+from ..formats.base import NVFP4
 from .header import Spec
+from .naming import FLOATS, OTHER, Convention, Matrix, form_words, listed, name_keys
 
 __all__ = ["ExpertsFacts", "LinearFacts", "Problems", "check_experts", "check_linear"]
 

@@ -14,11 +14,11 @@ import torch
 
 from ..errors import CheckpointError, ShapeError
 from ..experts import ExpertWeights
-from ..formats import NVFP4
+from ..formats.base import NVFP4
+from ..formats.nvfp4 import NVFP4Values
 from ..linear import FP8Linear, NVFP4Linear
-from ..quantize import NVFP4Values
-from .conventions import Convention, Matrix, fail
 from .files import CheckpointFiles
+from .naming import Convention, Matrix, fail
 from .plan import ExpertsPlan, LinearPlan
 
 __all__ = ["ReadExperts", "read_experts", "read_linear"]

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from ..errors import ShapeError
-from ..formats import NVFP4
+from ..formats.base import NVFP4
 from .files import WEIGHTS, CheckpointFiles
 from .header import Spec, name_keys
-from .modelopt_names import Experts, Part
-from .shard_file import ShardLayout
+from .modelopt_writer import Experts, Part
+from .safetensors_writer import ShardLayout
 
 __all__ = [
     "Calibration",

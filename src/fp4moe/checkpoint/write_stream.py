@@ -1,6 +1,7 @@
 """The tensors of a quantised checkpoint, in the order of a plan, worked out by several threads.
 
-Not handled here: what is in which file (write_plan.py), the files themselves (shard_file.py).
+Not handled here: what is in which file (write_plan.py), the files themselves
+(safetensors_writer.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from ..borrowed import Borrowed
 from ..errors import CheckpointError
-from ..quantize import nvfp4_global_scale, quantize_nvfp4
+from ..formats.nvfp4 import nvfp4_global_scale, quantize_nvfp4
 from .files import CheckpointFiles
 from .header import name_keys
 from .write_plan import Shard, Step, read_bytes

@@ -1,6 +1,6 @@
 """Float Hugging Face checkpoint to ModelOpt-layout NVFP4: file by file, resumable.
 
-Not handled here: names (modelopt_names.py), plans (write_plan.py), tensors (write_stream.py),
+Not handled here: names (modelopt_writer.py), plans (write_plan.py), tensors (write_stream.py),
 unfinished runs (partial_run.py). Only experts are quantised.
 """
 
@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from ..errors import CheckpointError, ShapeError, UnsupportedError
+from ..formats.nvfp4 import METHODS
 from ..progress import progress_bar
-from ..quantize import METHODS
 from ..version import __version__
 from .files import INDEX, PICKLES, CheckpointFiles
-from .modelopt_names import Experts, exclude_modules, find_experts, quantization_configs
+from .modelopt_writer import Experts, exclude_modules, find_experts, quantization_configs
 from .mtp import decoder_layers
 from .partial_run import (
     JOURNAL,
@@ -37,11 +36,11 @@ from .partial_run import (
     open_partial,
     was_closed,
 )
-from .shard_file import copy_file, write_file, write_shard
+from .safetensors_writer import copy_file, write_file, write_shard
 from .write_plan import Calibration, Shard, input_scales, plan_shards, quantized_bytes
 from .write_stream import shard_tensors, worker_threads
 
-__all__ = ["WriteReport", "quantize_checkpoint"]
+__all__ = ["FOR_OTHERS", "WriteReport", "write_checkpoint"]
 
 logger = logging.getLogger("fp4moe")
 # Weights in other files, and code, which is never executed and so never handed on.
@@ -91,43 +90,22 @@ class WriteReport:
         return f"{text}\nnot copied (code, other weights, directories): {left}" if left else text
 
 
-def quantize_checkpoint(
+def write_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
-    method: str = "max",
-    layers: str | Sequence[str] | None = None,
-    calibration: Calibration | None = None,
-    max_shard_bytes: float = 5e9,
-    progress: bool = True,
+    method: str,
+    layers: str | Sequence[str] | None,
+    calibration: Calibration | None,
+    max_shard_bytes: float,
+    progress: bool,
+    refusals: Callable[[CheckpointFiles], list[str]],
 ) -> WriteReport:
-    """Write a copy of a Hugging Face checkpoint whose experts are NVFP4, in ModelOpt's layout.
-
-    All other tensors stay as they are; Python files are not copied. Experts that fp4moe itself
-    cannot run yet (clamped gates) are written for other programs, with a warning. Files go to
-    `<dst>.partial`, which becomes `dst` by one rename at the end: a killed run leaves no `dst`,
-    goes on when it is called again, and gives the same bytes.
+    """Do what `fp4moe.quantize_checkpoint` says.
 
     Args:
-        src: directory with safetensors and config.json; experts in bfloat16, float16 or float32,
-            fused or one by one, their columns multiples of 16.
-        dst: directory that does not exist yet, or is empty.
-        method: "max" or "mse", as in `quantize_nvfp4`.
-        layers: regular expressions; an experts layer is quantised where one is found in its name,
-            such as "model.layers.3.mlp.experts". None takes all but those of multi-token
-            prediction: under names of their own (`mtp`), or numbered behind the decoder's layers.
-        calibration: experts module -> (hidden_scale, intermediate_scale), decode multipliers
-            amax / 2688; the second is a number or one per expert. Names are those of the model or
-            of its files. The files then say NVFP4 and hold input_scale, else W4A16_NVFP4.
-        max_shard_bytes: bytes of tensors per weight file; a larger tensor has one of its own.
-        progress: whether to show a bar over the bytes that are read, and the report.
-
-    Raises:
-        CheckpointError: `src` is damaged, incomplete, unsafe or quantised; `dst` exists, is a
-            partial run of something else, or another process writes it; the disk is full or
-            read-only (the partial run stays).
-        UnsupportedError: no experts are found, or they are stored in an unknown way.
-        ShapeError: an argument does not fit.
+        refusals: why from_pretrained will refuse the experts, asked before hours are spent on them.
+        src, dst, method, layers, calibration, max_shard_bytes, progress: as there.
     """
     patterns = _check_arguments(method, layers, max_shard_bytes)
     target = _target(dst)
@@ -139,7 +117,7 @@ def quantize_checkpoint(
             )
         found, left = find_experts(files.shapes, patterns, decoder_layers(files.config))
         scales = input_scales(found, calibration)
-        refusals = _refusals(files)
+        not_run_here = refusals(files)
         shards = plan_shards(files, found, scales, int(max_shard_bytes))
         names = set(os.listdir(files.directory))
         copied = sorted(name for name in names if _is_copied(files.directory, name))
@@ -171,7 +149,7 @@ def quantize_checkpoint(
             finished,
             tuple(sorted(names - {*copied, *files.shards, *WRITTEN})),
             tuple(left),
-            tuple(refusals),
+            tuple(not_run_here),
         )
     if progress:
         tqdm.write(str(report))
@@ -220,24 +198,6 @@ def _target(dst: str | os.PathLike[str]) -> str:
     target = os.path.abspath(path)
     check_target(target)
     return target
-
-
-def _refusals(files: CheckpointFiles) -> list[str]:
-    """Why from_pretrained will refuse the experts, said before hours are spent on them."""
-    if importlib.util.find_spec("transformers") is None:
-        return []
-    from ..integrations.from_config import experts_refusals, model_on_meta
-
-    try:
-        model = model_on_meta(files.directory, caller="quantize_checkpoint")
-    except CheckpointError as error:
-        # Files for other programs need no class of transformers.
-        logger.info("quantize_checkpoint: not known whether from_pretrained will load: %s", error)
-        return []
-    refusals = experts_refusals(model)
-    if refusals:
-        logger.warning("quantize_checkpoint: %s: %s", FOR_OTHERS, "; ".join(refusals))
-    return refusals
 
 
 def _is_copied(directory: str, name: str) -> bool:

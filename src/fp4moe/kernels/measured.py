@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedError
-from .spec import MoeSpec
-from .triton_configs import Config, parse_config
+from ..layer import MoeSpec
+from .triton.tiles import Config, parse_config
 
 __all__ = [
     "SHIPPED",

@@ -8,14 +8,15 @@ import torch
 
 from .. import reference as definition
 from ..experts import ExpertWeights
-from .prepared import (
+from ..layer import LayerSettings, MoeSpec
+from .base import (
     Operands,
     PreparedWeights,
     fold_output_scale,
     logical_weights,
+    sizes_to_pad,
     unfold_output_scale,
 )
-from .spec import LayerSettings, MoeSpec, sizes_to_pad
 from .torch_routing import RoutesInTorch
 
 __all__ = ["REFERENCE", "REFERENCE_W4A4", "ReferenceKernel"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..layer import LayerSettings, MoeSpec, Routing
 from ..routing import sigmoid_topk, softmax_topk
-from .prepared import Operands
-from .spec import LayerSettings, MoeSpec, Routing
+from .base import Operands
 
 __all__ = ["RoutesInTorch", "route"]
 

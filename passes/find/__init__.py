@@ -1,0 +1,1 @@
+"""Where a graph may hold experts: proposals from the flow of data."""

@@ -1,0 +1,1 @@
+"""Reading and running torch.fx graphs."""

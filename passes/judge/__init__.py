@@ -1,0 +1,1 @@
+"""What a region of a graph computes: decided by numbers."""

@@ -1,0 +1,1 @@
+"""Routers in front of the operator, moved into it."""

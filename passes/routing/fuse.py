@@ -1,0 +1,282 @@
+"""Name the routing in front of each fused operator and, on request, hand it to the kernel.
+
+Before: logits [T, E] -> softmax or sigmoid, top-k, sum, div, ... -> float_moe or nvfp4_moe.
+After:  logits [T, E] -> float_moe_from_logits or nvfp4_moe_from_logits. A factor per expert
+(Gemma4) goes with the float weights, or into the global scales of the packed down projection.
+Structure proposes (slice.py), numbers decide (forms.py). Not handled: logits that
+are not [T, E], methods without renormalisation, factors per expert that are not stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from fp4moe.identity.float_weights import FloatWeights, StoredForm
+from fp4moe.kernels import MoeSpec, Operands, current_capability, get_kernel
+
+from ..find.region import innermost_module
+from ..find.symbolic import has_shapes
+from ..graph.dataflow import Flow, meta_value
+from ..report import RoutingMatch
+from .forms import RoutingForm, recognise
+from .slice import RoutingSlice, cut_routing
+
+__all__ = ["fuse_routing"]
+
+logger = logging.getLogger("fp4moe")
+GIVEN = torch.ops.fp4moe.nvfp4_moe.default
+FROM_LOGITS = torch.ops.fp4moe.nvfp4_moe_from_logits.default
+FLOAT = torch.ops.fp4moe.float_moe.default
+FLOAT_FROM_LOGITS = torch.ops.fp4moe.float_moe_from_logits.default
+NO_SHAPES = "the graph carries no shapes; capture it with torch.compile or torch.export"
+
+
+def fuse_routing(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, rewrite: bool = True
+) -> tuple[RoutingMatch, ...]:
+    """Name the routing of each fused operator in a graph and hand it to the kernel, in place.
+
+    Args:
+        graph_module: a dynamo-level or ATen graph, after `rewrite_moe` or of a replaced model.
+        example_inputs: the values of its placeholders; a factor per expert that goes into packed
+            weights must be a real tensor.
+        rewrite: False only names.
+
+    Returns one RoutingMatch for each operator in graph order; what cannot be fused stays, with the
+    reason.
+    """
+    gm = graph_module
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    values = dict(zip(placeholders, example_inputs, strict=True))
+    known: dict[str, tuple[RoutingForm | None, str]] = {}
+    flow = Flow(gm.graph)
+    shapes = has_shapes(gm)
+    matches, plans = [], []
+    for operator in [node for node in gm.graph.nodes if node.target in (GIVEN, FLOAT)]:
+        found, form, why = _name(gm, flow, operator, known) if shapes else (None, None, NO_SHAPES)
+        factors = None
+        if found is not None and form is not None and not why:
+            factors, why = _scaled_down(gm, values, operator, found, form)
+            why = why or _kernel_reason(operator, form)
+        if found is not None and form is not None and rewrite and not why:
+            plans.append((operator, found, form, factors))
+        reasons = (why,) if why else ()
+        fused = rewrite and not why
+        path, _module = innermost_module(operator)
+        matches.append(RoutingMatch(path, str(form) if form else None, fused, reasons))
+    for operator, found, form, factors in plans:
+        _insert(gm, flow, operator, found, form, factors)
+    if plans:
+        gm.graph.lint()
+        gm.recompile()
+    for match in matches if rewrite else ():
+        if not match.fused:
+            why = "; ".join(match.reasons)
+            logger.warning("fuse_routing: %s keeps its routing: %s", match.path, why)
+    return tuple(matches)
+
+
+def _name(
+    gm: fx.GraphModule,
+    flow: Flow,
+    operator: fx.Node,
+    known: dict[str, tuple[RoutingForm | None, str]],
+) -> tuple[RoutingSlice | None, RoutingForm | None, str]:
+    """Return (slice, form, "" or why it cannot be fused) for the longest slice that fits a form."""
+    found, why = cut_routing(gm, flow, operator, _Layer.of(operator).num_experts)
+    for each in found:
+        key = each.structure()
+        if key not in known:
+            known[key] = recognise(each)
+        form, reason = known[key]
+        if form is not None:
+            return each, form, reason
+        # The reason of the longest slice: the shorter ones are parts of it.
+        why = reason if each is found[0] else why
+    return None, None, why
+
+
+def _scaled_down(
+    gm: fx.GraphModule,
+    values: dict[fx.Node, Any],
+    operator: fx.Node,
+    found: RoutingSlice,
+    form: RoutingForm,
+) -> tuple[torch.Tensor | None, str]:
+    """Return (down_global_scale times the factor per expert or None, why it cannot be computed)."""
+    if form.output_scale is None:
+        return None, ""
+    if operator.target is FLOAT:
+        return None, _factor_reason(values, found.vectors[form.output_scale])
+    operand = _node(operator.args[3 + Operands._fields.index("down_global_scale")])
+    node = found.vectors[form.output_scale]
+    tensors = [_stored(gm, values, n) for n in (operand, node)]
+    for tensor in tensors:
+        if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FakeTensor):
+            return None, f"its factor per expert {node.name} is not a stored tensor"
+    global_scale, scale = tensors
+    if torch.is_grad_enabled() and scale.requires_grad:
+        return None, f"its factor per expert {node.name} requires gradients"
+    first, count = int(operator.args[15]), global_scale.shape[0]  # type: ignore[arg-type]
+    with torch.no_grad(), unset_fake_temporarily():
+        # As fold_output_scale: with every kernel this operand multiplies an expert's output.
+        return global_scale * scale.detach().float()[first : first + count], ""
+
+
+def _factor_reason(values: dict[fx.Node, Any], node: fx.Node) -> str:
+    """Why a factor per expert cannot go with the float weights; "" where it can."""
+    if node.op not in ("placeholder", "get_attr"):
+        return f"its factor per expert {node.name} is not a stored tensor"
+    tensor = values.get(node, meta_value(node))
+    if torch.is_grad_enabled() and getattr(tensor, "requires_grad", False):
+        return f"its factor per expert {node.name} requires gradients"
+    return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """What an operator's arguments say about its layer."""
+
+    activation: str
+    gated: bool
+    kernel: str
+    num_experts: int
+    intermediate_size: int
+
+    @classmethod
+    def of(cls, operator: fx.Node) -> _Layer:
+        args: Any = operator.args
+        if operator.target is FLOAT:
+            groups = (tuple(map(meta_value, group)) for group in args[3:6])
+            form = StoredForm(*args[6:])
+            experts, _hidden, intermediate = form.sizes(FloatWeights(*groups))
+            return cls(form.activation, form.gated, form.kernel, int(experts), int(intermediate))
+        activation, gated, kernel, num_experts, _offset = args[11:]
+        intermediate = int(meta_value(args[3 + Operands._fields.index("down_packed")]).shape[2]) * 2
+        return cls(activation, gated, kernel, num_experts, intermediate)
+
+
+def _kernel_reason(operator: fx.Node, form: RoutingForm) -> str:
+    assert form.routing is not None
+    hidden, layer = meta_value(_node(operator.args[0])), _Layer.of(operator)
+    spec = MoeSpec(
+        activation=layer.activation,
+        gated=layer.gated,
+        hidden_size=int(hidden.shape[1]),
+        intermediate_size=layer.intermediate_size,
+        num_experts=layer.num_experts,
+        top_k=form.routing.top_k,
+        capability=current_capability(hidden.device),
+    )
+    reasons = get_kernel(layer.kernel).reasons_not_to_route(spec, form.routing)
+    return f"kernel {layer.kernel} does not route so: {'; '.join(reasons)}" if reasons else ""
+
+
+def _node(argument: Any) -> fx.Node:
+    assert isinstance(argument, fx.Node)
+    return argument
+
+
+def _stored(gm: fx.GraphModule, values: dict[fx.Node, Any], node: fx.Node) -> Any:
+    if node.op == "get_attr":
+        tensors = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
+        return tensors.get(str(node.target))
+    return values.get(node)
+
+
+def _insert(
+    gm: fx.GraphModule,
+    flow: Flow,
+    operator: fx.Node,
+    found: RoutingSlice,
+    form: RoutingForm,
+    factors: torch.Tensor | None,
+) -> None:
+    """Put the operator that routes in place; factors is down's new scale, None for its own."""
+    assert form.routing is not None
+    hidden, place = operator.args[0], Operands._fields.index("down_global_scale")
+
+    def vector(number: int | None) -> fx.Node:
+        return _nothing(gm, found.logits) if number is None else found.vectors[number]
+
+    unscaled = None
+    with gm.graph.inserting_before(operator):
+        given = (hidden, found.logits, vector(form.bias))
+        if operator.target is FLOAT:
+            floats, settings = operator.args[3:6], operator.args[6:]
+            scale = vector(form.output_scale)
+            arguments = (*given, scale, *floats, *form.routing, *settings)
+            fused = gm.graph.call_function(FLOAT_FROM_LOGITS, arguments)
+        else:
+            operands, settings = list(operator.args[3:11]), operator.args[11:]
+            if factors is not None:
+                unscaled = _node(operands[place])
+                name = f"fp4moe_scaled_{unscaled.name}"
+                operands[place] = _attribute(gm, operator, name, factors)
+            arguments = (*given, *operands, *form.routing, *settings)
+            fused = gm.graph.call_function(FROM_LOGITS, arguments)
+    fused.meta.update(operator.meta)
+    operator.replace_all_uses_with(fused)
+    gm.graph.erase_node(operator)
+    if unscaled is not None and unscaled.op == "get_attr" and not unscaled.users:
+        gm.graph.erase_node(unscaled)
+    _erase_unused(gm.graph, flow, found)
+
+
+def _nothing(gm: fx.GraphModule, like: fx.Node) -> fx.Node:
+    """A float tensor of size 0, which stands for an absent one."""
+    node = gm.graph.call_function(torch.ops.aten.new_empty.default, (like, [0]))
+    key = "example_value" if "example_value" in like.meta else "val"
+    value = meta_value(like)
+    with getattr(value, "fake_mode", None) or contextlib.nullcontext():
+        node.meta[key] = value.new_empty([0])
+    return node
+
+
+def _attribute(gm: fx.GraphModule, near: fx.Node, name: str, tensor: torch.Tensor) -> fx.Node:
+    free = name
+    for number in itertools.count(1):
+        if not hasattr(gm, free):
+            break
+        free = f"{name}_{number}"
+    gm.register_buffer(free, tensor, persistent=False)
+    # AOTAutograd asks where each attribute of a dynamo graph comes from.
+    sources = getattr(gm, "_param_name_to_source", None)
+    if sources is not None:
+        sources[free] = torch._dynamo.source.ConstantSource(free)
+    node = gm.graph.get_attr(free)
+    fake_mode = getattr(meta_value(near), "fake_mode", None)
+    key = "example_value" if "example_value" in near.meta else "val"
+    node.meta[key] = fake_mode.from_tensor(tensor, static_shapes=True) if fake_mode else tensor
+    node.meta["nn_module_stack"] = near.meta.get("nn_module_stack")
+    return node
+
+
+def _erase_unused(graph: fx.Graph, flow: Flow, found: RoutingSlice) -> None:
+    """Remove the slice, all but what others read and what writes to that."""
+    inside = set(found.nodes)
+    # Export checks the dtype of a cast so; there is no other use of the value then.
+    for user in [user for node in found.nodes for user in node.users]:
+        if user.target is torch.ops.aten._assert_tensor_metadata.default and user not in inside:
+            graph.erase_node(user)
+    waiting = [n for n in found.nodes if any(user not in inside for user in n.users)]
+    kept: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node in kept:
+            continue
+        kept.add(node)
+        waiting += [n for n in node.all_input_nodes if n in inside]
+        waiting += [n for n in node.users if node in flow.writes.get(n, ())]
+    for node in reversed(found.nodes):
+        if node not in kept:
+            graph.erase_node(node)

@@ -1,0 +1,1 @@
+"""Ranges of activations, recorded while a model runs."""

@@ -1,0 +1,239 @@
+"""Recorders: what `calibrate` hooks into a block of experts to see its activations.
+
+The intermediate is computed once more, in float32, from the weights that the module holds, so that
+it does not matter how the model runs its experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..activations import get_activation
+from ..errors import ShapeError, UnsupportedError
+from ..experts import ExpertWeights
+from ..formats.base import NVFP4
+from ..kernels import PreparedWeights
+from ..kernels.torch_routing import route
+from ..models.block import ACTIVATION_SCALES, Candidate
+from ..models.replace import find_candidates
+from ..module import FusedExperts, RoutedExperts
+from ..ops import tensor_versions
+from ..precision import without_autocast
+from ..stamps import STAMPS
+from .ranges import Ranges
+
+__all__ = ["BlockRanges", "Recorder", "make_recorders"]
+
+logger = logging.getLogger("fp4moe")
+# The largest magnitude that a block scale and a code can hold when the global scale is 1.
+LARGEST = NVFP4.element_max * NVFP4.scale_max
+# (local expert, rows [N, H] float32) -> input of down [N, I] float32.
+Inner = Callable[[int, torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockRanges:
+    """What one block has seen.
+
+    Attributes:
+        path: dotted name of the block.
+        tokens: of each local expert.
+        hidden_range: of the block's input.
+        intermediate_ranges: of the input of down, one for each local expert. An expert without a
+            value other than 0 has the largest of the others.
+    """
+
+    path: str
+    tokens: tuple[int, ...]
+    hidden_range: float
+    intermediate_ranges: tuple[float, ...]
+
+    @property
+    def hidden_scale(self) -> float:
+        """Global scale (decode multiplier) of the input."""
+        return self.hidden_range / LARGEST
+
+    @property
+    def intermediate_scale(self) -> tuple[float, ...]:
+        """Global scales of the inputs of down."""
+        return tuple(value / LARGEST for value in self.intermediate_ranges)
+
+
+def _scales(block: BlockRanges) -> tuple[torch.Tensor, torch.Tensor]:
+    """[1] and [E] float32 global scales of the input and of the inputs of down."""
+    hidden = torch.tensor([block.hidden_scale], dtype=torch.float32, device="cpu")
+    return hidden, torch.tensor(block.intermediate_scale, dtype=torch.float32, device="cpu")
+
+
+class Recorder:
+    """The ranges of one block, and the hooks that feed them."""
+
+    def __init__(self, path: str, module: Any, experts: int, percentile: float | None):
+        self.path, self.module = path, module
+        self.tokens = [0] * experts
+        self.hidden = Ranges(1, percentile)
+        self.intermediate = Ranges(experts, percentile)
+
+    def attach(self) -> list[RemovableHandle]:
+        """Register the hooks; returns their handles."""
+        raise NotImplementedError
+
+    def record(
+        self, hidden: torch.Tensor, expert_ids: torch.Tensor, offset: int, inner: Inner
+    ) -> None:
+        """Take [T, H] and [T, K] global ids; ids of no local expert are left out."""
+        x = hidden.detach()
+        reached = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for expert in torch.unique(expert_ids).tolist():
+            local = expert - offset
+            if 0 <= local < len(self.tokens):
+                hit = (expert_ids == expert).any(1)
+                reached |= hit
+                self.tokens[local] += int(hit.sum())
+                with torch.no_grad(), without_autocast(x.device):
+                    self.intermediate.add(local, inner(local, x[hit].float()))
+        self.hidden.add(0, x[reached])
+
+    def result(self) -> BlockRanges:
+        """Return the ranges, checked."""
+        largest = (float(self.hidden.amax.max()), float(self.intermediate.amax.max()))
+        if not all(0 < value < float("inf") for value in largest):
+            raise ShapeError(
+                f"calibrate: activations of {self.path} must be finite and not all zero; got a "
+                f"largest input of {largest[0]:g} and a largest intermediate of {largest[1]:g}. "
+                "Find the layer that made them."
+            )
+        ranges = self.intermediate.values()
+        ranges = torch.where(ranges > 0, ranges, ranges.max())
+        hidden = float(self.hidden.values())
+        return BlockRanges(self.path, tuple(self.tokens), hidden, tuple(ranges.tolist()))
+
+    def store(self, block: BlockRanges) -> None:
+        """Leave the scales with the float module, for whoever packs it."""
+        setattr(self.module, ACTIVATION_SCALES, _scales(block))
+
+
+class _FusedRecorder(Recorder):
+    """FusedExperts and RoutedExperts."""
+
+    module: FusedExperts
+    _logical: tuple[PreparedWeights, list[tuple[int, int]], ExpertWeights] | None = None
+
+    def weights(self) -> ExpertWeights:
+        """Return the logical weights: the layout is undone once, and again where it has changed."""
+        prepared = self.module.prepared
+        versions = tensor_versions(prepared.tensors().values())
+        if self._logical is None or self._logical[1] != versions:
+            # What was undone is held, so that no other tensor can take its address.
+            self._logical = prepared, versions, self.module.weights
+        return self._logical[2]
+
+    def attach(self) -> list[RemovableHandle]:
+        return [self.module.register_forward_pre_hook(self._before, with_kwargs=True)]
+
+    def _before(self, module: nn.Module, args: Sequence, kwargs: dict[str, Any]) -> None:
+        if isinstance(self.module, RoutedExperts):
+            names = ("hidden_states", "router_logits", "routing_bias")
+            hidden, logits, bias = _positional(names, args, kwargs)
+            with torch.no_grad():
+                ids, _ = route(logits, bias, self.module.routing)
+        else:
+            names = ("hidden_states", "top_k_index", "top_k_weights")
+            hidden, ids, _ = _positional(names, args, kwargs)
+        weights = self.weights()
+        activation = get_activation(weights.activation).function
+
+        def inner(expert: int, rows: torch.Tensor) -> torch.Tensor:
+            parts = weights.slice_experts(expert, expert + 1).dequantize()
+            up = rows @ parts["up"][0].T
+            return activation(rows @ parts["gate"][0].T) * up if weights.gated else activation(up)
+
+        self.record(hidden, ids, weights.expert_offset, inner)
+
+    def store(self, block: BlockRanges) -> None:
+        self.module.set_activation_scales(block.hidden_scale, _scales(block)[1])
+
+
+class _StampedRecorder(Recorder):
+    """A transformers experts module."""
+
+    def attach(self) -> list[RemovableHandle]:
+        return [self.module.register_forward_pre_hook(self._before, with_kwargs=True)]
+
+    def _before(self, module: Any, args: Sequence, kwargs: dict[str, Any]) -> None:
+        names = ("hidden_states", "top_k_index", "top_k_weights")
+        hidden, ids, _ = _positional(names, args, kwargs)
+        first = module.gate_up_proj if module.has_gate else module.up_proj
+        finish = module._apply_gate if module.has_gate else module.act_fn
+
+        def inner(expert: int, rows: torch.Tensor) -> torch.Tensor:
+            weight = first[expert].float()
+            return finish(F.linear(rows, weight.T if module.is_transposed else weight))
+
+        self.record(hidden, ids, 0, inner)
+
+
+class _ListRecorder(Recorder):
+    """A block that loops over expert MLPs; each MLP and its down Linear show their inputs."""
+
+    def __init__(self, candidate: Candidate, percentile: float | None):
+        experts = list(dict.fromkeys(name.rsplit(".", 2)[0] for name in candidate.parameters))
+        super().__init__(candidate.path, candidate.module, len(experts), percentile)
+        # A candidate lists the weights of an expert together, down last.
+        downs = {n.rsplit(".", 2)[0]: n.rpartition(".")[0] for n in candidate.parameters}
+        block = candidate.module
+        self.parts = [(block.get_submodule(e), block.get_submodule(downs[e])) for e in experts]
+
+    def attach(self) -> list[RemovableHandle]:
+        handles = []
+        for index, (expert, down) in enumerate(self.parts):
+            handles.append(expert.register_forward_pre_hook(functools.partial(self._input, index)))
+            handles.append(down.register_forward_pre_hook(functools.partial(self._inner, index)))
+        return handles
+
+    def _input(self, index: int, module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        self.tokens[index] += args[0].shape[:-1].numel()
+        self.hidden.add(0, args[0])
+
+    def _inner(self, index: int, module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        self.intermediate.add(index, args[0])
+
+
+def _positional(names: Sequence[str], args: Sequence, kwargs: dict[str, Any]) -> list:
+    return [*args, *(kwargs[name] for name in names[len(args) :])]
+
+
+def make_recorders(model: nn.Module, percentile: float | None) -> list[Recorder]:
+    """Return a recorder for each block that can be calibrated; logs the others."""
+    found: list[Recorder] = [
+        _FusedRecorder(path, module, module.activation_scales()[1].numel(), percentile)
+        for path, module in model.named_modules()
+        if isinstance(module, FusedExperts)
+    ]
+    refused = []
+    for candidate in find_candidates(model):
+        if candidate.reasons:
+            refused.append(f"{candidate.path or 'the model'}: {'; '.join(candidate.reasons)}")
+        elif all(hasattr(candidate.module, stamp) for stamp in STAMPS):
+            experts = candidate.num_experts or 0
+            found.append(_StampedRecorder(candidate.path, candidate.module, experts, percentile))
+        else:
+            found.append(_ListRecorder(candidate, percentile))
+    if not found:
+        raise UnsupportedError(
+            "calibrate: model must hold fused experts, or experts that replace_moe takes; got "
+            f"{type(model).__name__} with {'. '.join(refused) or 'none'}. See "
+            "fp4moe.explain(model)."
+        )
+    for why in refused:
+        logger.warning("calibrate: not calibrated: %s", why)
+    return found

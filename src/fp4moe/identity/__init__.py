@@ -1,0 +1,1 @@
+"""Whose weights are these: packed weights of float ones, found by the storage's identity."""

@@ -1,1 +1,0 @@
-"""What fp4moe knows of other libraries' models, one file each."""

@@ -1,0 +1,171 @@
+"""The kernels in order of preference, and the choice among them, with reasons.
+
+The interface of a kernel is `base.Kernel`. The choice is made from sizes and device before
+anything runs; a kernel that fails is never replaced by another.
+"""
+
+from __future__ import annotations
+
+from ..activations import get_activation
+from ..errors import ShapeError, UnsupportedError
+from ..layer import MoeSpec
+from .base import Kernel, current_capability
+from .flashinfer.cutlass import FLASHINFER_CUTLASS
+from .flashinfer.trtllm import FLASHINFER_TRTLLM
+from .humming.kernel import HUMMING
+from .humming.library import toolkit_variables
+from .measured import fastest, times_forgotten
+from .reference import REFERENCE, REFERENCE_W4A4
+from .triton.kernel import TRITON
+
+__all__ = [
+    "KERNELS",
+    "KERNEL_NAMES",
+    "check_kernel_name",
+    "choice_state",
+    "choose_kernel",
+    "get_kernel",
+    "select_kernel",
+    "why_not",
+]
+
+_PRESENT: tuple[Kernel, ...] = (
+    FLASHINFER_TRTLLM,
+    FLASHINFER_CUTLASS,
+    TRITON,
+    HUMMING,
+    REFERENCE,
+    REFERENCE_W4A4,
+)
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _PRESENT}
+KERNEL_NAMES = tuple(KERNELS)
+# Names that users may look for, and why there is no such kernel.
+IMPOSSIBLE = {
+    "humming_w4a8": "humming-kernels 0.1.19 multiplies FP8 activations with weights in blocks of "
+    "32 or more values, NVFP4 has blocks of 16; take humming or triton, with 16-bit activations",
+}
+
+
+def check_kernel_name(kernel: str, *, caller: str) -> None:
+    """Raise UnsupportedError unless `kernel` is "auto" or a kernel's name."""
+    if kernel not in ("auto", *KERNEL_NAMES, *IMPOSSIBLE):
+        raise UnsupportedError(
+            f"{caller}: kernel must be auto or one of {', '.join(KERNEL_NAMES)}; got {kernel!r}. "
+            "Pass one of these names."
+        )
+
+
+def get_kernel(name: str) -> Kernel:
+    """Return the kernel of that name."""
+    if name not in KERNELS:
+        check_kernel_name(name, caller="get_kernel")
+        raise UnsupportedError(
+            f"get_kernel: kernel must be one kernel's name; got {name!r}. Choose one with "
+            "select_kernel."
+        )
+    return KERNELS[name]
+
+
+def why_not(
+    kernel: str,
+    *,
+    activation: str,
+    gated: bool,
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    top_k: int,
+    capability: tuple[int, int] | None = None,
+    padded: bool = True,
+) -> list[str]:
+    """Return the reasons why a kernel cannot run such a layer; empty where it can.
+
+    Args:
+        kernel: "auto" (can any run it?) or a kernel's name.
+        activation: a name of `fp4moe.activations.ACTIVATIONS`.
+        gated: whether the layer has gate weights.
+        hidden_size, intermediate_size, num_experts, top_k: of the layer.
+        capability: CUDA compute capability; default that of the current device, None on a CPU.
+        padded: whether zero padding of the weights is allowed; False asks for exactly this size.
+
+    Raises:
+        UnsupportedError: no such kernel or activation. ShapeError: a size below 1, or top_k above
+            num_experts.
+    """
+    check_kernel_name(kernel, caller="why_not")
+    get_activation(activation, caller="why_not")
+    sizes = {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_experts": num_experts,
+        "top_k": top_k,
+    }
+    for name, value in sizes.items():
+        if value < 1:
+            raise ShapeError(
+                f"why_not: {name} must be at least 1; got {value}. Pass the size of the layer."
+            )
+    if top_k > num_experts:
+        raise ShapeError(
+            f"why_not: top_k must not exceed num_experts = {num_experts}; got {top_k}. Pass "
+            "experts per token."
+        )
+    capability = current_capability() if capability is None else capability
+    spec = MoeSpec(
+        activation, gated, hidden_size, intermediate_size, num_experts, top_k, capability
+    )
+    if kernel != "auto":
+        return _reasons(kernel, spec, padded)
+    reasons = {name: _reasons(name, spec, padded) for name in _candidates(kernel)}
+    if not all(reasons.values()):
+        return []
+    return [f"{name}: {why}" for name, whys in reasons.items() for why in whys]
+
+
+def choose_kernel(kernel: str, spec: MoeSpec) -> tuple[str | None, list[str]]:
+    """Return (the kernel for this, []), or (None, each candidate with its reasons).
+
+    Among several, the first, or the fastest where they were measured (see `measured`).
+    """
+    reasons = {name: _reasons(name, spec, padded=True) for name in _candidates(kernel)}
+    if able := [name for name, whys in reasons.items() if not whys]:
+        return fastest(able, spec), []
+    return None, [f"{name}: {'; '.join(whys)}" for name, whys in reasons.items()]
+
+
+def select_kernel(kernel: str, spec: MoeSpec, *, caller: str) -> str:
+    """Return the name of the kernel to use.
+
+    Raises:
+        UnsupportedError: it cannot run this; lists each candidate with its reasons.
+    """
+    check_kernel_name(kernel, caller=caller)
+    name, refused = choose_kernel(kernel, spec)
+    if name is None:
+        raise UnsupportedError(
+            f"{caller}: kernel must be one that runs this layer ({spec}); got {kernel!r}. "
+            f"{'. '.join(refused)}."
+        )
+    return name
+
+
+def choice_state() -> tuple:
+    """Return what choices depend on besides a spec: a choice stands as long as this is equal.
+
+    Packages that are installed later are seen by choices that were not made before.
+    """
+    return times_forgotten(), *toolkit_variables()
+
+
+def _candidates(kernel: str) -> list[str]:
+    if kernel != "auto":
+        return [kernel]
+    return [name for name, found in KERNELS.items() if found.automatic]
+
+
+def _reasons(name: str, spec: MoeSpec, padded: bool) -> list[str]:
+    if name in IMPOSSIBLE:
+        return [IMPOSSIBLE[name]]
+    kernel = KERNELS[name]
+    reasons = kernel.reasons_not_to_run(spec)
+    return reasons if padded else reasons + kernel.reasons_without_padding(spec)

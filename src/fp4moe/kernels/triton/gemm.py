@@ -1,0 +1,286 @@
+"""The GEMMs of NVFP4 experts in Triton: gate and up with the activation, down with the weighting.
+
+Weights stand on the M side of the tensor core, tokens on its N side. A program takes ROWS rows of
+one expert (of gate and of up each) for up to SLOTS + MORE slots: what is decoded once is multiplied
+with both parts, since sizes must be powers of two. How it finds its slots is its MODE:
+
+    SLOT    the program's number is a slot: no metadata, an expert is read once a slot
+    SORTED  the number is a tile of `triton_routing.sort_kernel`
+
+Sizes are the padded ones, multiples of 64; a slab is 64 columns of K, see `triton_layout`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .decode_nvfp4 import WEIGHT_FACTOR, decode_slabs
+
+__all__ = ["SLOT", "SORTED", "down_kernel", "gate_up_kernel"]
+
+SLOT = tl.constexpr(0)
+SORTED = tl.constexpr(1)
+# They differ from call to call: no variant for a multiple of 16, or for 1.
+UNSPECIALIZED = ["num_slots", "expert_offset"]
+
+
+@triton.jit
+def _local(ids, index, mask, expert_offset, local_experts):
+    """Local expert of a slot, -1 for none."""
+    local = tl.load(ids + index, mask=mask, other=-1).to(tl.int64) - expert_offset
+    return tl.where((local >= 0) & (local < local_experts) & mask, local, -1).to(tl.int32)
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        x = x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(z)) / 2 = sigmoid(2 z)
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "relu2":
+        x = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+    elif ACTIVATION == "relu":
+        x = tl.maximum(x, 0.0)
+    return x
+
+
+@triton.jit
+def _add_dot(a, b, acc, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr):
+    """Return acc + a @ b; WAIT: finished when the next step begins.
+
+    Left in flight, wgmma reads weights from registers that ptxas lets the next step overwrite.
+    """
+    # Triton's interpreter multiplies the bits of bfloat16; float32 holds the same values.
+    if not ASSEMBLY:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    acc = tl.dot(a, b, acc)
+    if WAIT:
+        # Nothing is computed; what is no product cannot stay in flight.
+        acc = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return acc
+
+
+@triton.jit
+def _load_weights(
+    words,
+    scales,
+    expert,
+    row,
+    total_rows,
+    slab0,
+    slabs,
+    SLABS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    FP16: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """Decoded weights [ROWS, SLABS * 64] of an expert; expert < 0 or slabs behind the end: zero."""
+    slab = slab0 + tl.arange(0, SLABS)
+    words += tl.maximum(expert, 0).to(tl.int64) * total_rows * slabs * 8
+    scales += tl.maximum(expert, 0).to(tl.int64) * total_rows * slabs
+    word_row = (row // 64) * (slabs * 512) + (row % 64) * 8
+    scale_row = (row // 64) * (slabs * 64) + row % 64
+    word_at = (slab * 512)[:, None, None] + word_row[None, :, None]
+    word_at += tl.arange(0, 8)[None, None, :]
+    scale_at = (slab * 64)[:, None] + scale_row[None, :]
+    if WHOLE:
+        word = tl.load(words + word_at)
+        scale = tl.load(scales + scale_at)
+    else:
+        # Not a scalar condition & a block's: triton 3.9's interpreter makes that one of integers.
+        there = slab < tl.where(expert >= 0, slabs, 0)
+        word = tl.load(words + word_at, mask=there[:, None, None], other=0)
+        scale = tl.load(scales + scale_at, mask=there[:, None], other=0)
+    word = word.to(tl.uint32, bitcast=True)
+    scale = scale.to(tl.uint32, bitcast=True)
+    return decode_slabs(word, scale, SLABS, ROWS, FP16, ASSEMBLY)
+
+
+@triton.jit
+def _load_tokens(x, row, valid, column, columns, WHOLE: tl.constexpr):
+    """Activations [SLOTS, K]; row: element offsets, int64."""
+    if WHOLE:
+        mask = valid[:, None]
+    else:
+        mask = valid[:, None] & (column < columns)[None, :]
+    return tl.load(x + row[:, None] + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _gate_up_tile(
+    hidden, stride_token, words, scales, global_scale, out,
+    slot, more, expert, block, top_k, hidden_size, intermediate, slabs,
+    SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr,
+    STAGES: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    FP16: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    token = (tl.maximum(slot, 0) // top_k).to(tl.int64) * stride_token
+    token_more = (tl.maximum(more, 0) // top_k).to(tl.int64) * stride_token
+    PARTS: tl.constexpr = 2 if GATED else 1
+    # Eight rows of gate, the same eight of up: a thread of the tensor core holds both.
+    place = tl.arange(0, PARTS * ROWS)
+    row = block * ROWS + place // (8 * PARTS) * 8 + place % 8
+    if ROWS > 64:
+        row = tl.minimum(row, intermediate - 1)
+    row += place // 8 % PARTS * intermediate
+    acc = tl.zeros((PARTS * ROWS, SLOTS), dtype=tl.float32)
+    acc_more = tl.zeros((PARTS * ROWS, MORE if MORE else 16), dtype=tl.float32)
+    for slab in tl.range(0, slabs, SLABS, num_stages=STAGES):
+        column = slab * 64 + tl.arange(0, SLABS * 64)
+        x = tl.trans(_load_tokens(hidden, token, slot >= 0, column, hidden_size, WHOLE))
+        w = _load_weights(
+            words, scales, expert, row, PARTS * intermediate, slab, slabs,
+            SLABS, PARTS * ROWS, WHOLE, FP16, ASSEMBLY,
+        )  # fmt: skip
+        acc = _add_dot(w, x, acc, ASSEMBLY, WAIT)
+        if MORE:
+            x = _load_tokens(hidden, token_more, more >= 0, column, hidden_size, WHOLE)
+            acc_more = _add_dot(w, tl.trans(x), acc_more, ASSEMBLY, WAIT)
+    scale = tl.load(global_scale + expert) * WEIGHT_FACTOR
+    _store_gate_up(out, acc * scale, slot, block, intermediate, SLOTS, ROWS, GATED, ACTIVATION)
+    if MORE:
+        acc_more *= scale
+        _store_gate_up(out, acc_more, more, block, intermediate, MORE, ROWS, GATED, ACTIVATION)
+
+
+@triton.jit
+def _store_gate_up(
+    out, acc, slot, block, intermediate,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    if GATED:
+        parts = tl.reshape(acc, (ROWS // 8, 2, 8, SLOTS))
+        gate, up = tl.split(tl.permute(parts, (0, 2, 3, 1)))
+        value = _activate(tl.reshape(gate, (ROWS, SLOTS)), ACTIVATION)
+        value *= tl.reshape(up, (ROWS, SLOTS))
+    else:
+        value = _activate(acc, ACTIVATION)
+    row = block * ROWS + tl.arange(0, ROWS)
+    at = out + (tl.maximum(slot, 0).to(tl.int64) * intermediate)[None, :] + row[:, None]
+    mask = (row < intermediate)[:, None] & (slot >= 0)[None, :]
+    tl.store(at, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _down_tile(
+    x, words, scales, global_scale, routing_weights, out,
+    slot, more, expert, block, hidden_padded, intermediate, slabs,
+    SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr,
+    STAGES: tl.constexpr, WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    at = tl.maximum(slot, 0).to(tl.int64) * intermediate
+    at_more = tl.maximum(more, 0).to(tl.int64) * intermediate
+    row = block * ROWS + tl.arange(0, ROWS)
+    if ROWS > 64:
+        row = tl.minimum(row, hidden_padded - 1)
+    acc = tl.zeros((ROWS, SLOTS), dtype=tl.float32)
+    acc_more = tl.zeros((ROWS, MORE if MORE else 16), dtype=tl.float32)
+    for slab in tl.range(0, slabs, SLABS, num_stages=STAGES):
+        column = slab * 64 + tl.arange(0, SLABS * 64)
+        y = _load_tokens(x, at, slot >= 0, column, intermediate, WHOLE)
+        w = _load_weights(
+            words, scales, expert, row, hidden_padded, slab, slabs,
+            SLABS, ROWS, WHOLE, False, ASSEMBLY,
+        )  # fmt: skip
+        acc = _add_dot(w, tl.trans(y), acc, ASSEMBLY, WAIT)
+        if MORE:
+            y = _load_tokens(x, at_more, more >= 0, column, intermediate, WHOLE)
+            acc_more = _add_dot(w, tl.trans(y), acc_more, ASSEMBLY, WAIT)
+    scale = tl.load(global_scale + expert) * WEIGHT_FACTOR
+    _store_down(out, acc, routing_weights, scale, slot, block, hidden_padded, ROWS)
+    if MORE:
+        _store_down(out, acc_more, routing_weights, scale, more, block, hidden_padded, ROWS)
+
+
+@triton.jit
+def _store_down(
+    out, acc, routing_weights, scale, slot, block, hidden_padded, ROWS: tl.constexpr
+):  # fmt: skip
+    row = block * ROWS + tl.arange(0, ROWS)
+    factor = tl.load(routing_weights + tl.maximum(slot, 0), mask=slot >= 0, other=0.0) * scale
+    at = out + (tl.maximum(slot, 0).to(tl.int64) * hidden_padded)[None, :] + row[:, None]
+    mask = (row < hidden_padded)[:, None] & (slot >= 0)[None, :]
+    tl.store(at, (acc * factor[None, :]).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _find_slots(
+    ids, order, tiles, num_tiles, number, num_slots, expert_offset, local_experts,
+    MODE: tl.constexpr, SLOTS: tl.constexpr, MORE: tl.constexpr,
+):  # fmt: skip
+    """Expert, slots and further slots of a program of mode SLOT or SORTED."""
+    column = tl.arange(0, SLOTS)
+    further = tl.arange(0, MORE if MORE else 16)
+    if MODE == SLOT:
+        expert = _local(ids, number, number < num_slots, expert_offset, local_experts)
+        slot = tl.where(column == 0, number, -1)
+        more = further * 0 - 1
+    else:
+        tile = tl.load(tiles + number, mask=number < tl.load(num_tiles), other=-1)
+        expert = tile >> 10
+        used = tl.where(tile >= 0, tile & 1023, 0)
+        order += number * (SLOTS + MORE)
+        slot = tl.load(order + column, mask=column < used, other=-1)
+        more = tl.load(order + SLOTS + further, mask=SLOTS + further < used, other=-1)
+    return expert, slot, more
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def gate_up_kernel(
+    hidden, stride_token, ids, order, tiles, num_tiles, words, scales, global_scale, out,
+    num_slots, top_k, hidden_size, intermediate, slabs, expert_offset, local_experts,
+    MODE: tl.constexpr, SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr,
+    SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr, FP16: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """Write act(gate x) * (up x), or act(up x), to out [slots, intermediate].
+
+    Grid: [(slots or tiles, by MODE) * row blocks].
+    """
+    blocks = tl.cdiv(intermediate, ROWS)
+    number = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    expert, slot, more = _find_slots(
+        ids, order, tiles, num_tiles, number, num_slots, expert_offset, local_experts,
+        MODE, SLOTS, MORE,
+    )  # fmt: skip
+    if expert >= 0:
+        _gate_up_tile(
+            hidden, stride_token, words, scales, global_scale, out, slot, more, expert, block,
+            top_k, hidden_size, intermediate, slabs, SLOTS, MORE, ROWS, SLABS, STAGES, WHOLE,
+            GATED, ACTIVATION, FP16, ASSEMBLY, WAIT,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def down_kernel(
+    x, ids, order, tiles, num_tiles, words, scales, global_scale, routing_weights, out,
+    num_slots, hidden_padded, intermediate, slabs, expert_offset, local_experts,
+    MODE: tl.constexpr, SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr,
+    SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr,
+    WAIT: tl.constexpr,
+):  # fmt: skip
+    """Write routing weight * (down x) of every slot to out [slots, hidden_padded]; grid as above.
+
+    Slots whose id is not local stay unwritten.
+    """
+    blocks = tl.cdiv(hidden_padded, ROWS)
+    number = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    expert, slot, more = _find_slots(
+        ids, order, tiles, num_tiles, number, num_slots, expert_offset, local_experts,
+        MODE, SLOTS, MORE,
+    )  # fmt: skip
+    if expert >= 0:
+        _down_tile(
+            x, words, scales, global_scale, routing_weights, out, slot, more, expert,
+            block, hidden_padded, intermediate, slabs, SLOTS, MORE, ROWS, SLABS, STAGES, WHOLE,
+            ASSEMBLY, WAIT,
+        )  # fmt: skip

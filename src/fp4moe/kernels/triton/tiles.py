@@ -1,0 +1,81 @@
+"""Tile sizes of the Triton kernels, as data; which serve a call is looked up in `measured`.
+
+A slot is one entry of expert_ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ...errors import UnsupportedError
+
+__all__ = ["MODES", "Config", "Tile", "parse_config"]
+
+MODES = ("slot", "sorted")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One program of a GEMM.
+
+    Attributes:
+        slots: tokens on the N side: 16, 32, 64, 128 or 256.
+        rows: weight rows, of gate and of up each: 16 to 128. wgmma needs 64 in all and 4 warps.
+        slabs: 64 columns of K each: 1, 2 or 4.
+        warps, stages: as Triton's num_warps and num_stages.
+        more: further slots beside the power of two: 0, 16, 32 or 64; in mode "sorted" only.
+    """
+
+    slots: int
+    rows: int
+    slabs: int
+    warps: int
+    stages: int
+    more: int = 0
+
+    def __str__(self) -> str:
+        return ",".join(map(str, dataclasses.astuple(self)[: None if self.more else -1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One way to run a layer.
+
+    Attributes:
+        mode: how programs find their slots, see `triton_experts`.
+        gate_up, down: the GEMMs' tiles.
+    """
+
+    mode: str
+    gate_up: Tile
+    down: Tile
+
+    def __str__(self) -> str:
+        return f"{self.mode} {self.gate_up} {self.down}"
+
+
+def parse_config(text: str) -> Config:
+    """Return the config that `str` wrote.
+
+    Raises:
+        UnsupportedError: it is no such text.
+    """
+    config = None
+    try:
+        mode, *tiles = text.split()
+        gate_up, down = (Tile(*map(int, tile.split(","))) for tile in tiles)
+        config = Config(mode, gate_up, down)
+    except (TypeError, ValueError):
+        pass  # said below
+    if (
+        config is None
+        or config.mode not in MODES
+        or str(config) != text
+        or (config.mode == "slot" and (config.gate_up.more or config.down.more))
+    ):
+        raise UnsupportedError(
+            "parse_config: text must be a mode and two tiles of five or six numbers, as in "
+            f"'sorted 16,64,1,4,4 64,128,1,4,4,16'; got {text!r}. Measure again with fp4moe bench "
+            "--tune."
+        )
+    return config

@@ -1,0 +1,1 @@
+"""What an MoE block in a tree of modules is, and how it is replaced."""

@@ -1,0 +1,220 @@
+"""autotune: let FlashInfer's tuner measure its kernels on a model's layers, once, eagerly.
+
+Do this before torch.compile or a CUDA-graph capture: the tuner launches and times kernels inside a
+call. Not here: our own kernels, whose choice is a shipped table.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pathlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, ShapeError, UnsupportedError
+from ..experts import ExpertWeights
+from ..formats.base import NVFP4
+from ..formats.nvfp4 import NVFP4Values
+from ..kernels import choose_kernel, current_capability
+from ..kernels.flashinfer.library import (
+    CUBINS,
+    flashinfer_settings,
+    installed,
+    library,
+    set_flashinfer,
+    tuning,
+)
+from ..module import FusedExperts, RoutedExperts
+from ..padding import round_up
+from ..version import __version__
+from .block import Candidate
+from .replace import find_candidates, spec_of
+
+__all__ = ["autotune", "cache_stamp"]
+
+logger = logging.getLogger("fp4moe")
+TUNED_KERNELS = ("flashinfer_trtllm", "flashinfer_cutlass")
+# 0.6.13's CUTLASS may be tuned to a sum in bfloat16 that no two runs share; this turns it off.
+DETERMINISTIC = "use_fused_finalize"
+
+
+def autotune(
+    model: nn.Module, max_tokens: int = 8192, cache: str | os.PathLike | None = None
+) -> int:
+    """Tune FlashInfer's kernels for every distinct layer of the model.
+
+    Args:
+        model: a model with fused experts, one `FusedExperts`, or a float model that is about to be
+            compiled with `fp4moe.backend`, for whose layers random ones of their sizes stand in.
+        max_tokens: the largest batch; sizes up to the next power of two are measured, and
+            `set_flashinfer(tune_max_num_tokens=...)` is set to it for this process.
+        cache: where FlashInfer's choices are kept. Loaded if it is there, written at the end; a
+            `.versions.json` beside it says which GPU and which versions it is valid for.
+
+    Returns:
+        The number of distinct layers that were tuned.
+
+    Raises:
+        UnsupportedError: the model has no layer that a FlashInfer kernel runs on its device.
+        ShapeError: max_tokens is below 1, or a layer does not know its top_k.
+        CheckpointError: the cache was written for another GPU or other versions.
+    """
+    if max_tokens < 1:
+        raise ShapeError(
+            f"autotune: max_tokens must be at least 1; got {max_tokens}. Pass the largest batch."
+        )
+    layers = _distinct(model) or _stand_ins(model)
+    unknown = [layer for layer in layers if layer.top_k is None]
+    if unknown:
+        raise ShapeError(
+            "autotune: every layer must know its top_k; got FusedExperts with top_k=None. Pass "
+            "top_k to FusedExperts."
+        )
+    if not layers:
+        found = sorted({m.kernel for m in model.modules() if isinstance(m, FusedExperts)})
+        raise UnsupportedError(
+            f"autotune: model must have experts for one of the kernels {', '.join(TUNED_KERNELS)}; "
+            f"got {found or 'none'}. Move the model to a Blackwell GPU, see fp4moe.explain(model); "
+            "flashinfer_cutlass needs FlashInfer 0.7."
+        )
+    path = None if cache is None else pathlib.Path(cache)
+    if path is not None:
+        _check_stamp(path, layers[0].prepared_gate_up_packed.device)
+    tokens = 1 << (max_tokens - 1).bit_length()
+    set_flashinfer(enable_pdl=flashinfer_settings().enable_pdl, tune_max_num_tokens=tokens)
+    arguments = {} if path is None else {"cache": str(path)}
+    with tuning(**arguments):
+        for layer in layers:
+            _run(layer, max_tokens)
+    if path is not None:
+        _stamp_file(path).write_text(
+            json.dumps(cache_stamp(layers[0].prepared_gate_up_packed.device))
+        )
+    logger.info("autotune: %d distinct layers, up to %d tokens", len(layers), tokens)
+    return len(layers)
+
+
+def cache_stamp(device: torch.device) -> dict[str, Any]:
+    """Return what a cache of tuned choices is valid for, as plain JSON values."""
+    capability = current_capability(device)
+    return {
+        "fp4moe": __version__,
+        "flashinfer-python": library().version,
+        "flashinfer-cubin": installed(CUBINS),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "capability": list(capability) if capability else None,
+    }
+
+
+def _is_tuned(kernel: str | None) -> bool:
+    if kernel == "flashinfer_cutlass":
+        return DETERMINISTIC in library().arguments["cutlass_fused_moe"]
+    return kernel in TUNED_KERNELS
+
+
+def _distinct(model: nn.Module) -> list[FusedExperts]:
+    """Return one of each kind of layer that the tuner tells apart."""
+    kinds: dict[tuple, FusedExperts] = {}
+    for module in model.modules():
+        if isinstance(module, FusedExperts) and _is_tuned(module.kernel):
+            shapes = tuple(tuple(operand.shape) for operand in module.prepared.operands)
+            routing = module.routing if isinstance(module, RoutedExperts) else None
+            kind = (module.kernel, module.metadata["activation"], shapes, routing, module.top_k)
+            kinds.setdefault(kind, module)
+    return list(kinds.values())
+
+
+def _stand_ins(model: nn.Module) -> list[FusedExperts]:
+    """Return one random layer for each size of experts that are not fused yet."""
+    sizes: dict[tuple, Candidate] = {}
+    for candidate in find_candidates(model):
+        if not candidate.reasons:
+            form = (candidate.activation, candidate.gated, candidate.num_experts, candidate.top_k)
+            sizes.setdefault((*form, candidate.hidden_size, candidate.intermediate_size), candidate)
+    layers = []
+    for candidate in sizes.values():
+        device = next(iter(candidate.parameters.values())).device
+        if _is_tuned(choose_kernel("auto", spec_of(candidate))[0]):
+            layers.append(FusedExperts(_random_weights(candidate, device), top_k=candidate.top_k))
+    return layers
+
+
+def _random_weights(candidate: Candidate, device: torch.device) -> ExpertWeights:
+    """Return weights of the candidate's size: the tuner's times do not depend on the values."""
+    assert candidate.num_experts and candidate.hidden_size and candidate.intermediate_size
+    experts, gated = candidate.num_experts, bool(candidate.gated)
+    sizes = (candidate.hidden_size, candidate.intermediate_size)
+    hidden, rows = (round_up(n, NVFP4.block_size) for n in sizes)
+
+    def values(*shape: int) -> NVFP4Values:
+        packed = torch.empty(*shape[:-1], shape[-1] // 2, dtype=torch.uint8, device=device)
+        scale = torch.ones(*shape[:-1], shape[-1] // 16, dtype=torch.bfloat16, device=device)
+        return NVFP4Values(
+            packed.random_(256),
+            scale.to(NVFP4.scale_dtype),
+            torch.full(
+                (experts,), 1 / NVFP4.amax_per_global_scale, dtype=torch.float32, device=device
+            ),
+        )
+
+    return ExpertWeights(
+        gate_up=values(experts, (1 + gated) * rows, hidden),
+        down=values(experts, hidden, rows),
+        activation=str(candidate.activation),
+        gated=gated,
+        hidden_size=candidate.hidden_size,
+        intermediate_size=candidate.intermediate_size,
+        num_experts=experts,
+        expert_offset=0,
+        hidden_scale=torch.ones(1, dtype=torch.float32, device=device),
+        intermediate_scale=torch.ones(experts, dtype=torch.float32, device=device),
+    )
+
+
+def _run(layer: FusedExperts, tokens: int) -> None:
+    """Call the layer once on random tokens and balanced random experts."""
+    device, experts = layer.prepared_gate_up_packed.device, layer.num_experts
+    generator = torch.Generator(device=device).manual_seed(0)
+    hidden = torch.randn(
+        tokens,
+        layer.metadata["hidden_size"],
+        generator=generator,
+        device=device,
+        dtype=torch.bfloat16,
+    )
+    scores = torch.rand(tokens, experts, generator=generator, dtype=torch.float32, device=device)
+    if isinstance(layer, RoutedExperts):
+        bias = scores.new_zeros(experts if layer.routing.method == "sigmoid_topk" else 0)
+        layer(hidden, scores, bias)
+        return
+    assert layer.top_k is not None
+    weights, ids = scores.topk(layer.top_k, dim=-1)
+    layer(hidden, ids, weights)
+
+
+def _stamp_file(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f"{path.name}.versions.json")
+
+
+def _check_stamp(path: pathlib.Path, device: torch.device) -> None:
+    stamp = _stamp_file(path)
+    if not path.exists():
+        return
+    if not stamp.exists():
+        raise CheckpointError(
+            f"autotune: cache must have its {stamp.name} beside it; got none. Delete {path} to "
+            "tune again."
+        )
+    saved, now = json.loads(stamp.read_text()), cache_stamp(device)
+    wrong = [f"{k} {saved.get(k)} (now {now[k]})" for k in now if saved.get(k) != now[k]]
+    if wrong:
+        raise CheckpointError(
+            f"autotune: cache must be of this GPU and these versions; got {', '.join(wrong)}. Pass "
+            f"another path, or delete {path}."
+        )

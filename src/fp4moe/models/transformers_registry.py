@@ -1,0 +1,189 @@
+"""`experts_implementation="fp4moe"`: fused experts through transformers' own registry.
+
+The first eager call of an experts module packs its weights and frees the float ones; the first call
+under another implementation puts float weights back, with NVFP4's rounding. The registration waits
+until transformers is imported, so that importing fp4moe does not import it.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import logging
+import sys
+import threading
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedError
+from ..module import FusedExperts
+from .block import ACTIVATION_SCALES, value_reasons
+from .experts_module import FUSED_CHILD, describe_experts, float_parameters
+from .saving import refuse_to_save
+
+__all__ = ["experts_forward", "register_transformers", "register_when_imported"]
+
+logger = logging.getLogger("fp4moe")
+NAME = "fp4moe"
+REGISTRY = "transformers.integrations.moe"
+MODELS = "transformers.modeling_utils"
+# An empty buffer beside the packed experts: whoever casts the model casts it, and so says what
+# dtype the float weights would have by now.
+LIKE_FLOATS = "fp4moe_like_floats"
+# Which of the float weights required a gradient.
+TRAINED = "fp4moe_trained"
+
+# Threads must see a module either with its float weights or with the packed ones.
+_packing = threading.Lock()
+# The configuration whose switch to another implementation was announced last.
+_announced: Any = None
+
+
+def experts_forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """What an experts module calls under `experts_implementation="fp4moe"`.
+
+    The first call packs the weights, whichever thread makes it, and frees the float ones. After
+    `model.set_experts_implementation` of another name, the next call of each module decodes them
+    into parameters of the model's dtype again and logs a warning: they keep NVFP4's rounding. Load
+    the model again for the original numbers.
+
+    Raises:
+        UnsupportedError: these experts cannot be fused; lists the reasons.
+    """
+    fused = getattr(self, FUSED_CHILD, None)
+    if fused is None:
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(
+                msg="fp4moe: experts are packed at their first eager call; got one under "
+                "torch.compile. Call fp4moe.replace_moe(model), or the model once, before that."
+            )
+        # Decorating _pack would import dynamo with the package.
+        fused = torch.compiler.disable(_pack)(self)
+    return fused(hidden_states, top_k_index, top_k_weights)
+
+
+def _pack(module: Any) -> FusedExperts:
+    global _announced
+    with _packing:
+        if present := module._modules.get(FUSED_CHILD):
+            return present
+        candidate = describe_experts("experts", module)
+        reasons = candidate.reasons or value_reasons(candidate)
+        if reasons or candidate.quantize is None:
+            raise UnsupportedError(
+                f"fp4moe: experts must be ones that can be fused; got {type(module).__name__}: "
+                f"{'; '.join(reasons)}. Choose another experts_implementation."
+            )
+        fused = FusedExperts(candidate.quantize("max")).train(module.training)
+        floats = dict(module.named_parameters(recurse=False))
+        trained = tuple(n for n in candidate.parameters if floats[n].requires_grad)
+        setattr(module, TRAINED, trained)
+        like = floats["down_proj"].detach().new_empty(0)
+        module.register_buffer(LIKE_FLOATS, like, persistent=False)
+        # The packed experts first: another thread looks for them without the lock.
+        module.add_module(FUSED_CHILD, fused)
+        for name in candidate.parameters:
+            delattr(module, name)
+        module.register_forward_pre_hook(_unpack_for_others)
+        _announced = None
+        return fused
+
+
+def _unpack_for_others(module: Any, args: tuple) -> None:
+    """Put float weights back before another implementation looks for them."""
+    if module.config._experts_implementation == NAME:
+        return
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(
+            msg="fp4moe: experts are unpacked at the first eager call under another "
+            "experts_implementation; got one under torch.compile. Call the model once before that."
+        )
+    torch.compiler.disable(_unpack)(module)
+
+
+def _unpack(module: Any) -> None:
+    global _announced
+    with _packing:
+        fused = module._modules.get(FUSED_CHILD)
+        if fused is None:
+            return
+        like = module.get_buffer(LIKE_FLOATS)
+        for name, tensor in float_parameters(module, fused.weights, like.dtype).items():
+            trained = name in getattr(module, TRAINED)
+            module.register_parameter(name, nn.Parameter(tensor, requires_grad=trained))
+        scales = fused.activation_scales()
+        if any(bool((scale != 1).any()) for scale in scales):
+            setattr(module, ACTIVATION_SCALES, scales)
+        for name in (FUSED_CHILD, LIKE_FLOATS, TRAINED):
+            delattr(module, name)
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _unpack_for_others]:
+            del hooks[key]
+        if _announced is not module.config:
+            logger.warning(
+                "fp4moe: the experts go back to experts_implementation=%r with the values of their "
+                "packed weights, which carry NVFP4's rounding; load the model again for the "
+                "original ones",
+                module.config._experts_implementation,
+            )
+            _announced = module.config
+
+
+def register_transformers() -> None:
+    """Register the name "fp4moe" with transformers' experts implementations; safe to repeat.
+
+    Happens by itself when fp4moe and transformers are both imported.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.modeling_utils import PreTrainedModel
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    refuse_to_save(PreTrainedModel)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Calls `act` with a module once that has been imported."""
+
+    def __init__(self, name: str, act: Callable[[Any], None]):
+        self.name, self.act = name, act
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_act(module: types.ModuleType) -> None:
+                execute(module)
+                self.act(module)
+
+            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+        return spec
+
+
+def register_when_imported() -> None:
+    """Register now what transformers has loaded, and the rest as soon as it is."""
+    actions: dict[str, Callable[[Any], None]] = {
+        REGISTRY: lambda module: module.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward),
+        MODELS: lambda module: refuse_to_save(module.PreTrainedModel),
+    }
+    waiting = {finder.name for finder in sys.meta_path if isinstance(finder, _AfterImport)}
+    for name, act in actions.items():
+        if name in sys.modules:
+            act(sys.modules[name])
+        elif name not in waiting:
+            sys.meta_path.insert(0, _AfterImport(name, act))

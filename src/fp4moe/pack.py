@@ -1,0 +1,199 @@
+"""Float expert weights to NVFP4 tensors, one expert at a time: what ExpertWeights.quantize does."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .errors import ShapeError
+from .formats.base import NVFP4
+from .formats.nvfp4 import NVFP4Values, nvfp4_global_scale, quantize_nvfp4
+from .padding import round_up
+
+__all__ = [
+    "BLOCK",
+    "GATE_UP_LAYOUTS",
+    "activation_scale",
+    "gate_and_up",
+    "oriented",
+    "quantize_experts",
+    "split_gate_up",
+]
+
+BLOCK = NVFP4.block_size
+# How a stacked gate/up weight may order its 2 * intermediate_size output rows.
+GATE_UP_LAYOUTS = ("gate_up", "up_gate", "gate_up_interleaved", "up_gate_interleaved")
+
+
+def split_gate_up(gate_up: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (gate, up) as views of gate_up [..., 2 * intermediate_size, hidden_size]."""
+    if layout not in GATE_UP_LAYOUTS:
+        raise ShapeError(
+            f"split_gate_up: layout must be one of {', '.join(GATE_UP_LAYOUTS)}; got {layout!r}. "
+            "Pass the order in which the rows are stored."
+        )
+    if layout.endswith("interleaved"):
+        first, second = gate_up[..., 0::2, :], gate_up[..., 1::2, :]
+    else:
+        first, second = gate_up.chunk(2, dim=-2)
+    return (first, second) if layout.startswith("gate") else (second, first)
+
+
+def quantize_experts(
+    parts: dict[str, torch.Tensor], down: torch.Tensor, method: str
+) -> tuple[NVFP4Values, NVFP4Values]:
+    """Return the NVFP4 tensors of both GEMMs; H and I zero-padded to blocks.
+
+    Args:
+        parts: {"gate" (gated only), "up"}, each [L, I, H]. down: [L, H, I].
+        method: "max" or "mse".
+    """
+    _check_float_weights(parts, down)
+    experts, intermediate, hidden = parts["up"].shape
+    i_padded, h_padded = round_up(intermediate, BLOCK), round_up(hidden, BLOCK)
+    first = _empty(experts, len(parts) * i_padded, h_padded, down.device)
+    second = _empty(experts, h_padded, i_padded, down.device)
+    for expert in range(experts):
+        shared_scale = _global_scale(parts, expert)
+        for index, weight in enumerate(parts.values()):
+            place = slice(index * i_padded, index * i_padded + i_padded)
+            _quantize_into(first, expert, place, weight[expert], shared_scale, method)
+        scale = _global_scale({"down": down}, expert)
+        _quantize_into(second, expert, slice(0, h_padded), down[expert], scale, method)
+    return first, second
+
+
+def gate_and_up(
+    up: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    gate_up: torch.Tensor | None,
+    layout: str,
+    transposed: bool,
+) -> dict[str, torch.Tensor]:
+    """Return the output rows by name, [L, I, H] each, from either of the two ways to pass them."""
+    if (gate_up is None) == (up is None) or (gate is not None and up is None):
+        given = [n for n, t in (("up", up), ("gate", gate), ("gate_up", gate_up)) if t is not None]
+        raise ShapeError(
+            "ExpertWeights.quantize: arguments must be either gate_up, or up with an optional "
+            f"gate; got {given}. "
+            "Pass one of the two forms."
+        )
+    if gate_up is not None:
+        if gate_up.ndim != 3 or gate_up.shape[-1 if transposed else -2] % 2:
+            raise ShapeError(
+                "ExpertWeights.quantize: gate_up must have shape [L, 2 * I, H] ([L, H, 2 * I] when "
+                "transposed); "
+                f"got {list(gate_up.shape)}. Stack gate and up on the output axis."
+            )
+        gate, up = split_gate_up(gate_up.transpose(-1, -2) if transposed else gate_up, layout)
+    else:
+        gate, up = (None if w is None else oriented(w, transposed) for w in (gate, up))
+    assert up is not None
+    return {"up": up} if gate is None else {"gate": gate, "up": up}
+
+
+def oriented(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """Return the weight as [..., out, in]."""
+    # Below 2 axes there is nothing to transpose; the shape check names it.
+    return weight.transpose(-1, -2) if transposed and weight.ndim > 1 else weight
+
+
+def _check_float_weights(parts: dict[str, torch.Tensor], down: torch.Tensor) -> None:
+    up = parts["up"]
+    if up.ndim != 3:
+        raise ShapeError(
+            f"ExpertWeights.quantize: up must have shape [L, I, H]; got {list(up.shape)}. Stack "
+            "the experts on axis 0."
+        )
+    experts, intermediate, hidden = up.shape
+    if not experts * intermediate * hidden:
+        raise ShapeError(
+            f"ExpertWeights.quantize: up must not be empty; got {list(up.shape)}. Pass at least "
+            "one expert with weights."
+        )
+    expected = {name: (experts, intermediate, hidden) for name in parts} | {
+        "down": (experts, hidden, intermediate)
+    }
+    for name, tensor in {**parts, "down": down}.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise ShapeError(
+                f"ExpertWeights.quantize: {name} must have shape {list(expected[name])} to match "
+                "up [L, I, H] = "
+                f"{list(up.shape)}; got {list(tensor.shape)}. Check the order of the axes "
+                "(transposed=)."
+            )
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise ShapeError(
+                f"ExpertWeights.quantize: {name} must be bfloat16, float16, float32 or float64; "
+                f"got {tensor.dtype}. "
+                "Dequantise it first."
+            )
+        if tensor.is_meta and up.is_meta:
+            raise ShapeError(
+                f"ExpertWeights.quantize: {name} must hold values; got a meta tensor. Load the "
+                "checkpoint first."
+            )
+        if tensor.device != up.device:
+            raise ShapeError(
+                f"ExpertWeights.quantize: {name} must be on the device of up, {up.device}; got "
+                f"{tensor.device}. Move it there."
+            )
+
+
+def _empty(experts: int, rows: int, columns: int, device: torch.device) -> NVFP4Values:
+    # Zero bytes are zero codes and zero scales: what padding must hold.
+    return NVFP4Values(
+        torch.zeros(experts, rows, NVFP4.packed_columns(columns), dtype=torch.uint8, device=device),
+        torch.zeros(
+            experts, rows, NVFP4.scale_columns(columns), dtype=torch.uint8, device=device
+        ).view(NVFP4.scale_dtype),
+        torch.zeros(experts, dtype=torch.float32, device=device),
+    )
+
+
+def _global_scale(weights: dict[str, torch.Tensor], expert: int) -> torch.Tensor:
+    # From the largest magnitude of all of them: an all-zero gate must not bring its scale of 1.
+    ends = {name: torch.stack(torch.aminmax(w[expert])).float() for name, w in weights.items()}
+    for name, pair in ends.items():
+        if not bool(torch.isfinite(pair).all()):
+            raise ShapeError(
+                f"ExpertWeights.quantize: {name} of expert {expert} must be finite in float32; got "
+                f"values from {float(pair[0])} to {float(pair[1])}. Find the layer that made them."
+            )
+    return nvfp4_global_scale(torch.stack(list(ends.values())))
+
+
+def _quantize_into(
+    out: NVFP4Values,
+    expert: int,
+    place: slice,
+    weight: torch.Tensor,
+    global_scale: torch.Tensor,
+    method: str,
+) -> None:
+    columns = round_up(weight.shape[1], BLOCK)
+    if columns != weight.shape[1]:
+        weight = F.pad(weight, (0, columns - weight.shape[1]))
+    values = quantize_nvfp4(weight, global_scale, method)
+    rows = slice(place.start, place.start + weight.shape[0])
+    out.packed[expert, rows] = values.packed
+    out.block_scale.view(torch.uint8)[expert, rows] = values.block_scale.view(torch.uint8)
+    out.global_scale[expert] = values.global_scale
+
+
+def activation_scale(
+    name: str,
+    value: float | torch.Tensor,
+    count: int,
+    device: torch.device,
+    caller: str = "ExpertWeights.quantize",
+) -> torch.Tensor:
+    """Return the decode multipliers of activations as float32 [count], checked."""
+    scale = torch.as_tensor(value, dtype=torch.float32, device=device).detach().reshape(-1)
+    if scale.numel() not in (1, count) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ShapeError(
+            f"{caller}: {name} must be positive and finite, one value or {count}; "
+            f"got {value}. "
+            "Pass amax / (6 * 448), or 1.0 where it is unknown."
+        )
+    return scale.expand(count).clone()

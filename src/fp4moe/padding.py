@@ -1,0 +1,111 @@
+"""Zero padding of byte matrices and its inverse; gate and up rows are padded each on their own.
+
+A zero byte is two FP4 zeros, and as a block scale it is zero: padding with it is exact.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import ShapeError
+
+__all__ = ["check_bytes", "pad_matrix", "round_up", "trim_matrix"]
+
+
+def round_up(size: int, multiple: int) -> int:
+    """Return the smallest multiple that is not below size."""
+    return -(-size // multiple) * multiple
+
+
+def check_bytes(function: str, argument: str, tensor: torch.Tensor) -> None:
+    """Raise ShapeError unless the tensor is uint8 with 3 axes."""
+    if tensor.dtype != torch.uint8 or tensor.ndim != 3:
+        raise ShapeError(
+            f"{function}: {argument} must be torch.uint8 [L, R, C]; got {tensor.dtype} "
+            f"{list(tensor.shape)}. Stack the experts on axis 0 and view the bytes as torch.uint8."
+        )
+
+
+def pad_matrix(tensor: torch.Tensor, rows: int, columns: int, halves: int = 1) -> torch.Tensor:
+    """Zero-pad every expert's matrix at the end of each half's rows and of the columns.
+
+    Args:
+        tensor: uint8 [L, R, C], any strides.
+        rows: rows of the result, all halves together.
+        columns: columns of the result, in bytes.
+        halves: equal parts that the rows consist of: 2 for stacked gate and up, otherwise 1.
+
+    Returns:
+        uint8 [L, rows, columns], contiguous, sharing no memory with tensor.
+
+    Raises:
+        ShapeError: tensor is not uint8 [L, R, C]; halves does not divide R and rows; rows or
+            columns are below those of tensor.
+    """
+    _check_halves("pad_matrix", tensor, halves)
+    experts, old_rows, old_columns = tensor.shape
+    if rows % halves or rows < old_rows:
+        raise ShapeError(
+            f"pad_matrix: rows must be a multiple of {halves} and at least {old_rows}; got {rows}. "
+            "Pass the padded rows of all halves together."
+        )
+    if columns < old_columns:
+        raise ShapeError(
+            f"pad_matrix: columns must be at least {old_columns}; got {columns}. "
+            "Pass the padded columns in bytes."
+        )
+    out = torch.zeros((experts, rows, columns), dtype=torch.uint8, device=tensor.device)
+    _corner(out, halves, old_rows, old_columns).copy_(_split(tensor, halves))
+    return out
+
+
+def trim_matrix(tensor: torch.Tensor, rows: int, columns: int, halves: int = 1) -> torch.Tensor:
+    """Undo `pad_matrix`: keep the first rows of each half and the first columns.
+
+    What is cut off is not looked at, since that would make the host wait for the device.
+
+    Args:
+        tensor: uint8 [L, R, C], any strides.
+        rows: rows of the result, all halves together.
+        columns: columns of the result, in bytes.
+        halves: equal parts that the rows consist of, as for `pad_matrix`.
+
+    Returns:
+        uint8 [L, rows, columns], contiguous, sharing no memory with tensor.
+
+    Raises:
+        ShapeError: tensor is not uint8 [L, R, C]; halves does not divide R and rows; rows or
+            columns are above those of tensor.
+    """
+    _check_halves("trim_matrix", tensor, halves)
+    experts, old_rows, old_columns = tensor.shape
+    if rows % halves or not 0 <= rows <= old_rows:
+        raise ShapeError(
+            f"trim_matrix: rows must be a multiple of {halves} in 0 to {old_rows}; got {rows}. "
+            "Pass the unpadded rows of all halves together."
+        )
+    if not 0 <= columns <= old_columns:
+        raise ShapeError(
+            f"trim_matrix: columns must lie in 0 to {old_columns}; got {columns}. "
+            "Pass the unpadded columns in bytes."
+        )
+    out = torch.empty((experts, rows, columns), dtype=torch.uint8, device=tensor.device)
+    _split(out, halves).copy_(_corner(tensor, halves, rows, columns))
+    return out
+
+
+def _check_halves(function: str, tensor: torch.Tensor, halves: int) -> None:
+    check_bytes(function, "tensor", tensor)
+    if halves < 1 or tensor.shape[1] % halves:
+        raise ShapeError(
+            f"{function}: halves must divide the {tensor.shape[1]} rows of tensor; got {halves}. "
+            "Pass 2 for stacked gate and up, otherwise 1."
+        )
+
+
+def _split(tensor: torch.Tensor, halves: int) -> torch.Tensor:
+    return tensor.unflatten(1, (halves, tensor.shape[1] // halves))
+
+
+def _corner(tensor: torch.Tensor, halves: int, rows: int, columns: int) -> torch.Tensor:
+    return _split(tensor, halves)[:, :, : rows // halves, :columns]

@@ -1,0 +1,1 @@
+"""Checkpoints loaded into models of transformers."""

@@ -1,0 +1,168 @@
+"""fp4moe.from_pretrained: a checkpoint directory, or a repository of the hub, as a model.
+
+Everything but the experts and the other quantised Linears is loaded by transformers; see
+pretrained/quantizer.py. Only safetensors and JSON are read, no code of a checkpoint is run unless
+the caller passes trust_remote_code.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+from ..checkpoint.files import CheckpointFiles
+from ..checkpoint.naming import FLOAT
+from ..errors import CheckpointError, UnsupportedError, check_choice
+from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
+from ..models.replace import replace_moe
+from ..models.transformers_registry import register_transformers as register_experts
+from ..module import FusedExperts
+from .from_config import model_class
+from .loading import Options, convention_of
+from .parallelism import refuse_parallelism
+from .quantizer import METHOD, register_formats, register_method
+
+__all__ = ["from_pretrained", "register_transformers"]
+
+HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+# Other forms of the same weights.
+LEFT = ["*/*", "consolidated*.safetensors"]
+REFUSED = ("quantization_config", "state_dict", "gguf_file", "variant", "subfolder")
+
+
+def register_transformers() -> None:
+    """Make transformers' own `from_pretrained` load NVFP4 checkpoints with fused experts.
+
+    Registers the experts implementation "fp4moe" (which importing fp4moe does as well) and the
+    reading of ModelOpt's and compressed-tensors' NVFP4 checkpoints, those too whose only word of it
+    is hf_quant_config.json; safe to repeat. Float checkpoints stay float.
+
+    Raises:
+        UnsupportedError: another library has registered ModelOpt's method.
+    """
+    register_experts()
+    register_formats()
+
+
+def from_pretrained(
+    path_or_id: str | os.PathLike[str],
+    *,
+    kernel: str = "auto",
+    hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
+    routing: str = "given",
+    progress: bool = True,
+    **hf_kwargs: Any,
+) -> Any:
+    """Load a model with fused NVFP4 experts.
+
+    NVFP4 checkpoints of ModelOpt and compressed-tensors are taken as they are: experts go to packed
+    buffers, other quantised Linears become NVFP4Linear or FP8Linear. The experts of a float
+    checkpoint are quantised (method "max") one after the other while it is read.
+
+    Args:
+        path_or_id: a directory, or the name of a repository on the Hugging Face hub.
+        kernel, hidden_alignment, routing, progress: see `fp4moe.replace_moe`.
+        hf_kwargs: for transformers' from_pretrained: dtype, device_map, attn_implementation,
+            trust_remote_code and others; of these revision, token, cache_dir, local_files_only and
+            force_download go to the download. Names of the configuration override it.
+
+    Returns:
+        The model of the class that config.json names, in evaluation mode.
+
+    Raises:
+        CheckpointError: files are unsafe or damaged, a tensor is missing, unexpected, there twice,
+            of a wrong shape or not finite, or the quantisation is unknown. No model is returned.
+        UnsupportedError: no kernel for the experts, experts of another form, offloading, tensor or
+            expert parallelism, or an argument that does not go with this loader.
+    """
+    check_kernel_name(kernel, caller="from_pretrained")
+    caller = "from_pretrained"
+    check_choice("hidden_alignment", hidden_alignment, HIDDEN_ALIGNMENTS, caller=caller)
+    check_choice("routing", routing, ROUTINGS, caller=caller)
+    for name in REFUSED:
+        if hf_kwargs.get(name):
+            raise UnsupportedError(
+                f"from_pretrained: {name} must not be given; got {str(hf_kwargs[name])[:100]!r}. "
+                "Pass a directory or repository that holds one checkpoint."
+            )
+    if not hf_kwargs.pop("use_safetensors", True):
+        raise UnsupportedError(
+            "from_pretrained: use_safetensors must not be False; got False. Pickle files are never "
+            "opened."
+        )
+    refuse_parallelism(
+        hf_kwargs.get("distributed_config"),
+        tp_plan=hf_kwargs.get("tp_plan"),
+        tp_size=hf_kwargs.get("tp_size"),
+    )
+    directory = _directory(path_or_id, hf_kwargs)
+    files = CheckpointFiles.open(directory)
+    is_float = convention_of(files.quantization) is FLOAT
+    import transformers
+
+    register_method()
+    config = _config(transformers, directory, hf_kwargs)
+    options = Options(kernel, hidden_alignment, routing, progress, files)
+    config.quantization_config = {
+        "quant_method": METHOD,
+        "float": is_float,
+        "fp4moe_options": options,
+    }
+    kind = model_class(transformers, config, bool(hf_kwargs.get("trust_remote_code")))
+    result = kind.from_pretrained(directory, config=config, use_safetensors=True, **hf_kwargs)
+    model = result[0] if isinstance(result, tuple) else result
+    if getattr(model.config.quantization_config, "quant_method", None) != METHOD:
+        raise CheckpointError(
+            "from_pretrained: transformers must load through fp4moe's quantizer; got a model "
+            f"loaded by other means ({kind.__name__}). Use transformers 5.17 to 5.23."
+        )
+    if is_float and not any(isinstance(module, FusedExperts) for module in model.modules()):
+        # Experts in a ModuleList are known by their numbers only, once they are loaded.
+        replace_moe(
+            model, kernel, progress=progress, hidden_alignment=hidden_alignment, routing=routing
+        )
+    return result
+
+
+def _directory(path_or_id: str | os.PathLike[str], hf_kwargs: dict[str, Any]) -> str:
+    path = os.fspath(path_or_id)
+    hub = {name: hf_kwargs.pop(name) for name in HUB if name in hf_kwargs}
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path) or path.startswith((".", "/", "~")) or os.path.isabs(path):
+        raise CheckpointError(
+            "from_pretrained: path_or_id must be a directory or the name of a repository; got "
+            f"{path!r}, which is neither. Check the path."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = DOWNLOADED + (["*.py"] if hf_kwargs.get("trust_remote_code") else [])
+    try:
+        return snapshot_download(path, allow_patterns=patterns, ignore_patterns=LEFT, **hub)
+    except HFValidationError as error:
+        raise CheckpointError(
+            "from_pretrained: path_or_id must be a directory or the name of a repository; got "
+            f"{path!r}, which is no directory here and no such name. Check the path."
+        ) from error
+    except OSError as error:  # what huggingface_hub raises of the network and of its cache
+        why = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            "from_pretrained: path_or_id must be a directory or a repository that is in the cache "
+            f"or can be fetched; got {path!r}, which is no directory here: {why} Check the path, "
+            "or the name and the connection."
+        ) from error
+
+
+def _config(transformers: Any, directory: str, hf_kwargs: dict[str, Any]) -> Any:
+    config = hf_kwargs.pop("config", None)
+    if isinstance(config, transformers.PreTrainedConfig):
+        config = copy.deepcopy(config)
+    else:
+        trust = {name: hf_kwargs[name] for name in ("trust_remote_code",) if name in hf_kwargs}
+        config = transformers.AutoConfig.from_pretrained(config or directory, **trust)
+    for name in set(hf_kwargs) & set(config.to_dict()) - {"dtype", "torch_dtype"}:
+        setattr(config, name, hf_kwargs.pop(name))
+    return config

@@ -1,0 +1,349 @@
+"""One run of from_pretrained: plan from the headers, placeholders, packed modules in their places.
+
+transformers builds the model on the meta device, renames keys, loads what is not quantised, ties,
+places and dispatches as ever. Between its steps (pretrained/quantizer.py calls) this gives every
+key its place (checkpoint/plan.py), puts placeholders for experts and quantised Linears, and fills
+them from the files before the model is handed out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.compressed_tensors import compressed_convention, is_compressed_tensors
+from ..checkpoint.files import CheckpointFiles
+from ..checkpoint.modelopt import is_modelopt, modelopt_convention
+from ..checkpoint.naming import FLOAT, FORMS, OTHER, Convention, fail, name_keys
+from ..checkpoint.plan import Model, Plan, inside, make_plan
+from ..checkpoint.plan_checks import ExpertsFacts, LinearFacts
+from ..checkpoint.read import read_experts, read_linear
+from ..checks import HIDDEN_DTYPES
+from ..errors import CheckpointError, UnsupportedError
+from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, MoeSpec, choose_kernel, current_capability
+from ..models.experts_module import is_experts_module
+from ..models.loaded_routing import fuse_routing
+from ..module import FusedExperts
+from ..padding import round_up
+from ..progress import progress_bar
+from .key_names import KeyNames, may_skip, optional_names
+from .probe_experts import describe_on_meta
+
+__all__ = ["Loading", "Options", "Placeholder", "convention_of"]
+
+logger = logging.getLogger("fp4moe")
+
+# What transformers' own methods store, for the refusal.
+METHODS = {
+    "fp8": "fp8_block",
+    "fbgemm_fp8": "fp8_channel",
+    "mxfp8": "mxfp8",
+    "mxfp4": "mxfp4",
+}
+
+
+@dataclasses.dataclass
+class Options:
+    """Keywords of fp4moe.from_pretrained that transformers does not know.
+
+    files is the checkpoint if it is open already: its headers are read once.
+    """
+
+    kernel: str = "auto"
+    hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT
+    routing: str = "given"
+    progress: bool = True
+    files: CheckpointFiles | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Options:
+        """Return this one: transformers copies configurations."""
+        return self
+
+
+def convention_of(quantization: Mapping[str, Any] | None) -> Convention:
+    """Read a quantization configuration; None is a float checkpoint.
+
+    Raises:
+        CheckpointError: the tool, or what it announces, is unknown.
+    """
+    if quantization is None:
+        return FLOAT
+    if is_modelopt(quantization):
+        return modelopt_convention(quantization)
+    if is_compressed_tensors(quantization):
+        return compressed_convention(quantization)
+    method = quantization.get("quant_method")
+    form = METHODS.get(method) if isinstance(method, str) else None
+    got = f"quant_method {method!r}"
+    if method == "fp8" and quantization.get("weight_block_size", ()) is None:
+        form = "fp8"
+    if form is not None:
+        rule = "hold a quantisation that is read here"
+        fail(rule, f"{got}, which is {FORMS[form]} and not read yet", OTHER)
+    known = "Known are ModelOpt's and compressed-tensors' NVFP4 files and float checkpoints"
+    fail("be quantised by a known tool", got, known)
+
+
+class Placeholder(nn.Module):
+    """Stands for packed tensors while transformers plans and loads the rest.
+
+    Its parameters, on the meta device, count for `device_map="auto"` and are in no state_dict;
+    `place` is empty and tells where transformers puts what stands here.
+    """
+
+    place: torch.Tensor
+
+    def __init__(self, nbytes: int):
+        super().__init__()
+        size = torch.empty(nbytes, dtype=torch.uint8, device="meta")
+        self.packed = nn.Parameter(size, requires_grad=False)
+        self.register_buffer(
+            "place", torch.empty(0, dtype=torch.float32, device="meta"), persistent=False
+        )
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """Save nothing: transformers must neither load nor initialise it."""
+
+
+class Loading:
+    """One run of from_pretrained, from the model on meta to the one that is handed out."""
+
+    def __init__(self, options: Options, quantize: bool):
+        self.options, self.quantize = options, quantize
+        self.model: Any = None
+        self.files: CheckpointFiles | None = None
+        self.plan: Plan | None = None
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtype = torch.float32
+
+    def open(self, model: Any, checkpoint_files: list[str] | None, dtype: torch.dtype) -> None:
+        """Open the directory that transformers loads from."""
+        self.model, self.dtype = model, dtype
+        if dtype not in HIDDEN_DTYPES:
+            raise UnsupportedError(
+                "from_pretrained: dtype must be bfloat16, float16 or float32; got "
+                f"{str(dtype).removeprefix('torch.')}, as asked for or as config.json says. Pass "
+                "dtype=torch.bfloat16."
+            )
+        if not checkpoint_files or not all(f.endswith(".safetensors") for f in checkpoint_files):
+            given = [os.path.basename(f) for f in checkpoint_files or ()]
+            fail("be of safetensors files", given, "Convert it with save_pretrained")
+        directories = {os.path.dirname(file) for file in checkpoint_files}
+        if len(directories) > 1:
+            fail("lie in one directory", sorted(directories), "Copy its files together")
+        directory = directories.pop()
+        files, self.options.files = self.options.files, None
+        if files is None or not os.path.samefile(files.directory, directory):
+            files = CheckpointFiles.open(directory)
+        self.files = files
+        names = {os.path.basename(file) for file in checkpoint_files}
+        if names != set(self.files.shards):
+            got = f"{sorted(names)} against {sorted(self.files.shards)}"
+            fail("have one set of weight files", got, "Remove what is stale; do not pass variant")
+
+    def make_plan(self, conversions: list[Any]) -> None:
+        """Plan from transformers' renamings, and put the placeholders."""
+        assert self.files is not None
+        model = self.model
+        experts: dict[str, ExpertsFacts] = {}
+        refused: dict[str, list[str]] = {}
+        for path, module in model.named_modules():
+            if is_experts_module(module):
+                facts, reasons = describe_on_meta(path, module)
+                if facts is not None:
+                    spec = _spec(facts)
+                    reasons = reasons or choose_kernel(self.options.kernel, spec)[1]
+                    experts[path] = facts
+                if reasons:
+                    refused[path] = reasons
+        convention = convention_of(self.files.quantization)
+        names = KeyNames(model, conversions, {*experts, *refused}, convention)
+        plain = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
+        self.shapes = {name: shape for name, (_, shape) in plain.items()}
+        described = Model(
+            experts=experts,
+            linears={
+                path: LinearFacts(m.out_features, m.in_features, m.bias is not None)
+                for path, m in model.named_modules()
+                if isinstance(m, nn.Linear)
+            },
+            plain=plain,
+            optional=optional_names(model),
+            name=names.name,
+            merged=names.merged,
+            may_skip=may_skip(model),
+            quantize=self.quantize,
+        )
+        if refused:
+            self._refuse(refused, names)
+        plan = self.plan = make_plan(self.files.shapes, convention, described)
+        self._check_ties(plan)
+        self._note(plan, convention)
+        for path in (*plan.experts, *plan.linears):
+            model.set_submodule(path, Placeholder(self._packed_bytes(path)))
+
+    def _packed_bytes(self, path: str) -> int:
+        """What the module at a path will take, without a kernel's padding."""
+        assert self.files is not None and self.plan is not None
+        if path in self.plan.linears:
+            keys = list(self.plan.linears[path].matrix.keys.values())
+        elif self.plan.experts[path].form == "float":
+            f = self.plan.experts[path].facts
+            hidden, rows = (round_up(n, 16) for n in (f.hidden_size, f.intermediate_size))
+            return f.num_experts * (2 + f.gated) * hidden * rows * 9 // 16
+        else:
+            keys = self.plan.experts[path].keys
+        specs = [self.files.shapes[key] for key in keys]
+        return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in specs)
+
+    def _refuse(self, refused: dict[str, list[str]], names: KeyNames) -> None:
+        """Refuse experts of another form if they would have to be packed."""
+        assert self.files is not None
+        scales = [key for key in self.files.shapes if "scale" in key.rpartition(".")[2]]
+        packed = {inside(names.name(key), refused) for key in scales}
+        wanted = [path for path in refused if self.quantize or path in packed]
+        if wanted:
+            listed = " ".join(f"{path}: {'; '.join(refused[path])}." for path in wanted[:10])
+            raise UnsupportedError(
+                "from_pretrained: model must have only experts that can be packed; got "
+                f"{len(wanted)} that cannot. {listed} Load a float checkpoint with transformers."
+            )
+
+    def _check_ties(self, plan: Plan) -> None:
+        ties = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+        tied = {name.rpartition(".")[0] for pair in ties.items() for name in pair}
+        if clash := [path for path in plan.linears if path in tied]:
+            rule = "leave tied weights unquantised"
+            fail(rule, f"quantised {name_keys(clash)}", "Set tie_word_embeddings to false")
+
+    def _note(self, plan: Plan, convention: Convention) -> None:
+        """Say what is not loaded, and where tensors and configuration disagree."""
+        if plan.skipped:
+            logger.info(
+                "from_pretrained: not loaded, as the model has no use for them: %s",
+                name_keys(plan.skipped),
+            )
+        modules = {key.rpartition(".")[0] for key in plan.packed_keys}
+        odd = [module for module in modules if convention.ignores(module)]
+        if odd:
+            logger.warning(
+                "from_pretrained: the configuration excludes modules whose tensors are quantised; "
+                "the tensors count: %s",
+                name_keys(odd),
+            )
+
+    def fill(self, loading_info: Any) -> None:
+        """Check what transformers has loaded, then put the packed modules into their places."""
+        assert self.files is not None and self.plan is not None
+        plan, model = self.plan, self.model
+        # Those are ours; transformers would report them as unexpected.
+        loading_info.unexpected_keys.clear()
+        lost = {key for key in loading_info.missing_keys if key in plan.plain}
+        lost |= {entry[0] for entry in loading_info.mismatched_keys}
+        lost |= set(loading_info.conversion_errors)
+        if lost:
+            got = f"failures for {name_keys(lost)}: {loading_info.conversion_errors or ''}"
+            fail("load as transformers expects", got, "Use a checkpoint of this very model")
+        self._check_values()
+        folded = 0
+        unseen: dict[str, Collection[int]] = {}
+        # finish() lays them out, when it knows how the kernel routes.
+        kernel = "reference" if self.options.routing == "fused" else self.options.kernel
+        show = self.options.progress and bool(plan.experts)
+        for path, experts in progress_bar(plan.experts.items(), show=show, desc="packing experts"):
+            device = model.get_submodule(path).place.device
+            found = read_experts(
+                self.files, path, experts, plan.convention, device=device, dtype=self.dtype
+            )
+            folded += found.folded
+            if found.unseen:
+                unseen[path] = found.unseen
+            # Mapped pages count as memory of the process.
+            self.files.close()
+            fused = FusedExperts(
+                found.weights,
+                kernel,
+                hidden_alignment=self.options.hidden_alignment,
+                top_k=experts.facts.top_k,
+            )
+            model.set_submodule(path, fused.eval())
+        for path, linear in plan.linears.items():
+            device = model.get_submodule(path).place.device
+            module = read_linear(
+                self.files, linear, plan.convention, device=device, dtype=self.dtype
+            )
+            model.set_submodule(path, module.eval())
+        self.files.close()
+        if folded:
+            logger.info(
+                "from_pretrained: gate and up of %d experts have different global scales; the "
+                "quotient was moved from up into down, which changes no product of the two",
+                folded,
+            )
+        if unseen:
+            logger.warning(
+                "from_pretrained: calibration has no activation range for %d experts, which get "
+                "the largest of the others, 1 if there is none (kernels with 16-bit activations "
+                "use no range): %s",
+                sum(map(len, unseen.values())),
+                "; ".join(f"{path}: {', '.join(map(str, ids))}" for path, ids in unseen.items()),
+            )
+
+    def _check_values(self) -> None:
+        """Look at all that transformers has loaded: 5.17 does not compare shapes here."""
+        assert self.plan is not None
+        wrong, bad = [], []
+        for name in self.plan.plain:
+            tensor = self.model.get_parameter_or_buffer(name)
+            if tensor.is_meta or tuple(tensor.shape) != self.shapes[name]:
+                wrong.append(name)
+            elif tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
+                bad.append(name)
+        if wrong:
+            got = f"others for {name_keys(wrong)}"
+            fail("load with the shapes of the model", got, "Use a checkpoint of this very model")
+        if bad:
+            fail("hold finite numbers", f"inf or NaN in {name_keys(bad)}", "Download it again")
+
+    def finish(self) -> None:
+        """Refuse what is not where the operator can use it; route in the kernel if asked."""
+        model = self.model
+        for path, module in model.named_modules():
+            if isinstance(module, Placeholder):
+                raise CheckpointError(
+                    f"from_pretrained: transformers must load {path}; got a version that skips "
+                    "the step which fills it. Use transformers 5.17 to 5.23."
+                )
+            hook = getattr(module, "_hf_hook", None)
+            hooks = getattr(hook, "hooks", (hook,))
+            if self._ours(path) and any(getattr(h, "offload", False) for h in hooks):
+                raise UnsupportedError(
+                    "from_pretrained: device_map must keep experts and quantised Linears on a "
+                    f"device; got {path} offloaded. Pass a device_map whose devices hold them."
+                )
+        if self.options.routing == "fused":
+            assert self.plan is not None
+            fuse_routing(model, self.plan.experts, self.options)
+
+    def _ours(self, path: str) -> bool:
+        assert self.plan is not None
+        return path in self.plan.experts or path in self.plan.linears
+
+
+def _spec(facts: ExpertsFacts) -> MoeSpec:
+    """What any device would be asked to run; the device itself is known later."""
+    return MoeSpec(
+        activation=facts.activation,
+        gated=facts.gated,
+        hidden_size=facts.hidden_size,
+        intermediate_size=facts.intermediate_size,
+        num_experts=facts.num_experts,
+        top_k=facts.top_k,
+        capability=current_capability(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+    )

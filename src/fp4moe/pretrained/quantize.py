@@ -1,0 +1,83 @@
+"""`fp4moe.quantize_checkpoint`: whether transformers will load the result is asked here."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Sequence
+
+from ..checkpoint.files import CheckpointFiles
+from ..checkpoint.write_plan import Calibration
+from ..checkpoint.writer import FOR_OTHERS, WriteReport, write_checkpoint
+from ..errors import CheckpointError
+from .from_config import experts_refusals, model_on_meta
+
+__all__ = ["quantize_checkpoint"]
+
+logger = logging.getLogger("fp4moe")
+
+
+def quantize_checkpoint(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    method: str = "max",
+    layers: str | Sequence[str] | None = None,
+    calibration: Calibration | None = None,
+    max_shard_bytes: float = 5e9,
+    progress: bool = True,
+) -> WriteReport:
+    """Write a copy of a Hugging Face checkpoint whose experts are NVFP4, in ModelOpt's layout.
+
+    All other tensors stay as they are; Python files are not copied. Experts that fp4moe itself
+    cannot run yet (clamped gates) are written for other programs, with a warning. Files go to
+    `<dst>.partial`, which becomes `dst` by one rename at the end: a killed run leaves no `dst`,
+    goes on when it is called again, and gives the same bytes.
+
+    Args:
+        src: directory with safetensors and config.json; experts in bfloat16, float16 or float32,
+            fused or one by one, their columns multiples of 16.
+        dst: directory that does not exist yet, or is empty.
+        method: "max" or "mse", as in `quantize_nvfp4`.
+        layers: regular expressions; an experts layer is quantised where one is found in its name,
+            such as "model.layers.3.mlp.experts". None takes all but those of multi-token
+            prediction: under names of their own (`mtp`), or numbered behind the decoder's layers.
+        calibration: experts module -> (hidden_scale, intermediate_scale), decode multipliers
+            amax / 2688; the second is a number or one per expert. Names are those of the model or
+            of its files. The files then say NVFP4 and hold input_scale, else W4A16_NVFP4.
+        max_shard_bytes: bytes of tensors per weight file; a larger tensor has one of its own.
+        progress: whether to show a bar over the bytes that are read, and the report.
+
+    Raises:
+        CheckpointError: `src` is damaged, incomplete, unsafe or quantised; `dst` exists, is a
+            partial run of something else, or another process writes it; the disk is full or
+            read-only (the partial run stays).
+        UnsupportedError: no experts are found, or they are stored in an unknown way.
+        ShapeError: an argument does not fit.
+    """
+    return write_checkpoint(
+        src,
+        dst,
+        method=method,
+        layers=layers,
+        calibration=calibration,
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+        refusals=_refusals,
+    )
+
+
+def _refusals(files: CheckpointFiles) -> list[str]:
+    if importlib.util.find_spec("transformers") is None:
+        return []
+    try:
+        model = model_on_meta(files.directory, caller="quantize_checkpoint")
+    except CheckpointError as error:
+        # Files for other programs need no class of transformers.
+        logger.info("quantize_checkpoint: not known whether from_pretrained will load: %s", error)
+        return []
+    refusals = experts_refusals(model)
+    if refusals:
+        logger.warning("quantize_checkpoint: %s: %s", FOR_OTHERS, "; ".join(refusals))
+    return refusals

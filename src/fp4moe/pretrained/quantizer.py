@@ -1,0 +1,221 @@
+"""How transformers' own `from_pretrained` reaches fp4moe's loading: an HfQuantizer.
+
+Written against transformers 5.17 to 5.23. The quantizer only forwards steps to loading.py;
+registering it is explicit (`fp4moe.register_transformers`), but for METHOD, which
+`fp4moe.from_pretrained` uses.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from ..checkpoint.compressed_tensors import is_nvfp4
+from ..checkpoint.header import read_json
+from ..checkpoint.modelopt import MODELOPT_METHODS, announces_nvfp4, resembles_modelopt
+from ..errors import UnsupportedError
+from .loading import Loading, Options
+from .parallelism import refuse_parallelism
+
+__all__ = ["METHOD", "register_formats", "register_method"]
+
+# How fp4moe.from_pretrained asks transformers for this quantizer; never written to a file.
+METHOD = "fp4moe"
+FILE = "hf_quant_config.json"
+HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+
+
+@functools.cache
+def _classes() -> tuple[Any, Any]:
+    """Make the classes that derive from transformers'."""
+    from transformers.quantizers import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class Fp4MoeConfig(QuantizationConfigMixin):
+        """Holds a checkpoint's own quantization configuration, and how to load it."""
+
+        def __init__(self, quant_method: str = METHOD, **entries: Any):
+            self.quant_method: Any = quant_method
+            self.options = entries.pop("fp4moe_options", None) or Options()
+            self.entries = entries
+
+        @classmethod
+        def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+            config = cls(**config_dict)
+            return (config, kwargs) if return_unused_kwargs else config
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"quant_method": self.quant_method, **self.entries}
+
+    class Fp4MoeQuantizer(HfQuantizer):
+        """Hands the steps of from_pretrained to a Loading."""
+
+        is_trainable = False
+        is_compileable = True
+
+        def __init__(self, quantization_config, **kwargs):
+            super().__init__(quantization_config, **kwargs)
+            quantize = not self.pre_quantized or quantization_config.entries.get("float", False)
+            # transformers then casts as for float models, loads one tensor after the other, and
+            # leaves what it does not know alone.
+            self.pre_quantized = False
+            self.loading = Loading(quantization_config.options, quantize)
+
+        def is_serializable(self) -> bool:
+            return False
+
+        def validate_environment(self, *args, device_map=None, **kwargs) -> None:
+            if isinstance(device_map, dict) and "disk" in device_map.values():
+                raise UnsupportedError(
+                    "from_pretrained: device_map must not name the disk; got one that does. "
+                    "Packed experts cannot be offloaded."
+                )
+
+        def _process_model_before_weight_loading(
+            self, model, checkpoint_files=None, dtype=None, **kwargs
+        ):
+            refuse_parallelism(getattr(model.config, "distributed_config", None))
+            self.loading.open(model, checkpoint_files, dtype or model.dtype)
+            return model
+
+        def update_weight_conversions(self, weight_conversions, model=None):
+            self.loading.make_plan(weight_conversions)
+            own = self.loading.model
+            adjust = own._adjust_missing_and_unexpected_keys
+
+            def adjust_and_fill(loading_info):
+                # The last step of transformers before it hands the model to its devices.
+                adjust(loading_info)
+                del own._adjust_missing_and_unexpected_keys
+                self.loading.fill(loading_info)
+
+            own._adjust_missing_and_unexpected_keys = adjust_and_fill
+            # They merge float experts; packed ones, renamed or not, fit no tensor that is left.
+            return weight_conversions
+
+        def _process_model_after_weight_loading(self, model, **kwargs):
+            self.loading.finish()
+            # It holds the model.
+            del self.loading
+            return model
+
+    return Fp4MoeConfig, Fp4MoeQuantizer
+
+
+def _claim(method: str) -> None:
+    from transformers.quantizers import auto
+
+    registries: tuple[Any, Any] = (
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING,
+        auto.AUTO_QUANTIZER_MAPPING,
+    )
+    for registry, kind in zip(registries, _classes(), strict=True):
+        if registry.setdefault(method, kind) is not kind:
+            raise UnsupportedError(
+                f"register_transformers: quantization method {method!r} must be free; got "
+                f"{registry[method].__name__} there. Call fp4moe.from_pretrained, which does not "
+                "need it."
+            )
+
+
+def register_method() -> None:
+    """Register the quantizer under METHOD, for fp4moe.from_pretrained; safe to repeat."""
+    _claim(METHOD)
+
+
+def register_formats() -> None:
+    """Register it for ModelOpt's files and for compressed-tensors' NVFP4 ones; safe to repeat.
+
+    compressed-tensors' other formats stay with transformers' own quantizer, as do all others that
+    it knows. Configurations are then read together with ModelOpt's hf_quant_config.json, which
+    transformers alone does not open: it would leave the experts random.
+
+    Raises:
+        UnsupportedError: another quantizer claims ModelOpt's files.
+    """
+    from transformers.quantizers import auto
+
+    for method in MODELOPT_METHODS:
+        _claim(method)
+    _read_hf_quant_config()
+    config_class, quantizer_class = _classes()
+    configs: Any = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    quantizers: Any = auto.AUTO_QUANTIZER_MAPPING
+    name = "compressed-tensors"
+    other_config, other_quantizer = configs[name], quantizers[name]
+    if getattr(other_config, "for_fp4moe", False):
+        return
+
+    class CompressedTensorsConfig(other_config):  # type: ignore[misc, valid-type]
+        for_fp4moe = True
+
+        @classmethod
+        def from_dict(cls, config_dict, **kwargs):
+            kind = config_class if is_nvfp4(config_dict) else other_config
+            return kind.from_dict(config_dict, **kwargs)
+
+    def make_quantizer(quantization_config, **kwargs):
+        ours = isinstance(quantization_config, config_class)
+        return (quantizer_class if ours else other_quantizer)(quantization_config, **kwargs)
+
+    configs[name], quantizers[name] = CompressedTensorsConfig, make_quantizer
+
+
+def _read_hf_quant_config() -> None:
+    from transformers import PreTrainedConfig
+
+    plain: Any = PreTrainedConfig.get_config_dict.__func__  # type: ignore[attr-defined]
+    if hasattr(plain, "for_fp4moe"):
+        return
+
+    def get_config_dict(cls, name, **kwargs):
+        config, unused = plain(cls, name, **kwargs)
+        entry = _entry(config)
+        known = _has_quantizer(entry)
+        if known and (entry.get("quant_method") in MODELOPT_METHODS or is_nvfp4(entry)):
+            return config, unused
+        content = None if os.path.isfile(name) else _hf_quant_config(name, config, kwargs, known)
+        if content is not None and (not known or announces_nvfp4(content)):
+            config["quantization_config"] = content | {"quant_method": "modelopt"}
+        elif not known and resembles_modelopt(entry):
+            # Claimed, whatever its name: loading reads it, or says what it is.
+            config["quantization_config"] = entry | {"quant_method": "modelopt"}
+        return config, unused
+
+    get_config_dict.for_fp4moe = True  # type: ignore[attr-defined]
+    PreTrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[assignment]
+
+
+def _entry(config: dict[str, Any]) -> dict[str, Any]:
+    """The quantization entry where transformers looks for it; {} where there is none."""
+    entry, text = config.get("quantization_config"), config.get("text_config")
+    if entry is None and isinstance(text, dict):
+        entry = text.get("quantization_config")
+    return entry if isinstance(entry, dict) else {}
+
+
+def _has_quantizer(entry: dict[str, Any]) -> bool:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    if entry.get("load_in_8bit") or entry.get("load_in_4bit"):
+        return True  # bitsandbytes: transformers adds the rest of its name
+    method = entry.get("quant_method")
+    return isinstance(method, str) and method in AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+def _hf_quant_config(
+    name: Any, config: dict[str, Any], kwargs: Any, known: bool
+) -> dict[str, Any] | None:
+    """The content of hf_quant_config.json beside a configuration, None where there is none.
+
+    Where another quantizer is known to load the model, the hub need not answer.
+    """
+    from transformers.utils import cached_file
+
+    hub = {key: kwargs[key] for key in HUB if kwargs.get(key) is not None}
+    hub["_commit_hash"] = config.get("_commit_hash")
+    flags = ("missing_entries", *(("connection_errors", "gated_repo") if known else ()))
+    hub |= {f"_raise_exceptions_for_{flag}": False for flag in flags}
+    file = cached_file(name, FILE, **hub)
+    return None if file is None else read_json(file)

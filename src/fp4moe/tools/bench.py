@@ -1,0 +1,395 @@
+"""`fp4moe bench`: one layer of experts against its floor and against Hugging Face, in microseconds.
+
+Every result is compared with float32 on the same values, and with a second run bit for bit, before
+its time is printed. A time is the median of replays of a CUDA graph; up to 16 tokens the graph
+holds 8 different routings, so that weights are not warm. floor = max(bytes of the experts hit at
+4.3 TB/s, operations at 790 TFLOP/s), 4.5 bits a weight: an H200's figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..activations import ACTIVATIONS
+from ..errors import UnsupportedError
+from ..experts import ExpertWeights
+from ..formats.nvfp4 import NVFP4Values
+from ..kernels import KERNELS, MoeSpec, choose_kernel, current_capability, measured
+from ..module import FusedExperts
+from .selftest import LAYERS
+
+__all__ = ["SHAPES", "TOKENS", "Shape", "add_parser", "graph_us", "random_weights", "run"]
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
+BANDWIDTH, OPERATIONS = 4.3e12, 790e12
+# bfloat16 rounds the intermediate, each slot's output and the sum: three times 2^-9, relative.
+LIMIT = 6e-3
+ROTATIONS, REPLAYS = 8, 30
+SKEW = 3.0
+# A compilation each, and beyond 64 tokens batched_mm gathers more than the experts themselves.
+COMPILED_TOKENS, MOST_BATCHED = (1, 16, 128, 1024, 4096), 64
+PEERS = ("grouped_mm", "grouped_mm compiled", "batched_mm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One layer of experts."""
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+    gated: bool
+
+    @property
+    def weights_per_expert(self) -> int:
+        return (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
+
+    def spec(self) -> MoeSpec:
+        """The layer on the current device."""
+        return MoeSpec(capability=current_capability(), **dataclasses.asdict(self))
+
+
+SHAPES = {
+    name: Shape(**LAYERS[model])
+    for name, model in (("gemma4", "Gemma4-26B-A4B"), ("nano", "Nemotron-3-Nano-30B"))
+}
+
+
+def random_weights(shape: Shape) -> ExpertWeights:
+    """Return random codes and block scales; global scales keep values near 1."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def values(rows: int, columns: int) -> NVFP4Values:
+        def draw(low: int, high: int, count: int) -> torch.Tensor:
+            size = (shape.num_experts, rows, count)
+            return torch.randint(
+                low, high, size, dtype=torch.uint8, device="cuda", generator=generator
+            )
+
+        scale = draw(0x30, 0x41, columns // 16).view(torch.float8_e4m3fn)
+        factor = torch.full(
+            (shape.num_experts,), columns**-0.5 / 3, dtype=torch.float32, device="cuda"
+        )
+        return NVFP4Values(draw(0, 256, columns // 2), scale, factor)
+
+    return ExpertWeights(
+        gate_up=values((1 + shape.gated) * shape.intermediate_size, shape.hidden_size),
+        down=values(shape.hidden_size, shape.intermediate_size),
+        activation=shape.activation,
+        gated=shape.gated,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_experts=shape.num_experts,
+        expert_offset=0,
+        hidden_scale=torch.ones(1, dtype=torch.float32, device="cuda"),
+        intermediate_scale=torch.ones(shape.num_experts, dtype=torch.float32, device="cuda"),
+    )
+
+
+def routing(shape: Shape, tokens: int, seed: int, skew: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct random experts a token; skew > 0 prefers low ids."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    noise = torch.rand(
+        tokens, shape.num_experts, dtype=torch.float32, device="cuda", generator=generator
+    )
+    noise -= skew * torch.linspace(0, 1, shape.num_experts, dtype=torch.float32, device="cuda")
+    ids = noise.topk(shape.top_k).indices
+    weights = torch.rand(
+        tokens, shape.top_k, dtype=torch.float32, device="cuda", generator=generator
+    )
+    return ids, weights / weights.sum(1, keepdim=True)
+
+
+def float32_result(
+    x: torch.Tensor, weights: ExpertWeights, ids: torch.Tensor, routing_weights: torch.Tensor
+) -> torch.Tensor:
+    """The layer in float32, expert by expert."""
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    act = ACTIVATIONS[weights.activation].function
+    for expert in ids.unique().tolist():
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        part = {k: v[0] for k, v in weights.slice_experts(expert, expert + 1).dequantize().items()}
+        rows = x[token].float()
+        y = rows @ part["up"].T
+        y = act(rows @ part["gate"].T) * y if weights.gated else act(y)
+        out.index_add_(0, token, (y @ part["down"].T) * routing_weights[token, slot, None])
+    return out
+
+
+def graph_us(calls: list[Callable[[], torch.Tensor]]) -> float:
+    """Return the median time of one call in a replayed graph of all of them, in microseconds."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    events = [(torch.cuda.Event(True), torch.cuda.Event(True)) for _ in range(REPLAYS)]
+    for _ in range(3):
+        graph.replay()
+    for start, stop in events:
+        start.record()
+        graph.replay()
+        stop.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in events) * 1e3 / len(calls)
+
+
+def huggingface(name: str, weights: ExpertWeights) -> Any:
+    """transformers' own experts, bfloat16, with the values of `weights`."""
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": weights.hidden_size, "moe_intermediate_size": weights.intermediate_size}
+    if name == "gemma4":
+        from transformers.models.gemma4 import modeling_gemma4
+
+        config = AutoConfig.for_model(
+            "gemma4_text",
+            num_experts=weights.num_experts,
+            top_k_experts=SHAPES[name].top_k,
+            **sizes,
+        )
+        make: Any = modeling_gemma4.Gemma4TextExperts
+    else:
+        from transformers.models.nemotron_h import modeling_nemotron_h
+
+        config = AutoConfig.for_model(
+            "nemotron_h",
+            n_routed_experts=weights.num_experts,
+            num_experts_per_tok=SHAPES[name].top_k,
+            **sizes,
+        )
+        make = modeling_nemotron_h.NemotronHExperts
+    with torch.device("meta"):
+        experts = make(config)
+    experts = (
+        experts.to(torch.bfloat16).to_empty(device=weights.down.packed.device).requires_grad_(False)
+    )
+    for expert in range(weights.num_experts):
+        part = weights.slice_experts(expert, expert + 1).dequantize()
+        gate_up = [part["gate"][0]] if weights.gated else []
+        target = experts.gate_up_proj if weights.gated else experts.up_proj
+        target[expert].copy_(torch.cat([*gate_up, part["up"][0]]))
+        experts.down_proj[expert].copy_(part["down"][0])
+    return experts
+
+
+def contenders(
+    name: str, shape: Shape, weights: ExpertWeights, kernels: list[str], peers: bool
+) -> Iterator[tuple[str, Callable[[int], Callable | None]]]:
+    """Yield (name, function of tokens giving what to call with x, ids and weights, or None)."""
+
+    def always(call: Callable) -> Callable[[int], Callable]:
+        return lambda tokens: call
+
+    for kernel in kernels:
+        yield kernel, always(FusedExperts(weights, kernel=kernel, top_k=shape.top_k))
+    if not peers:
+        return
+    experts = huggingface(name, weights)
+
+    def implementation(kind: str, *args: torch.Tensor) -> torch.Tensor:
+        experts.config._experts_implementation = kind
+        return experts(*args)
+
+    def compiled(tokens: int) -> Callable | None:
+        if tokens not in COMPILED_TOKENS:
+            return None
+        torch._dynamo.reset()
+        experts.config._experts_implementation = "grouped_mm"
+        return torch.compile(experts, dynamic=False)
+
+    batched = functools.partial(implementation, "batched_mm")
+    yield PEERS[0], always(functools.partial(implementation, "grouped_mm"))
+    yield PEERS[1], compiled
+    yield PEERS[2], lambda tokens: batched if tokens <= MOST_BATCHED else None
+
+
+def measure(
+    name: str, kernels: list[str], all_tokens: list[int], skew: float, peers: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each contender and number of tokens; `wrong` where a result is."""
+    shape, weights = SHAPES[name], random_weights(SHAPES[name])
+    cases = {}
+    for tokens in all_tokens:
+        generator = torch.Generator("cuda").manual_seed(1)
+        x = torch.randn(
+            tokens, shape.hidden_size, dtype=torch.float32, device="cuda", generator=generator
+        ).bfloat16()
+        count = ROTATIONS if tokens <= 16 else 1
+        routings = [routing(shape, tokens, seed, skew) for seed in range(count)]
+        cases[tokens] = x, routings, float32_result(x, weights, *routings[0])
+    for kernel, make in contenders(name, shape, weights, kernels, peers):
+        for tokens, (x, routings, expected) in cases.items():
+            call = make(tokens)
+            if call is None:
+                continue
+            hit = statistics.mean(len(ids.unique()) for ids, _ in routings)
+            size = hit * shape.weights_per_expert * 9 / 16
+            operations = 2 * tokens * shape.top_k * shape.weights_per_expert
+            floor = max(size / BANDWIDTH, operations / OPERATIONS) * 1e6
+            with torch.no_grad():
+                got, again = (call(x, *routings[0]) for _ in range(2))
+                error = ((got.float() - expected).norm() / expected.norm()).item()
+                row = {"shape": name, "kernel": kernel, "tokens": tokens, "error": error}
+                # Hugging Face rounds more often, and its sums are atomic: only ours must be equal.
+                ours = kernel not in PEERS
+                if not error <= (LIMIT if ours else 2 * LIMIT) or (
+                    ours and not torch.equal(got, again)
+                ):
+                    yield row | {"wrong": True}
+                    continue
+                inputs = [(x, ids, w if ours else w.to(x)) for ids, w in routings]
+                us = graph_us([functools.partial(call, *each) for each in inputs])
+            row |= {"us": round(us, 2), "floor_us": round(floor, 2)}
+            yield row | {"gbs": size / us / 1e3, "tflops": operations / us / 1e6}
+
+
+def add_parser(commands: Any) -> None:
+    """Add `bench` to the subcommands of `fp4moe`."""
+    command = commands.add_parser("bench", help="time the kernels on this GPU, checked first")
+    command.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    command.add_argument("--tokens", nargs="+", type=_positive, default=list(TOKENS))
+    command.add_argument("--kernel", nargs="+", default=[], help="default auto and what runs here")
+    command.add_argument("--routing", choices=("balanced", "skewed"), default="balanced")
+    command.add_argument(
+        "--no-peers", action="store_true", help="leave out Hugging Face's own experts"
+    )
+    command.add_argument("--json", help="also write the rows here")
+    command.add_argument("--commit", default="", help="what to note as the measured version")
+    command.add_argument(
+        "--tune", action="store_true", help="measure tiles and kernels, write what auto reads"
+    )
+    command.add_argument("--output", help="where --tune writes; default the user's own file")
+    command.add_argument(
+        "--jobs", type=_positive, default=8, help="processes that compile for --tune"
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError("a number of 1 or more")
+    return number
+
+
+_positive.__name__ = "number of 1 or more"  # argparse names it: "invalid ... value: '0'"
+
+
+def check_output(path: str | None, *, tuned: bool = False) -> None:
+    """Refuse a file that cannot be written, before anything is measured.
+
+    Args:
+        path: of --json, or with `tuned` of --output, whose earlier measurements are kept.
+
+    Raises:
+        UnsupportedError: it cannot be opened, or holds something else than measurements.
+    """
+    if not path:
+        return
+    try:
+        if tuned:
+            pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+            if os.path.exists(path):
+                measured.read(pathlib.Path(path))
+        with open(path + ".unfinished" if tuned else path, "a"):
+            pass
+    except (OSError, ValueError) as error:
+        raise UnsupportedError(
+            f"bench: --json and --output must be files that can be written; got {path!r}: {error}. "
+            "Choose another."
+        ) from error
+
+
+def facts() -> dict[str, Any]:
+    """GPU, versions and date of a measurement."""
+    names = ("torch", "triton", "transformers", "humming-kernels")
+    versions = {}
+    for name in names:
+        if importlib.util.find_spec(name.replace("-kernels", "")):
+            versions[name] = importlib.metadata.version(name)
+    today = datetime.date.today().isoformat()
+    return {"gpu": torch.cuda.get_device_name(), "date": today, "versions": versions}
+
+
+def require_gpu() -> None:
+    """Raise UnsupportedError without a CUDA device."""
+    if not torch.cuda.is_available():
+        raise UnsupportedError(
+            "bench: device must be a CUDA GPU; got a CPU. Run it where the model is to run."
+        )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print a row per shape, kernel and number of tokens; 1 where a result was wrong.
+
+    Raises:
+        UnsupportedError: there is no CUDA device, or a kernel does not run here.
+    """
+    require_gpu()
+    check_output(arguments.json)
+    skew = SKEW if arguments.routing == "skewed" else 0.0
+    about = facts() | {"routing": arguments.routing, "commit": arguments.commit}
+    print(json.dumps(about))
+    print(
+        f"{'shape':7s}{'T':>6s} {'us':>8s} {'floor':>7s} {'share':>6s} {'GB/s':>6s} {'TFLOP/s':>8s}"
+        f" {'error':>8s}  kernel"
+    )
+    rows, wrong = [], False
+    for name in arguments.shape:
+        kernels = arguments.kernel or ["auto", *runnable(SHAPES[name])]
+        for row in measure(name, kernels, arguments.tokens, skew, not arguments.no_peers):
+            if row.pop("wrong", False):
+                print(
+                    f"{name} T = {row['tokens']} {row['kernel']}: wrong, error {row['error']:.1e}"
+                )
+                wrong = True
+                continue
+            print(
+                f"{name:7s}{row['tokens']:6d} {row['us']:8.1f} {row['floor_us']:7.1f} "
+                f"{row['floor_us'] / row['us']:6.2f} {row.pop('gbs'):6.0f} "
+                f"{row.pop('tflops'):8.1f} {row['error']:8.1e}  {row['kernel']}",
+                flush=True,
+            )
+            rows.append(row)
+            if arguments.json:
+                text = json.dumps(about | {"rows": rows}, indent=1)
+                pathlib.Path(arguments.json).write_text(text + "\n")
+    for line in ratios(rows):
+        print(line)
+    return int(wrong)
+
+
+def runnable(shape: Shape) -> list[str]:
+    """The GPU kernels that run here; the references are no contenders."""
+    names = [name for name in KERNELS if not name.startswith("reference")]
+    return [name for name in names if choose_kernel(name, shape.spec())[0]]
+
+
+def ratios(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Lines with how many times faster auto is than the others, in this run."""
+    us = {(row["shape"], row["kernel"], row["tokens"]): row["us"] for row in rows}
+    others = [k for k in dict.fromkeys(kernel for _, kernel, _ in us) if k != "auto"]
+    for shape, kernel, tokens in us:
+        if kernel == "auto":
+            own = us[shape, kernel, tokens]
+            parts = [
+                f"{us[shape, o, tokens] / own:.2f}x {o}" for o in others if (shape, o, tokens) in us
+            ]
+            yield f"{shape:7s}{tokens:6d} auto against: {', '.join(parts)}"

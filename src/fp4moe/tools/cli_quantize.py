@@ -1,0 +1,72 @@
+"""The command `fp4moe quantize SRC DST`."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..formats.nvfp4 import METHODS
+from ..pretrained.quantize import quantize_checkpoint
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to those of the program."""
+    command = subparsers.add_parser(
+        "quantize", help="write a float checkpoint again with its experts in NVFP4"
+    )
+    # Optional to argparse, since --layers takes what follows it; see `_paths`.
+    command.add_argument("src", nargs="?", help="a directory with safetensors and config.json")
+    command.add_argument(
+        "dst", nargs="?", help="a new or empty directory; a killed run goes on when repeated"
+    )
+    command.usage = "fp4moe quantize [-h] [options] src dst"
+    command.set_defaults(parser=command)
+    command.add_argument(
+        "--method", choices=METHODS, default="max", help="mse is slower and rounds with less error"
+    )
+    command.add_argument(
+        "--layers",
+        nargs="+",
+        action="extend",
+        metavar="REGEX",
+        help=r"quantise the experts layers in whose name one is found, such as 'layers\.[0-9]\.'",
+    )
+    command.add_argument(
+        "--calibrate",
+        metavar="TEXT.jsonl",
+        help="record the ranges of activations on this text and store them as input_scale",
+    )
+    command.add_argument("--max-shard-bytes", type=float, default=5e9)
+    command.add_argument("--no-progress", action="store_true", help="no bar and no report")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command."""
+    _paths(arguments)
+    calibration = None
+    if arguments.calibrate:
+        from ..calibration.calibrate import scales_from_text
+
+        calibration = scales_from_text(arguments.src, arguments.calibrate)
+    quantize_checkpoint(
+        arguments.src,
+        arguments.dst,
+        method=arguments.method,
+        layers=arguments.layers,
+        calibration=calibration,
+        max_shard_bytes=arguments.max_shard_bytes,
+        progress=not arguments.no_progress,
+    )
+
+
+def _paths(arguments: argparse.Namespace) -> None:
+    """Give back the paths that --layers has taken: `quantize --layers 0 SRC DST`."""
+    found = [path for path in (arguments.src, arguments.dst) if path is not None]
+    layers = arguments.layers or []
+    missing = 2 - len(found)
+    if len(layers) < missing or (layers and len(layers) == missing):
+        arguments.parser.error("the following arguments are required: src, dst")
+    found += layers[len(layers) - missing :] if missing else []
+    arguments.src, arguments.dst = found
+    arguments.layers = layers[: len(layers) - missing] or None

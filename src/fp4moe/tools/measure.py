@@ -1,0 +1,210 @@
+"""`fp4moe bench --tune`: measure Triton's tiles and every kernel, and write what "auto" reads."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import pathlib
+from typing import Any
+
+import torch
+
+from ..errors import UnsupportedError
+from ..experts import ExpertWeights
+from ..kernels import PreparedWeights, current_capability, measured
+from ..kernels.measured import FEW_SLOTS
+from ..kernels.triton.kernel import TRITON, run_with
+from ..kernels.triton.tiles import Config, Tile
+from . import bench
+
+__all__ = ["tune"]
+
+_SIZES = ("gated", "hidden_size", "intermediate_size", "num_experts", "top_k")
+RUNS = 5  # of the winner, which must agree bit for bit
+
+
+def candidates(slots: int, more: int) -> tuple[list[Tile], list[Tile]]:
+    """Tiles to try for gate and up, and for down, with so many slots a tile."""
+
+    def tile(rows: int, slabs: int, warps: int, stages: int) -> Tile:
+        return Tile(slots, rows, slabs, warps, stages, more)
+
+    gate_up = [tile(r, 1, 4, s) for r in (32, 64, 128) for s in (3, 4, 5)]
+    down = [tile(r, 1, 4, s) for r in (64, 128) for s in (3, 4, 5)]
+    if slots <= 16:
+        more_k = [tile(r, k, 4, s) for r in (32, 64, 128) for k, s in ((2, 3), (2, 5), (4, 3))]
+        return gate_up + more_k, down + more_k
+    if slots >= 64:
+        wide = [tile(r, 1, 8, s) for r in (64, 128) for s in (3, 4)]
+        return gate_up + wide, down + wide
+    return gate_up, down
+
+
+def families(slots: int, num_experts: int) -> list[tuple[str, int, int]]:
+    """(mode, slots a tile, further slots) worth a try for so many slots in all."""
+    if slots <= FEW_SLOTS:
+        return [("slot", 16, 0)]
+    density = slots / num_experts
+    sizes = [(n, 0) for n in (16, 32, 64, 128, 256)]
+    sizes += [(32, 16), (64, 16), (64, 32), (128, 16), (128, 32)]
+    low, high = density / 4, max(density * 4, 16)
+    return [("sorted", n, more) for n, more in sizes if low <= n + more <= high]
+
+
+def compile_one(shape: bench.Shape, config: Config) -> None:
+    """Compile a config into Triton's cache, in a process of its own."""
+    # 16 experts are a multiple of 16, as 128 are: the same specialisation.
+    small = dataclasses.replace(shape, num_experts=16)
+    prepared = TRITON.prepare(bench.random_weights(small), hidden_alignment=256)
+    x = torch.zeros(64, shape.hidden_size, dtype=torch.bfloat16, device="cuda")
+    ids, weights = bench.routing(small, 64, 0, 0.0)
+    run_with(config, x, ids, weights, prepared.operands, prepared.settings)
+    torch.cuda.synchronize()
+
+
+def compile_all(shape: bench.Shape, tokens: list[int], jobs: int) -> set[Config]:
+    """Compile what will be measured, side by side; return what compiles and runs."""
+    configs = set()
+    for count in tokens:
+        for mode, *size in families(count * shape.top_k, shape.num_experts):
+            gate_up, down = candidates(*size)
+            configs |= {Config(mode, tile, down[0]) for tile in gate_up}
+            configs |= {Config(mode, gate_up[0], tile) for tile in down}
+    good = set()
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
+        started = {pool.submit(compile_one, shape, config): config for config in configs}
+        for done in concurrent.futures.as_completed(started):
+            if error := done.exception():
+                print(f"left out: {started[done]}: {str(error).strip().splitlines()[:1]}")
+            else:
+                good.add(started[done])
+    return good
+
+
+def tune_tiles(name: str, tokens: list[int], jobs: int) -> dict[int, Config]:
+    """Return the fastest config for each number of tokens; none where Triton does not run."""
+    shape = bench.SHAPES[name]
+    if TRITON.reasons_not_to_run(shape.spec()):
+        return {}
+    weights = bench.random_weights(shape)
+    good = compile_all(shape, tokens, jobs)
+    prepared = TRITON.prepare(weights, hidden_alignment=256)
+    tiles = {}
+    for count in tokens:
+        tiles[count] = tune_tokens(shape, count, prepared, weights, good)
+        print(f"{name} T = {count}: {tiles[count]}", flush=True)
+    return tiles
+
+
+def tune_tokens(
+    shape: bench.Shape,
+    tokens: int,
+    prepared: PreparedWeights,
+    weights: ExpertWeights,
+    good: set[Config],
+) -> Config:
+    """Return the fastest config: gate and up first, then down."""
+    x = torch.randn(tokens, shape.hidden_size, dtype=torch.float32, device="cuda").bfloat16()
+    count = bench.ROTATIONS if tokens <= 16 else 1
+    routings = [bench.routing(shape, tokens, seed, 0.0) for seed in range(count)]
+    operands, settings = prepared.operands, prepared.settings
+
+    def us(config: Config) -> float:
+        return bench.graph_us(
+            [functools.partial(run_with, config, x, *r, operands, settings) for r in routings]
+        )
+
+    best: tuple[float, Config] | None = None
+    for mode, *size in families(tokens * shape.top_k, shape.num_experts):
+        gate_up, down = candidates(*size)
+        gate_up = [tile for tile in gate_up if Config(mode, tile, down[0]) in good]
+        down = [tile for tile in down if Config(mode, candidates(*size)[0][0], tile) in good]
+        if not gate_up or not down:
+            continue
+        first = min(gate_up, key=lambda tile: us(Config(mode, tile, down[0])))
+        timed = [(us(config), config) for config in (Config(mode, first, tile) for tile in down)]
+        best = min([*timed, *([best] if best else [])], key=lambda pair: pair[0])
+    if best is None:
+        raise UnsupportedError(
+            f"bench: tiles must compile for {tokens} tokens; got none that does. See the lines "
+            "above."
+        )
+    expected = bench.float32_result(x, weights, *routings[0])
+    runs = [run_with(best[1], x, *routings[0], operands, settings) for _ in range(RUNS)]
+    error = ((runs[0].float() - expected).norm() / expected.norm()).item()
+    if not error <= bench.LIMIT or not all(torch.equal(runs[0], other) for other in runs):
+        raise UnsupportedError(
+            f"bench: result must be within {bench.LIMIT} of float32 and equal in every run; got "
+            f"{error:.1e} with {best[1]}. Report this GPU and the versions."
+        )
+    return best[1]
+
+
+def tune(names: list[str], tokens: list[int], output: str | None, jobs: int) -> int:
+    """Measure and write; other layers and GPUs in the file stay. Returns 1 for a wrong result.
+
+    Args:
+        names: keys of bench.SHAPES.
+        tokens: numbers of tokens to measure at.
+        output: the file; default the user's own.
+        jobs: processes that compile.
+
+    Raises:
+        UnsupportedError: there is no CUDA device, or nothing compiles.
+    """
+    bench.require_gpu()
+    path = pathlib.Path(output) if output else measured.user_file()
+    rows = json.loads(path.read_text())["measured"] if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    # The kernels are then measured with the tiles just found.
+    os.environ["FP4MOE_MEASURED"] = str(unfinished)
+    wrong = False
+    for name in names:
+        row = _describe(bench.SHAPES[name])
+        same = ("gpu", "capability", *_SIZES)
+        rows = [other for other in rows if any(other[key] != row[key] for key in same)]
+        rows.append(row)
+        row["tiles"] = {t: str(c) for t, c in tune_tiles(name, tokens, jobs).items()}
+        _write(unfinished, rows)
+        kernels = bench.runnable(bench.SHAPES[name])
+        for result in bench.measure(name, kernels, tokens, 0.0, peers=False):
+            if result.get("wrong"):
+                print(f"{name} T = {result['tokens']} {result['kernel']}: wrong result")
+                wrong = True
+                continue
+            row["us"].setdefault(result["kernel"], {})[str(result["tokens"])] = result["us"]
+            print(
+                f"{name} T = {result['tokens']} {result['kernel']}: {result['us']} us", flush=True
+            )
+        _write(unfinished, rows)
+    if wrong:
+        print(f"not written, since a result was wrong: {path}")
+        return 1
+    unfinished.replace(path)
+    print(f"written: {path}")
+    return 0
+
+
+def _describe(shape: bench.Shape) -> dict[str, Any]:
+    major, minor = current_capability() or (0, 0)
+    sizes = {name: getattr(shape, name) for name in _SIZES}
+    facts = bench.facts() | {"command": "fp4moe bench --tune"}
+    return {
+        "gpu": facts.pop("gpu"),
+        "capability": f"{major}.{minor}",
+        **sizes,
+        "facts": facts,
+        "us": {},
+        "tiles": {},
+    }
+
+
+def _write(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps({"measured": rows}, indent=1) + "\n")
+    measured.forget()

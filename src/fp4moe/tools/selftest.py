@@ -1,0 +1,304 @@
+"""selftest: does a kernel compute its definition on this machine? A table, and True or False.
+
+It runs the kernel through the operator on random layers of the two main models and of every other
+activation; the checks are in selftest_checks.py. Nothing here is timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO
+
+import torch
+
+from ..activations import ACTIVATIONS
+from ..devices import present_device
+from ..errors import ShapeError, UnsupportedError
+from ..kernels import (
+    DEFAULT_HIDDEN_ALIGNMENT,
+    HIDDEN_ALIGNMENTS,
+    KERNEL_NAMES,
+    MoeSpec,
+    check_kernel_name,
+    choose_kernel,
+    current_capability,
+    why_not,
+)
+from ..report import format_table
+from .selftest_checks import FAILED, NOT_SUPPORTED, OK, SKIPPED, Outcome, checks, make_subject
+
+__all__ = ["LAYERS", "SelftestReport", "SelftestRow", "default_layers", "run_selftest", "selftest"]
+
+# The two layers that the package is built for.
+LAYERS: dict[str, dict[str, Any]] = {
+    "Gemma4-26B-A4B": {
+        "activation": "gelu_tanh",
+        "gated": True,
+        "hidden_size": 2816,
+        "intermediate_size": 704,
+        "num_experts": 128,
+        "top_k": 8,
+    },
+    "Nemotron-3-Nano-30B": {
+        "activation": "relu2",
+        "gated": False,
+        "hidden_size": 2688,
+        "intermediate_size": 1856,
+        "num_experts": 128,
+        "top_k": 6,
+    },
+}
+# Multiples of no kernel's tile, and a hidden size that is none of 8.
+ODD = {"hidden_size": 2740, "intermediate_size": 1000, "num_experts": 16}
+SMALL = {"hidden_size": 84, "intermediate_size": 40, "num_experts": 7, "top_k": 3}
+TOKENS = (0, 1, 7, 128, 8192)
+HEADER = ["layer", "check", "tokens", "error", "limit", "verdict", "note"]
+WIDTHS = [0, 22, 6, 8, 8, 13, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class SelftestRow:
+    """One check of one layer.
+
+    Attributes:
+        tokens: number of tokens, None where the layer was not run.
+        error, limit: relative RMS, or a count where the limit is 0; None where nothing is measured.
+        verdict: "ok", "FAILED", "not supported" or "skipped".
+        note: the reason, the error's text, or the worst token's error relative to the RMS.
+    """
+
+    layer: str
+    check: str
+    tokens: int | None
+    error: float | None
+    limit: float | None
+    verdict: str
+    note: str = ""
+
+    def cells(self) -> list[str]:
+        """Return the texts of the table's row."""
+        numbers = ["-" if n is None else f"{n:.2g}" for n in (self.error, self.limit)]
+        tokens = "-" if self.tokens is None else str(self.tokens)
+        return [self.layer, self.check, tokens, *numbers, self.verdict, self.note]
+
+
+@dataclasses.dataclass(frozen=True)
+class SelftestReport:
+    """All rows; `str()` is a table, `to_dict()` plain data."""
+
+    kernel: str
+    device: str
+    rows: tuple[SelftestRow, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no row failed."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[SelftestRow, ...]:
+        """The rows that failed."""
+        return tuple(row for row in self.rows if row.verdict == FAILED)
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        verdicts = [row.verdict for row in self.rows]
+        counts = (f"{verdicts.count(v)} {v}" for v in (OK, FAILED, NOT_SUPPORTED, SKIPPED))
+        return f"{self.kernel} on {self.device}: {', '.join(counts)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, ready for JSON (a NaN error as None)."""
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        for row in rows:
+            if row["error"] != row["error"]:
+                row["error"] = None
+        return {
+            "kernel": self.kernel,
+            "device": self.device,
+            "passed": self.passed,
+            "rows": rows,
+        }
+
+    def __str__(self) -> str:
+        table = format_table(HEADER, [row.cells() for row in self.rows])
+        return f"{table}\n{self.summary}"
+
+
+def default_layers(device: torch.device) -> dict[str, dict[str, Any]]:
+    """Return the layers of a run by name; on a CPU the same forms at sizes that take seconds."""
+    layers: dict[str, dict[str, Any]] = {}
+    for model, sizes in LAYERS.items():
+        form = "gated" if sizes["gated"] else "not gated"
+        if device.type == "cuda":
+            layers[model] = sizes
+            layers[f"odd sizes, {form}"] = {**sizes, **ODD}
+        else:
+            layers[f"{sizes['activation']}, {form}"] = {**sizes, **SMALL}
+        for activation in ACTIVATIONS:
+            small = {"num_experts": 16} if device.type == "cuda" else SMALL
+            if activation != sizes["activation"]:
+                layers[f"{activation}, {form}"] = {**sizes, **small, "activation": activation}
+    # The two main ones first: they are what most people wait for.
+    return dict(sorted(layers.items(), key=lambda layer: layer[0] not in LAYERS))
+
+
+def run_selftest(
+    kernel: str = "auto",
+    *,
+    device: torch.device | str | None = None,
+    layers: Mapping[str, Mapping[str, Any]] | None = None,
+    tokens: Sequence[int] = TOKENS,
+    hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
+    on_row: Callable[[SelftestRow], None] | None = None,
+) -> SelftestReport:
+    """Run every check on every layer and return all rows; `selftest` has the arguments.
+
+    Args:
+        on_row: called with each row as soon as it is there.
+
+    Raises:
+        UnsupportedError: no such kernel or alignment, or it runs none of the layers here.
+        ShapeError: bad sizes or tokens.
+    """
+    device = present_device(device, caller="selftest")
+    layers = default_layers(device) if layers is None else layers
+    _check_arguments(kernel, tokens, hidden_alignment)
+    kernel, refused = _choose(kernel, device, layers)
+    rows: list[SelftestRow] = []
+
+    def add(layer: str, check: str, count: int | None, outcome: Outcome) -> None:
+        verdict, error, limit, note = outcome
+        rows.append(SelftestRow(layer, check, count, error, limit, verdict, note))
+        if on_row:
+            on_row(rows[-1])
+
+    on_device = torch.cuda.device(device if device.type == "cuda" else -1)
+    with torch.no_grad(), on_device:
+        for name, sizes in layers.items():
+            if name in refused:
+                add(name, "layer", None, Outcome(NOT_SUPPORTED, note=refused[name]))
+                continue
+            subject = make_subject(
+                kernel,
+                dict(sizes),
+                device=device,
+                tokens=tuple(tokens),
+                hidden_alignment=hidden_alignment,
+            )
+            for check in checks(subject):
+                add(name, check.name, check.tokens, _outcome(check.run))
+    return SelftestReport(kernel, _describe(device), tuple(rows))
+
+
+def selftest(
+    kernel: str = "auto",
+    *,
+    device: torch.device | str | None = None,
+    layers: Mapping[str, Mapping[str, Any]] | None = None,
+    tokens: Sequence[int] = TOKENS,
+    hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
+    file: TextIO | None = None,
+) -> bool:
+    """Print a table of checks of a kernel while they run; return whether none failed.
+
+    Args:
+        kernel: a kernel's name, or "auto" for the most preferred one that runs any of the layers.
+        device: default the current CUDA device; without one the CPU, with small layers.
+        layers: sizes by name, as keywords of `fp4moe.why_not`; default both main models' layers
+            and every other activation. A layer that the kernel cannot run is listed with the
+            reasons and is no failure.
+        tokens: numbers of tokens.
+        hidden_alignment: 128, 256 or 512: what the Blackwell kernel pads the hidden size to.
+        file: where to print; default standard output.
+
+    Raises:
+        UnsupportedError: no such kernel or alignment, or it runs none of the layers here.
+        ShapeError: bad sizes or tokens.
+    """
+    file = sys.stdout if file is None else file
+    device = present_device(device, caller="selftest")
+    layers = default_layers(device) if layers is None else layers
+    widths = [max(map(len, ("layer", *layers))), *WIDTHS[1:]]
+
+    def show(cells: list[str]) -> None:
+        line = "  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True))
+        print(line.rstrip(), file=file, flush=True)
+
+    if device.type != "cuda":
+        print("no GPU: this tests the CPU's reference kernels only", file=file)
+    header: list[list[str]] = [HEADER]
+
+    def on_row(row: SelftestRow) -> None:
+        # With the first row, so that a refused call prints no empty table.
+        while header:
+            show(header.pop())
+        show(row.cells())
+
+    report = run_selftest(
+        kernel,
+        device=device,
+        layers=layers,
+        tokens=tokens,
+        hidden_alignment=hidden_alignment,
+        on_row=on_row,
+    )
+    print(report.summary, file=file)
+    return report.passed
+
+
+def _check_arguments(kernel: str, tokens: Sequence[int], hidden_alignment: int) -> None:
+    check_kernel_name(kernel, caller="selftest")
+    if not any(tokens) or min(tokens) < 0:
+        raise ShapeError(
+            f"selftest: tokens must be numbers of 0 or more, one of them above 0; got "
+            f"{tuple(tokens)}. Pass such as (0, 1, 7)."
+        )
+    if hidden_alignment not in HIDDEN_ALIGNMENTS:
+        known = ", ".join(map(str, HIDDEN_ALIGNMENTS))
+        raise UnsupportedError(
+            f"selftest: hidden_alignment must be one of {known}; got {hidden_alignment}. Pass one "
+            "of these."
+        )
+
+
+def _choose(
+    kernel: str, device: torch.device, layers: Mapping[str, Mapping[str, Any]]
+) -> tuple[str, dict[str, str]]:
+    """Return the kernel for all layers, and the reasons by name of the layers that it cannot run.
+
+    "auto" is the most preferred of the kernels that it means for any of the layers.
+    """
+    capability = current_capability(device)
+    specs = {}
+    for name, sizes in layers.items():
+        why_not("reference", **sizes)  # it can all: only the sizes are checked
+        specs[name] = MoeSpec(**sizes, capability=capability)
+    automatic = {choose_kernel(kernel, spec)[0] for spec in specs.values()}
+    chosen = next((name for name in KERNEL_NAMES if name in automatic), None)
+    refused = {name: "; ".join(choose_kernel(chosen or kernel, s)[1]) for name, s in specs.items()}
+    if chosen is None:
+        listed = ". ".join(f"{name}: {why}" for name, why in refused.items()) or "no layers"
+        raise UnsupportedError(
+            f"selftest: kernel must be one that runs a layer on {_describe(device)}; got "
+            f"{kernel!r}. {listed}."
+        )
+    return chosen, {name: why for name, why in refused.items() if why}
+
+
+def _outcome(run: Callable[[], Outcome]) -> Outcome:
+    try:
+        return run()
+    # A report on a kernel: what it raises is a finding like any other, whatever the library.
+    except Exception as error:
+        return Outcome(FAILED, note=f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _describe(device: torch.device) -> str:
+    if device.type != "cuda":
+        return str(device)
+    capability = current_capability(device)
+    number = ".".join(map(str, capability)) if capability else "unknown"
+    return f"{torch.cuda.get_device_name(device)} (compute capability {number})"

@@ -1,0 +1,450 @@
+"""What `fp4moe selftest` checks of one layer, through FusedExperts and RoutedExperts.
+
+A check compares with the definition in fp4moe.reference, or with the same kernel called in another
+way. The layer is made so that each of the four scales shows in the output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from ..activations import get_activation
+from ..experts import ExpertWeights
+from ..kernels import MoeSpec, Routing, current_capability, get_kernel
+from ..kernels.torch_routing import route
+from ..module import FusedExperts, RoutedExperts
+from ..reference import reference, reference_w4a4
+
+__all__ = ["FAILED", "NOT_SUPPORTED", "OK", "SKIPPED", "Check", "Outcome", "Subject", "checks"]
+__all__ += ["make_subject"]
+
+OK, FAILED, NOT_SUPPORTED, SKIPPED = "ok", "FAILED", "not supported", "skipped"
+
+# Relative RMS of one rounding to bfloat16, at most: half a step of 2^-7 is uniform noise.
+BF16_ROUNDING = 2**-7 / 12**0.5
+# One kernel called in two ways: at most four roundings differ, sqrt(4) = 2, and a margin of 2.
+SAME_KERNEL = 4 * BF16_ROUNDING
+# A W4A16 kernel may round input, weights, both products, the intermediate and two sums; relu2
+# doubles the first ones: sqrt(3 * 4 + 4) = 4 roundings, and a margin of 2.
+W4A16 = 8 * BF16_ROUNDING
+# W4A4: approximate reciprocals move values across a rounding boundary. Rounding all of them anew
+# would give 0.2, a wrong layout more.
+W4A4 = 5e-2
+# The worst token, relative to the RMS of all: 0.2 stays below 0.35, one of 8 experts lost.
+TOKEN_FACTOR = 4
+# Global scales shrink, so that the calibrated activation scales stay wide enough. Activation scales
+# shrink until E4M3 block scales saturate: elsewhere a power of two would cancel.
+FACTORS = {
+    "gate_up.global_scale": (0.5, 0.8, 0.65, 0.35),
+    "down.global_scale": (0.35, 0.65, 0.8, 0.5),
+    "hidden_scale": (2.0**-3,),
+    "intermediate_scale": (2.0**-4, 2.0**-6, 2.0**-5),
+}
+
+
+class Outcome(NamedTuple):
+    """What one check found; error and limit are relative RMS unless `note` says what is counted."""
+
+    verdict: str
+    error: float | None = None
+    limit: float | None = None
+    note: str = ""
+
+
+class Check(NamedTuple):
+    """One row of the table, to be run."""
+
+    name: str
+    tokens: int
+    run: Callable[[], Outcome]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+    """One layer, and the kernel that must compute it.
+
+    Attributes:
+        kernel: its name.
+        weights: quantised, logical layout.
+        hidden: [at least max(tokens), H] bfloat16.
+        tokens: numbers of tokens to try.
+    """
+
+    kernel: str
+    weights: ExpertWeights
+    hidden: torch.Tensor
+    top_k: int
+    tokens: tuple[int, ...]
+    hidden_alignment: int
+
+    @functools.cached_property
+    def module(self) -> FusedExperts:
+        """The layer as a user has it."""
+        return self.fused(self.weights)
+
+    @property
+    def limit(self) -> float:
+        """Largest relative RMS against the definition."""
+        return W4A4 if self.quantizes_activations else W4A16
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether the kernel's definition is reference_w4a4."""
+        return get_kernel(self.kernel).quantizes_activations
+
+    @property
+    def probe(self) -> int:
+        """Number of tokens of the checks that take one number only."""
+        positive = [t for t in self.tokens if t]
+        return max((t for t in positive if t <= 128), default=min(positive))
+
+    def fused(self, weights: ExpertWeights) -> FusedExperts:
+        """Prepare other weights for the same kernel."""
+        return FusedExperts(
+            weights, self.kernel, hidden_alignment=self.hidden_alignment, top_k=self.top_k
+        )
+
+    def expected(self, weights: ExpertWeights, *inputs: torch.Tensor) -> torch.Tensor:
+        """Compute the definition of (hidden, expert ids, routing weights)."""
+        hidden, expert_ids, routing_weights = inputs
+        if not self.quantizes_activations:
+            return reference(hidden, weights, expert_ids, routing_weights)
+        return reference_w4a4(
+            hidden,
+            weights,
+            expert_ids,
+            routing_weights,
+            intermediate_dtype=get_kernel(self.kernel).intermediate_dtype,
+        )
+
+    def inputs(self, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return hidden [T, H], distinct expert ids [T, K], routing weights [T, K] of sum 1."""
+        generator = self.generator(seed)
+        shape, device = (tokens, self.weights.num_experts), self.hidden.device
+        scores = torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
+        ids = scores.argsort(1)[:, : self.top_k].contiguous()
+        weights = (
+            torch.rand(ids.shape, generator=generator, dtype=torch.float32, device=device) + 0.25
+        )
+        hidden = self.hidden.roll(-seed, 0)[:tokens]
+        return hidden.contiguous(), ids, weights / weights.sum(1, keepdim=True)
+
+    def generator(self, seed: int) -> torch.Generator:
+        """Return the random state of one check."""
+        return torch.Generator(self.hidden.device).manual_seed(seed)
+
+
+def make_subject(
+    kernel: str,
+    sizes: dict[str, Any],
+    *,
+    device: torch.device,
+    tokens: tuple[int, ...],
+    hidden_alignment: int,
+) -> Subject:
+    """Make a random layer, one expert at a time, with calibrated activation scales.
+
+    Args:
+        sizes: activation, gated, hidden_size, intermediate_size, num_experts, top_k.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    normal = functools.partial(torch.randn, generator=generator, dtype=torch.float32, device=device)
+    hidden = normal(max(64, *tokens), sizes["hidden_size"]).bfloat16()
+    # Not the amax itself: bfloat16 inputs would then often lie on a rounding boundary.
+    hidden_scale = 1.03 * float(hidden.abs().max()) / 2688
+    act = get_activation(sizes["activation"]).function
+    x, parts = hidden[:64].float(), []
+    for expert in range(sizes["num_experts"]):
+        shape = (sizes["intermediate_size"], sizes["hidden_size"])
+        # Unlike experts: a scale that is shared or permuted among them shows.
+        gain = 2.0 ** (expert % 5 / 2 - 1) * shape[1] ** -0.5
+        matrices = {name: normal(shape) * gain for name in ("up", "gate")[: 1 + sizes["gated"]]}
+        up = x @ matrices["up"].T
+        y = act(x @ matrices["gate"].T) * up if sizes["gated"] else act(up)
+        # Outputs are alike in size: a wrong expert shows whichever it is.
+        gain = 2.0 ** (expert % 3 / 2 - 0.5) * shape[0] ** -0.5 / float(y.square().mean().sqrt())
+        down = normal(shape[::-1]) * gain
+        parts.append(
+            ExpertWeights.quantize(
+                **{name: matrix[None] for name, matrix in matrices.items()},
+                down=down[None],
+                activation=sizes["activation"],
+                hidden_scale=hidden_scale,
+                intermediate_scale=1.03 * float(y.abs().max()) / 2688,
+            )
+        )
+    metadata = {**parts[0].metadata(), "num_experts": len(parts)}
+    tensors = {
+        name: tensor
+        if name == "hidden_scale"
+        else _bytes_or_floats(torch.cat, [part.tensors()[name] for part in parts])
+        for name, tensor in parts[0].tensors().items()
+    }
+    weights = ExpertWeights.from_tensors(tensors, metadata)
+    return Subject(kernel, weights, hidden, sizes["top_k"], tokens, hidden_alignment)
+
+
+def _bytes_or_floats(function: Callable, tensors: list[torch.Tensor]) -> torch.Tensor:
+    # Few operators know float8.
+    dtype = tensors[0].dtype
+    if dtype.itemsize > 1:
+        return function(tensors)
+    return function([tensor.view(torch.uint8) for tensor in tensors]).view(dtype)
+
+
+def checks(subject: Subject) -> Iterator[Check]:
+    """Yield every check of a layer, in the order of the table."""
+    for tokens in subject.tokens:
+        yield Check("numbers", tokens, functools.partial(numbers, subject, tokens))
+        if tokens:
+            run = functools.partial(finite_and_not_zero, subject, tokens)
+            yield Check("finite, not zero", tokens, run)
+    named: dict[str, Callable[[Subject], Outcome]] = {
+        "one expert for all": one_expert_for_all,
+        "ids without expert": ids_without_expert,
+        "expert halves": expert_halves,
+        "gate and up exchanged": exchanged,
+        **{name: functools.partial(scale_followed, name=name) for name in FACTORS},
+        "float16": functools.partial(other_dtype, dtype=torch.float16),
+        "float32, strided": functools.partial(other_dtype, dtype=torch.float32),
+        "softmax_topk fused": functools.partial(fused_routing, method="softmax_topk"),
+        "sigmoid_topk fused": functools.partial(fused_routing, method="sigmoid_topk"),
+        "weights restored": restored,
+        "CUDA graph": cuda_graph,
+    }
+    for name, check in named.items():
+        yield Check(name, subject.probe, functools.partial(check, subject))
+
+
+def numbers(subject: Subject, tokens: int) -> Outcome:
+    """Compare with the definition; of no tokens, shape and dtype."""
+    inputs = subject.inputs(tokens)
+    expected = subject.expected(subject.weights, *inputs)
+    return compare(subject.module(*inputs), expected, subject.limit)
+
+
+def finite_and_not_zero(subject: Subject, tokens: int) -> Outcome:
+    """Count tokens whose output is not finite, or all zero although experts were chosen."""
+    out = subject.module(*subject.inputs(tokens))
+    bad = ~out.isfinite().all(1) | (out == 0).all(1)
+    return count(int(bad.sum()), "tokens with no, an infinite or an undefined output")
+
+
+def one_expert_for_all(subject: Subject) -> Outcome:
+    """Send every token to the last expert, its other choices to nobody."""
+    hidden, ids, weights = subject.inputs(subject.probe, seed=1)
+    ids = torch.full_like(ids, -1)
+    ids[:, -1] = subject.weights.num_experts - 1
+    expected = subject.expected(subject.weights, hidden, ids, weights)
+    return compare(subject.module(hidden, ids, weights), expected, subject.limit)
+
+
+def ids_without_expert(subject: Subject) -> Outcome:
+    """Give -1 and E as ids: they contribute nothing, and a token with no other is exactly zero."""
+    hidden, ids, weights = subject.inputs(subject.probe, seed=2)
+    none = torch.tensor([-1, subject.weights.num_experts], dtype=ids.dtype, device=ids.device)
+    ids[0::4], ids[1::4] = none[0], none[1]
+    ids[2::4, -1], ids[3::4, 0] = none[0], none[1]
+    expected = subject.expected(subject.weights, hidden, ids, weights)
+    out = subject.module(hidden, ids, weights)
+    unrouted = torch.isin(ids, none).all(1)
+    wrong = count(int((out[unrouted] != 0).any(1).sum()), "tokens without expert are not zero")
+    return wrong if wrong.verdict == FAILED else compare(out, expected, subject.limit)
+
+
+def expert_halves(subject: Subject) -> Outcome:
+    """Sum the outputs of two halves of the experts; a token of the other half is exactly zero."""
+    weights, local = subject.weights, subject.weights.local_experts
+    if local == 1:
+        return Outcome(SKIPPED, note="one expert cannot be split")
+    split = local // 2
+    hidden, ids, routing_weights = subject.inputs(subject.probe, seed=3)
+    # A third of the tokens each: first half only, second half only, both.
+    ids[0::3] = torch.where(ids[0::3] < split, ids[0::3], -1)
+    ids[1::3] = torch.where(ids[1::3] >= split, ids[1::3], -1)
+    total = torch.zeros_like(hidden, dtype=torch.float32)
+    for first, last in ((0, split), (split, local)):
+        half = subject.fused(weights.slice_experts(first, last))
+        out = half(hidden, ids, routing_weights)
+        elsewhere = ((ids < first) | (ids >= last)).all(1)
+        wrong = count(
+            int((out[elsewhere] != 0).any(1).sum()), "tokens of the other half are not zero"
+        )
+        if wrong.verdict == FAILED:
+            return wrong
+        total += out
+    whole = subject.module(hidden, ids, routing_weights)
+    return compare(total, whole.float(), SAME_KERNEL)
+
+
+def exchanged(subject: Subject) -> Outcome:
+    """Exchange gate and up: the kernel follows, and without it is far from that definition."""
+    weights = subject.weights
+    if not weights.gated or weights.activation == "identity":
+        return Outcome(SKIPPED, note="gate and up do the same" if weights.gated else "no gate")
+
+    def swap(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return tensors[0].roll(weights.intermediate_padded, 1)
+
+    tensors = weights.tensors()
+    for name in ("gate_up.packed", "gate_up.block_scale"):
+        tensors[name] = _bytes_or_floats(swap, [tensors[name]])
+    other = ExpertWeights.from_tensors(tensors, weights.metadata())
+    inputs = subject.inputs(subject.probe, seed=4)
+    expected = subject.expected(other, *inputs)
+    distance = relative_rms(subject.module(*inputs), expected)
+    if not distance > 2 * subject.limit:
+        return Outcome(FAILED, distance, 2 * subject.limit, "computes the exchanged layer")
+    return compare(subject.fused(other)(*inputs), expected, subject.limit)
+
+
+def scale_followed(subject: Subject, name: str) -> Outcome:
+    """Change one scale and prepare again: the kernel follows the definition."""
+    weights = subject.weights
+    tensors = weights.tensors()
+    factors = torch.tensor(FACTORS[name], dtype=torch.float32, device=weights.device)
+    count_ = tensors[name].numel()
+    tensors[name] = tensors[name] * factors.repeat(-(-count_ // factors.numel()))[:count_]
+    other = ExpertWeights.from_tensors(tensors, weights.metadata())
+    inputs = subject.inputs(subject.probe, seed=5)
+    expected = subject.expected(other, *inputs)
+    outcome = compare(subject.fused(other)(*inputs), expected, subject.limit)
+    if name.endswith("global_scale") or subject.quantizes_activations:
+        change = relative_rms(subject.expected(weights, *inputs), expected)
+        if not change > 2 * subject.limit:
+            return Outcome(FAILED, change, 2 * subject.limit, "the change does not show: no test")
+    return outcome
+
+
+def other_dtype(subject: Subject, dtype: torch.dtype) -> Outcome:
+    """Pass hidden in another dtype; float32 also as a view with other strides."""
+    hidden, ids, weights = subject.inputs(subject.probe, seed=6)
+    hidden = hidden.to(dtype)
+    if dtype == torch.float32:
+        hidden = hidden.t().contiguous().t()
+    expected = subject.expected(subject.weights, hidden, ids, weights)
+    return compare(subject.module(hidden, ids, weights), expected, subject.limit)
+
+
+def fused_routing(subject: Subject, method: str, seed: int = 7) -> Outcome:
+    """Compare the kernel's own choice of experts with the same choice given to it.
+
+    softmax_topk comes with an output scale and, for every second token, negative logits only;
+    sigmoid_topk with a bias and a scaling factor.
+    """
+    softmax, weights = method == "softmax_topk", subject.weights
+    routing = Routing(method, subject.top_k, scaling=1.0 if softmax else 2.5)
+    spec = MoeSpec(
+        weights.activation,
+        weights.gated,
+        weights.hidden_size,
+        weights.intermediate_size,
+        weights.num_experts,
+        subject.top_k,
+        current_capability(weights.device),
+    )
+    reasons = get_kernel(subject.kernel).reasons_not_to_route(spec, routing)
+    if reasons:
+        return Outcome(NOT_SUPPORTED, note="; ".join(reasons))
+    generator = subject.generator(seed)
+    uniform = functools.partial(
+        torch.rand, generator=generator, dtype=torch.float32, device=weights.device
+    )
+    bias = uniform(0 if softmax else weights.num_experts) - 0.5
+    logits = clear_logits(subject, bias, generator)
+    if softmax:
+        logits[1::2] -= logits[1::2].amax(1, keepdim=True) + 1
+    scale = uniform(weights.num_experts) + 0.5 if softmax else None
+    fused = RoutedExperts(
+        weights,
+        routing,
+        subject.kernel,
+        hidden_alignment=subject.hidden_alignment,
+        output_scale=scale,
+    )
+    expert_ids, routing_weights = route(logits, bias, routing)
+    if scale is not None:
+        routing_weights = routing_weights * scale[expert_ids]
+    hidden = subject.hidden[: subject.probe]
+    given = subject.module(hidden, expert_ids, routing_weights)
+    return compare(fused(hidden, logits, bias), given, SAME_KERNEL)
+
+
+def clear_logits(subject: Subject, bias: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return [T, E] logits with a wide gap behind the last chosen expert: nobody breaks ties."""
+    shape = (8 * subject.probe, subject.weights.num_experts)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float32, device=bias.device)
+    score = torch.sigmoid(logits) + bias if bias.numel() else logits
+    ranked = score.sort(1, descending=True).values
+    gap = ranked[:, subject.top_k - 1] - ranked[:, min(subject.top_k, shape[1] - 1)]
+    return logits[gap.argsort(descending=True)[: subject.probe]]
+
+
+def restored(subject: Subject) -> Outcome:
+    """Undo the preparation: the logical weights, bit for bit."""
+    back, wanted = subject.module.weights, subject.weights
+    if back.metadata() != wanted.metadata():
+        return Outcome(FAILED, note=f"metadata {back.metadata()} is not {wanted.metadata()}")
+    got = back.tensors()
+    wrong = [
+        name
+        for name, tensor in wanted.tensors().items()
+        if got[name].shape != tensor.shape
+        or not torch.equal(got[name].view(torch.uint8), tensor.view(torch.uint8))
+    ]
+    return count(len(wrong), f"tensors differ: {', '.join(wrong)}")
+
+
+def cuda_graph(subject: Subject) -> Outcome:
+    """Capture a call, replay it with other inputs, compare with a plain call."""
+    if subject.hidden.device.type != "cuda":
+        return Outcome(SKIPPED, note="no CUDA")
+    static = [tensor.clone() for tensor in subject.inputs(subject.probe, seed=8)]
+    inputs = subject.inputs(subject.probe, seed=9)
+    eager = subject.module(*inputs)
+    # Libraries load on first use, which a capture forbids: once on a stream of its own.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        subject.module(*static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = subject.module(*static)
+    for old, new in zip(static, inputs, strict=True):
+        old.copy_(new)
+    graph.replay()
+    return compare(out, eager, SAME_KERNEL)
+
+
+def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return |actual - expected| / |expected| over all elements."""
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
+
+
+def compare(actual: torch.Tensor, expected: torch.Tensor, limit: float) -> Outcome:
+    """Judge the relative RMS, and the worst token against TOKEN_FACTOR times the limit."""
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        got, want = (f"{t.dtype} {list(t.shape)}" for t in (actual, expected))
+        return Outcome(FAILED, note=f"got {got}, not {want}")
+    if not expected.numel():
+        return Outcome(OK)
+    difference, wanted = actual.float() - expected.float(), expected.float()
+    scale = float(wanted.norm())
+    if not scale > 0:
+        return count(int((difference != 0).any(1).sum()), "tokens are not zero")
+    error = float(difference.norm()) / scale
+    worst = float(difference.norm(dim=1).max()) / scale * len(wanted) ** 0.5
+    # A NaN is within no limit.
+    passed = error <= limit and worst <= TOKEN_FACTOR * limit
+    return Outcome(OK if passed else FAILED, error, limit, f"worst token {worst:.2g}")
+
+
+def count(number: int, what: str) -> Outcome:
+    """Judge a number that must be 0."""
+    return Outcome(FAILED, number, 0, f"{number} {what}") if number else Outcome(OK, 0, 0)
