@@ -303,7 +303,7 @@ def test_generate_takes_options_in_place_of_a_mode():
 class TestEagerImplementation:
     @pytest.fixture(autouse=True)
     def not_yet_warned(self, monkeypatch):
-        monkeypatch.setattr(fp4moe.compile, "_warned_eager", False)
+        monkeypatch.setattr(fp4moe.compile.backend, "_warned_eager", False)
 
     def test_warns_once_with_the_fix(self):
         inner = CapturingBackend()

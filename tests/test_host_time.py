@@ -16,9 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fp4moe
 from fp4moe import fused_moe
-from fp4moe import layer as spec
 from fp4moe.errors import UnsupportedError
-from fp4moe.kernels import KERNELS, measured
+from fp4moe.kernels import KERNELS, base, measured
 from fp4moe.kernels.reference import REFERENCE
 from fp4moe.module import RoutedExperts
 
@@ -88,7 +87,7 @@ def test_it_asks_again_where_the_answer_may_be_another(asked, monkeypatch):
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.setenv(variable, "/nowhere")
         assert again() == AUTOMATIC and again() == {}
-    monkeypatch.setattr(spec, "query_capability", lambda device: (6, 1))
+    monkeypatch.setattr(base, "query_capability", lambda device: (6, 1))
     assert again() == AUTOMATIC and again() == {}
     # The new answer counts, a refusal too.
     monkeypatch.setattr(REFERENCE, "reasons_not_to_run", lambda spec: ["is tired"])

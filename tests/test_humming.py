@@ -10,9 +10,9 @@ import pathlib
 import pytest
 import torch
 
-from fp4moe import layer as spec
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.experts import ExpertWeights
+from fp4moe.kernels import base
 from fp4moe.kernels.humming import library as humming_library
 from fp4moe.kernels.humming.kernel import HUMMING, activate, sort_slots, weighted_sum
 from fp4moe.kernels.humming.library import (
@@ -218,7 +218,7 @@ def test_a_cpu_is_refused():
 
 @pytest.mark.parametrize(("rows", "columns", "what"), [(96, 128, "hidden"), (128, 80, "intermed")])
 def test_operands_without_padding_are_refused(monkeypatch, rows, columns, what):
-    monkeypatch.setattr(spec, "query_capability", lambda device: HOPPER)
+    monkeypatch.setattr(base, "query_capability", lambda device: HOPPER)
     down = torch.zeros(5, rows, columns // 2, dtype=torch.uint8)
     with pytest.raises(ShapeError, match=f"humming: the padded {what}.* must be a multiple of"):
         call(make_weights(), torch.zeros(3, 64), down_packed=down)

@@ -460,7 +460,7 @@ def test_refusals(options, error, message):
 
 
 def test_the_command_line(monkeypatch, capsys):
-    module = importlib.import_module("fp4moe.selftest")
+    module = importlib.import_module("fp4moe.tools.selftest")
     monkeypatch.setattr(module, "default_layers", lambda device: GATED)
     arguments = ["selftest", "--device", "cpu", "--tokens", "0", "3"]
     assert main(arguments) == 0  # auto: the only kernel of a CPU

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fp4moe import layer as spec
+from fp4moe.kernels import base
 from fp4moe.kernels.flashinfer import library as flashinfer_library
 
 
@@ -34,7 +34,7 @@ def claim(monkeypatch) -> Callable[[tuple[int, int] | None], None]:
     """Return a function that makes every device claim a compute capability."""
 
     def set_capability(capability: tuple[int, int] | None) -> None:
-        monkeypatch.setattr(spec, "query_capability", lambda device: capability)
+        monkeypatch.setattr(base, "query_capability", lambda device: capability)
 
     return set_capability
 

@@ -13,7 +13,6 @@ from ..layer import (
 )
 from .base import Kernel, Operands, PreparedWeights, current_capability
 from .select import (
-    KERNEL_NAMES,
     KERNELS,
     check_kernel_name,
     choice_state,
@@ -28,7 +27,6 @@ __all__ = [
     "FUSED_ROUTING_METHODS",
     "HIDDEN_ALIGNMENTS",
     "KERNELS",
-    "KERNEL_NAMES",
     "ROUTINGS",
     "Kernel",
     "LayerSettings",

@@ -20,7 +20,6 @@ from .triton.kernel import TRITON
 
 __all__ = [
     "KERNELS",
-    "KERNEL_NAMES",
     "check_kernel_name",
     "choice_state",
     "choose_kernel",
@@ -38,7 +37,6 @@ _PRESENT: tuple[Kernel, ...] = (
     REFERENCE_W4A4,
 )
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _PRESENT}
-KERNEL_NAMES = tuple(KERNELS)
 # Names that users may look for, and why there is no such kernel.
 IMPOSSIBLE = {
     "humming_w4a8": "humming-kernels 0.1.19 multiplies FP8 activations with weights in blocks of "
@@ -48,9 +46,9 @@ IMPOSSIBLE = {
 
 def check_kernel_name(kernel: str, *, caller: str) -> None:
     """Raise UnsupportedError unless `kernel` is "auto" or a kernel's name."""
-    if kernel not in ("auto", *KERNEL_NAMES, *IMPOSSIBLE):
+    if kernel not in ("auto", *KERNELS, *IMPOSSIBLE):
         raise UnsupportedError(
-            f"{caller}: kernel must be auto or one of {', '.join(KERNEL_NAMES)}; got {kernel!r}. "
+            f"{caller}: kernel must be auto or one of {', '.join(KERNELS)}; got {kernel!r}. "
             "Pass one of these names."
         )
 

@@ -15,7 +15,7 @@ from ..errors import Fp4MoeError
 from ..kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
     HIDDEN_ALIGNMENTS,
-    KERNEL_NAMES,
+    KERNELS,
     current_capability,
     why_not,
 )
@@ -115,7 +115,7 @@ def info() -> str:
     for layer, sizes in LAYERS.items():
         lines.append(f"\nKernels for a layer of {layer}:")
         table = []
-        for kernel in KERNEL_NAMES:
+        for kernel in KERNELS:
             reasons = why_not(kernel, **sizes)
             table.append([kernel, "no" if reasons else "yes", "; ".join(reasons)])
         lines.append(format_table(["kernel", "runs", "why not"], table))

@@ -19,7 +19,7 @@ from ..errors import ShapeError, UnsupportedError
 from ..kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
     HIDDEN_ALIGNMENTS,
-    KERNEL_NAMES,
+    KERNELS,
     MoeSpec,
     check_kernel_name,
     choose_kernel,
@@ -277,7 +277,7 @@ def _choose(
         why_not("reference", **sizes)  # it can all: only the sizes are checked
         specs[name] = MoeSpec(**sizes, capability=capability)
     automatic = {choose_kernel(kernel, spec)[0] for spec in specs.values()}
-    chosen = next((name for name in KERNEL_NAMES if name in automatic), None)
+    chosen = next((name for name in KERNELS if name in automatic), None)
     refused = {name: "; ".join(choose_kernel(chosen or kernel, s)[1]) for name, s in specs.items()}
     if chosen is None:
         listed = ". ".join(f"{name}: {why}" for name, why in refused.items()) or "no layers"
