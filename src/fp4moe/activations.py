@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .errors import UnsupportedError
+from .errors import UnsupportedError, must
 
 __all__ = ["ACTIVATIONS", "Activation", "get_activation", "identify_activation"]
 
@@ -60,9 +60,12 @@ def get_activation(name: str, *, caller: str = "get_activation") -> Activation:
         UnsupportedError: no such activation; lists the known ones.
     """
     if name not in ACTIVATIONS:
-        raise UnsupportedError(
-            f"{caller}: activation must be one of {', '.join(ACTIVATIONS)}; got {name!r}. "
-            "Pass one of these names."
+        must(
+            f"{caller}: activation",
+            f"be one of {', '.join(ACTIVATIONS)}",
+            repr(name),
+            "Pass one of these names.",
+            error=UnsupportedError,
         )
     return ACTIVATIONS[name]
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 
 from .activations import ACTIVATIONS, get_activation
-from .errors import ShapeError, UnsupportedError, check_choice
+from .errors import UnsupportedError, check_choice, must
 from .formats.base import NVFP4
 from .identity.float_weights import SEPARATE, FloatWeights, StoredForm
 from .kernels import FUSED_ROUTING_METHODS, HIDDEN_ALIGNMENTS, KERNELS, get_kernel
@@ -19,10 +17,6 @@ BLOCK = NVFP4.block_size
 HIDDEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FLOAT_DTYPES = (*HIDDEN_DTYPES, torch.float64)
 ID_DTYPES = (torch.int32, torch.int64)
-
-
-def _fail(caller: str, argument: str, rule: str, got: object, advice: str) -> NoReturn:
-    raise ShapeError(f"{caller}: {argument} must {rule}; got {got}. {advice}")
 
 
 def _describe(tensor: torch.Tensor) -> str:
@@ -46,17 +40,15 @@ def _check_choice(name, hidden, expert_ids, routing_weights) -> None:
     _check_hidden(name, hidden)
     tokens = hidden.shape[0]
     if expert_ids.ndim != 2 or expert_ids.dtype not in ID_DTYPES or expert_ids.shape[0] != tokens:
-        _fail(
-            name,
-            "expert_ids",
+        must(
+            f"{name}: expert_ids",
             f"be int32 or int64 [T, K] with T = {tokens}",
             _describe(expert_ids),
             "Pass one row a token.",
         )
     if routing_weights.dtype not in HIDDEN_DTYPES or routing_weights.shape != expert_ids.shape:
-        _fail(
-            name,
-            "routing_weights",
+        must(
+            f"{name}: routing_weights",
             f"be float, of the shape of expert_ids {list(expert_ids.shape)}",
             _describe(routing_weights),
             "Pass one weight an id.",
@@ -64,7 +56,7 @@ def _check_choice(name, hidden, expert_ids, routing_weights) -> None:
     if not hidden.device == expert_ids.device == routing_weights.device:
         got = f"{expert_ids.device} and {routing_weights.device}"
         rule = f"be on the device of hidden, {hidden.device}"
-        _fail(name, "expert_ids and routing_weights", rule, got, "Move them there.")
+        must(f"{name}: expert_ids and routing_weights", rule, got, "Move them there.")
 
 
 def check_moe_from_logits(hidden, router_logits, routing_bias, *args) -> None:
@@ -90,7 +82,7 @@ def check_float_moe_from_logits(
     ):
         rule = f"be float, of length 0 or {num_experts}, on {hidden.device}"
         advice = "Pass an empty tensor for none."
-        _fail(name, "output_scale", rule, _describe(output_scale), advice)
+        must(f"{name}: output_scale", rule, _describe(output_scale), advice)
 
 
 def _check_logits(
@@ -108,18 +100,20 @@ def _check_logits(
     _check_hidden(name, hidden)
     expected = (hidden.shape[0], num_experts)
     if router_logits.dtype not in HIDDEN_DTYPES or router_logits.shape != expected:
-        _fail(
-            name,
-            "router_logits",
+        must(
+            f"{name}: router_logits",
             f"be float [T, E] = {list(expected)}",
             _describe(router_logits),
             "Pass the router's output before softmax or sigmoid.",
         )
     if method not in FUSED_ROUTING_METHODS:
         known = ", ".join(FUSED_ROUTING_METHODS)
-        raise UnsupportedError(
-            f"{name}: routing_method must be one of {known}; got {method!r}. Route outside and "
-            "call nvfp4_moe."
+        must(
+            f"{name}: routing_method",
+            f"be one of {known}",
+            repr(method),
+            "Route outside and call nvfp4_moe.",
+            error=UnsupportedError,
         )
     bias_lengths = (0, num_experts) if method == "sigmoid_topk" else (0,)
     if (
@@ -129,26 +123,25 @@ def _check_logits(
     ):
         rule = f"be float of length {' or '.join(map(str, bias_lengths))} for {method}"
         advice = "Pass an empty tensor for none."
-        _fail(name, "routing_bias", rule, _describe(routing_bias), advice)
+        must(f"{name}: routing_bias", rule, _describe(routing_bias), advice)
     size = num_experts // num_groups if num_groups > 0 else 0
     if size * num_groups != num_experts or (method != "sigmoid_topk" and num_groups != 1):
         rule = f"divide {num_experts} experts (1 unless sigmoid_topk)"
-        _fail(name, "num_groups", rule, num_groups, "Pass the model's n_group.")
+        must(f"{name}: num_groups", rule, num_groups, "Pass the model's n_group.")
     if not 1 <= top_groups <= num_groups or not 1 <= top_k <= top_groups * size:
         rule = f"satisfy 1 <= top_groups <= {num_groups} and 1 <= top_k <= top_groups x {size}"
         got = f"{top_groups} and {top_k}"
-        _fail(name, "top_groups and top_k", rule, got, "Pass the model's own.")
+        must(f"{name}: top_groups and top_k", rule, got, "Pass the model's own.")
     if not hidden.device == router_logits.device == routing_bias.device:
         got = f"{router_logits.device} and {routing_bias.device}"
         rule = f"be on the device of hidden, {hidden.device}"
-        _fail(name, "router_logits and routing_bias", rule, got, "Move them there.")
+        must(f"{name}: router_logits and routing_bias", rule, got, "Move them there.")
 
 
 def _check_hidden(name, hidden) -> None:
     if hidden.ndim != 2 or hidden.dtype not in HIDDEN_DTYPES:
-        _fail(
-            name,
-            "hidden",
+        must(
+            f"{name}: hidden",
             "be bfloat16, float16 or float32 [T, H]",
             _describe(hidden),
             "Flatten the tokens to one axis.",
@@ -166,25 +159,25 @@ def _check_floats(name, hidden, weights: FloatWeights, form: StoredForm) -> None
         check_choice(argument, value, choices, caller=name)
     if not weights.first or not weights.down:
         got = f"{len(weights.first)} and {len(weights.down)}"
-        _fail(name, "first and down", "hold tensors", got, "Pass lists.")
+        must(f"{name}: first and down", "hold tensors", got, "Pass lists.")
     experts, hidden_size, intermediate = form.sizes(weights)
     if hidden.shape[1] != hidden_size:
         rule = f"have {hidden_size} columns, as its experts"
-        _fail(name, "hidden", rule, list(hidden.shape), "Pass this layer's input.")
+        must(f"{name}: hidden", rule, list(hidden.shape), "Pass this layer's input.")
     rows = intermediate * (2 if form.layout in GATE_UP_LAYOUTS else 1)
     up = (hidden_size, rows) if form.transposed else (rows, hidden_size)
     down = (intermediate, hidden_size) if form.down_transposed else (hidden_size, intermediate)
     shapes = {"first": up, "down": down} | ({"second": up} if form.layout in SEPARATE else {})
     if ("second" in shapes) != bool(weights.second):
         rule = f"hold {'tensors' if 'second' in shapes else 'nothing'} for layout {form.layout!r}"
-        _fail(name, "second", rule, len(weights.second), "Pass gate and up as the layout says.")
+        must(f"{name}: second", rule, len(weights.second), "Pass gate and up as the layout says.")
     dtype = weights.down[0].dtype
     for role, one in shapes.items():
         group = getattr(weights, role)
         stacked = len(group) == 1 and group[0].ndim == 3
         if not stacked and len(group) != experts:
             rule = f"hold one stacked tensor or {experts}, one an expert"
-            _fail(name, role, rule, len(group), "Pass the weights of all experts.")
+            must(f"{name}: {role}", rule, len(group), "Pass the weights of all experts.")
         shape = (experts, *one) if stacked else one
         for tensor in group:
             if (
@@ -194,7 +187,7 @@ def _check_floats(name, hidden, weights: FloatWeights, form: StoredForm) -> None
                 or dtype not in FLOAT_DTYPES
             ):
                 rule = f"be float {list(shape)} on {hidden.device}, of one dtype"
-                _fail(name, role, rule, _describe(tensor), "Pass the weights of this layer.")
+                must(f"{name}: {role}", rule, _describe(tensor), "Pass the weights of this layer.")
 
 
 def _check_weights(
@@ -221,27 +214,24 @@ def _check_weights(
     device, hidden_size = hidden.device, hidden.shape[1]
     if gate_up_packed.ndim != 3 or down_packed.ndim != 3:
         got = f"{list(gate_up_packed.shape)} and {list(down_packed.shape)}"
-        _fail(
-            name,
-            "gate_up_packed and down_packed",
+        must(
+            f"{name}: gate_up_packed and down_packed",
             "have 3 axes",
             got,
             "Use ExpertWeights.quantize.",
         )
     local, hidden_padded, columns = down_packed.shape
     if not 0 < hidden_size <= hidden_padded:
-        _fail(
-            name,
-            "hidden",
+        must(
+            f"{name}: hidden",
             f"have 1 to {hidden_padded} columns, as its experts",
             list(hidden.shape),
             "Pass this layer's input.",
         )
     if not 0 <= expert_offset <= num_experts - local:
         rule = f"lie in 0..{num_experts - local} ({local} of {num_experts} experts)"
-        _fail(
-            name,
-            "expert_offset",
+        must(
+            f"{name}: expert_offset",
             rule,
             expert_offset,
             "Pass the global id of the first local expert.",
@@ -293,4 +283,6 @@ def _fail_at_first(caller: str, device: torch.device, *expected: tuple) -> None:
     for name, tensor, dtype, shape in expected:
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
             rule = f"be {dtype} {list(shape)} on {device}"
-            _fail(caller, name, rule, _describe(tensor), "Use ExpertWeights.quantize and .to.")
+            must(
+                f"{caller}: {name}", rule, _describe(tensor), "Use ExpertWeights.quantize and .to."
+            )

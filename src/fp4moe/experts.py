@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .activations import get_activation
-from .errors import ShapeError
+from .errors import ShapeError, must
 from .formats.base import NVFP4
 from .formats.nvfp4 import NVFP4Values, dequantize_nvfp4
 from .pack import (
@@ -69,10 +69,11 @@ class ExpertWeights:
     def __post_init__(self) -> None:
         get_activation(self.activation, caller="ExpertWeights")
         if self.gate_up.packed.ndim != 3 or self.down.packed.ndim != 3:
-            raise ShapeError(
-                "ExpertWeights: gate_up.packed and down.packed must have 3 axes; got "
-                f"{list(self.gate_up.packed.shape)} and {list(self.down.packed.shape)}. Build it "
-                "with ExpertWeights.quantize."
+            must(
+                "ExpertWeights: gate_up.packed and down.packed",
+                "have 3 axes",
+                f"{list(self.gate_up.packed.shape)} and {list(self.down.packed.shape)}",
+                "Build it with ExpertWeights.quantize.",
             )
         local, rows, _ = self.gate_up.packed.shape
         hidden, intermediate = self.hidden_padded, self.intermediate_padded
@@ -95,25 +96,25 @@ class ExpertWeights:
                 or tensor.dtype != dtype
                 or tensor.device != device
             ):
-                raise ShapeError(
-                    f"ExpertWeights: {name} must be {dtype} {list(expected[name])} on {device}; "
-                    f"got {tensor.dtype} "
-                    f"{list(tensor.shape)} on {tensor.device}. Build it with "
-                    "ExpertWeights.quantize."
+                must(
+                    f"ExpertWeights: {name}",
+                    f"be {dtype} {list(expected[name])} on {device}",
+                    f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}",
+                    "Build it with ExpertWeights.quantize.",
                 )
         if not (0 < self.hidden_size <= hidden and 0 < self.intermediate_size <= intermediate):
-            raise ShapeError(
-                "ExpertWeights: hidden_size and intermediate_size must lie in 1 to the padded "
-                f"{hidden} and {intermediate}; "
-                f"got {self.hidden_size} and {self.intermediate_size}. Pass the unpadded sizes of "
-                "the model."
+            must(
+                "ExpertWeights: hidden_size and intermediate_size",
+                f"lie in 1 to the padded {hidden} and {intermediate}",
+                f"{self.hidden_size} and {self.intermediate_size}",
+                "Pass the unpadded sizes of the model.",
             )
         if not 0 <= self.expert_offset <= self.num_experts - local:
-            raise ShapeError(
-                f"ExpertWeights: expert_offset must lie in 0..{self.num_experts - local} for "
-                f"{local} of "
-                f"{self.num_experts} experts; got {self.expert_offset}. Pass the global id of the "
-                "first local expert."
+            must(
+                "ExpertWeights: expert_offset",
+                f"lie in 0..{self.num_experts - local} for {local} of {self.num_experts} experts",
+                self.expert_offset,
+                "Pass the global id of the first local expert.",
             )
 
     @property
@@ -306,9 +307,7 @@ class ExpertWeights:
             ("intermediate_multiple", intermediate_multiple),
         ):
             if multiple < BLOCK or multiple % BLOCK:
-                raise ShapeError(
-                    f"padded: {name} must be a multiple of {BLOCK}; got {multiple}. Round it up."
-                )
+                must(f"padded: {name}", f"be a multiple of {BLOCK}", multiple, "Round it up.")
         hidden = round_up(self.hidden_padded, hidden_multiple)
         intermediate = round_up(self.intermediate_padded, intermediate_multiple)
         return self._resized(pad_matrix, hidden, intermediate)
@@ -346,10 +345,11 @@ class ExpertWeights:
     def slice_experts(self, start: int, stop: int) -> ExpertWeights:
         """Return local experts start..stop-1 as views; ids stay global through expert_offset."""
         if not 0 <= start < stop <= self.local_experts:
-            raise ShapeError(
-                "slice_experts: start and stop must satisfy 0 <= start < stop <= "
-                f"{self.local_experts}; "
-                f"got {start} and {stop}. Pass local indices."
+            must(
+                "slice_experts: start and stop",
+                f"satisfy 0 <= start < stop <= {self.local_experts}",
+                f"{start} and {stop}",
+                "Pass local indices.",
             )
         return dataclasses.replace(
             self,
@@ -362,11 +362,11 @@ class ExpertWeights:
     def slice_intermediate(self, start: int, stop: int) -> ExpertWeights:
         """Return intermediate columns start..stop-1; the outputs of all slices sum to the whole."""
         if not 0 <= start < stop <= self.intermediate_padded or start % BLOCK or stop % BLOCK:
-            raise ShapeError(
-                f"slice_intermediate: start and stop must be multiples of {BLOCK} with 0 <= start "
-                "< stop <= "
-                f"{self.intermediate_padded}; got {start} and {stop}. Move them to a block "
-                "boundary."
+            must(
+                "slice_intermediate: start and stop",
+                f"be multiples of {BLOCK} with 0 <= start < stop <= {self.intermediate_padded}",
+                f"{start} and {stop}",
+                "Move them to a block boundary.",
             )
 
         def rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .errors import ShapeError
+from .errors import must
 from .formats.base import NVFP4
 
 __all__ = ["FP8Linear", "NVFP4Linear"]
@@ -36,18 +36,21 @@ class _PackedLinear(nn.Module):
             shape = tuple(tensor.shape)
             if tensor.dtype != dtype or shape not in shapes or tensor.device != device:
                 rule = " or ".join(str(list(s)) for s in shapes)
-                raise ShapeError(
-                    f"{type(self).__name__}: {name} must be {dtype} {rule} on {device}; got "
-                    f"{tensor.dtype} {list(shape)} on {tensor.device}. Pass the tensors of one "
-                    "Linear as the checkpoint holds them."
+                must(
+                    f"{type(self).__name__}: {name}",
+                    f"be {dtype} {rule} on {device}",
+                    f"{tensor.dtype} {list(shape)} on {tensor.device}",
+                    "Pass the tensors of one Linear as the checkpoint holds them.",
                 )
             self.register_buffer(name, tensor.detach())
 
     def _hold_optional(self, bias: torch.Tensor | None, input_scale: torch.Tensor | None) -> None:
         if bias is not None and (not bias.is_floating_point() or bias.element_size() < 2):
-            raise ShapeError(
-                f"{type(self).__name__}: bias must be bfloat16, float16 or float32; got "
-                f"{bias.dtype}. Cast it first."
+            must(
+                f"{type(self).__name__}: bias",
+                "be bfloat16, float16 or float32",
+                bias.dtype,
+                "Cast it first.",
             )
         buffers: Buffers = {"weight": (self.weight, self.weight.dtype, (tuple(self.weight.shape),))}
         if bias is not None:

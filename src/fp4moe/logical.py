@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .errors import UnsupportedError
+from .errors import UnsupportedError, must
 
 __all__ = ["Lent", "logical_tensor"]
 
@@ -24,10 +24,13 @@ def logical_tensor(name: str) -> property:
         return next(t for dotted, t in tensors.items() if dotted.replace(".", "_") == name)
 
     def refuse(self: Any, value: object) -> None:
-        raise UnsupportedError(
-            f"{type(self).__name__}: {name} must not be set alone, the kernel reads another "
-            f"layout of it; got a {type(value).__name__}. Call load_state_dict, or give "
-            "torch.func.functional_call the named_parameters and named_buffers, not a state_dict."
+        must(
+            f"{type(self).__name__}: {name}",
+            "not be set alone, the kernel reads another layout of it",
+            f"a {type(value).__name__}",
+            "Call load_state_dict, or give torch.func.functional_call the named_parameters and "
+            "named_buffers, not a state_dict.",
+            error=UnsupportedError,
         )
 
     return property(get, refuse, doc=f"{name} as the state_dict holds it; undoes the layout.")
@@ -58,10 +61,13 @@ class Lent:
         """Refuse to go on with weights whose copies were written to."""
         changed = [name for name, mark, version in self.marks if mark._version != version]
         if changed:
-            raise UnsupportedError(
-                f"{type(module).__name__}: tensors of state_dict() must go to load_state_dict once "
-                f"they were written to; got new values in {', '.join(changed)}, copies in another "
-                f"layout than kernel {module.kernel} reads. Call load_state_dict with them."
+            must(
+                f"{type(module).__name__}: tensors of state_dict()",
+                "go to load_state_dict once they were written to",
+                f"new values in {', '.join(changed)}, copies in another layout than kernel "
+                f"{module.kernel} reads",
+                "Call load_state_dict with them.",
+                error=UnsupportedError,
             )
 
     def __reduce__(self) -> tuple[type[Lent], tuple[()]]:

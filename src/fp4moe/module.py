@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import ShapeError, UnsupportedError
+from .errors import UnsupportedError, must
 from .experts import ExpertWeights
 from .kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
@@ -233,10 +233,11 @@ class FusedExperts(nn.Module):
         """Check that loaded weights belong to a layer of this kind."""
         metadata: dict[str, Any] = json.loads(bytes(state.tolist()).decode())
         if metadata != self.metadata:
-            raise ShapeError(
-                "FusedExperts.load_state_dict: metadata must equal that of this layer, "
-                f"{self.metadata}; got {metadata}. "
-                "Load into a model that was replaced in the same way."
+            must(
+                "FusedExperts.load_state_dict: metadata",
+                f"equal that of this layer, {self.metadata}",
+                metadata,
+                "Load into a model that was replaced in the same way.",
             )
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -350,9 +351,11 @@ class RoutedExperts(FusedExperts):
                 weights.num_experts, dtype=torch.float32, device=weights.device
             )
         if output_scale.shape != (weights.num_experts,):
-            raise ShapeError(
-                f"RoutedExperts: output_scale must have shape [{weights.num_experts}], one value "
-                f"an expert; got {list(output_scale.shape)}. Pass the router's per_expert_scale."
+            must(
+                "RoutedExperts: output_scale",
+                f"have shape [{weights.num_experts}], one value an expert",
+                list(output_scale.shape),
+                "Pass the router's per_expert_scale.",
             )
         scale = output_scale.detach().float().clone()
         self.register_buffer("prepared_output_scale", scale, persistent=False)
@@ -363,9 +366,12 @@ class RoutedExperts(FusedExperts):
         spec = self._spec(metadata, device)
         reasons = get_kernel(name).reasons_not_to_route(spec, self.routing)
         if reasons:
-            raise UnsupportedError(
-                f"RoutedExperts: routing must be one that kernel {name} can do ({spec}); got "
-                f"{self.routing}: {'; '.join(reasons)}. Use routing='given'."
+            must(
+                "RoutedExperts: routing",
+                f"be one that kernel {name} can do ({spec})",
+                f"{self.routing}: {'; '.join(reasons)}",
+                "Use routing='given'.",
+                error=UnsupportedError,
             )
         return name
 

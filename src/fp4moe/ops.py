@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from . import checks
-from .errors import ShapeError, UnsupportedError
+from .errors import UnsupportedError, must
 from .experts import ExpertWeights
 from .identity.float_weights import FloatWeights, StoredForm
 from .identity.table import Mark, capturing, packed_now
@@ -210,10 +210,12 @@ def _autograd(name: str, implementation: Callable) -> Callable:
 
 
 def _refuse_backward(grad: torch.Tensor, like: torch.Tensor) -> NoReturn:
-    raise UnsupportedError(
-        "nvfp4_moe: backward must not be called, the operator has no gradient; got a loss that "
-        "depends on its output. "
-        "Train the float model, or detach the output of the experts."
+    must(
+        "nvfp4_moe: backward",
+        "not be called, the operator has no gradient",
+        "a loss that depends on its output",
+        "Train the float model, or detach the output of the experts.",
+        error=UnsupportedError,
     )
 
 
@@ -283,15 +285,18 @@ def fused_moe(
             lists the reasons.
     """
     if not isinstance(weights, ExpertWeights):
-        raise ShapeError(
-            f"fused_moe: weights must be ExpertWeights; got {type(weights).__name__}. Use "
-            "ExpertWeights.quantize."
+        must(
+            "fused_moe: weights",
+            "be ExpertWeights",
+            type(weights).__name__,
+            "Use ExpertWeights.quantize.",
         )
     if hidden.ndim == 2 and hidden.shape[1] != weights.hidden_size:
-        raise ShapeError(
-            f"fused_moe: hidden must have shape [T, hidden_size] = [T, {weights.hidden_size}]; got "
-            f"{list(hidden.shape)}. "
-            "Pass the hidden states that these experts were made for."
+        must(
+            "fused_moe: hidden",
+            f"have shape [T, hidden_size] = [T, {weights.hidden_size}]",
+            list(hidden.shape),
+            "Pass the hidden states that these experts were made for.",
         )
     top_k = expert_ids.shape[-1] if expert_ids.ndim else None
     name = _choose_once(weights, kernel, top_k, current_capability(hidden.device))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .errors import ShapeError
+from .errors import must
 from .formats.base import NVFP4
 from .formats.nvfp4 import NVFP4Values, nvfp4_global_scale, quantize_nvfp4
 from .padding import round_up
@@ -28,9 +28,11 @@ GATE_UP_LAYOUTS = ("gate_up", "up_gate", "gate_up_interleaved", "up_gate_interle
 def split_gate_up(gate_up: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (gate, up) as views of gate_up [..., 2 * intermediate_size, hidden_size]."""
     if layout not in GATE_UP_LAYOUTS:
-        raise ShapeError(
-            f"split_gate_up: layout must be one of {', '.join(GATE_UP_LAYOUTS)}; got {layout!r}. "
-            "Pass the order in which the rows are stored."
+        must(
+            "split_gate_up: layout",
+            f"be one of {', '.join(GATE_UP_LAYOUTS)}",
+            repr(layout),
+            "Pass the order in which the rows are stored.",
         )
     if layout.endswith("interleaved"):
         first, second = gate_up[..., 0::2, :], gate_up[..., 1::2, :]
@@ -73,17 +75,19 @@ def gate_and_up(
     """Return the output rows by name, [L, I, H] each, from either of the two ways to pass them."""
     if (gate_up is None) == (up is None) or (gate is not None and up is None):
         given = [n for n, t in (("up", up), ("gate", gate), ("gate_up", gate_up)) if t is not None]
-        raise ShapeError(
-            "ExpertWeights.quantize: arguments must be either gate_up, or up with an optional "
-            f"gate; got {given}. "
-            "Pass one of the two forms."
+        must(
+            "ExpertWeights.quantize: arguments",
+            "be either gate_up, or up with an optional gate",
+            given,
+            "Pass one of the two forms.",
         )
     if gate_up is not None:
         if gate_up.ndim != 3 or gate_up.shape[-1 if transposed else -2] % 2:
-            raise ShapeError(
-                "ExpertWeights.quantize: gate_up must have shape [L, 2 * I, H] ([L, H, 2 * I] when "
-                "transposed); "
-                f"got {list(gate_up.shape)}. Stack gate and up on the output axis."
+            must(
+                "ExpertWeights.quantize: gate_up",
+                "have shape [L, 2 * I, H] ([L, H, 2 * I] when transposed)",
+                list(gate_up.shape),
+                "Stack gate and up on the output axis.",
             )
         gate, up = split_gate_up(gate_up.transpose(-1, -2) if transposed else gate_up, layout)
     else:
@@ -101,42 +105,51 @@ def oriented(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
 def _check_float_weights(parts: dict[str, torch.Tensor], down: torch.Tensor) -> None:
     up = parts["up"]
     if up.ndim != 3:
-        raise ShapeError(
-            f"ExpertWeights.quantize: up must have shape [L, I, H]; got {list(up.shape)}. Stack "
-            "the experts on axis 0."
+        must(
+            "ExpertWeights.quantize: up",
+            "have shape [L, I, H]",
+            list(up.shape),
+            "Stack the experts on axis 0.",
         )
     experts, intermediate, hidden = up.shape
     if not experts * intermediate * hidden:
-        raise ShapeError(
-            f"ExpertWeights.quantize: up must not be empty; got {list(up.shape)}. Pass at least "
-            "one expert with weights."
+        must(
+            "ExpertWeights.quantize: up",
+            "not be empty",
+            list(up.shape),
+            "Pass at least one expert with weights.",
         )
     expected = {name: (experts, intermediate, hidden) for name in parts} | {
         "down": (experts, hidden, intermediate)
     }
     for name, tensor in {**parts, "down": down}.items():
         if tuple(tensor.shape) != expected[name]:
-            raise ShapeError(
-                f"ExpertWeights.quantize: {name} must have shape {list(expected[name])} to match "
-                "up [L, I, H] = "
-                f"{list(up.shape)}; got {list(tensor.shape)}. Check the order of the axes "
-                "(transposed=)."
+            must(
+                f"ExpertWeights.quantize: {name}",
+                f"have shape {list(expected[name])} to match up [L, I, H] = {list(up.shape)}",
+                list(tensor.shape),
+                "Check the order of the axes (transposed=).",
             )
         if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise ShapeError(
-                f"ExpertWeights.quantize: {name} must be bfloat16, float16, float32 or float64; "
-                f"got {tensor.dtype}. "
-                "Dequantise it first."
+            must(
+                f"ExpertWeights.quantize: {name}",
+                "be bfloat16, float16, float32 or float64",
+                tensor.dtype,
+                "Dequantise it first.",
             )
         if tensor.is_meta and up.is_meta:
-            raise ShapeError(
-                f"ExpertWeights.quantize: {name} must hold values; got a meta tensor. Load the "
-                "checkpoint first."
+            must(
+                f"ExpertWeights.quantize: {name}",
+                "hold values",
+                "a meta tensor",
+                "Load the checkpoint first.",
             )
         if tensor.device != up.device:
-            raise ShapeError(
-                f"ExpertWeights.quantize: {name} must be on the device of up, {up.device}; got "
-                f"{tensor.device}. Move it there."
+            must(
+                f"ExpertWeights.quantize: {name}",
+                f"be on the device of up, {up.device}",
+                tensor.device,
+                "Move it there.",
             )
 
 
@@ -156,9 +169,11 @@ def _global_scale(weights: dict[str, torch.Tensor], expert: int) -> torch.Tensor
     ends = {name: torch.stack(torch.aminmax(w[expert])).float() for name, w in weights.items()}
     for name, pair in ends.items():
         if not bool(torch.isfinite(pair).all()):
-            raise ShapeError(
-                f"ExpertWeights.quantize: {name} of expert {expert} must be finite in float32; got "
-                f"values from {float(pair[0])} to {float(pair[1])}. Find the layer that made them."
+            must(
+                f"ExpertWeights.quantize: {name} of expert {expert}",
+                "be finite in float32",
+                f"values from {float(pair[0])} to {float(pair[1])}",
+                "Find the layer that made them.",
             )
     return nvfp4_global_scale(torch.stack(list(ends.values())))
 
@@ -191,9 +206,10 @@ def activation_scale(
     """Return the decode multipliers of activations as float32 [count], checked."""
     scale = torch.as_tensor(value, dtype=torch.float32, device=device).detach().reshape(-1)
     if scale.numel() not in (1, count) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise ShapeError(
-            f"{caller}: {name} must be positive and finite, one value or {count}; "
-            f"got {value}. "
-            "Pass amax / (6 * 448), or 1.0 where it is unknown."
+        must(
+            f"{caller}: {name}",
+            f"be positive and finite, one value or {count}",
+            value,
+            "Pass amax / (6 * 448), or 1.0 where it is unknown.",
         )
     return scale.expand(count).clone()

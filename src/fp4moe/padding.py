@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .errors import ShapeError
+from .errors import must
 
 __all__ = ["check_bytes", "pad_matrix", "round_up", "trim_matrix"]
 
@@ -20,9 +20,11 @@ def round_up(size: int, multiple: int) -> int:
 def check_bytes(function: str, argument: str, tensor: torch.Tensor) -> None:
     """Raise ShapeError unless the tensor is uint8 with 3 axes."""
     if tensor.dtype != torch.uint8 or tensor.ndim != 3:
-        raise ShapeError(
-            f"{function}: {argument} must be torch.uint8 [L, R, C]; got {tensor.dtype} "
-            f"{list(tensor.shape)}. Stack the experts on axis 0 and view the bytes as torch.uint8."
+        must(
+            f"{function}: {argument}",
+            "be torch.uint8 [L, R, C]",
+            f"{tensor.dtype} {list(tensor.shape)}",
+            "Stack the experts on axis 0 and view the bytes as torch.uint8.",
         )
 
 
@@ -45,14 +47,18 @@ def pad_matrix(tensor: torch.Tensor, rows: int, columns: int, halves: int = 1) -
     _check_halves("pad_matrix", tensor, halves)
     experts, old_rows, old_columns = tensor.shape
     if rows % halves or rows < old_rows:
-        raise ShapeError(
-            f"pad_matrix: rows must be a multiple of {halves} and at least {old_rows}; got {rows}. "
-            "Pass the padded rows of all halves together."
+        must(
+            "pad_matrix: rows",
+            f"be a multiple of {halves} and at least {old_rows}",
+            rows,
+            "Pass the padded rows of all halves together.",
         )
     if columns < old_columns:
-        raise ShapeError(
-            f"pad_matrix: columns must be at least {old_columns}; got {columns}. "
-            "Pass the padded columns in bytes."
+        must(
+            "pad_matrix: columns",
+            f"be at least {old_columns}",
+            columns,
+            "Pass the padded columns in bytes.",
         )
     out = torch.zeros((experts, rows, columns), dtype=torch.uint8, device=tensor.device)
     _corner(out, halves, old_rows, old_columns).copy_(_split(tensor, halves))
@@ -80,14 +86,18 @@ def trim_matrix(tensor: torch.Tensor, rows: int, columns: int, halves: int = 1) 
     _check_halves("trim_matrix", tensor, halves)
     experts, old_rows, old_columns = tensor.shape
     if rows % halves or not 0 <= rows <= old_rows:
-        raise ShapeError(
-            f"trim_matrix: rows must be a multiple of {halves} in 0 to {old_rows}; got {rows}. "
-            "Pass the unpadded rows of all halves together."
+        must(
+            "trim_matrix: rows",
+            f"be a multiple of {halves} in 0 to {old_rows}",
+            rows,
+            "Pass the unpadded rows of all halves together.",
         )
     if not 0 <= columns <= old_columns:
-        raise ShapeError(
-            f"trim_matrix: columns must lie in 0 to {old_columns}; got {columns}. "
-            "Pass the unpadded columns in bytes."
+        must(
+            "trim_matrix: columns",
+            f"lie in 0 to {old_columns}",
+            columns,
+            "Pass the unpadded columns in bytes.",
         )
     out = torch.empty((experts, rows, columns), dtype=torch.uint8, device=tensor.device)
     _split(out, halves).copy_(_corner(tensor, halves, rows, columns))
@@ -97,9 +107,11 @@ def trim_matrix(tensor: torch.Tensor, rows: int, columns: int, halves: int = 1) 
 def _check_halves(function: str, tensor: torch.Tensor, halves: int) -> None:
     check_bytes(function, "tensor", tensor)
     if halves < 1 or tensor.shape[1] % halves:
-        raise ShapeError(
-            f"{function}: halves must divide the {tensor.shape[1]} rows of tensor; got {halves}. "
-            "Pass 2 for stacked gate and up, otherwise 1."
+        must(
+            f"{function}: halves",
+            f"divide the {tensor.shape[1]} rows of tensor",
+            halves,
+            "Pass 2 for stacked gate and up, otherwise 1.",
         )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from .activations import get_activation
-from .errors import ShapeError
+from .errors import must
 from .experts import ExpertWeights
 from .formats.base import NVFP4
 from .precision import without_autocast
@@ -180,11 +180,11 @@ def _run(
         or expert_ids.shape != routing_weights.shape
         or expert_ids.shape[:1] != hidden.shape[:1]
     ):
-        raise ShapeError(
-            "reference: hidden, expert_ids and routing_weights must be [T, H], [T, K] and [T, K]; "
-            "got "
-            f"{list(hidden.shape)}, {list(expert_ids.shape)} and {list(routing_weights.shape)}. "
-            "Flatten the tokens."
+        must(
+            "reference: hidden, expert_ids and routing_weights",
+            "be [T, H], [T, K] and [T, K]",
+            f"{list(hidden.shape)}, {list(expert_ids.shape)} and {list(routing_weights.shape)}",
+            "Flatten the tokens.",
         )
     act = get_activation(activation, caller="reference").function
     x = hidden.float()

@@ -26,7 +26,7 @@ from types import MappingProxyType
 
 import torch
 
-from .errors import ShapeError
+from .errors import must
 
 __all__ = ["ROUTING_METHODS", "RoutingMethod", "grouped_softmax_topk", "sigmoid_topk"]
 __all__ += ["softmax_topk", "topk_sigmoid", "topk_softmax"]
@@ -104,8 +104,8 @@ def grouped_softmax_topk(
     function = "grouped_softmax_topk"
     _check_logits(function, logits, top_k)
     if group_score_experts < 1:
-        rule = f"group_score_experts must be at least 1; got {group_score_experts}"
-        raise ShapeError(f"{function}: {rule}. Pass 1 to score a group by its maximum.")
+        advice = "Pass 1 to score a group by its maximum."
+        must(f"{function}: group_score_experts", "be at least 1", group_score_experts, advice)
     _check_groups(function, logits, top_k, num_groups, top_groups, group_score_experts)
     probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
     choice = _mask_groups(probabilities, num_groups, top_groups, group_score_experts, -math.inf)
@@ -217,20 +217,21 @@ def _mask_groups(
 
 def _check_logits(function: str, logits: torch.Tensor, top_k: int) -> None:
     if logits.ndim != 2 or not logits.is_floating_point():
-        rule = "logits must be a 2-D float tensor [T, E]"
         got = f"shape {tuple(logits.shape)}, {logits.dtype}"
-        raise ShapeError(f"{function}: {rule}; got {got}. Flatten the router's output to [T, E].")
+        advice = "Flatten the router's output to [T, E]."
+        must(f"{function}: logits", "be a 2-D float tensor [T, E]", got, advice)
     if not 1 <= top_k <= logits.shape[1]:
-        rule = f"top_k must lie in 1..{logits.shape[1]}, the experts; got {top_k}"
-        raise ShapeError(f"{function}: {rule}. Pass the model's experts per token.")
+        rule = f"lie in 1..{logits.shape[1]}, the experts"
+        must(f"{function}: top_k", rule, top_k, "Pass the model's experts per token.")
 
 
 def _check_per_expert(
     function: str, argument: str, value: torch.Tensor | None, logits: torch.Tensor
 ) -> None:
     if value is not None and (value.ndim != 1 or value.shape[0] != logits.shape[1]):
-        rule = f"{argument} must have shape ({logits.shape[1]},); got {tuple(value.shape)}"
-        raise ShapeError(f"{function}: {rule}. Pass one value for each expert.")
+        rule = f"have shape ({logits.shape[1]},)"
+        got = tuple(value.shape)
+        must(f"{function}: {argument}", rule, got, "Pass one value for each expert.")
 
 
 def _check_groups(
@@ -239,11 +240,11 @@ def _check_groups(
     experts = logits.shape[1]
     size = experts // num_groups if num_groups > 0 else 0
     if size * num_groups != experts or (num_groups > 1 and size < smallest):
-        rule = f"num_groups must divide {experts} experts into groups of {smallest} or more"
-        raise ShapeError(f"{function}: {rule}; got {num_groups}. Pass the model's n_group.")
+        rule = f"divide {experts} experts into groups of {smallest} or more"
+        must(f"{function}: num_groups", rule, num_groups, "Pass the model's n_group.")
     if not 1 <= top_groups <= num_groups:
-        rule = f"top_groups must lie in 1..{num_groups}, the groups; got {top_groups}"
-        raise ShapeError(f"{function}: {rule}. Pass the model's topk_group.")
+        rule = f"lie in 1..{num_groups}, the groups"
+        must(f"{function}: top_groups", rule, top_groups, "Pass the model's topk_group.")
     if top_k > top_groups * size:
-        rule = f"top_k must be at most {top_groups * size}, the experts kept; got {top_k}"
-        raise ShapeError(f"{function}: {rule}. Keep more groups.")
+        rule = f"be at most {top_groups * size}, the experts kept"
+        must(f"{function}: top_k", rule, top_k, "Keep more groups.")

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from ..borrowed import Borrowed
-from ..errors import ShapeError, UnsupportedError
+from ..errors import UnsupportedError, must
 from ..progress import progress_bar
 from ..report import format_table
 from .recorders import BlockRanges, make_recorders
@@ -106,9 +106,11 @@ def calibrate(model: nn.Module, *, percentile: float | None = None) -> Iterator[
         After any exception, the caller's own too, the model is as it was.
     """
     if percentile is not None and not 0 < percentile <= 100:
-        raise ShapeError(
-            f"calibrate: percentile must be above 0 and at most 100; got {percentile}. Pass 99.99, "
-            "or None for the largest magnitude."
+        must(
+            "calibrate: percentile",
+            "be above 0 and at most 100",
+            percentile,
+            "Pass 99.99, or None for the largest magnitude.",
         )
     recorders = make_recorders(model, percentile)
     report = CalibrationReport()
@@ -123,9 +125,12 @@ def calibrate(model: nn.Module, *, percentile: float | None = None) -> Iterator[
             handle.remove()
     seen = [recorder for recorder in recorders if any(recorder.tokens)]
     if not seen:
-        raise UnsupportedError(
-            "calibrate: model must run its experts inside the context; got no token in any of "
-            f"{len(recorders)} blocks. Call this very model there, not an exported or captured one."
+        must(
+            "calibrate: model",
+            "run its experts inside the context",
+            f"no token in any of {len(recorders)} blocks",
+            "Call this very model there, not an exported or captured one.",
+            error=UnsupportedError,
         )
     blocks = tuple(recorder.result() for recorder in seen)
     for recorder, block in zip(seen, blocks, strict=True):

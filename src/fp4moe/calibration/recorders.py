@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..activations import get_activation
-from ..errors import ShapeError, UnsupportedError
+from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
 from ..formats.base import NVFP4
 from ..kernels import PreparedWeights
@@ -107,10 +107,11 @@ class Recorder:
         """Return the ranges, checked."""
         largest = (float(self.hidden.amax.max()), float(self.intermediate.amax.max()))
         if not all(0 < value < float("inf") for value in largest):
-            raise ShapeError(
-                f"calibrate: activations of {self.path} must be finite and not all zero; got a "
-                f"largest input of {largest[0]:g} and a largest intermediate of {largest[1]:g}. "
-                "Find the layer that made them."
+            must(
+                f"calibrate: activations of {self.path}",
+                "be finite and not all zero",
+                f"a largest input of {largest[0]:g} and a largest intermediate of {largest[1]:g}",
+                "Find the layer that made them.",
             )
         ranges = self.intermediate.values()
         ranges = torch.where(ranges > 0, ranges, ranges.max())
@@ -229,10 +230,12 @@ def make_recorders(model: nn.Module, percentile: float | None) -> list[Recorder]
         else:
             found.append(_ListRecorder(candidate, percentile))
     if not found:
-        raise UnsupportedError(
-            "calibrate: model must hold fused experts, or experts that replace_moe takes; got "
-            f"{type(model).__name__} with {'. '.join(refused) or 'none'}. See "
-            "fp4moe.explain(model)."
+        must(
+            "calibrate: model",
+            "hold fused experts, or experts that replace_moe takes",
+            f"{type(model).__name__} with {'. '.join(refused) or 'none'}",
+            "See fp4moe.explain(model).",
+            error=UnsupportedError,
         )
     for why in refused:
         logger.warning("calibrate: not calibrated: %s", why)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..devices import present_device
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, UnsupportedError, must
 from ..pretrained.from_config import config_errors, one_line
 
 __all__ = ["check_ids", "encode", "load_text_model", "read_text", "read_texts", "text_windows"]
@@ -31,9 +31,12 @@ def load_text_model(
         CheckpointError: there is no such model or tokenizer, or weights are missing.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise UnsupportedError(
-            "load_text_model: transformers must be installed; got none. Run pip install "
-            "'fp4moe[transformers]'."
+        must(
+            "load_text_model: transformers",
+            "be installed",
+            "none",
+            "Run pip install 'fp4moe[transformers]'.",
+            error=UnsupportedError,
         )
     chosen = present_device(device, caller="load_text_model")
     from safetensors import SafetensorError
@@ -51,10 +54,12 @@ def load_text_model(
     model, info = loaded
     # transformers only warns of weights that it then leaves random.
     if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(
-            f"load_text_model: source must hold all weights; got {source} without "
-            f"{', '.join(missing[:10])} ({len(missing)} in all). Load a complete bfloat16 "
-            "checkpoint."
+        must(
+            "load_text_model: source",
+            "hold all weights",
+            f"{source} without {', '.join(missing[:10])} ({len(missing)} in all)",
+            "Load a complete bfloat16 checkpoint.",
+            error=CheckpointError,
         )
     return model.to(chosen).eval(), tokenizer
 
@@ -98,9 +103,12 @@ def check_ids(model: Any, ids: torch.Tensor) -> None:
     """
     known = model.get_input_embeddings().weight.shape[0]
     if ids.numel() and int(ids.max()) >= known:
-        raise CheckpointError(
-            f"load_text_model: source must have this model's tokenizer; got id {int(ids.max())} "
-            f"and {known} embeddings. Save the model's own tokenizer beside it."
+        must(
+            "load_text_model: source",
+            "have this model's tokenizer",
+            f"id {int(ids.max())} and {known} embeddings",
+            "Save the model's own tokenizer beside it.",
+            error=CheckpointError,
         )
 
 
@@ -113,9 +121,14 @@ def read_text(path: str | os.PathLike) -> str:
     try:
         return pathlib.Path(path).read_text("utf-8-sig")
     except (OSError, ValueError) as error:  # not UTF-8, or no possible path
-        raise CheckpointError(
-            f"read_text: path must be a readable UTF-8 file; got {path}: {error}. Check the path."
-        ) from error
+        must(
+            "read_text: path",
+            "be a readable UTF-8 file",
+            f"{path}: {error}",
+            "Check the path.",
+            error=CheckpointError,
+            cause=error,
+        )
 
 
 def read_texts(path: str | os.PathLike) -> list[str]:
@@ -134,14 +147,21 @@ def read_texts(path: str | os.PathLike) -> list[str]:
             value = error
         text = value.get("text") if isinstance(value, dict) else None
         if not isinstance(text, str):
-            raise CheckpointError(
-                f"read_texts: line {number} of {path} must be a JSON object with a string "
-                f'"text"; got {line[:60]!r}. Write one object a line.'
+            must(
+                f"read_texts: line {number} of {path}",
+                'be a JSON object with a string "text"',
+                repr(line[:60]),
+                "Write one object a line.",
+                error=CheckpointError,
             )
         texts.append(text)
     if not any(texts):
-        raise CheckpointError(
-            f"read_texts: {path} must hold at least one text; got none. Write one object a line."
+        must(
+            f"read_texts: {path}",
+            "hold at least one text",
+            "none",
+            "Write one object a line.",
+            error=CheckpointError,
         )
     return texts
 
@@ -163,9 +183,12 @@ def text_windows(ids: torch.Tensor, length: int, tokens: int, first: int | None)
     """
     available = len(ids) // length
     if not available:
-        raise UnsupportedError(
-            f"text_windows: text must have at least {length} tokens; got {len(ids)}. Pass a longer "
-            "text, or a smaller length."
+        must(
+            "text_windows: text",
+            f"have at least {length} tokens",
+            len(ids),
+            "Pass a longer text, or a smaller length.",
+            error=UnsupportedError,
         )
     count = min(available, -(-tokens // length))
     chosen = torch.arange(count, dtype=torch.int64, device="cpu") * available // count

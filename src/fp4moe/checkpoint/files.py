@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, must
 from .header import FUNCTION, Spec, fail, name_keys, read_header, read_json
 
 __all__ = ["INDEX", "PICKLES", "WEIGHTS", "CheckpointFiles"]
@@ -99,23 +99,33 @@ class CheckpointFiles:
 
         name = self._shard_of.get(key)
         if name is None:
-            raise CheckpointError(
-                f"CheckpointFiles.tensor: key must be in the checkpoint; got {key!r}. "
-                "Look it up in shapes."
+            must(
+                "CheckpointFiles.tensor: key",
+                "be in the checkpoint",
+                repr(key),
+                "Look it up in shapes.",
+                error=CheckpointError,
             )
         try:
             if name not in self._open:
                 self._open[name] = safe_open(_resolve(self.directory, name), framework="pt")
             tensor = self._open[name].get_tensor(key)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"CheckpointFiles.tensor: {name!r} must be readable by safetensors for {key!r}; "
-                f"got {error}. Download it again."
-            ) from error
+            must(
+                f"CheckpointFiles.tensor: {name!r}",
+                f"be readable by safetensors for {key!r}",
+                error,
+                "Download it again.",
+                error=CheckpointError,
+                cause=error,
+            )
         if (tensor.dtype, tuple(tensor.shape)) != self.shapes[key]:
-            raise CheckpointError(
-                f"CheckpointFiles.tensor: {key!r} must be {self.shapes[key]} as when it was "
-                f"opened; got {(tensor.dtype, tuple(tensor.shape))}. Open the checkpoint again."
+            must(
+                f"CheckpointFiles.tensor: {key!r}",
+                f"be {self.shapes[key]} as when it was opened",
+                (tensor.dtype, tuple(tensor.shape)),
+                "Open the checkpoint again.",
+                error=CheckpointError,
             )
         return tensor
 

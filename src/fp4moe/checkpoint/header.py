@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, must
 
 __all__ = ["DTYPES", "FUNCTION", "Spec", "fail", "name_keys", "read_header", "read_json"]
 
@@ -55,7 +55,7 @@ DTYPES = {
 
 def fail(argument: str, rule: str, got: object, fix: str) -> NoReturn:
     """Raise the CheckpointError of opening a checkpoint."""
-    raise CheckpointError(f"{FUNCTION}: {argument} must {rule}; got {got}. {fix}.")
+    must(f"{FUNCTION}: {argument}", rule, got, f"{fix}.", error=CheckpointError)
 
 
 def name_keys(keys: Collection[str]) -> str:
@@ -153,10 +153,14 @@ def _parse(name: str, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:  # both of JSON and of UTF-8 are ValueErrors
-        raise CheckpointError(
-            f"{FUNCTION}: {name} must hold JSON without repeated keys; got {str(error)[:200]}. "
-            "Download it again."
-        ) from error
+        must(
+            f"{FUNCTION}: {name}",
+            "hold JSON without repeated keys",
+            str(error)[:200],
+            "Download it again.",
+            error=CheckpointError,
+            cause=error,
+        )
     if not isinstance(value, dict):
         fail(name, "hold a JSON object", type(value).__name__, "Download it again")
     return value
@@ -180,7 +184,11 @@ def _opened(path: str) -> Iterator[BinaryIO]:
         with open(path, "rb") as file:
             yield file
     except OSError as error:
-        raise CheckpointError(
-            f"{FUNCTION}: {os.path.basename(path)!r} must be a readable file; got {error}. "
-            "Check that the download is complete."
-        ) from error
+        must(
+            f"{FUNCTION}: {os.path.basename(path)!r}",
+            "be a readable file",
+            error,
+            "Check that the download is complete.",
+            error=CheckpointError,
+            cause=error,
+        )

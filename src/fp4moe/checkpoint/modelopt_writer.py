@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, UnsupportedError, must
 from ..formats.base import NVFP4
 from ..version import __version__
 from .header import Spec, name_keys
@@ -105,11 +105,14 @@ def find_experts(
         elif (match := GRANITE.fullmatch(key)) and len(shape) == 3:
             inside.setdefault(f"{match['module']}.experts", []).append(key)
     if not inside:
-        raise UnsupportedError(
-            "quantize_checkpoint: src must hold experts under names that are known; got none in "
-            f"{len(shapes)} tensors. Known are <layer>.experts.gate_up_proj (or up_proj) and "
-            "down_proj, <layer>.experts.<number>.<projection>.weight, and Granite's "
-            "block_sparse_moe.input_linear."
+        must(
+            "quantize_checkpoint: src",
+            "hold experts under names that are known",
+            f"none in {len(shapes)} tensors",
+            "Known are <layer>.experts.gate_up_proj (or up_proj) and down_proj, "
+            "<layer>.experts.<number>.<projection>.weight, and Granite's "
+            "block_sparse_moe.input_linear.",
+            error=UnsupportedError,
         )
     if patterns is None:
         taken = [name for name in inside if mtp_module(name, layers) is None]
@@ -119,9 +122,12 @@ def find_experts(
         left = []
     if not taken:
         got = f"{name_keys(inside)} with layers={patterns}"
-        raise UnsupportedError(
-            "quantize_checkpoint: layers must choose modules whose name ends in experts; got "
-            f"{got}. Pass other patterns."
+        must(
+            "quantize_checkpoint: layers",
+            "choose modules whose name ends in experts",
+            got,
+            "Pass other patterns.",
+            error=UnsupportedError,
         )
     return [_read_layer(name, inside[name], shapes) for name in taken], left
 
@@ -134,9 +140,12 @@ def _read_layer(module: str, keys: list[str], shapes: Mapping[str, Spec]) -> Exp
     floats = {key for key in keys if shapes[key][0] in FLOATS}
     if unknown or floats != set(keys) or sum(map(bool, (fused, granite, single))) > 1:
         got = name_keys(unknown or set(keys) - floats or set(keys))
-        raise UnsupportedError(
-            f"quantize_checkpoint: {module} must hold gate, up and down projections in bfloat16, "
-            f"float16 or float32 and nothing else; got {got}. Leave this layer out with layers=."
+        must(
+            f"quantize_checkpoint: {module}",
+            "hold gate, up and down projections in bfloat16, float16 or float32 and nothing else",
+            got,
+            "Leave this layer out with layers=.",
+            error=UnsupportedError,
         )
     if fused:
         first = "gate_up_proj" if "gate_up_proj" in fused else "up_proj"
@@ -148,10 +157,12 @@ def _read_layer(module: str, keys: list[str], shapes: Mapping[str, Spec]) -> Exp
         layer = _read_single(module, single, shapes)
     parts = [part for group in layer.groups() for part in group]
     if uneven := {part.name for part in parts if part.shape[1] % NVFP4.block_size}:
-        raise UnsupportedError(
-            f"quantize_checkpoint: the columns of {module} must be multiples of "
-            f"{NVFP4.block_size}; got others in {name_keys(uneven)}. Leave this layer out with "
-            "layers=; replace_moe pads such layers."
+        must(
+            f"quantize_checkpoint: the columns of {module}",
+            f"be multiples of {NVFP4.block_size}",
+            f"others in {name_keys(uneven)}",
+            "Leave this layer out with layers=; replace_moe pads such layers.",
+            error=UnsupportedError,
         )
     return layer
 
@@ -177,9 +188,12 @@ def _read_fused(
     down = sizes[second]
     wanted = (down[0], gates * down[2], down[1]) if len(down) == 3 else None
     if sizes[first] != wanted or 0 in down:
-        raise UnsupportedError(
-            f"quantize_checkpoint: {module} must hold {first} [E, {'2 * ' * (gates - 1)}I, H] and "
-            f"{second} [E, H, I]; got {sizes}. Leave this layer out with layers=."
+        must(
+            f"quantize_checkpoint: {module}",
+            f"hold {first} [E, {'2 * ' * (gates - 1)}I, H] and {second} [E, H, I]",
+            sizes,
+            "Leave this layer out with layers=.",
+            error=UnsupportedError,
         )
     count, hidden, intermediate = down
     layer = Experts(module, count, [], [])
@@ -222,9 +236,12 @@ def _read_single(
     keys = [(role, key) for parts in found.values() for role, key in parts.items()]
     wrong = {key for role, key in keys if shapes[key][1] != wanted[role] or not rows * columns}
     if wrong:
-        raise CheckpointError(
-            f"quantize_checkpoint: {module} must have gate and up [I, H] and down [H, I] of one "
-            f"size; got others in {name_keys(wrong)}. Download it again."
+        must(
+            f"quantize_checkpoint: {module}",
+            "have gate and up [I, H] and down [H, I] of one size",
+            f"others in {name_keys(wrong)}",
+            "Download it again.",
+            error=CheckpointError,
         )
     layer = Experts(module, len(found), [], [])
     for expert in range(len(found)):
@@ -238,9 +255,12 @@ def _read_single(
 
 
 def _incomplete(module: str, got: str) -> None:
-    raise CheckpointError(
-        f"quantize_checkpoint: {module} must have up and down, with or without gate, of every "
-        f"expert from 0 on; got {got}. Download it again."
+    must(
+        f"quantize_checkpoint: {module}",
+        "have up and down, with or without gate, of every expert from 0 on",
+        got,
+        "Download it again.",
+        error=CheckpointError,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, must
 from .header import Spec, name_keys
 
 __all__ = [
@@ -54,7 +54,7 @@ POWERS = (torch.uint8, torch.float8_e8m0fnu)
 
 def fail(rule: str, got: object, fix: str) -> NoReturn:
     """Raise the CheckpointError of reading a checkpoint into a model."""
-    raise CheckpointError(f"from_pretrained: checkpoint must {rule}; got {got}. {fix}.")
+    must("from_pretrained: checkpoint", rule, got, f"{fix}.", error=CheckpointError)
 
 
 @dataclasses.dataclass(frozen=True)

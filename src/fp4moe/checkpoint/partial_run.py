@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from typing import IO, Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, must
 from .files import CheckpointFiles
 from .header import name_keys, read_json
 from .safetensors_writer import TEMPORARY, sync_directory, write_file
@@ -54,13 +54,19 @@ def check_target(target: str) -> None:
     if os.path.isdir(target) and not os.path.islink(target) and not os.listdir(target):
         if not os.path.ismount(target):
             return
-        raise CheckpointError(
-            f"quantize_checkpoint: dst must not be where a disk is mounted; got {target!r}. Choose "
-            "a name below it."
+        must(
+            "quantize_checkpoint: dst",
+            "not be where a disk is mounted",
+            repr(target),
+            "Choose a name below it.",
+            error=CheckpointError,
         )
-    raise CheckpointError(
-        f"quantize_checkpoint: dst must not exist yet, or be an empty directory; got {target!r}. "
-        "Remove it, or choose another name."
+    must(
+        "quantize_checkpoint: dst",
+        "not exist yet, or be an empty directory",
+        repr(target),
+        "Remove it, or choose another name.",
+        error=CheckpointError,
     )
 
 
@@ -101,11 +107,14 @@ def _lock(file: IO[str], target: str) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
-        raise CheckpointError(
-            "quantize_checkpoint: dst must not be written by another process; got process "
-            f"{file.read().strip()} at work on {target!r}. Wait for it, or end it: a call with the "
-            "same arguments then goes on."
-        ) from error
+        must(
+            "quantize_checkpoint: dst",
+            "not be written by another process",
+            f"process {file.read().strip()} at work on {target!r}",
+            "Wait for it, or end it: a call with the same arguments then goes on.",
+            error=CheckpointError,
+            cause=error,
+        )
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -150,9 +159,12 @@ def open_partial(partial: str, arguments: Mapping[str, Any], expected: Collectio
     differing = sorted(key for key in arguments if before.get(key) != arguments[key])
     if differing or (others := names - set(expected) - {JOURNAL}):
         why = f"another {', '.join(differing)}" if differing else f"files {name_keys(others)}"
-        raise CheckpointError(
-            f"quantize_checkpoint: dst must be new, or have a partial run of the same arguments; "
-            f"got {why} in {partial!r}. Call it as before, or remove that directory."
+        must(
+            "quantize_checkpoint: dst",
+            "be new, or have a partial run of the same arguments",
+            f"{why} in {partial!r}",
+            "Call it as before, or remove that directory.",
+            error=CheckpointError,
         )
     for name in old:
         os.remove(os.path.join(partial, name))
@@ -166,9 +178,12 @@ def check_space(partial: str, needed: int) -> None:
     """
     free = shutil.disk_usage(partial).free
     if free < needed:
-        raise CheckpointError(
-            f"quantize_checkpoint: dst must have {needed} bytes free; got {free} at {partial!r}. "
-            "Make room and call it again with the same arguments."
+        must(
+            "quantize_checkpoint: dst",
+            f"have {needed} bytes free",
+            f"{free} at {partial!r}",
+            "Make room and call it again with the same arguments.",
+            error=CheckpointError,
         )
 
 
@@ -190,9 +205,12 @@ def was_closed(target: str, arguments: Mapping[str, Any]) -> bool:
     if not os.path.isfile(journal):
         return False
     if read_json(journal) != arguments:
-        raise CheckpointError(
-            f"quantize_checkpoint: dst must not exist yet; got {target!r}. Remove it, or choose "
-            "another name."
+        must(
+            "quantize_checkpoint: dst",
+            "not exist yet",
+            repr(target),
+            "Remove it, or choose another name.",
+            error=CheckpointError,
         )
     _clear(target)
     return True

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, must
 from ..formats.base import NVFP4
 from .header import Spec
 from .naming import FLOATS, OTHER, Convention, Matrix, form_words, listed, name_keys
@@ -66,10 +66,13 @@ class Problems:
                 f"{form_words(form)} in {name_keys(paths)}"
                 for form, paths in sorted(self.unread.items())
             )
-            raise CheckpointError(
-                "from_pretrained: checkpoint must hold NVFP4 or float experts, and NVFP4, FP8 (one "
-                f"scale per tensor or row) or float Linears; got {got}. These are not read yet. "
-                f"{OTHER}."
+            must(
+                "from_pretrained: checkpoint",
+                "hold NVFP4 or float experts, and NVFP4, FP8 (one scale per tensor or row) or "
+                "float Linears",
+                got,
+                f"These are not read yet. {OTHER}.",
+                error=CheckpointError,
             )
         parts = [
             listed(kind, keys)
@@ -83,10 +86,13 @@ class Problems:
         ]
         if parts:
             details = "; ".join(f"{key!r} {why}" for key, why in sorted(self.wrong.items())[:3])
-            raise CheckpointError(
-                "from_pretrained: checkpoint must hold exactly the tensors of the model; got "
-                f"{'; '.join(parts)}{f' ({details})' if details else ''}. Nothing was loaded: "
-                f"{self.hint or 'use a complete checkpoint of this very model'}."
+            must(
+                "from_pretrained: checkpoint",
+                "hold exactly the tensors of the model",
+                f"{'; '.join(parts)}{(f' ({details})' if details else '')}",
+                "Nothing was loaded: "
+                f"{self.hint or 'use a complete checkpoint of this very model'}.",
+                error=CheckpointError,
             )
 
 

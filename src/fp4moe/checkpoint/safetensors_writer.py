@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from ..errors import ShapeError
+from ..errors import must
 from .header import DTYPES, Spec, name_keys
 
 __all__ = ["TEMPORARY", "ShardLayout", "copy_file", "sync_directory", "write_file", "write_shard"]
@@ -83,16 +83,20 @@ def write_shard(
             place = missing.pop(key, None)
             if place is None or place[1:] != (tensor.dtype, tuple(tensor.shape)):
                 wanted = "a new key of the layout" if place is None else f"{place[1:]}"
-                raise ShapeError(
-                    f"write_shard: {key!r} must be {wanted}; got {tensor.dtype} "
-                    f"{list(tensor.shape)}. Make the layout from the same tensors."
+                must(
+                    f"write_shard: {key!r}",
+                    f"be {wanted}",
+                    f"{tensor.dtype} {list(tensor.shape)}",
+                    "Make the layout from the same tensors.",
                 )
             file.seek(place[0])
             _write(file, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if missing:
-            raise ShapeError(
-                f"write_shard: tensors must fill {layout.name}; got none for {name_keys(missing)}. "
-                "Make the layout from the same tensors."
+            must(
+                "write_shard: tensors",
+                f"fill {layout.name}",
+                f"none for {name_keys(missing)}",
+                "Make the layout from the same tensors.",
             )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from ..errors import ShapeError
+from ..errors import must
 from ..formats.base import NVFP4
 from .files import WEIGHTS, CheckpointFiles
 from .header import Spec, name_keys
@@ -92,20 +92,22 @@ def input_scales(found: Sequence[Experts], calibration: Calibration | None) -> d
     for layer in found:
         names = given.get(_plain(layer.module), [])
         if len(names) != 1:
-            raise ShapeError(
-                f"quantize_checkpoint: calibration must have one entry for {layer.module}; got "
-                f"{names} of {name_keys(calibration)}. Calibrate it, or leave the layer out with "
-                "layers=."
+            must(
+                "quantize_checkpoint: calibration",
+                f"have one entry for {layer.module}",
+                f"{names} of {name_keys(calibration)}",
+                "Calibrate it, or leave the layer out with layers=.",
             )
         hidden, intermediate = calibration[names[0]]
         each = [intermediate] if isinstance(intermediate, (int, float)) else list(intermediate)
         each = each * layer.count if len(each) == 1 else each
         numbers = [hidden, *each]
         if len(each) != layer.count or not all(0 < n < math.inf for n in numbers):
-            raise ShapeError(
-                f"quantize_checkpoint: calibration of {layer.module} must be positive and finite, "
-                f"one number and one or {layer.count}; got {len(each)} in the second place, from "
-                f"{min(numbers)} to {max(numbers)}. Pass amax / 2688."
+            must(
+                f"quantize_checkpoint: calibration of {layer.module}",
+                f"be positive and finite, one number and one or {layer.count}",
+                f"{len(each)} in the second place, from {min(numbers)} to {max(numbers)}",
+                "Pass amax / 2688.",
             )
         scales |= {part.name: float(hidden) for parts in layer.first for part in parts}
         scales |= {part.name: float(each[part.expert]) for part in layer.down}

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ..borrowed import Borrowed
-from ..errors import CheckpointError
+from ..errors import CheckpointError, must
 from ..formats.nvfp4 import nvfp4_global_scale, quantize_nvfp4
 from .files import CheckpointFiles
 from .header import name_keys
@@ -98,10 +98,12 @@ def _quantize(
         return [(step, weights[0])]
     ends = torch.stack([torch.stack(torch.aminmax(weight)).float() for weight in weights])
     if not bool(torch.isfinite(ends).all()):
-        raise CheckpointError(
-            f"quantize_checkpoint: {name_keys({part.source for part in step})} must be finite; got "
-            f"values from {float(ends.min())} to {float(ends.max())} in expert {step[0].expert}. "
-            "Download it again, or leave the layer out with layers=."
+        must(
+            f"quantize_checkpoint: {name_keys({part.source for part in step})}",
+            "be finite",
+            f"values from {float(ends.min())} to {float(ends.max())} in expert {step[0].expert}",
+            "Download it again, or leave the layer out with layers=.",
+            error=CheckpointError,
         )
     global_scale = nvfp4_global_scale(ends)
     tensors = []

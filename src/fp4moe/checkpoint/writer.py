@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..errors import CheckpointError, ShapeError, UnsupportedError
+from ..errors import CheckpointError, UnsupportedError, must
 from ..formats.nvfp4 import METHODS
 from ..progress import progress_bar
 from ..version import __version__
@@ -111,9 +111,12 @@ def write_checkpoint(
     target = _target(dst)
     with CheckpointFiles.open(src) as files:
         if files.quantization is not None:
-            raise CheckpointError(
-                "quantize_checkpoint: src must be a float checkpoint; got quantization "
-                f"{str(files.quantization)[:100]}. Pass the original."
+            must(
+                "quantize_checkpoint: src",
+                "be a float checkpoint",
+                f"quantization {str(files.quantization)[:100]}",
+                "Pass the original.",
+                error=CheckpointError,
             )
         found, left = find_experts(files.shapes, patterns, decoder_layers(files.config))
         scales = input_scales(found, calibration)
@@ -135,10 +138,14 @@ def write_checkpoint(
                 finished = _write(files, target, arguments, shards, copied, small, scales, progress)
         except OSError as error:
             size = sum(shard.layout.size for shard in shards)
-            raise CheckpointError(
-                f"quantize_checkpoint: dst must be writable, with {size} bytes for weights; got "
-                f"{error}. Mend that and call it again with the same arguments: it goes on."
-            ) from error
+            must(
+                "quantize_checkpoint: dst",
+                f"be writable, with {size} bytes for weights",
+                error,
+                "Mend that and call it again with the same arguments: it goes on.",
+                error=CheckpointError,
+                cause=error,
+            )
         read = sum(shard.source_bytes for shard in shards)
         report = WriteReport(
             os.fspath(dst),
@@ -161,14 +168,19 @@ def _check_arguments(
 ) -> list[str] | None:
     """Check what needs no files; returns the patterns."""
     if method not in METHODS:
-        raise UnsupportedError(
-            f"quantize_checkpoint: method must be one of {', '.join(METHODS)}; got {method!r}. "
-            "Choose one of these."
+        must(
+            "quantize_checkpoint: method",
+            f"be one of {', '.join(METHODS)}",
+            repr(method),
+            "Choose one of these.",
+            error=UnsupportedError,
         )
     if not 1 <= max_shard_bytes < math.inf:
-        raise ShapeError(
-            f"quantize_checkpoint: max_shard_bytes must be 1 or more; got {max_shard_bytes}. "
-            "Pass bytes, such as 5e9."
+        must(
+            "quantize_checkpoint: max_shard_bytes",
+            "be 1 or more",
+            max_shard_bytes,
+            "Pass bytes, such as 5e9.",
         )
     if layers is None:
         return None
@@ -177,10 +189,13 @@ def _check_arguments(
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ShapeError(
-                f"quantize_checkpoint: layers must be regular expressions; got {pattern!r}: "
-                f"{error}. Escape what it means literally."
-            ) from error
+            must(
+                "quantize_checkpoint: layers",
+                "be regular expressions",
+                f"{pattern!r}: {error}",
+                "Escape what it means literally.",
+                cause=error,
+            )
     return patterns
 
 
@@ -192,8 +207,12 @@ def _target(dst: str | os.PathLike[str]) -> str:
     except UnicodeEncodeError:
         possible = False
     if not possible:
-        raise CheckpointError(
-            f"quantize_checkpoint: dst must be a path; got {path!r}. Choose a name."
+        must(
+            "quantize_checkpoint: dst",
+            "be a path",
+            repr(path),
+            "Choose a name.",
+            error=CheckpointError,
         )
     target = os.path.abspath(path)
     check_target(target)

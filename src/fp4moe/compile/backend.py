@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from ..errors import UnsupportedError, check_choice
+from ..errors import UnsupportedError, check_choice, must
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
 from ..passes.lift import lift_packed
 from ..passes.report import ON_NO_MATCH, RewriteReport, report_no_match
@@ -86,17 +86,23 @@ class BackendOptions:
         ):
             check_choice(name, getattr(parsed, name), choices, caller="backend")
         if not isinstance(parsed.inner_options, (dict, type(None))):
-            raise UnsupportedError(
-                "backend: inner_options must be a dict or None; got "
-                f"{parsed.inner_options!r}. Pass the options of the inner backend by name."
+            must(
+                "backend: inner_options",
+                "be a dict or None",
+                repr(parsed.inner_options),
+                "Pass the options of the inner backend by name.",
+                error=UnsupportedError,
             )
         inner = parsed.inner_backend
         if inner in BACKENDS:
             import_torch_tensorrt("backend")
         if not callable(inner) and inner not in torch._dynamo.list_backends(exclude_tags=()):
-            raise UnsupportedError(
-                f"backend: inner_backend must be a callable or a registered name; got {inner!r}. "
-                f"Registered are {', '.join(torch._dynamo.list_backends(exclude_tags=()))}."
+            must(
+                "backend: inner_backend",
+                "be a callable or a registered name",
+                repr(inner),
+                f"Registered are {', '.join(torch._dynamo.list_backends(exclude_tags=()))}.",
+                error=UnsupportedError,
             )
         return parsed
 

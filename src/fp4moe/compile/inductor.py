@@ -23,7 +23,7 @@ from torch import fx
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, must
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT
 from ..passes.graph.dataflow import meta_value
 from ..passes.report import RewriteReport, report_no_match
@@ -74,14 +74,20 @@ class MoePass(CustomGraphPass):
             earlier(graph)
         gm = graph.owning_module
         if gm is None:
-            raise UnsupportedError(
-                "MoePass: graph must belong to a GraphModule; got one without. Pass gm.graph."
+            must(
+                "MoePass: graph",
+                "belong to a GraphModule",
+                "one without",
+                "Pass gm.graph.",
+                error=UnsupportedError,
             )
         if config.triton.cudagraphs and not getattr(config, "graph_partition", False):
-            raise UnsupportedError(
-                "MoePass: torch._inductor.config.graph_partition must be True with CUDA graphs, "
-                "which are cut at the experts; got False. Set it, or use fp4moe.backend with "
-                "mode='reduce-overhead'."
+            must(
+                "MoePass: torch._inductor.config.graph_partition",
+                "be True with CUDA graphs, which are cut at the experts",
+                "False",
+                "Set it, or use fp4moe.backend with mode='reduce-overhead'.",
+                error=UnsupportedError,
             )
         inputs = [_value(node) for node in graph.nodes if node.op == "placeholder"]
         self.report, _ = rewrite_graph(gm, inputs, *self.settings)
@@ -128,10 +134,12 @@ def _check_timing() -> None:
     except ImportError:
         return
     if resolve_pre_grad_pass_timing() == "late":
-        raise UnsupportedError(
-            "MoePass: torch._inductor.config.pre_grad_pass_timing must be 'early', for the kernel "
-            "must be chosen before Inductor looks into its caches; got "
-            f"{config.pre_grad_pass_timing!r}. Use fp4moe.inductor_options(), which sets it."
+        must(
+            "MoePass: torch._inductor.config.pre_grad_pass_timing",
+            "be 'early', for the kernel must be chosen before Inductor looks into its caches",
+            repr(config.pre_grad_pass_timing),
+            "Use fp4moe.inductor_options(), which sets it.",
+            error=UnsupportedError,
         )
 
 

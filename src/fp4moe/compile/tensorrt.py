@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import fx
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, must
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT
 from ..passes.exported import rewrite_aten
 from ..passes.graph.dataflow import meta_value
@@ -41,11 +41,15 @@ def import_torch_tensorrt(caller: str) -> Any:
     try:
         import torch_tensorrt
     except Exception as error:  # it raises a plain Exception where TensorRT's libraries are missing
-        raise UnsupportedError(
-            f"{caller}: torch_tensorrt must be importable; got {type(error).__name__}: {error}. "
-            "Install the torch-tensorrt that was built for this torch, and TensorRT from NVIDIA's "
-            "own package index: the packages of that name elsewhere only point there."
-        ) from error
+        must(
+            f"{caller}: torch_tensorrt",
+            "be importable",
+            f"{type(error).__name__}: {error}",
+            "Install the torch-tensorrt that was built for this torch, and TensorRT from "
+            "NVIDIA's own package index: the packages of that name elsewhere only point there.",
+            error=UnsupportedError,
+            cause=error,
+        )
     return torch_tensorrt
 
 

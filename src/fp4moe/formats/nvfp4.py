@@ -11,11 +11,10 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
 
 import torch
 
-from ..errors import ShapeError, UnsupportedError
+from ..errors import UnsupportedError, must
 from .base import NVFP4
 
 __all__ = [
@@ -80,13 +79,17 @@ def quantize_nvfp4(
     name = "quantize_nvfp4"
     if method not in METHODS:
         known = ", ".join(METHODS)
-        raise UnsupportedError(
-            f"{name}: method must be one of {known}; got {method!r}. Choose one of these."
+        must(
+            f"{name}: method",
+            f"be one of {known}",
+            repr(method),
+            "Choose one of these.",
+            error=UnsupportedError,
         )
     _check_float(name, x)
     if x.ndim == 0 or x.shape[-1] % NVFP4.block_size:
-        rule = f"x must have a last axis that is a multiple of {NVFP4.block_size}"
-        _fail(name, rule, f"shape {tuple(x.shape)}", "Pad the last axis with zeros")
+        rule = f"have a last axis that is a multiple of {NVFP4.block_size}"
+        must(f"{name}: x", rule, f"shape {tuple(x.shape)}", "Pad the last axis with zeros.")
     x = x.detach()
     if global_scale is None:
         g = _scale_of(_amax(name, x))
@@ -137,16 +140,16 @@ def dequantize_nvfp4(q: NVFP4Values, dtype: torch.dtype = torch.float32) -> torc
     """
     name, packed, scale = "dequantize_nvfp4", q.packed, q.block_scale
     if not dtype.is_floating_point:
-        _fail(name, "dtype must be a floating dtype", dtype, "Use torch.float32 or torch.bfloat16")
+        must(f"{name}: dtype", "be a floating dtype", dtype, "Use torch.float32 or torch.bfloat16.")
     got = f"{packed.dtype} {tuple(packed.shape)} and {tuple(scale.shape)}"
     columns = scale.shape[-1] if scale.ndim else 0
     if packed.dtype != torch.uint8 or packed.shape != (*scale.shape[:-1], columns * 8):
-        rule = "q must hold uint8 packed [..., K / 2] and block_scale [..., K / 16]"
-        _fail(name, rule, got, "Rebuild q with quantize_nvfp4")
+        rule = "hold uint8 packed [..., K / 2] and block_scale [..., K / 16]"
+        must(f"{name}: q", rule, got, "Rebuild q with quantize_nvfp4.")
     g = q.global_scale.to(packed.device, torch.float32)
     if g.shape != scale.shape[:-1][: g.ndim]:
-        rule = "q must hold a global_scale that is 0-d or has the shape of leading axes of packed"
-        _fail(name, rule, f"{tuple(g.shape)} for {tuple(packed.shape)}", "Reshape it")
+        rule = "hold a global_scale that is 0-d or has the shape of leading axes of packed"
+        must(f"{name}: q", rule, f"{tuple(g.shape)} for {tuple(packed.shape)}", "Reshape it.")
     out = packed.new_empty((*packed.shape[:-1], columns * NVFP4.block_size), dtype=dtype)
     if not out.numel():
         return out
@@ -205,7 +208,7 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
     """[..., K] uint8 codes below 16, K even -> [..., K / 2] uint8, low nibble = even element."""
     if codes.dtype != torch.uint8 or codes.ndim == 0 or codes.shape[-1] % 2:
         got = f"{codes.dtype} {tuple(codes.shape)}"
-        _fail("pack_codes", "codes must be uint8 with an even last axis", got, "Cast or pad them")
+        must("pack_codes: codes", "be uint8 with an even last axis", got, "Cast or pad them.")
     return codes[..., ::2] | codes[..., 1::2] << 4
 
 
@@ -213,7 +216,7 @@ def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
     """[..., K / 2] uint8 -> [..., K] uint8 codes below 16; the inverse of `pack_codes`."""
     if packed.dtype != torch.uint8 or packed.ndim == 0:
         got = f"{packed.dtype} {tuple(packed.shape)}"
-        _fail("unpack_codes", "packed must be uint8 with a last axis", got, "Cast or reshape it")
+        must("unpack_codes: packed", "be uint8 with a last axis", got, "Cast or reshape it.")
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
@@ -347,29 +350,27 @@ def _scale_of(amax: torch.Tensor) -> torch.Tensor:
 def _checked_scale(name: str, value: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     g = torch.as_tensor(value, dtype=torch.float32, device=x.device).detach()
     if g.shape != x.shape[:-1][: g.ndim]:
-        rule = "global_scale must be a number or have the shape of leading axes of x"
+        rule = "be a number or have the shape of leading axes of x"
         got = f"{tuple(g.shape)} for x {tuple(x.shape)}"
-        _fail(name, rule, got, "Pass one scale per leading index, or a 0-d tensor")
+        must(
+            f"{name}: global_scale", rule, got, "Pass one scale per leading index, or a 0-d tensor."
+        )
     bad = g[~((g > 0) & torch.isfinite(g))]
     if bad.numel():
-        rule = "global_scale must be finite and above 0 in float32"
-        fix = "Pass the decode multiplier, amax / (6 x 448), or None"
-        _fail(name, rule, float(bad[0]), fix)
+        rule = "be finite and above 0 in float32"
+        fix = "Pass the decode multiplier, amax / (6 x 448), or None."
+        must(f"{name}: global_scale", rule, float(bad[0]), fix)
     return g
 
 
 def _check_float(name: str, x: torch.Tensor) -> None:
     got = getattr(x, "dtype", type(x).__name__)
     if got not in FLOAT_DTYPES:
-        rule = "x must be a float32, bfloat16, float16 or float64 tensor"
-        _fail(name, rule, got, "Cast it first")
+        rule = "be a float32, bfloat16, float16 or float64 tensor"
+        must(f"{name}: x", rule, got, "Cast it first.")
 
 
 def _check_finite(name: str, amax: torch.Tensor) -> None:
     if not math.isfinite(value := float(amax)):
-        fix = "Replace inf and NaN (torch.nan_to_num), or find the layer that made them"
-        _fail(name, "x must be finite", f"a largest magnitude of {value}", fix)
-
-
-def _fail(name: str, rule: str, got: object, fix: str) -> NoReturn:
-    raise ShapeError(f"{name}: {rule}; got {got}. {fix}.")
+        fix = "Replace inf and NaN (torch.nan_to_num), or find the layer that made them."
+        must(f"{name}: x", "be finite", f"a largest magnitude of {value}", fix)

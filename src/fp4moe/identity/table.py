@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, must
 from ..kernels import Operands, PreparedWeights, get_kernel
 from .fingerprint import full_hashes, sampled_hashes
 from .float_weights import FloatWeights, StoredForm, pack_float
@@ -266,9 +266,12 @@ def _prepare(weights: FloatWeights, form: StoredForm) -> PreparedWeights:
 
 def _refuse_capture(device: torch.device, caller: str) -> None:
     if capturing(device):
-        raise UnsupportedError(
-            f"{caller}: expert weights must be packed before a CUDA graph is captured; got weights "
-            "that are new or have changed. Run the model once outside the capture to warm it up."
+        must(
+            f"{caller}: expert weights",
+            "be packed before a CUDA graph is captured",
+            "weights that are new or have changed",
+            "Run the model once outside the capture to warm it up.",
+            error=UnsupportedError,
         )
 
 
@@ -276,10 +279,13 @@ def _refuse_released(flat: Sequence[torch.Tensor], form: StoredForm, caller: str
     if not all(has_storage(tensor) for tensor in flat):
         place = _place(flat[0])
         known = [key[-1].describe() for key in list(_table) if key[:2] == place]
-        raise UnsupportedError(
-            f"{caller}: expert weights must have storage to be packed; got weights released by "
-            f"release_weights=True that were packed for {known} and are asked for as "
-            f"{form.describe()}. Load the model again."
+        must(
+            f"{caller}: expert weights",
+            "have storage to be packed",
+            f"weights released by release_weights=True that were packed for {known} and are "
+            f"asked for as {form.describe()}",
+            "Load the model again.",
+            error=UnsupportedError,
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, ShapeError, UnsupportedError
+from ..errors import CheckpointError, UnsupportedError, must
 from ..experts import ExpertWeights
 from ..formats.base import NVFP4
 from ..formats.nvfp4 import NVFP4Values
@@ -64,22 +64,25 @@ def autotune(
         CheckpointError: the cache was written for another GPU or other versions.
     """
     if max_tokens < 1:
-        raise ShapeError(
-            f"autotune: max_tokens must be at least 1; got {max_tokens}. Pass the largest batch."
-        )
+        must("autotune: max_tokens", "be at least 1", max_tokens, "Pass the largest batch.")
     layers = _distinct(model) or _stand_ins(model)
     unknown = [layer for layer in layers if layer.top_k is None]
     if unknown:
-        raise ShapeError(
-            "autotune: every layer must know its top_k; got FusedExperts with top_k=None. Pass "
-            "top_k to FusedExperts."
+        must(
+            "autotune: every layer",
+            "know its top_k",
+            "FusedExperts with top_k=None",
+            "Pass top_k to FusedExperts.",
         )
     if not layers:
         found = sorted({m.kernel for m in model.modules() if isinstance(m, FusedExperts)})
-        raise UnsupportedError(
-            f"autotune: model must have experts for one of the kernels {', '.join(TUNED_KERNELS)}; "
-            f"got {found or 'none'}. Move the model to a Blackwell GPU, see fp4moe.explain(model); "
-            "flashinfer_cutlass needs FlashInfer 0.7."
+        must(
+            "autotune: model",
+            f"have experts for one of the kernels {', '.join(TUNED_KERNELS)}",
+            found or "none",
+            "Move the model to a Blackwell GPU, see fp4moe.explain(model); flashinfer_cutlass "
+            "needs FlashInfer 0.7.",
+            error=UnsupportedError,
         )
     path = None if cache is None else pathlib.Path(cache)
     if path is not None:
@@ -207,14 +210,20 @@ def _check_stamp(path: pathlib.Path, device: torch.device) -> None:
     if not path.exists():
         return
     if not stamp.exists():
-        raise CheckpointError(
-            f"autotune: cache must have its {stamp.name} beside it; got none. Delete {path} to "
-            "tune again."
+        must(
+            "autotune: cache",
+            f"have its {stamp.name} beside it",
+            "none",
+            f"Delete {path} to tune again.",
+            error=CheckpointError,
         )
     saved, now = json.loads(stamp.read_text()), cache_stamp(device)
     wrong = [f"{k} {saved.get(k)} (now {now[k]})" for k in now if saved.get(k) != now[k]]
     if wrong:
-        raise CheckpointError(
-            f"autotune: cache must be of this GPU and these versions; got {', '.join(wrong)}. Pass "
-            f"another path, or delete {path}."
+        must(
+            "autotune: cache",
+            "be of this GPU and these versions",
+            ", ".join(wrong),
+            f"Pass another path, or delete {path}.",
+            error=CheckpointError,
         )

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError, check_choice
+from ..errors import UnsupportedError, check_choice, must
 from ..formats.nvfp4 import METHODS
 from ..kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
@@ -100,11 +100,13 @@ def replace_moe(
         if any(isinstance(m, FusedExperts) for m in model.modules()):
             logger.info("replace_moe: every block of %s is fused already", type(model).__name__)
             return model
-        raise UnsupportedError(
-            f"replace_moe: model must have mixture-of-experts blocks; got {type(model).__name__} "
-            "with none that is known. "
+        must(
+            "replace_moe: model",
+            "have mixture-of-experts blocks",
+            f"{type(model).__name__} with none that is known",
             "Known are transformers' experts modules and blocks that loop over a ModuleList of "
-            "expert MLPs."
+            "expert MLPs.",
+            error=UnsupportedError,
         )
     refused = {}
     root = type(model).__name__
@@ -183,10 +185,12 @@ def _refuse_other_kernels(model: nn.Module, kernel: str) -> None:
     fused = {path: m.kernel for path, m in model.named_modules() if isinstance(m, FusedExperts)}
     for path, present in fused.items():
         if kernel not in ("auto", present):
-            raise UnsupportedError(
-                "replace_moe: kernel must be that of the blocks which are fused already; got "
-                f"{kernel!r}, but {path or type(model).__name__} has {present!r}. Load the float "
-                "model again."
+            must(
+                "replace_moe: kernel",
+                "be that of the blocks which are fused already",
+                f"{kernel!r}, but {path or type(model).__name__} has {present!r}",
+                "Load the float model again.",
+                error=UnsupportedError,
             )
 
 
@@ -194,10 +198,12 @@ def _refuse_other_routing(model: nn.Module, routing: str) -> None:
     for path, module in model.named_modules():
         given = isinstance(module, FusedExperts) and not isinstance(module, RoutedExperts)
         if given and routing == "fused":
-            raise UnsupportedError(
-                "replace_moe: routing must be that of the blocks which are fused already; got "
-                f"{routing!r}, but {path or type(model).__name__} has 'given'. Load the float "
-                "model again."
+            must(
+                "replace_moe: routing",
+                "be that of the blocks which are fused already",
+                f"{routing!r}, but {path or type(model).__name__} has 'given'",
+                "Load the float model again.",
+                error=UnsupportedError,
             )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, must
 from ..linear import FP8Linear, NVFP4Linear
 from ..module import FusedExperts
 
@@ -35,10 +35,13 @@ def _refusing(plain: Any) -> Any:
         if not getattr(self, "_hf_peft_config_loaded", False):
             packed = (path for path, m in self.named_modules() if isinstance(m, PACKED))
             if (path := next(packed, None)) is not None:
-                raise UnsupportedError(
-                    f"{plain.__name__}: model must hold float weights; got a "
-                    f"{type(self).__name__} whose {path} is packed. Write a checkpoint with "
-                    "fp4moe.quantize_checkpoint, or keep model.state_dict() with torch.save."
+                must(
+                    f"{plain.__name__}: model",
+                    "hold float weights",
+                    f"a {type(self).__name__} whose {path} is packed",
+                    "Write a checkpoint with fp4moe.quantize_checkpoint, or keep "
+                    "model.state_dict() with torch.save.",
+                    error=UnsupportedError,
                 )
         return plain(self, *args, **kwargs)
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, must
 from ..module import FusedExperts
 from .block import ACTIVATION_SCALES, value_reasons
 from .experts_module import FUSED_CHILD, describe_experts, float_parameters
@@ -80,9 +80,12 @@ def _pack(module: Any) -> FusedExperts:
         candidate = describe_experts("experts", module)
         reasons = candidate.reasons or value_reasons(candidate)
         if reasons or candidate.quantize is None:
-            raise UnsupportedError(
-                f"fp4moe: experts must be ones that can be fused; got {type(module).__name__}: "
-                f"{'; '.join(reasons)}. Choose another experts_implementation."
+            must(
+                "fp4moe: experts",
+                "be ones that can be fused",
+                f"{type(module).__name__}: {'; '.join(reasons)}",
+                "Choose another experts_implementation.",
+                error=UnsupportedError,
             )
         fused = FusedExperts(candidate.quantize("max")).train(module.training)
         floats = dict(module.named_parameters(recurse=False))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, must
 from ..models.block import ON_META
 from ..models.experts_module import find_experts
 
@@ -61,10 +61,14 @@ def model_on_meta(source: str | os.PathLike[str], *, caller: str) -> Any:
         with torch.device("meta"):
             return kind.from_config(config) if automatic else kind._from_config(config)
     except config_errors() as error:
-        raise CheckpointError(
-            f"{caller}: model must have a configuration that transformers can build; got {source}: "
-            f"{one_line(error)}. Check the path, or the entries of config.json."
-        ) from error
+        must(
+            f"{caller}: model",
+            "have a configuration that transformers can build",
+            f"{source}: {one_line(error)}",
+            "Check the path, or the entries of config.json.",
+            error=CheckpointError,
+            cause=error,
+        )
     finally:
         # transformers leaves its own where building fails.
         torch.set_default_dtype(dtype)

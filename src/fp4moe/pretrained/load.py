@@ -13,7 +13,7 @@ from typing import Any
 
 from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.naming import FLOAT
-from ..errors import CheckpointError, UnsupportedError, check_choice
+from ..errors import CheckpointError, UnsupportedError, check_choice, must
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
 from ..models.replace import replace_moe
 from ..models.transformers_registry import register_transformers as register_experts
@@ -83,14 +83,20 @@ def from_pretrained(
     check_choice("routing", routing, ROUTINGS, caller=caller)
     for name in REFUSED:
         if hf_kwargs.get(name):
-            raise UnsupportedError(
-                f"from_pretrained: {name} must not be given; got {str(hf_kwargs[name])[:100]!r}. "
-                "Pass a directory or repository that holds one checkpoint."
+            must(
+                f"from_pretrained: {name}",
+                "not be given",
+                repr(str(hf_kwargs[name])[:100]),
+                "Pass a directory or repository that holds one checkpoint.",
+                error=UnsupportedError,
             )
     if not hf_kwargs.pop("use_safetensors", True):
-        raise UnsupportedError(
-            "from_pretrained: use_safetensors must not be False; got False. Pickle files are never "
-            "opened."
+        must(
+            "from_pretrained: use_safetensors",
+            "not be False",
+            "False",
+            "Pickle files are never opened.",
+            error=UnsupportedError,
         )
     refuse_parallelism(
         hf_kwargs.get("distributed_config"),
@@ -114,9 +120,12 @@ def from_pretrained(
     result = kind.from_pretrained(directory, config=config, use_safetensors=True, **hf_kwargs)
     model = result[0] if isinstance(result, tuple) else result
     if getattr(model.config.quantization_config, "quant_method", None) != METHOD:
-        raise CheckpointError(
-            "from_pretrained: transformers must load through fp4moe's quantizer; got a model "
-            f"loaded by other means ({kind.__name__}). Use transformers 5.17 to 5.23."
+        must(
+            "from_pretrained: transformers",
+            "load through fp4moe's quantizer",
+            f"a model loaded by other means ({kind.__name__})",
+            "Use transformers 5.17 to 5.23.",
+            error=CheckpointError,
         )
     if is_float and not any(isinstance(module, FusedExperts) for module in model.modules()):
         # Experts in a ModuleList are known by their numbers only, once they are loaded.
@@ -132,9 +141,12 @@ def _directory(path_or_id: str | os.PathLike[str], hf_kwargs: dict[str, Any]) ->
     if os.path.isdir(path):
         return path
     if os.path.exists(path) or path.startswith((".", "/", "~")) or os.path.isabs(path):
-        raise CheckpointError(
-            "from_pretrained: path_or_id must be a directory or the name of a repository; got "
-            f"{path!r}, which is neither. Check the path."
+        must(
+            "from_pretrained: path_or_id",
+            "be a directory or the name of a repository",
+            f"{path!r}, which is neither",
+            "Check the path.",
+            error=CheckpointError,
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -143,10 +155,14 @@ def _directory(path_or_id: str | os.PathLike[str], hf_kwargs: dict[str, Any]) ->
     try:
         return snapshot_download(path, allow_patterns=patterns, ignore_patterns=LEFT, **hub)
     except HFValidationError as error:
-        raise CheckpointError(
-            "from_pretrained: path_or_id must be a directory or the name of a repository; got "
-            f"{path!r}, which is no directory here and no such name. Check the path."
-        ) from error
+        must(
+            "from_pretrained: path_or_id",
+            "be a directory or the name of a repository",
+            f"{path!r}, which is no directory here and no such name",
+            "Check the path.",
+            error=CheckpointError,
+            cause=error,
+        )
     except OSError as error:  # what huggingface_hub raises of the network and of its cache
         why = " ".join(str(error).split())[:300]
         raise CheckpointError(

@@ -25,7 +25,7 @@ from ..checkpoint.plan import Model, Plan, inside, make_plan
 from ..checkpoint.plan_checks import ExpertsFacts, LinearFacts
 from ..checkpoint.read import read_experts, read_linear
 from ..checks import HIDDEN_DTYPES
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, UnsupportedError, must
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, MoeSpec, choose_kernel, current_capability
 from ..models.experts_module import is_experts_module
 from ..models.loaded_routing import fuse_routing
@@ -126,10 +126,12 @@ class Loading:
         """Open the directory that transformers loads from."""
         self.model, self.dtype = model, dtype
         if dtype not in HIDDEN_DTYPES:
-            raise UnsupportedError(
-                "from_pretrained: dtype must be bfloat16, float16 or float32; got "
-                f"{str(dtype).removeprefix('torch.')}, as asked for or as config.json says. Pass "
-                "dtype=torch.bfloat16."
+            must(
+                "from_pretrained: dtype",
+                "be bfloat16, float16 or float32",
+                f"{str(dtype).removeprefix('torch.')}, as asked for or as config.json says",
+                "Pass dtype=torch.bfloat16.",
+                error=UnsupportedError,
             )
         if not checkpoint_files or not all(f.endswith(".safetensors") for f in checkpoint_files):
             given = [os.path.basename(f) for f in checkpoint_files or ()]
@@ -316,16 +318,22 @@ class Loading:
         model = self.model
         for path, module in model.named_modules():
             if isinstance(module, Placeholder):
-                raise CheckpointError(
-                    f"from_pretrained: transformers must load {path}; got a version that skips "
-                    "the step which fills it. Use transformers 5.17 to 5.23."
+                must(
+                    "from_pretrained: transformers",
+                    f"load {path}",
+                    "a version that skips the step which fills it",
+                    "Use transformers 5.17 to 5.23.",
+                    error=CheckpointError,
                 )
             hook = getattr(module, "_hf_hook", None)
             hooks = getattr(hook, "hooks", (hook,))
             if self._ours(path) and any(getattr(h, "offload", False) for h in hooks):
-                raise UnsupportedError(
-                    "from_pretrained: device_map must keep experts and quantised Linears on a "
-                    f"device; got {path} offloaded. Pass a device_map whose devices hold them."
+                must(
+                    "from_pretrained: device_map",
+                    "keep experts and quantised Linears on a device",
+                    f"{path} offloaded",
+                    "Pass a device_map whose devices hold them.",
+                    error=UnsupportedError,
                 )
         if self.options.routing == "fused":
             assert self.plan is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, must
 
 __all__ = ["refuse_parallelism"]
 
@@ -41,7 +41,10 @@ def refuse_parallelism(
             f"parameters, and this is {transformers.__version__}"
         )
     given = ", ".join(f"{name}={str(value)[:60]}" for name, value in asked.items())
-    raise UnsupportedError(
-        "from_pretrained: distributed_config must not ask for tensor or expert parallelism, "
-        f"because {reason}; got {given}. Load without it, or pass device_map to use several GPUs."
+    must(
+        "from_pretrained: distributed_config",
+        f"not ask for tensor or expert parallelism, because {reason}",
+        given,
+        "Load without it, or pass device_map to use several GPUs.",
+        error=UnsupportedError,
     )

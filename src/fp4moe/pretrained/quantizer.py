@@ -14,7 +14,7 @@ from typing import Any
 from ..checkpoint.compressed_tensors import is_nvfp4
 from ..checkpoint.header import read_json
 from ..checkpoint.modelopt import MODELOPT_METHODS, announces_nvfp4, resembles_modelopt
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, must
 from .loading import Loading, Options
 from .parallelism import refuse_parallelism
 
@@ -67,9 +67,12 @@ def _classes() -> tuple[Any, Any]:
 
         def validate_environment(self, *args, device_map=None, **kwargs) -> None:
             if isinstance(device_map, dict) and "disk" in device_map.values():
-                raise UnsupportedError(
-                    "from_pretrained: device_map must not name the disk; got one that does. "
-                    "Packed experts cannot be offloaded."
+                must(
+                    "from_pretrained: device_map",
+                    "not name the disk",
+                    "one that does",
+                    "Packed experts cannot be offloaded.",
+                    error=UnsupportedError,
                 )
 
         def _process_model_before_weight_loading(
@@ -112,10 +115,12 @@ def _claim(method: str) -> None:
     )
     for registry, kind in zip(registries, _classes(), strict=True):
         if registry.setdefault(method, kind) is not kind:
-            raise UnsupportedError(
-                f"register_transformers: quantization method {method!r} must be free; got "
-                f"{registry[method].__name__} there. Call fp4moe.from_pretrained, which does not "
-                "need it."
+            must(
+                f"register_transformers: quantization method {method!r}",
+                "be free",
+                f"{registry[method].__name__} there",
+                "Call fp4moe.from_pretrained, which does not need it.",
+                error=UnsupportedError,
             )
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from ..activations import ACTIVATIONS
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
 from ..formats.nvfp4 import NVFP4Values
 from ..kernels import KERNELS, MoeSpec, choose_kernel, current_capability, measured
@@ -311,10 +311,14 @@ def check_output(path: str | None, *, tuned: bool = False) -> None:
         with open(path + ".unfinished" if tuned else path, "a"):
             pass
     except (OSError, ValueError) as error:
-        raise UnsupportedError(
-            f"bench: --json and --output must be files that can be written; got {path!r}: {error}. "
-            "Choose another."
-        ) from error
+        must(
+            "bench: --json and --output",
+            "be files that can be written",
+            f"{path!r}: {error}",
+            "Choose another.",
+            error=UnsupportedError,
+            cause=error,
+        )
 
 
 def facts() -> dict[str, Any]:
@@ -331,8 +335,12 @@ def facts() -> dict[str, Any]:
 def require_gpu() -> None:
     """Raise UnsupportedError without a CUDA device."""
     if not torch.cuda.is_available():
-        raise UnsupportedError(
-            "bench: device must be a CUDA GPU; got a CPU. Run it where the model is to run."
+        must(
+            "bench: device",
+            "be a CUDA GPU",
+            "a CPU",
+            "Run it where the model is to run.",
+            error=UnsupportedError,
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from ..checkpoint.files import INDEX, WEIGHTS, CheckpointFiles
 from ..checkpoint.header import Spec, read_json
 from ..checkpoint.naming import FLOAT, Convention
-from ..errors import CheckpointError, Fp4MoeError, UnsupportedError
+from ..errors import CheckpointError, Fp4MoeError, UnsupportedError, must
 from ..models.replace import explain
 from ..pretrained.from_config import config_errors, model_on_meta, one_line
 from ..pretrained.loading import Loading, Options, convention_of
@@ -58,9 +58,12 @@ def explain_source(source: str, kernel: str = "auto") -> ModelReport:
         CheckpointError: there is no configuration that transformers can build.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise UnsupportedError(
-            "explain: transformers must be installed to build a model from its configuration; "
-            "got none. Run pip install 'fp4moe[transformers]'."
+        must(
+            "explain: transformers",
+            "be installed to build a model from its configuration",
+            "none",
+            "Run pip install 'fp4moe[transformers]'.",
+            error=UnsupportedError,
         )
     directory = _directory(source)
     model = model_on_meta(directory, caller="explain")
@@ -88,9 +91,12 @@ def _directory(source: str) -> str:
     path = os.path.dirname(source) or "." if os.path.basename(source) == "config.json" else source
     if os.path.exists(path):
         if not os.path.isfile(os.path.join(path, "config.json")):
-            raise CheckpointError(
-                f"explain: model must be a directory with config.json or a hub id; got {source}. "
-                "Pass the directory that from_pretrained loads."
+            must(
+                "explain: model",
+                "be a directory with config.json or a hub id",
+                source,
+                "Pass the directory that from_pretrained loads.",
+                error=CheckpointError,
             )
         return path
     from transformers.utils import cached_file
@@ -113,9 +119,12 @@ def _announced(directory: str) -> Mapping[str, Any] | None:
         return read_json(path)
     entry = read_json(os.path.join(directory, "config.json")).get("quantization_config")
     if entry is not None and not isinstance(entry, dict):
-        raise CheckpointError(
-            "explain: quantization_config must be a JSON object; got "
-            f"{repr(entry)[:100]}. Check config.json."
+        must(
+            "explain: quantization_config",
+            "be a JSON object",
+            repr(entry)[:100],
+            "Check config.json.",
+            error=CheckpointError,
         )
     return entry
 

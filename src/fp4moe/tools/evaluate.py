@@ -24,7 +24,7 @@ from ..calibration.texts import (
     read_texts,
     text_windows,
 )
-from ..errors import ShapeError
+from ..errors import must
 from ..models.replace import replace_moe
 from ..module import FusedExperts
 from ..progress import progress_bar
@@ -143,9 +143,7 @@ def evaluate(
     """
     for name, value, least in (("tokens", tokens, 1), ("length", length, 2), ("batch", batch, 1)):
         if value < least:
-            raise ShapeError(
-                f"evaluate: {name} must be at least {least}; got {value}. Pass a larger number."
-            )
+            must(f"evaluate: {name}", f"be at least {least}", value, "Pass a larger number.")
     if text is None:
         content = b"\n".join(standard_library_text()).decode("utf-8", "replace")
     else:

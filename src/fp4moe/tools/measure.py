@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
 from ..kernels import PreparedWeights, current_capability, measured
 from ..kernels.measured import FEW_SLOTS
@@ -130,17 +130,23 @@ def tune_tokens(
         timed = [(us(config), config) for config in (Config(mode, first, tile) for tile in down)]
         best = min([*timed, *([best] if best else [])], key=lambda pair: pair[0])
     if best is None:
-        raise UnsupportedError(
-            f"bench: tiles must compile for {tokens} tokens; got none that does. See the lines "
-            "above."
+        must(
+            "bench: tiles",
+            f"compile for {tokens} tokens",
+            "none that does",
+            "See the lines above.",
+            error=UnsupportedError,
         )
     expected = bench.float32_result(x, weights, *routings[0])
     runs = [run_with(best[1], x, *routings[0], operands, settings) for _ in range(RUNS)]
     error = ((runs[0].float() - expected).norm() / expected.norm()).item()
     if not error <= bench.LIMIT or not all(torch.equal(runs[0], other) for other in runs):
-        raise UnsupportedError(
-            f"bench: result must be within {bench.LIMIT} of float32 and equal in every run; got "
-            f"{error:.1e} with {best[1]}. Report this GPU and the versions."
+        must(
+            "bench: result",
+            f"be within {bench.LIMIT} of float32 and equal in every run",
+            f"{error:.1e} with {best[1]}",
+            "Report this GPU and the versions.",
+            error=UnsupportedError,
         )
     return best[1]
 

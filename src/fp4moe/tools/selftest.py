@@ -15,7 +15,7 @@ import torch
 
 from ..activations import ACTIVATIONS
 from ..devices import present_device
-from ..errors import ShapeError, UnsupportedError
+from ..errors import UnsupportedError, must
 from ..kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
     HIDDEN_ALIGNMENTS,
@@ -252,15 +252,20 @@ def selftest(
 def _check_arguments(kernel: str, tokens: Sequence[int], hidden_alignment: int) -> None:
     check_kernel_name(kernel, caller="selftest")
     if not any(tokens) or min(tokens) < 0:
-        raise ShapeError(
-            f"selftest: tokens must be numbers of 0 or more, one of them above 0; got "
-            f"{tuple(tokens)}. Pass such as (0, 1, 7)."
+        must(
+            "selftest: tokens",
+            "be numbers of 0 or more, one of them above 0",
+            tuple(tokens),
+            "Pass such as (0, 1, 7).",
         )
     if hidden_alignment not in HIDDEN_ALIGNMENTS:
         known = ", ".join(map(str, HIDDEN_ALIGNMENTS))
-        raise UnsupportedError(
-            f"selftest: hidden_alignment must be one of {known}; got {hidden_alignment}. Pass one "
-            "of these."
+        must(
+            "selftest: hidden_alignment",
+            f"be one of {known}",
+            hidden_alignment,
+            "Pass one of these.",
+            error=UnsupportedError,
         )
 
 
