@@ -11,11 +11,13 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import utils as hub
 from tiny_models import enlarge_experts, gemma4, qwen3_moe
 from trained_models import training_script
+from transformers.utils import logging
 
 import fp4moe
-from fp4moe.progress import progress_bar
+from fp4moe.progress import progress_bar, transformers_bars
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BUILDS = {"qwen3_moe": qwen3_moe, "gemma4": gemma4}
@@ -112,3 +114,17 @@ def test_what_is_gone_through_is_the_same():
     assert list(progress_bar(range(3), show=False)) == [0, 1, 2]
     with progress_bar(show=False, total=2) as bar:
         bar.update(2)
+
+
+def test_bars_of_transformers_are_hidden_for_a_while(monkeypatch):
+    for hub_hidden in (False, True):
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        (hub.disable_progress_bars if hub_hidden else hub.enable_progress_bars)()
+        with transformers_bars(), transformers_bars():
+            assert not logging.is_progress_bar_enabled() and hub.are_progress_bars_disabled()
+        assert logging.is_progress_bar_enabled()
+        assert hub.are_progress_bars_disabled() == hub_hidden
+    hub.enable_progress_bars()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with transformers_bars():
+        assert logging.is_progress_bar_enabled()

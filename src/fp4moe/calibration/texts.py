@@ -14,6 +14,7 @@ import torch
 from ..devices import present_device
 from ..errors import CheckpointError, UnsupportedError, must
 from ..pretrained.from_config import config_errors, one_line
+from ..progress import transformers_bars
 
 __all__ = ["check_ids", "encode", "load_text_model", "read_text", "read_texts", "text_windows"]
 
@@ -46,9 +47,10 @@ def load_text_model(
     damaged: tuple[type[Exception], ...] = (SafetensorError, pickle.UnpicklingError)
     try:
         # Any: the declared type knows nothing of output_loading_info.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True
-        )
+        with transformers_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, output_loading_info=True
+            )
     except damaged + config_errors() as error:
         raise _unloadable(source, error) from error
     model, info = loaded

@@ -7,6 +7,7 @@ classes of transformers raise over it is named in one place, `config_errors`.
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from ..models.block import ON_META
 from ..models.experts_module import find_experts
 
 __all__ = ["config_errors", "experts_refusals", "model_class", "model_on_meta", "one_line"]
+
+
+# transformers sets the default dtype of the whole process while it builds.
+_one_build_at_a_time = threading.Lock()
 
 
 def model_class(transformers: Any, config: Any, trusted: bool) -> Any:
@@ -49,6 +54,11 @@ def model_on_meta(source: str | os.PathLike[str], *, caller: str) -> Any:
     """
     import transformers
 
+    with _one_build_at_a_time:
+        return _build(transformers, source, caller)
+
+
+def _build(transformers: Any, source: str | os.PathLike[str], caller: str) -> Any:
     dtype = torch.get_default_dtype()
     try:
         # False: never ask on the terminal whether to run a checkpoint's code.
