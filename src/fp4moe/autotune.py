@@ -79,7 +79,7 @@ def autotune(
         raise UnsupportedError(
             f"autotune: model must have experts for one of the kernels {', '.join(TUNED_KERNELS)}; "
             f"got {found or 'none'}. Move the model to a Blackwell GPU, see fp4moe.explain(model); "
-            "flashinfer_cutlass needs FlashInfer 0.7."
+            "flashinfer_cutlass needs FlashInfer 0.6.15 or newer."
         )
     path = None if cache is None else pathlib.Path(cache)
     if path is not None:
