@@ -2,6 +2,7 @@
 # make test   lint, types and tests, from a fresh clone on; what CI runs
 # make lint | types | bench | flashinfer | tensorrt   one part of it; `make format` rewrites files as
 #             lint wants them
+# make peers  what fp4moe hands to FlashInfer against what vLLM and SGLang do; downloads 400 MB once
 #
 # PYTHON=python3.12 picks the interpreter of the environment, JOBS=4 the test processes.
 # pip keeps its own settings: PIP_FIND_LINKS or PIP_INDEX_URL choose which build of torch comes.
@@ -24,7 +25,11 @@ OTHER := build/flashinfer-$(FLASHINFER)
 # lower and partition on a CPU. Apart, for it is built for one torch, and only its own tests want it.
 TENSORRT := build/torch-tensorrt-2.13.0
 
-.PHONY: demo test lint format types bench flashinfer tensorrt
+# vLLM and SGLang, as wheels, of which only sources are unpacked: their preparation of NVFP4 experts
+# runs as it is, what needs a GPU is stood in for. SGLang's wants the newer FlashInfer.
+PEERS := build/peers
+
+.PHONY: demo test lint format types bench flashinfer tensorrt peers
 
 demo: $(READY)
 	$(BIN)/python examples/gemma4_compile.py
@@ -51,6 +56,19 @@ $(TENSORRT)/ready: $(READY)
 	rm -rf $(TENSORRT)
 	$(BIN)/python -m pip install --no-deps --target $(TENSORRT) torch-tensorrt==2.13.0 \
 		tensorrt-cu13-bindings==11.0.0.114 dllist==2.0.0 onnx==1.23.2 ml_dtypes==0.6.0 protobuf==7.36.2
+	touch $@
+
+peers: $(PEERS)/ready $(OTHER)/ready
+	PYTHONPATH=$(PEERS)/packages OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+		tests/peers/test_vllm.py tests/peers/test_stand_ins.py
+	PYTHONPATH=$(OTHER):$(PEERS)/packages OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/peers
+
+$(PEERS)/ready: $(READY) tests/peers/requirements.txt tests/peers/unpack.py
+	rm -rf $(PEERS)/packages $@
+	$(BIN)/python -m pip download --no-deps --only-binary :all: --dest $(PEERS)/wheels \
+		vllm==0.33.0 sglang==0.5.23
+	$(BIN)/python tests/peers/unpack.py $(PEERS)/wheels $(PEERS)/packages
+	$(BIN)/python -m pip install --no-deps --target $(PEERS)/packages -r tests/peers/requirements.txt
 	touch $@
 
 lint: $(READY)

@@ -17,7 +17,13 @@ from typing import Any
 
 import torch
 
-__all__ = ["VersionFeatures", "check_logits_call", "check_routed_call", "installed_features"]
+__all__ = [
+    "VersionFeatures",
+    "check_logits_call",
+    "check_routed_call",
+    "installed_features",
+    "takes",
+]
 
 # Gated or not, of the activations that have NVFP4 kernels in both versions.
 GATED = {"Swiglu": True, "Geglu": True, "Relu2": False}
@@ -63,6 +69,12 @@ def installed_features() -> VersionFeatures:
         enums.SfLayout.layout_linear,
         "mDtypeExpW" in launcher.read_text(),
     )
+
+
+def takes(function: str, argument: str) -> bool:
+    """Whether a function of the installed flashinfer.fused_moe has this argument."""
+    found = getattr(importlib.import_module("flashinfer.fused_moe"), function)
+    return argument in inspect.signature(found).parameters
 
 
 def check_routed_call(

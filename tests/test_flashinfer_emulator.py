@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import math
+import re
 import warnings
 
 import flashinfer_contract as contract
@@ -22,8 +23,9 @@ try:
 except importlib.metadata.PackageNotFoundError:
     VERSION = ""
 pytestmark = pytest.mark.skipif(not VERSION, reason="needs flashinfer-python")
-NEWER = not VERSION.startswith("0.6.")
+RELEASE = tuple(map(int, re.findall(r"\d+", VERSION)[:3]))
 
+ROUTED_ENTRY, LAYOUT = "trtllm_fp4_block_scale_routed_moe", "hidden_states_scale_layout"
 MEMBERS = {"silu": "Swiglu", "gelu_tanh": "Geglu", "relu2": "Relu2"}
 # In the order of the library's numbers, up to where its versions part.
 METHODS = ["Default", "Renormalize", "DeepSeekV3", "Llama4", "RenormalizeNaive", "TopK"]
@@ -38,6 +40,11 @@ CASES = [
     ("relu2", 256, 128, 5, 2, 7, 0, 5),
     ("relu2", 100, 72, 4, 2, 3, 2, 2),
 ]
+
+
+def unspecified(call):
+    """The number of a method that is none: the last one."""
+    return contract.installed_features().routing_methods["Unspecified"]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +132,7 @@ def call_of(features, weights, x, ids, routing_weights, **prepared):
     call["gemm2_weights"], call["gemm2_weights_scale"] = prepare(weights.down, False)
     empty = ("routing_bias", "n_group", "topk_group", "routed_scaling_factor", "gemm2_bias")
     empty += ("gemm1_bias", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
-    newer = {"hidden_states_scale_layout": features.linear_scales} if NEWER else {}
+    newer = {LAYOUT: features.linear_scales} if contract.takes(ROUTED_ENTRY, LAYOUT) else {}
     return call | dict.fromkeys(empty) | newer
 
 
@@ -403,7 +410,7 @@ ROUTED = [
     ({"activation_type": 99}, "activation_type must be a value of ActivationType"),
     ({"activation_type": 4}, r"activation_type must be one of \('Swiglu',\); got Geglu"),
     ({"routing_method_type": 99}, "routing_method_type must be a value of"),
-    ({"routing_method_type": 10 if NEWER else 9}, "routing_method_type must be specified"),
+    ({"routing_method_type": unspecified}, "routing_method_type must be specified"),
     ({"do_finalize": False}, "do_finalize must be True; got False"),
     ({"enable_pdl": 1}, "enable_pdl must be None or a bool; got 1"),
     ({"tune_max_num_tokens": 5000}, "tune_max_num_tokens must be a power of two up to 8192"),
@@ -457,18 +464,20 @@ def test_contract_refuses(good_calls, features, name, change, text):
 
 
 def test_versions_differ(good_calls, features):
-    assert features.float32_routing_weights == NEWER
-    assert features.activations["Identity"] == (9 if NEWER else 8)
+    # 0.6.16 reads float32 weights, 0.6.14 has GegluTanh: read off the sources in between.
+    assert features.float32_routing_weights == (RELEASE >= (0, 6, 16))
+    assert features.activations["Identity"] == (9 if RELEASE >= (0, 6, 14) else 8)
     ids, weights = good_calls["routed"][2]["topk_ids"]
     wider = {"topk_ids": (ids, weights.float())}
-    if NEWER:
+    if features.float32_routing_weights:
         check(good_calls, features, "routed", wider)
-        for layout in (None, features.linear_scales - 1):
-            with pytest.raises(AssertionError, match="hidden_states_scale_layout must be"):
-                check(good_calls, features, "routed", {"hidden_states_scale_layout": layout})
     else:
         with pytest.raises(AssertionError, match=r"topk_ids\[1\] must be of \(torch.bfloat16,\)"):
             check(good_calls, features, "routed", wider)
+    if contract.takes(ROUTED_ENTRY, LAYOUT):
+        for layout in (None, features.linear_scales - 1):
+            with pytest.raises(AssertionError, match="hidden_states_scale_layout must be"):
+                check(good_calls, features, "routed", {LAYOUT: layout})
 
 
 def test_contract_accepts(good_calls, features):

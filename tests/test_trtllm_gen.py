@@ -18,9 +18,9 @@ from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.kernels.flashinfer.trtllm_rules import (
     ACTIVATION_NAMES,
     FORMATS,
+    NEWER_TIERS_SINCE,
     ROUTING_TIERS,
     SHAPE_RULES,
-    TIERS_ADDED_IN_0_7,
     epilogue,
     reasons,
     routing_reasons,
@@ -348,14 +348,14 @@ def test_routing_that_works(method, num_experts, top_k, groups, newer):
 )
 @pytest.mark.parametrize("newer", [False, True])
 def test_routing_that_does_not(arguments, text, newer):
-    assert routing_reasons(*arguments, library_version_at_least_0_7=newer) == [text]
+    assert routing_reasons(*arguments, newer=newer) == [text]
 
 
-def test_what_0_7_changed():
+def test_what_newer_versions_changed():
     assert routing_reasons("TopKSigmoid", 128, 8) == [
         "routing method TopKSigmoid needs FlashInfer 0.7 or newer"
     ]
-    assert routing_reasons("TopKSigmoid", 128, 8, library_version_at_least_0_7=True) == []
+    assert routing_reasons("TopKSigmoid", 128, 8, newer=True) == []
     assert routing_reasons("DeepSeekV3", 62, 8, 2, 1) == []
     assert routing_reasons("DeepSeekV3", 62, 8, 2, 1, True) == [
         "num_experts must be a multiple of 4 with groups, got 62"
@@ -396,9 +396,14 @@ LIBRARY = pathlib.Path(SPEC.submodule_search_locations[0]) if SPEC else pathlib.
 needs_flashinfer = pytest.mark.skipif(SPEC is None, reason="needs flashinfer-python's sources")
 
 
-def library_is_0_7():
+def release():
+    """The installed library's first three numbers."""
     version = importlib.metadata.version("flashinfer-python")
-    return tuple(map(int, version.split(".")[:2])) >= (0, 7)
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
+
+
+def library_is_newer():
+    return release() >= NEWER_TIERS_SINCE[:3]
 
 
 def source(pattern):
@@ -424,9 +429,10 @@ POLICIES = {
 @needs_flashinfer
 def test_tiers_are_those_of_the_installed_library():
     text = source("include/flashinfer/trtllm/fused_moe/RoutingCustomPolicy.cuh")
-    newer = library_is_0_7()
+    newer, known = library_is_newer(), enum_names()["RoutingMethodType"]
     for method, policy in POLICIES.items():
-        if not newer and method in TIERS_ADDED_IN_0_7 and not ROUTING_TIERS[method]:
+        if method not in known:
+            assert method == "TopKSigmoid"  # since 0.6.18
             continue
         (listed,) = re.findall(
             rf"struct PolicyTraits<{policy}> \{{\s*using Pairs = TierList<(.*?)>;", text, re.DOTALL
@@ -445,19 +451,18 @@ def test_limits_of_groups_and_llama4_are_those_of_the_installed_library():
     }
     assert (number["MaxNumGroups"], number["MaxNumTopGroups"]) == (8, 4)
     assert "data.mNumExperts / data.mNumExpertGroups <= WarpSize" in deepseek
-    assert ("data.mNumExperts % 4 == 0" in deepseek) == library_is_0_7()
+    assert ("data.mNumExperts % 4 == 0" in deepseek) == library_is_newer()
     assert "static constexpr int MaxSupportedExperts = 128;" in llama4
-    # The runner has its own file since 0.7.
-    runner = (
-        "csrc/fused_moe/trtllm_backend/*runner.cu" if library_is_0_7() else "csrc/*moe_runner.cu"
-    )
+    # It has a file of its own in 0.7.
+    own = LIBRARY / "data/csrc/fused_moe/trtllm_backend/trtllm_fused_moe_routing_runner.cu"
+    runner = str(own.relative_to(LIBRARY / "data")) if own.exists() else "csrc/*moe_runner.cu"
     assert re.findall(r"FLASHINFER_CHECK\(topK (.. \d+),", source(runner)) == ["<= 22", "== 1"]
 
 
-@needs_flashinfer
-def test_names_are_those_of_the_installed_library():
+def enum_names():
+    """The members of each enum of the installed library."""
     tree = ast.parse((LIBRARY / "tllm_enums.py").read_text("utf-8"))
-    names = {
+    return {
         node.name: {
             target.id
             for line in node.body
@@ -468,6 +473,13 @@ def test_names_are_those_of_the_installed_library():
         for node in tree.body
         if isinstance(node, ast.ClassDef)
     }
+
+
+@needs_flashinfer
+def test_names_are_those_of_the_installed_library():
+    names = enum_names()
     assert set(ACTIVATION_NAMES.values()) <= names["ActivationType"]
-    methods = {method for method in ROUTING_TIERS if routing_tiers(method, library_is_0_7())}
-    assert methods == names["RoutingMethodType"] - {"Unspecified"}
+    methods = {method for method in ROUTING_TIERS if routing_tiers(method, library_is_newer())}
+    missing = methods ^ names["RoutingMethodType"]
+    assert missing - {"TopKSigmoid"} == {"Unspecified"}
+    assert ("TopKSigmoid" in missing) == (library_is_newer() and release() < (0, 6, 18))

@@ -18,6 +18,7 @@ import re
 
 import pytest
 import torch
+from flashinfer_contract import installed_features, takes
 from fused_layers import LAYER, error, layer, tokens
 
 from fp4moe import ExpertWeights, FusedExperts, fused_moe, why_not
@@ -288,9 +289,12 @@ def test_routing_weights_have_the_dtype_that_the_library_reads(emulated):
     x, ids, routing = tokens(2, weights)
     OP(x, ids, routing.double().float(), *prepared_arguments(weights))
     (call,) = emulated.of(ROUTED)
-    newer = library().version.startswith("0.7")
-    assert call["topk_ids"][1].dtype == (torch.float32 if newer else torch.bfloat16)
-    assert ("hidden_states_scale_layout" in call) == newer
+    dtype = torch.float32 if library().float32_weights else torch.bfloat16
+    assert call["topk_ids"][1].dtype == dtype
+    # 0.6.16 could read float32 already.
+    assert installed_features().float32_routing_weights >= library().float32_weights
+    layout = "hidden_states_scale_layout"
+    assert (layout in call) == takes(ROUTED, layout)
 
 
 def test_settings_reach_the_call(emulated):

@@ -81,7 +81,7 @@ def autotune(
             f"have experts for one of the kernels {', '.join(TUNED_KERNELS)}",
             found or "none",
             "Move the model to a Blackwell GPU, see fp4moe.explain(model); flashinfer_cutlass "
-            "needs FlashInfer 0.7.",
+            "needs FlashInfer 0.6.15 or newer.",
             error=UnsupportedError,
         )
     path = None if cache is None else pathlib.Path(cache)

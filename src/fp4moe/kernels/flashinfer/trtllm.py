@@ -301,14 +301,14 @@ class FlashInferTrtllm:
 def routing_reasons(routing: Routing, num_experts: int) -> tuple[str, ...]:
     """Return why the library's routing kernels cannot sort (method "") or choose like this."""
     method = ROUTING_NAMES.get(routing.method, GIVEN_ROUTING)
-    newer = version_key(library().version) >= (0, 7, 0, 0)
+    newer = version_key(library().version) >= trtllm_gen.NEWER_TIERS_SINCE
     reasons = trtllm_gen.routing_reasons(
         method,
         num_experts,
         routing.top_k,
         routing.num_groups,
         routing.top_groups,
-        library_version_at_least_0_7=newer,
+        newer=newer,
     )
     if method != "DeepSeekV3" and routing.scaling != 1.0:
         reasons.append(f"{method} has no scaling factor, got {routing.scaling}")

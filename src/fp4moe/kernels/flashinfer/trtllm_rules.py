@@ -14,8 +14,8 @@ from types import MappingProxyType
 from ...errors import ShapeError, UnsupportedError
 from ...layer import HIDDEN_ALIGNMENTS
 
-__all__ = ["ACTIVATION_NAMES", "FORMATS", "ROUTING_TIERS", "SHAPE_RULES", "TIERS_ADDED_IN_0_7"]
-__all__ += ["ShapeRule", "epilogue", "reasons", "routing_reasons", "routing_tiers"]
+__all__ = ["ACTIVATION_NAMES", "FORMATS", "NEWER_TIERS", "NEWER_TIERS_SINCE", "ROUTING_TIERS"]
+__all__ += ["SHAPE_RULES", "ShapeRule", "epilogue", "reasons", "routing_reasons", "routing_tiers"]
 __all__ += ["size_multiples", "token_tiles"]
 
 FORMATS = ("nvfp4", "fp8_per_tensor", "mxfp8")
@@ -173,9 +173,9 @@ Tiers = tuple[tuple[int, int], ...]
 _SMALL = ((128, 8), (256, 8))
 _TOPK_SOFTMAX: Tiers = ((128, 4), (128, 8), (160, 8), (256, 8), (256, 16), (512, 8), (512, 16))
 _TOPK_SOFTMAX += ((512, 22), (576, 8), (2048, 32))
-_TOPK_SOFTMAX_0_7 = ((512, 32), (768, 32), (896, 16), (1024, 32))
+_TOPK_SOFTMAX_NEWER = ((512, 32), (768, 32), (896, 16), (1024, 32))
 _SIGMOID_BIAS = ((128, 8), (256, 8), (384, 8), (512, 8), (512, 22), (1024, 32))
-_SIGMOID_BIAS_0_7 = ((896, 16),)
+_SIGMOID_BIAS_NEWER = ((896, 16),)
 
 ROUTING_TIERS: Mapping[str, Tiers] = MappingProxyType(
     {
@@ -186,16 +186,18 @@ ROUTING_TIERS: Mapping[str, Tiers] = MappingProxyType(
         "TopKSigmoid": (),
     }
 )
-TIERS_ADDED_IN_0_7: Mapping[str, Tiers] = MappingProxyType(
+# 0.6.15 has these but (896, 16), whose place a larger one takes, and TopKSigmoid: 0.6.16, 0.6.18.
+NEWER_TIERS_SINCE = (0, 6, 15, 0)
+NEWER_TIERS: Mapping[str, Tiers] = MappingProxyType(
     {
-        **dict.fromkeys(("Renormalize", "RenormalizeNaive"), _TOPK_SOFTMAX_0_7),
-        **dict.fromkeys(("DeepSeekV3", "MiniMax2"), _SIGMOID_BIAS_0_7),
+        **dict.fromkeys(("Renormalize", "RenormalizeNaive"), _TOPK_SOFTMAX_NEWER),
+        **dict.fromkeys(("DeepSeekV3", "MiniMax2"), _SIGMOID_BIAS_NEWER),
         "TopKSigmoid": _SMALL,
     }
 )
 
 
-def routing_tiers(method: str, library_version_at_least_0_7: bool = False) -> list[tuple[int, int]]:
+def routing_tiers(method: str, newer: bool = False) -> list[tuple[int, int]]:
     """Return the compiled (num_experts, top_k) of a method without groups, as they are tried.
 
     Raises UnsupportedError for a name that neither version has.
@@ -205,7 +207,7 @@ def routing_tiers(method: str, library_version_at_least_0_7: bool = False) -> li
             f"routing_tiers: method must be one of {', '.join(ROUTING_TIERS)}; got {method!r}. "
             "Pass one of these names."
         )
-    added = TIERS_ADDED_IN_0_7.get(method, ()) if library_version_at_least_0_7 else ()
+    added = NEWER_TIERS.get(method, ()) if newer else ()
     return sorted(ROUTING_TIERS[method] + added)
 
 
@@ -215,7 +217,7 @@ def routing_reasons(
     top_k: int,
     num_groups: int = 1,
     top_groups: int = 1,
-    library_version_at_least_0_7: bool = False,
+    newer: bool = False,
 ) -> list[str]:
     """Return why the library cannot route like this; empty where it can.
 
@@ -223,20 +225,20 @@ def routing_reasons(
         method: a name of RoutingMethodType; "Renormalize" also bounds ids that the caller chose.
         num_experts, top_k: of the whole layer.
         num_groups, top_groups: groups of experts and how many stay per token, DeepSeekV3 only.
-        library_version_at_least_0_7: FlashInfer 0.7 or newer; else the limits of 0.6.13.
+        newer: FlashInfer 0.6.15 or newer; else the limits of 0.6.13.
 
     Raises UnsupportedError for an unknown method, ShapeError for a number below 1.
     """
     _check_sizes("routing_reasons", num_experts=num_experts, top_k=top_k)
     _check_sizes("routing_reasons", num_groups=num_groups, top_groups=top_groups)
-    tiers = routing_tiers(method, library_version_at_least_0_7)
+    tiers = routing_tiers(method, newer)
     if not tiers:
         return [f"routing method {method} needs FlashInfer 0.7 or newer"]
     if top_k > num_experts:
         return [f"top_k must not exceed num_experts = {num_experts}, got {top_k}"]
     if num_groups > 1 and method == "DeepSeekV3":
         found = _group_reasons(num_experts, top_k, num_groups, top_groups)
-        if library_version_at_least_0_7 and num_experts % 4:
+        if newer and num_experts % 4:
             found.append(f"num_experts must be a multiple of 4 with groups, got {num_experts}")
         return found
     found = []
