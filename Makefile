@@ -2,6 +2,8 @@
 # make test   lint, types and tests, from a fresh clone on; what CI runs
 # make lint | types | bench | flashinfer | tensorrt   one part of it; `make format` rewrites files as
 #             lint wants them
+# make cubins   what FlashInfer's Blackwell kernels compute, read from their machine code: 458 MB to
+#             download and a quarter of an hour; not part of `make test`
 #
 # PYTHON=python3.12 picks the interpreter of the environment, JOBS=4 the test processes.
 # pip keeps its own settings: PIP_FIND_LINKS or PIP_INDEX_URL choose which build of torch comes.
@@ -24,7 +26,10 @@ OTHER := build/flashinfer-$(FLASHINFER)
 # lower and partition on a CPU. Apart, for it is built for one torch, and only its own tests want it.
 TENSORRT := build/torch-tensorrt-2.13.0
 
-.PHONY: demo test lint format types bench flashinfer tensorrt
+# The compiled TRT-LLM-Gen kernels, the last that are on PyPI.
+CUBINS := build/cubins
+
+.PHONY: demo test lint format types bench flashinfer tensorrt cubins
 
 demo: $(READY)
 	$(BIN)/python examples/gemma4_compile.py
@@ -51,6 +56,15 @@ $(TENSORRT)/ready: $(READY)
 	rm -rf $(TENSORRT)
 	$(BIN)/python -m pip install --no-deps --target $(TENSORRT) torch-tensorrt==2.13.0 \
 		tensorrt-cu13-bindings==11.0.0.114 dllist==2.0.0 onnx==1.23.2 ml_dtypes==0.6.0 protobuf==7.36.2
+	touch $@
+
+# The wheel is read as it is; nvdisasm comes with Triton.
+cubins: $(CUBINS)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/blackwell/machine_code
+
+$(CUBINS)/ready: $(READY)
+	rm -rf $(CUBINS)
+	$(BIN)/python -m pip download --no-deps --dest $(CUBINS) flashinfer-cubin==0.6.13
 	touch $@
 
 lint: $(READY)

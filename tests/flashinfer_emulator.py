@@ -1,8 +1,9 @@
 """FlashInfer's TRT-LLM-Gen NVFP4 mixture of experts on a CPU, for tests.
 
 Takes the very tensors that the library would get, undoes their layout byte by byte and computes
-what the kernels compute. Written from the library's sources (0.6.13, 0.7.2.post1) and independent
-of fp4moe: no layout, quantiser or reference is shared.
+what the kernels compute. Written from the library's sources (0.6.13, 0.7.2.post1) and, for the
+epilogue, from the machine code of its kernels (blackwell/machine_code). Independent of fp4moe: no
+layout, quantiser or reference is shared.
 """
 
 from __future__ import annotations
@@ -227,13 +228,13 @@ def _epilogue(activation: str, raw: torch.Tensor, gate_scale: torch.Tensor) -> t
     """
     if activation == "Relu2":
         return (raw * gate_scale).clamp(min=0).square()
-    up, gate = raw.chunk(2, 1)
-    gate = gate * gate_scale
+    up, raw_gate = raw.chunk(2, 1)
+    up, gate = up * gate_scale, raw_gate * gate_scale
     if activation == "Swiglu":
-        return up * (gate / (1 + torch.exp(-gate)))
+        return up * (raw_gate / (1 + torch.exp(-gate)))
     assert activation == "Geglu", f"activation_type must have an NVFP4 kernel; got {activation}"
     inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
-    return up * (0.5 * gate * (1 + torch.tanh(inner)))
+    return up * (raw_gate * (0.5 * (1 + torch.tanh(inner))))
 
 
 def _quantize(x: torch.Tensor, encode: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
