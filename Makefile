@@ -60,7 +60,8 @@ $(TENSORRT)/ready: $(READY)
 
 # The wheel is read as it is; nvdisasm comes with Triton.
 cubins: $(CUBINS)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/blackwell/machine_code
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup \
+		tests/blackwell/machine_code
 
 $(CUBINS)/ready: $(READY)
 	rm -rf $(CUBINS)

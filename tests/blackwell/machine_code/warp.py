@@ -96,6 +96,7 @@ class Warp(Registers):
         place = int(offset[1], 16) if offset else 0
         shape = (4 * int(times[1]) if times else 4, 32, len(self._magnitudes))
         floats = (self._random.normal(0, 1, shape) * self._magnitudes).astype(np.float32)
+        floats += 0.0  # a sum of nothing is not -0
         floats[self._random.random(shape) < self._nan_share] = np.nan
         self.accumulators.append((place >> 16, place & 0xFFFF, floats))
         self.write(line.operands[0], *map(float_value, floats))
