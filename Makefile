@@ -3,6 +3,8 @@
 # make lint | types | bench | flashinfer | tensorrt   one part of it; `make format` rewrites files as
 #             lint wants them
 # make peers  what fp4moe hands to FlashInfer against what vLLM and SGLang do; downloads 400 MB once
+# make cubins   what FlashInfer's Blackwell kernels compute, read from their machine code: 458 MB to
+#             download and a quarter of an hour; not part of `make test`
 #
 # PYTHON=python3.12 picks the interpreter of the environment, JOBS=4 the test processes.
 # pip keeps its own settings: PIP_FIND_LINKS or PIP_INDEX_URL choose which build of torch comes.
@@ -29,7 +31,10 @@ TENSORRT := build/torch-tensorrt-2.13.0
 # runs as it is, what needs a GPU is stood in for. SGLang's wants the newer FlashInfer.
 PEERS := build/peers
 
-.PHONY: demo test lint format types bench flashinfer tensorrt peers
+# The compiled TRT-LLM-Gen kernels, the last that are on PyPI.
+CUBINS := build/cubins
+
+.PHONY: demo test lint format types bench flashinfer tensorrt peers cubins
 
 demo: $(READY)
 	$(BIN)/python examples/gemma4_compile.py
@@ -69,6 +74,16 @@ $(PEERS)/ready: $(READY) tests/peers/requirements.txt tests/peers/unpack.py
 		vllm==0.33.0 sglang==0.5.23
 	$(BIN)/python tests/peers/unpack.py $(PEERS)/wheels $(PEERS)/packages
 	$(BIN)/python -m pip install --no-deps --target $(PEERS)/packages -r tests/peers/requirements.txt
+	touch $@
+
+# The wheel is read as it is; nvdisasm comes with Triton.
+cubins: $(CUBINS)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup \
+		tests/blackwell/machine_code
+
+$(CUBINS)/ready: $(READY)
+	rm -rf $(CUBINS)
+	$(BIN)/python -m pip download --no-deps --dest $(CUBINS) flashinfer-cubin==0.6.13
 	touch $@
 
 lint: $(READY)

@@ -1,8 +1,9 @@
 """FlashInfer's TRT-LLM-Gen NVFP4 mixture of experts on a CPU, for tests.
 
 Takes the very tensors that the library would get, undoes their layout byte by byte and computes
-what the kernels compute. Written from the library's sources (0.6.13, 0.7.2.post1) and independent
-of fp4moe: no layout, quantiser or reference is shared.
+what the kernels compute. Written from the library's sources (0.6.13, 0.7.2.post1) and, for the
+epilogue, from the machine code of its kernels (blackwell/machine_code). Independent of fp4moe: no
+layout, quantiser or reference is shared.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["emulate_fp4_quantize", "emulate_moe", "emulate_routed_moe"]
+__all__ = ["emulate_fp4_quantize", "emulate_moe", "emulate_routed_moe", "quantize_intermediate"]
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 # Midpoints of the grid; where the upper neighbour has the even code, the tie rounds up.
@@ -196,10 +197,8 @@ def _experts(
         first = _prepared(gemm1_weights[expert], gemm1_weights_scale[expert], activation != "Relu2")
         second = _prepared(gemm2_weights[expert], gemm2_weights_scale[expert], False)
         raw = (x[token] @ first.T).float()
-        value = _epilogue(
-            activation, raw, output1_scale_scalar[expert], output1_scale_gate_scalar[expert]
-        )
-        codes, scale = _quantize(value, torch.tensor(1.0))
+        value = _epilogue(activation, raw, output1_scale_gate_scalar[expert])
+        codes, scale = quantize_intermediate(value, output1_scale_scalar[expert])
         y = (_decode_codes(codes, scale) @ second.T).float() * output2_scale_scalar[expert]
         rows[token, slot] = y.bfloat16().float()
 
@@ -222,19 +221,20 @@ def _refuse(others: dict[str, Any]) -> None:
             raise AssertionError(f"{name} must be {UNUSED.get(name)}; got {value}")
 
 
-def _epilogue(
-    activation: str, raw: torch.Tensor, scale: torch.Tensor, gate_scale: torch.Tensor
-) -> torch.Tensor:
-    """Apply the activation to raw accumulators; of a gated layer the first half is up."""
+def _epilogue(activation: str, raw: torch.Tensor, gate_scale: torch.Tensor) -> torch.Tensor:
+    """Apply the activation to raw accumulators; of a gated layer the first half is up.
+
+    What is returned lacks the factor `output1_scale_scalar`.
+    """
     if activation == "Relu2":
-        return scale * (raw * gate_scale).clamp(min=0).square()
-    up, gate = raw.chunk(2, 1)
-    gate = gate * gate_scale
+        return (raw * gate_scale).clamp(min=0).square()
+    up, raw_gate = raw.chunk(2, 1)
+    up, gate = up * gate_scale, raw_gate * gate_scale
     if activation == "Swiglu":
-        return scale * up * (gate / (1 + torch.exp(-gate)))
+        return up * (raw_gate / (1 + torch.exp(-gate)))
     assert activation == "Geglu", f"activation_type must have an NVFP4 kernel; got {activation}"
     inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
-    return scale * up * (0.5 * gate * (1 + torch.tanh(inner)))
+    return up * (raw_gate * (0.5 * (1 + torch.tanh(inner))))
 
 
 def _quantize(x: torch.Tensor, encode: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,13 +243,30 @@ def _quantize(x: torch.Tensor, encode: torch.Tensor) -> tuple[torch.Tensor, torc
     largest = blocks.abs().amax(-1, keepdim=True)
     scale = (encode * (largest * SIXTH)).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
     reciprocal = torch.where(largest > 0, 1.0 / (scale.float() * (1.0 / encode)), 0.0)
-    scaled = blocks * reciprocal
+    return _codes(blocks * reciprocal).flatten(1), scale.view(torch.uint8).squeeze(-1)
+
+
+def quantize_intermediate(
+    value: torch.Tensor, factor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes and block scales, as `_quantize`, of float32 value [T, K] times factor [].
+
+    In the order of the kernels' machine code; their approximate reciprocal is exact here.
+    """
+    blocks = value.unflatten(1, (-1, 16))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    scale = ((largest * factor) * SIXTH).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+    reciprocal = torch.where(scale.float() == 0, 0.0, 1.0 / scale.float())
+    return _codes(blocks * reciprocal * factor).flatten(1), scale.view(torch.uint8).squeeze(-1)
+
+
+def _codes(scaled: torch.Tensor) -> torch.Tensor:
     code = torch.zeros(scaled.shape, dtype=torch.uint8)
     for midpoint, up in MIDPOINTS.items():
         code += scaled.abs() >= midpoint if up else scaled.abs() > midpoint
     code[scaled.isnan()] = 7
     code |= scaled.signbit().to(torch.uint8) << 3
-    return code.flatten(1), scale.view(torch.uint8).squeeze(-1)
+    return code
 
 
 def _decode(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from fp4moe.experts import ExpertWeights
 from fp4moe.formats.nvfp4 import NVFP4Values, dequantize_nvfp4, pack_codes
 from fp4moe.reference import (
     fake_quantize_activation,
+    fake_quantize_intermediate,
     moe_definition,
     reference,
     reference_w4a4,
@@ -373,15 +374,18 @@ def nearest(values, table):
     return (near * (1 + even.int())).argmax(-1)
 
 
-def emulate(x, scale):
-    """fake_quantize_activation of float32 x [N, K], one block at a time."""
+def emulate(x, scale, intermediate=False):
+    """fake_quantize_activation (or _intermediate) of float32 x [N, K], one block at a time."""
     out = torch.empty_like(x)
     for start in range(0, x.shape[1], 16):
         block = x[:, start : start + 16]
-        wanted = block.abs().amax(1) / scale * torch.tensor(1 / 6)
+        amax, encode = block.abs().amax(1), 1 / scale
+        wanted = (amax * encode if intermediate else amax / scale) * torch.tensor(1 / 6)
         s = E4M3[nearest(wanted.double(), E4M3)].float()  # the table ends at 448: saturation
         step = s * scale
-        scaled = torch.where(s.unsqueeze(1) > 0, block * (1 / step.unsqueeze(1)), 0.0)
+        divided = block * (1 / s.unsqueeze(1)) * encode
+        divided = divided if intermediate else block * (1 / step.unsqueeze(1))
+        scaled = torch.where(s.unsqueeze(1) > 0, divided, 0.0)
         element = E2M1[nearest(scaled.double(), E2M1)].float()
         out[:, start : start + 16] = element * step.unsqueeze(1)
     return out
@@ -433,6 +437,8 @@ def test_activation_quantiser_bit_for_bit(columns, scale):
     for name, x in activations(columns):
         got = fake_quantize_activation(x, scale)
         assert torch.equal(got, emulate(x, scale)), name
+        other = fake_quantize_intermediate(x, scale)
+        assert torch.equal(other, emulate(x, scale, intermediate=True)), name
         # Any leading axes.
         assert torch.equal(fake_quantize_activation(x.view(2, 3, 4, -1), scale).view_as(x), got)
 
@@ -511,7 +517,8 @@ def w4a4_by_hand(x, weights, ids, routing):
             up = parts["up"][e] @ codes[t]
             h = f(parts["gate"][e] @ codes[t]).float() * up.float() if weights.gated else f(up)
             assert torch.equal(up.float().double(), up)  # the first GEMM is exact in float32
-            h = emulate(h.float().unsqueeze(0), weights.intermediate_scale[e])[0].double()
+            h = emulate(h.float().unsqueeze(0), weights.intermediate_scale[e], intermediate=True)
+            h = h[0].double()
             y = (parts["down"][e] @ h).float().bfloat16().double()
             out[t] += routing[t, k].double() * y
             size[t] += (routing[t, k].double() * y).abs()

@@ -22,6 +22,7 @@ from .precision import without_autocast
 
 __all__ = [
     "fake_quantize_activation",
+    "fake_quantize_intermediate",
     "moe_definition",
     "reference",
     "reference_w4a4",
@@ -124,8 +125,10 @@ def reference_w4a4(
     The input is rounded to bfloat16 and quantised with `hidden_scale`, the intermediate with
     `intermediate_scale`; each expert's output is rounded to bfloat16 before the weighted sum in
     float32. `intermediate_dtype` is what gate, up and then the intermediate are rounded to before
-    it is quantised: float32 in TRT-LLM-Gen, bfloat16 in CUTLASS. Else as `reference`. Source:
-    FlashInfer 0.7.2, fp4_quantize, the TRT-LLM-Gen epilogue and the CUTLASS activation kernel.
+    it is quantised: float32 in TRT-LLM-Gen, which quantises by `fake_quantize_intermediate`,
+    bfloat16 in CUTLASS, which does by `fake_quantize_activation`. Else as `reference`. Source:
+    FlashInfer 0.7.2, fp4_quantize and the CUTLASS activation kernel; the machine code of
+    TRT-LLM-Gen.
     """
     x = fake_quantize_activation(hidden.to(torch.bfloat16).float(), weights.hidden_scale)
     args = (_loader(weights), weights.local_experts, weights.expert_offset, weights.activation)
@@ -140,20 +143,47 @@ def fake_quantize_activation(x: torch.Tensor, scale: torch.Tensor) -> torch.Tens
     saturated at 448; a block whose scale rounds to 0 becomes 0. It differs from the weights'
     quantiser, which never writes scale 0.
     """
-    columns = x.shape[-1]
-    padding = -columns % NVFP4.block_size
-    blocks = torch.nn.functional.pad(x, (0, padding)).unflatten(-1, (-1, NVFP4.block_size))
-    wanted = blocks.abs().amax(-1, keepdim=True) / scale * (1.0 / NVFP4.element_max)
-    block_scale = wanted.clamp(max=NVFP4.scale_max).to(NVFP4.scale_dtype).float()
+    blocks = _blocks(x)
+    block_scale = _to_e4m3(blocks.abs().amax(-1, keepdim=True) / scale * (1.0 / NVFP4.element_max))
     reciprocal = torch.where(block_scale > 0, 1.0 / (block_scale * scale), 0.0)
-    scaled = blocks * reciprocal
-    magnitude = scaled.abs()
+    element = _to_e2m1(blocks * reciprocal)
+    return (element * (block_scale * scale)).flatten(-2)[..., : x.shape[-1]]
+
+
+def fake_quantize_intermediate(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Round float32 x [..., K] to NVFP4 as the first GEMM of TRT-LLM-Gen does with its output.
+
+    `scale` is the decode multiplier. It differs from `fake_quantize_activation` in the order of the
+    float32 operations only, hence in ties: block scale = e4m3((amax * (1 / scale)) * (1 / 6)),
+    element = e2m1((x * (1 / block scale)) * (1 / scale)). The machine code of flashinfer-cubin
+    0.6.13 says so (tests/blackwell/machine_code).
+    """
+    # The kernel's factor also holds the scales of up and of the input, which are in x here.
+    encode = 1.0 / scale
+    blocks = _blocks(x)
+    block_scale = _to_e4m3(blocks.abs().amax(-1, keepdim=True) * encode * (1.0 / NVFP4.element_max))
+    # Exact; the hardware's MUFU.RCP is approximate.
+    reciprocal = torch.where(block_scale > 0, 1.0 / block_scale, 0.0)
+    element = _to_e2m1(blocks * reciprocal * encode)
+    return (element * (block_scale * scale)).flatten(-2)[..., : x.shape[-1]]
+
+
+def _blocks(x: torch.Tensor) -> torch.Tensor:
+    padding = -x.shape[-1] % NVFP4.block_size
+    return torch.nn.functional.pad(x, (0, padding)).unflatten(-1, (-1, NVFP4.block_size))
+
+
+def _to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(max=NVFP4.scale_max).to(NVFP4.scale_dtype).float()
+
+
+def _to_e2m1(x: torch.Tensor) -> torch.Tensor:
+    magnitude = x.abs()
     # Spacing of the E2M1 grid: 0.5 below 2, 1 below 4, 2 above; round() goes to the even code at a
     # tie.
     step = torch.full_like(magnitude, 2.0)
     step = step.masked_fill(magnitude < 4, 1.0).masked_fill(magnitude < 2, 0.5)
-    element = ((magnitude / step).round() * step).clamp(max=NVFP4.element_max).copysign(scaled)
-    return (element * (block_scale * scale)).flatten(-2)[..., :columns]
+    return ((magnitude / step).round() * step).clamp(max=NVFP4.element_max).copysign(x)
 
 
 def _loader(weights: ExpertWeights) -> LoadExpert:
@@ -187,6 +217,8 @@ def _run(
             "Flatten the tokens.",
         )
     act = get_activation(activation, caller="reference").function
+    in_epilogue = intermediate_dtype == torch.float32
+    quantise = fake_quantize_intermediate if in_epilogue else fake_quantize_activation
     x = hidden.float()
 
     def rounded(value: torch.Tensor) -> torch.Tensor:
@@ -199,7 +231,7 @@ def _run(
         y = rounded(act(first) if second is None else act(second) * first)
         if intermediate_scale is None:
             return y @ down.T
-        return (fake_quantize_activation(y, intermediate_scale[expert]) @ down.T).bfloat16().float()
+        return (quantise(y, intermediate_scale[expert]) @ down.T).bfloat16().float()
 
     # float32 is part of the definition.
     with without_autocast(hidden.device):

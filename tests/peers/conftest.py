@@ -23,7 +23,7 @@ def blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let fp4moe take every device for a B200; the calls are recorded."""
     from gpu import install
 
-    from fp4moe.kernels import spec
+    from fp4moe.kernels import base
 
     install()
-    monkeypatch.setattr(spec, "query_capability", lambda device: (10, 0))
+    monkeypatch.setattr(base, "query_capability", lambda device: (10, 0))

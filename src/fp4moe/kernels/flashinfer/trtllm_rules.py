@@ -21,8 +21,8 @@ __all__ += ["size_multiples", "token_tiles"]
 FORMATS = ("nvfp4", "fp8_per_tensor", "mxfp8")
 
 # (our activation, gated) -> name in the library's ActivationType. Never its number: numbers moved
-# between 0.6.13 and 0.7.2. There is one Geglu: the export documents the tanh form, from which erf
-# differs by at most 4.7e-4; GegluTanh is refused.
+# between 0.6.13 and 0.7.2. There is one Geglu: the tanh form, says 0.6.13's machine code; erf
+# differs from it by at most 4.7e-4. GegluTanh is refused.
 ACTIVATION_NAMES: Mapping[tuple[str, bool], str] = MappingProxyType(
     {
         ("silu", True): "Swiglu",
