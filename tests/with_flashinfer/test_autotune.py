@@ -10,8 +10,7 @@ from fused_layers import layer, tokens
 from tiny_models import fingerprint, gemma4
 from torch import nn
 
-from fp4moe import FusedExperts
-from fp4moe import report as explain
+from fp4moe import FusedExperts, explain
 from fp4moe.errors import CheckpointError, ShapeError, UnsupportedError
 from fp4moe.kernels import Routing
 from fp4moe.kernels.flashinfer.library import (
