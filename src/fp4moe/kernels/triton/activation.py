@@ -22,9 +22,10 @@ def activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "relu2":
-        x = tl.where(x < 0, 0.0, x * x)
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        x = x * x
     elif ACTIVATION == "relu":
-        x = tl.where(x < 0, 0.0, x)
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
         tl.static_assert(ACTIVATION == "identity")
     return x
