@@ -28,8 +28,8 @@ __all__ = [
     "PreparedWeights",
     "current_capability",
     "each_matrix",
+    "logical_layout",
     "logical_weights",
-    "unpadded_layout",
 ]
 
 
@@ -143,7 +143,7 @@ class Layout(NamedTuple):
     undo: Change | None
 
 
-def unpadded_layout(multiple: int) -> Layout:
+def logical_layout(multiple: int) -> Layout:
     """Return the logical layout, whose sizes are multiples of one block."""
     return Layout(lambda layer, hidden_alignment: (multiple, multiple), None, None)
 
@@ -165,7 +165,12 @@ def each_matrix(
 
 
 class Kernel:
-    """Base of every kernel. Below `run`, a kernel may write what its users see differently."""
+    """Base of every kernel.
+
+    A kernel writes the attributes and `run`. The methods from `package_reasons` to
+    `run_from_logits` have defaults that it may replace; what follows is the same for all, but for
+    what a kernel checks beside.
+    """
 
     name: str
     # None: any device. Layouts by number format.

@@ -10,7 +10,7 @@ import torch
 from .. import reference as definition
 from ..experts import ExpertWeights
 from ..formats.base import NVFP4
-from .base import Call, Kernel, logical_weights, unpadded_layout
+from .base import Call, Kernel, logical_layout, logical_weights
 
 __all__ = ["REFERENCE", "REFERENCE_W4A4", "ReferenceKernel"]
 
@@ -20,7 +20,7 @@ Definition = Callable[[torch.Tensor, ExpertWeights, torch.Tensor, torch.Tensor],
 class ReferenceKernel(Kernel):
     """A definition of `fp4moe.reference` behind the operator: any device, size and activation."""
 
-    layouts: ClassVar = {NVFP4.name: unpadded_layout(NVFP4.block_size)}
+    layouts: ClassVar = {NVFP4.name: logical_layout(NVFP4.block_size)}
     intermediate_dtype = torch.float32
 
     def __init__(self, name: str, compute: Definition, automatic: bool):
