@@ -36,7 +36,7 @@ def main() -> None:
                 x = torch.randn(tokens, 400, device="cuda").bfloat16()[:, 32:368]
                 ids = torch.randint(-1, 9, (tokens, 4), device="cuda")
                 routing_weights = torch.rand(tokens, 4, device="cuda")
-                run_with(config, x, ids, routing_weights, prepared.operands, prepared.settings)
+                run_with(config, prepared.call(x, ids, routing_weights))
     torch.cuda.synchronize()
     print(f"{len(configs)} configs")
 

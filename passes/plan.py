@@ -15,7 +15,7 @@ from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.identity.float_weights import FloatWeights, StoredForm, pack_float
 from fp4moe.identity.table import find_packed
-from fp4moe.kernels import MoeSpec, PreparedWeights, current_capability, get_kernel, select_kernel
+from fp4moe.kernels import Layer, PreparedWeights, current_capability, get_kernel, select_kernel
 from fp4moe.stamps import is_experts_class
 
 from .find.by_flow import propose_regions
@@ -202,17 +202,16 @@ class Planner:
         assert region.hidden is not None and region.expert_ids is not None
         experts, rows, columns = region.weight_shape("first")
         joint = form.gated and "second" not in region.weights
-        spec = MoeSpec(
-            activation=form.activation,
-            gated=form.gated,
+        layer = Layer.of(
+            form,
             hidden_size=int(meta_value(region.hidden).shape[-1]),
             intermediate_size=(columns if form.transposed else rows) // (1 + joint),
             num_experts=experts,
             top_k=int(meta_value(region.expert_ids).shape[-1]),
-            capability=current_capability(first.device),
         )
+        capability = current_capability(first.device)
         try:
-            return select_kernel(self.kernel, spec, caller="rewrite_moe"), ""
+            return select_kernel(self.kernel, layer, capability, caller="rewrite_moe"), ""
         except UnsupportedError as error:
             # A kernel asked for by name is an order, not a preference.
             if self.kernel != "auto":

@@ -29,9 +29,9 @@ class FlippedKernel(ReferenceKernel):
             down_packed=operands.down_packed.flip(2),
         )
 
-    def reasons_not_to_run(self, spec):
+    def reasons_not_to_run(self, layer, capability):
         self.calls["reasons_not_to_run"] += 1
-        return super().reasons_not_to_run(spec)
+        return super().reasons_not_to_run(layer, capability)
 
     def prepare(self, weights, **options):
         self.calls["prepare"] += 1
@@ -46,10 +46,9 @@ class FlippedKernel(ReferenceKernel):
             dataclasses.replace(prepared, operands=self._flip(prepared.operands))
         )
 
-    def run(self, hidden, expert_ids, routing_weights, operands, settings):
+    def run(self, call):
         self.calls["run"] += 1
-        operands = self._flip(operands)
-        return super().run(hidden, expert_ids, routing_weights, operands, settings)
+        return super().run(call._replace(operands=self._flip(call.operands)))
 
 
 @pytest.fixture

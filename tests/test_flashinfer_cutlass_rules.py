@@ -29,14 +29,13 @@ from fp4moe.activations import ACTIVATIONS as OURS
 from fp4moe.activations import get_activation
 from fp4moe.experts import ExpertWeights
 from fp4moe.formats.nvfp4 import NVFP4Values
-from fp4moe.kernels import MoeSpec
-from fp4moe.kernels.flashinfer.cutlass import FLASHINFER_CUTLASS
-from fp4moe.kernels.flashinfer.cutlass_rules import (
-    CAPABILITIES,
+from fp4moe.kernels import Layer
+from fp4moe.kernels.flashinfer.cutlass import (
+    FLASHINFER_CUTLASS,
     GATED,
     UNGATED,
+    activation_reasons,
     enum_name,
-    reasons,
     size_multiples,
 )
 from fp4moe.reference import fake_quantize_activation, reference_w4a4
@@ -363,7 +362,7 @@ def test_stand_in_has_the_parameters_of_the_library(library: Any) -> None:
 def test_names_are_those_of_the_library(library: Any) -> None:
     names = frozenset(member.name for member in library.core.ActivationType)
     assert {*GATED.values(), *UNGATED.values()} - names <= {"GegluTanh"}
-    assert reasons("silu", True, names) == []
+    assert activation_reasons("silu", True, names) == []
 
 
 @pytest.mark.parametrize(("activation", "gated"), KINDS)
@@ -376,30 +375,30 @@ def test_enum_member_computes_our_activation(activation: str, gated: bool) -> No
 
 
 def test_reasons() -> None:
-    assert CAPABILITIES == ((12, 0), (12, 1), (10, 0), (10, 3))
+    assert FLASHINFER_CUTLASS.devices.listed == ((12, 0), (12, 1), (10, 0), (10, 3))
     for activation in OURS:
         for gated in (True, False):
-            refused = reasons(activation, gated, None)
+            refused = activation_reasons(activation, gated, None)
             assert bool(refused) != ((activation, gated) in KINDS)
-    assert reasons("relu2", True, None) == [
+    assert activation_reasons("relu2", True, None) == [
         "activation must be one of silu, gelu_tanh, gelu with a gate, got relu2"
     ]
-    assert reasons("gelu_tanh", False, None) == [
+    assert activation_reasons("gelu_tanh", False, None) == [
         "activation must be one of relu2, relu, silu, gelu, identity without a gate, got gelu_tanh"
     ]
-    assert reasons("gelu_tanh", True, OLDER_NAMES) == [
+    assert activation_reasons("gelu_tanh", True, OLDER_NAMES) == [
         "the installed FlashInfer has no ActivationType.GegluTanh, which gelu_tanh with a gate "
         "needs: install a newer flashinfer-python"
     ]
-    assert reasons("gelu_tanh", True, OLDER_NAMES | {"GegluTanh"}) == []
+    assert activation_reasons("gelu_tanh", True, OLDER_NAMES | {"GegluTanh"}) == []
 
 
 def test_sizes_matter_only_without_padding() -> None:
     def exactly(activation: str, gated: bool, hidden: int, intermediate: int) -> list[str]:
-        spec = MoeSpec(activation, gated, hidden, intermediate, 8, 2, (12, 0))
-        return FLASHINFER_CUTLASS.reasons_without_padding(spec)
+        layer = Layer(activation, gated, hidden, intermediate, 8, 2)
+        return FLASHINFER_CUTLASS.reasons_without_padding(layer)
 
-    assert reasons("relu2", False, None) == []
+    assert activation_reasons("relu2", False, None) == []
     assert exactly("silu", True, 2816, 704) == []
     assert exactly("relu2", False, 2880, 1856) == [
         "hidden_size must be a multiple of 128 without padding, got 2880",

@@ -35,10 +35,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 import fp4moe
 from fp4moe.errors import UnsupportedError
 from fp4moe.kernels.reference import REFERENCE
-from fp4moe.kernels.torch_routing import route
 from fp4moe.models.replace import explain, replace_moe
 from fp4moe.models.routers import ROUTERS, LogitsRouter
 from fp4moe.module import FusedExperts, RoutedExperts
+from fp4moe.routing import route
 
 OPERATOR = torch.ops.fp4moe.nvfp4_moe_from_logits.default
 IDS = torch.tensor([[17, 5, 99, 42, 7, 64, 23, 8, 71]])

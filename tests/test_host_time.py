@@ -41,9 +41,9 @@ def asked(monkeypatch):
     counts: collections.Counter = collections.Counter()
 
     def counting(name, ask):
-        def reasons_not_to_run(spec):
+        def reasons_not_to_run(layer, capability):
             counts[name] += 1
-            return ask(spec)
+            return ask(layer, capability)
 
         return reasons_not_to_run
 
@@ -90,7 +90,7 @@ def test_it_asks_again_where_the_answer_may_be_another(asked, monkeypatch):
     monkeypatch.setattr(base, "query_capability", lambda device: (6, 1))
     assert again() == AUTOMATIC and again() == {}
     # The new answer counts, a refusal too.
-    monkeypatch.setattr(REFERENCE, "reasons_not_to_run", lambda spec: ["is tired"])
+    monkeypatch.setattr(REFERENCE, "reasons_not_to_run", lambda *args: ["is tired"])
     assert again() == {}
     measured.forget()
     with pytest.raises(UnsupportedError, match="reference: is tired"):

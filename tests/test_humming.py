@@ -14,7 +14,7 @@ from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.experts import ExpertWeights
 from fp4moe.kernels import base
 from fp4moe.kernels.humming import library as humming_library
-from fp4moe.kernels.humming.kernel import HUMMING, activate, sort_slots, weighted_sum
+from fp4moe.kernels.humming.kernel import HUMMING
 from fp4moe.kernels.humming.library import (
     GemmShape,
     compile_gemm,
@@ -26,7 +26,7 @@ from fp4moe.kernels.humming.library import (
     unpack_scales,
     unpack_weights,
 )
-from fp4moe.layer import MoeSpec, Routing
+from fp4moe.layer import Layer
 from fp4moe.reference import reference
 
 with_package = pytest.mark.skipif(
@@ -45,9 +45,8 @@ def make_weights(gated=True, experts=5, hidden=200, intermediate=72, device="cpu
     return ExpertWeights.quantize(down=down, **parts, **options)
 
 
-def make_spec(**changes):
-    base = MoeSpec("silu", True, 200, 72, 8, 2, HOPPER)
-    return dataclasses.replace(base, **changes)
+def make_layer(**changes):
+    return dataclasses.replace(Layer("silu", True, 200, 72, 8, 2), **changes)
 
 
 # Reasons
@@ -66,12 +65,12 @@ def make_spec(**changes):
     ],
 )
 def test_a_device_is_refused_by_its_capability(capability, reason):
-    assert HUMMING.reasons_not_to_run(make_spec(capability=capability)) == [reason]
+    assert HUMMING.reasons_not_to_run(make_layer(), capability) == [reason]
 
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(humming_library, "installed", lambda package: None)
-    (reason,) = HUMMING.reasons_not_to_run(make_spec())
+    (reason,) = HUMMING.reasons_not_to_run(make_layer(), HOPPER)
     assert reason.startswith("humming-kernels is not installed; run pip install 'humming-kernels[")
 
 
@@ -128,16 +127,13 @@ def test_a_toolchain_from_wheels_is_found(tmp_path):
 
 
 def test_sizes_are_padded_to_tiles():
-    assert HUMMING.size_multiples(make_spec(), 512) == (128, 64)
-    assert HUMMING.size_multiples(make_spec(gated=False), 512) == (128, 128)
-    assert HUMMING.reasons_without_padding(make_spec(hidden_size=2816, intermediate_size=704)) == []
-    assert HUMMING.reasons_without_padding(
-        make_spec(gated=False, hidden_size=2688, intermediate_size=1856)
-    ) == ["intermediate_size must be a multiple of 128 without padding, got 1856"]
-
-
-def test_it_routes_and_is_automatic():
-    assert HUMMING.reasons_not_to_route(make_spec(), Routing("softmax_topk", 2)) == []
+    assert HUMMING.size_multiples(make_layer(), 512) == (128, 64)
+    assert HUMMING.size_multiples(make_layer(gated=False), 512) == (128, 128)
+    assert (
+        HUMMING.reasons_without_padding(make_layer(hidden_size=2816, intermediate_size=704)) == []
+    )
+    gemma = make_layer(hidden_size=2816, intermediate_size=704)
+    assert HUMMING.reasons_without_padding(gemma) == []
     assert (HUMMING.automatic, HUMMING.quantizes_activations) == (True, False)
 
 
@@ -206,8 +202,8 @@ def test_restore_works_on_shapes_alone():
 def call(weights, hidden, **changes):
     prepared = HUMMING.prepare(weights, hidden_alignment=256)
     ids = torch.zeros(hidden.shape[0], 2, dtype=torch.int64)
-    operands = prepared.operands._replace(**changes)
-    return HUMMING.run(hidden, ids, torch.ones(ids.shape), operands, prepared.settings)
+    call = prepared.call(hidden, ids, torch.ones(ids.shape))
+    return HUMMING(call._replace(operands=prepared.operands._replace(**changes)))
 
 
 def test_a_cpu_is_refused():
@@ -302,8 +298,8 @@ def test_numbers_are_those_of_the_reference(tokens, gated):
     prepared = HUMMING.prepare(weights, hidden_alignment=256)
     hidden = torch.randn(tokens, 200, device="cuda", dtype=torch.bfloat16)
     ids, scores = routing(tokens, 9, 3, "cuda")
-    got = HUMMING.run(hidden, ids, scores, prepared.operands, prepared.settings)
-    again = HUMMING.run(hidden, ids.int(), scores, prepared.operands, prepared.settings)
+    got = HUMMING(prepared.call(hidden, ids, scores))
+    again = HUMMING(prepared.call(hidden, ids.int(), scores))
     check_close(got, reference(hidden, weights, ids, scores))
     assert torch.equal(got, again)
 
@@ -325,7 +321,7 @@ def test_numbers_of_odd_routings_and_inputs(kind):
     dtype = torch.float16 if kind == "float16" else torch.bfloat16
     hidden = torch.randn(33, size, device="cuda", dtype=dtype)
     prepared = HUMMING.prepare(weights, hidden_alignment=256)
-    got = HUMMING.run(hidden, ids, scores, prepared.operands, prepared.settings)
+    got = HUMMING(prepared.call(hidden, ids, scores))
     assert got.dtype == dtype
     check_close(got, reference(hidden, weights, ids, scores))
 
@@ -341,7 +337,7 @@ def test_the_first_run_may_be_captured(top_k):
     ids, scores = routing(5, 6, top_k, "cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = HUMMING.run(hidden, ids, scores, prepared.operands, prepared.settings)
+        out = HUMMING(prepared.call(hidden, ids, scores))
     hidden.copy_(torch.randn_like(hidden))
     ids.copy_(ids.roll(1, 0))
     graph.replay()
@@ -356,49 +352,3 @@ def test_weights_are_laid_out_as_by_the_library():
     packed = torch.randint(0, 256, (3, 192, 80), dtype=torch.uint8, device="cuda")
     theirs = ops.repack_weight(packed.view(torch.int32), 4, 16, True)
     assert torch.equal(pack_weights(packed).flatten(), theirs.view(torch.uint8).flatten())
-
-
-@gpu
-@with_package
-@pytest.mark.parametrize(("slots", "tiles"), [(1, (8, 16)), (85, (48, 8)), (2051, (96, 128))])
-def test_slots_are_sorted_by_expert(slots, tiles):
-    ids = torch.randint(-2, 12, (slots, 1), device="cuda")
-    places = sort_slots(ids, (3, 7), tiles)
-    for place, rows in zip(places, tiles, strict=True):
-        expected, experts = [], []
-        for expert in range(7):
-            mine = (ids.flatten() == expert + 3).nonzero().flatten().tolist()
-            mine += [slots] * (-len(mine) % rows)
-            expected += mine
-            experts += [expert] * (len(mine) // rows)
-        assert place["num_tokens_padded"].item() == len(expected)
-        assert place["sorted_ids"][: len(expected)].tolist() == expected
-        assert place["expert_ids"][: len(experts)].tolist() == experts
-
-
-@gpu
-@with_package
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("name", ["silu", "gelu_tanh", "gelu", "relu2", "relu", "identity"])
-def test_activations_are_those_of_the_table(name, gated):
-    from fp4moe.activations import ACTIVATIONS
-
-    x = torch.randn(5, 2 * 1037, device="cuda").bfloat16()
-    a, b = x.float().chunk(2, 1) if gated else (x.float(), torch.ones((), device="cuda"))
-    expected = ACTIVATIONS[name].function(a) * b
-    # One rounding to bfloat16, half of 2^-8 of the value, and float32 noise below.
-    torch.testing.assert_close(activate(x, name, gated).float(), expected, rtol=2**-8, atol=1e-6)
-
-
-@gpu
-@with_package
-def test_rows_of_other_experts_are_not_read():
-    ids = torch.tensor([[0, 4], [3, 9], [-1, 5]], device="cuda")
-    rows = torch.randn(6, 208, device="cuda").bfloat16()
-    inside = ((ids >= 3) & (ids < 5)).flatten()
-    rows[~inside] = float("nan")
-    scores = torch.rand(3, 2, device="cuda")
-    like = torch.empty(3, 203, device="cuda", dtype=torch.float32)
-    expected = torch.where(inside[:, None], rows.float(), 0.0)[:, :203].view(3, 2, 203)
-    got = weighted_sum(rows, ids, scores, (3, 2), like)
-    torch.testing.assert_close(got, (expected * scores[..., None]).sum(1), rtol=1e-6, atol=1e-6)

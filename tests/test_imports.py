@@ -58,7 +58,7 @@ HEAVY: dict[str, set[str]] = {
     "transformers": set(),
     "triton": {
         f"kernels.triton.{name}"
-        for name in ("choose", "decode_nvfp4", "fingerprint", "gemm", "sort")
+        for name in ("activation", "choose", "decode_nvfp4", "fingerprint", "gemm", "sort")
     },
 }
 

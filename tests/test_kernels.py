@@ -10,7 +10,7 @@ from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.kernels import (
     KERNELS,
-    MoeSpec,
+    Layer,
     base,
     choose_kernel,
     current_capability,
@@ -73,12 +73,12 @@ def test_without_padding_sizes_must_be_multiples_of_16(name):
         "intermediate_size must be a multiple of 16 without padding, got 2882",
     ]
     # The kernel's own word on padding is what ExpertWeights holds.
-    spec = MoeSpec("silu", True, 31, 50, 4, 2, None)
+    layer = Layer("silu", True, 31, 50, 4, 2)
     weights = ExpertWeights.quantize(
         up=torch.ones(1, 50, 31), down=torch.ones(1, 31, 50), activation="silu"
     )
     prepared = get_kernel(name).prepare(weights, hidden_alignment=256)
-    multiples = get_kernel(name).size_multiples(spec, 256)
+    multiples = get_kernel(name).size_multiples(layer, 256)
     assert weights.hidden_padded % multiples[0] == weights.intermediate_padded % multiples[1] == 0
     back = get_kernel(name).restore(prepared)
     assert back.metadata() == weights.metadata()
@@ -113,7 +113,7 @@ def test_unknown_kernel_names_the_known_ones(call):
         if call is why_not:
             why_not("trtllm", **LAYER)
         else:
-            select_kernel("trtllm", MoeSpec(**LAYER, capability=None), caller="why_not")
+            select_kernel("trtllm", Layer(**LAYER), None, caller="why_not")
     assert str(error.value) == (
         "why_not: kernel must be auto or one of flashinfer_trtllm, flashinfer_cutlass, triton, "
         "humming, reference, reference_w4a4; got 'trtllm'. Pass one of these names."
@@ -149,15 +149,15 @@ def test_more_experts_a_token_than_there_are():
 
 
 def test_select_kernel():
-    spec = MoeSpec(**LAYER, capability=None)
-    assert select_kernel("auto", spec, caller="f") == "reference"
-    assert choose_kernel("auto", spec) == ("reference", [])
-    assert choose_kernel("triton", spec) == (None, [f"triton: {REFUSALS['triton']}a CPU"])
+    layer = Layer(**LAYER)
+    assert select_kernel("auto", layer, None, caller="f") == "reference"
+    assert choose_kernel("auto", layer, None) == ("reference", [])
+    assert choose_kernel("triton", layer, None) == (None, [f"triton: {REFUSALS['triton']}a CPU"])
     for name in PRESENT:
-        assert select_kernel(name, spec, caller="f") == name
+        assert select_kernel(name, layer, None, caller="f") == name
     for name in REFUSALS:
         with pytest.raises(UnsupportedError) as error:
-            select_kernel(name, spec, caller="f")
+            select_kernel(name, layer, None, caller="f")
         assert str(error.value) == (
             "f: kernel must be one that runs this layer (gated silu, 128 experts of 2816 x 704, "
             f"CPU); got '{name}'. "
@@ -167,11 +167,11 @@ def test_select_kernel():
 
 def test_auto_that_finds_none_lists_every_candidate(monkeypatch):
     """With `reference` refusing, nothing is left, and each refusal is in the message."""
-    monkeypatch.setattr(ReferenceKernel, "reasons_not_to_run", lambda self, spec: ["a", "b"])
-    spec = MoeSpec(**LAYER, capability=(7, 0))
-    assert choose_kernel("auto", spec)[0] is None
+    monkeypatch.setattr(ReferenceKernel, "reasons_not_to_run", lambda *args: ["a", "b"])
+    layer = Layer(**LAYER)
+    assert choose_kernel("auto", layer, (7, 0))[0] is None
     with pytest.raises(UnsupportedError) as error:
-        select_kernel("auto", spec, caller="f")
+        select_kernel("auto", layer, (7, 0), caller="f")
     assert str(error.value) == (
         "f: kernel must be one that runs this layer (gated silu, 128 experts of 2816 x 704, 7.0); "
         "got 'auto'. "
@@ -230,5 +230,5 @@ def test_a_kernel_that_cannot_exist_says_why():
     with pytest.raises(
         UnsupportedError, match=r"got 'humming_w4a8'. humming_w4a8: humming-kernels"
     ):
-        select_kernel("humming_w4a8", MoeSpec("silu", True, 64, 64, 8, 2, (9, 0)), caller="here")
+        select_kernel("humming_w4a8", Layer("silu", True, 64, 64, 8, 2), (9, 0), caller="here")
     assert "humming_w4a8" not in KERNELS

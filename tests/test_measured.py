@@ -10,9 +10,9 @@ from fp4moe.errors import UnsupportedError
 from fp4moe.kernels import measured
 from fp4moe.kernels.measured import SHIPPED, choose_tiles, fastest, read
 from fp4moe.kernels.triton.tiles import Config, Tile, parse_config
-from fp4moe.layer import MoeSpec
+from fp4moe.layer import Layer
 
-SPEC = MoeSpec("silu", True, 2816, 704, 128, 8, (9, 0))
+LAYER, HOPPER = Layer("silu", True, 2816, 704, 128, 8), (9, 0)
 SLOT, SORTED = "slot 16,64,1,4,3 16,64,1,4,3", "sorted 16,64,1,4,3 16,64,1,4,3"
 WIDE = "sorted 128,64,1,8,3 128,64,1,8,3"
 
@@ -59,32 +59,26 @@ def test_what_is_shipped_is_from_an_h200():
 def test_fastest_is_the_geometric_mean_of_common_loads(write):
     # 9 x 9 = 81 against 8 x 10 = 80; T = 16 is one kernel's alone.
     write()
-    assert fastest(["triton", "humming", "reference"], SPEC) == "humming"
-    assert fastest(["triton", "reference"], SPEC) == "triton"
-    assert fastest(["reference"], SPEC) == "reference"
+    assert fastest(["triton", "humming", "reference"], LAYER, HOPPER) == "humming"
+    assert fastest(["triton", "reference"], LAYER, HOPPER) == "triton"
+    assert fastest(["reference"], LAYER, HOPPER) == "reference"
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        MoeSpec("silu", True, 2816, 704, 128, 8, (10, 0)),
-        MoeSpec("silu", True, 2816, 704, 128, 8, None),
-    ],
-)
-def test_order_decides_where_nothing_was_measured(write, spec):
+@pytest.mark.parametrize("capability", [(10, 0), None])
+def test_order_decides_where_nothing_was_measured(write, capability):
     write()
-    assert fastest(["triton", "humming"], spec) == "triton"
+    assert fastest(["triton", "humming"], LAYER, capability) == "triton"
 
 
 def test_an_unmeasured_first_stays_first(write):
     write()
     names = ["flashinfer_cutlass", "triton", "humming"]
-    assert fastest(names, SPEC) == "flashinfer_cutlass"
+    assert fastest(names, LAYER, HOPPER) == "flashinfer_cutlass"
 
 
 def test_kernels_without_a_common_load_keep_their_order(write):
     write(us={"triton": {"1": 9.0}, "humming": {"2": 1.0}})
-    assert fastest(["triton", "humming"], SPEC) == "triton"
+    assert fastest(["triton", "humming"], LAYER, HOPPER) == "triton"
 
 
 @pytest.mark.parametrize(

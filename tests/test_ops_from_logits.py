@@ -11,9 +11,8 @@ from fused_layers import layer
 
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.kernels import Routing, get_kernel
-from fp4moe.kernels.torch_routing import route
 from fp4moe.ops import nvfp4_moe_arguments, nvfp4_moe_from_logits_arguments
-from fp4moe.routing import sigmoid_topk, softmax_topk
+from fp4moe.routing import route, sigmoid_topk, softmax_topk
 
 OP = torch.ops.fp4moe.nvfp4_moe_from_logits.default
 GIVEN = torch.ops.fp4moe.nvfp4_moe.default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import io
 import json
@@ -14,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.kernels import KERNELS, PreparedWeights
 from fp4moe.kernels.reference import ReferenceKernel
-from fp4moe.kernels.torch_routing import route
 from fp4moe.module import FusedExperts
 from fp4moe.reference import moe_definition, reference_w4a4
 from fp4moe.tools import selftest_checks
@@ -46,12 +46,12 @@ class Variant(ReferenceKernel):
             weights, hidden_alignment=hidden_alignment, output_scale=output_scale
         )
         kept = {f"logical_{name}": t for name, t in logical.operands._asdict().items()}
-        return PreparedWeights(self.change(right.operands), kept, right.metadata)
+        return PreparedWeights(self.change(right.operands), kept, right.layer)
 
     def restore(self, prepared):
         logical = {name.removeprefix("logical_"): t for name, t in prepared.kept.items()}
         operands = prepared.operands._replace(**logical)
-        return super().restore(PreparedWeights(operands, {}, prepared.metadata))
+        return super().restore(PreparedWeights(operands, {}, prepared.layer))
 
 
 def run(monkeypatch, kernel, layers=GATED, **options):
@@ -138,37 +138,38 @@ def test_scales_of_neighbouring_experts_exchanged(name, monkeypatch):
 
 
 class OffsetIgnored(Variant):
-    def run(self, hidden, ids, weights, operands, settings):
-        return super().run(hidden, ids, weights, operands, settings._replace(expert_offset=0))
+    def run(self, call):
+        layer = dataclasses.replace(call.layer, expert_offset=0)
+        return super().run(call._replace(layer=layer))
 
 
 class MinusOneWraps(Variant):
-    def run(self, hidden, ids, weights, operands, settings):
-        ids = torch.where(ids == -1, settings.num_experts - 1, ids)
-        return super().run(hidden, ids, weights, operands, settings)
+    def run(self, call):
+        ids = torch.where(call.expert_ids == -1, call.layer.num_experts - 1, call.expert_ids)
+        return super().run(call._replace(expert_ids=ids))
 
 
 class EndWraps(Variant):
-    def run(self, hidden, ids, weights, operands, settings):
-        ids = torch.where(ids == settings.num_experts, 0, ids)
-        return super().run(hidden, ids, weights, operands, settings)
+    def run(self, call):
+        ids = torch.where(call.expert_ids == call.layer.num_experts, 0, call.expert_ids)
+        return super().run(call._replace(expert_ids=ids))
 
 
 class WeightsIgnored(Variant):
-    def run(self, hidden, ids, weights, operands, settings):
-        return super().run(hidden, ids, weights * 0 + 0.5, operands, settings)
+    def run(self, call):
+        return super().run(call._replace(routing_weights=call.routing_weights * 0 + 0.5))
 
 
 class TokenDropped(Variant):
-    def run(self, hidden, *args):
-        out = super().run(hidden, *args)
+    def run(self, call):
+        out = super().run(call)
         out[22:23] = 0
         return out
 
 
 class TokenNotANumber(Variant):
-    def run(self, hidden, *args):
-        out = super().run(hidden, *args)
+    def run(self, call):
+        out = super().run(call)
         out[22:23, 5] = float("nan")
         return out
 
@@ -176,26 +177,27 @@ class TokenNotANumber(Variant):
 class TokenOfAnother(Variant):
     """One token of many gets the result of the first."""
 
-    def run(self, hidden, *args):
-        out = super().run(hidden, *args)
+    def run(self, call):
+        out = super().run(call)
         out[30:31] = out[:1]
         return out
 
 
 class Zeros(Variant):
-    def run(self, hidden, *args):
-        return torch.zeros_like(super().run(hidden, *args))
+    def run(self, call):
+        return torch.zeros_like(super().run(call))
 
 
 class StridesIgnored(Variant):
-    def run(self, hidden, *args):
+    def run(self, call):
+        hidden = call.hidden
         dense = torch.empty(hidden.shape, device="meta").stride()
-        return super().run(hidden.as_strided(hidden.shape, dense), *args)
+        return super().run(call._replace(hidden=hidden.as_strided(hidden.shape, dense)))
 
 
 class AlwaysBfloat16(Variant):
-    def run(self, hidden, *args):
-        return super().run(hidden.bfloat16(), *args)
+    def run(self, call):
+        return super().run(call._replace(hidden=call.hidden.bfloat16()))
 
 
 class OutputScaleIgnored(Variant):
@@ -204,26 +206,26 @@ class OutputScaleIgnored(Variant):
 
 
 class BiasInTheWeights(Variant):
-    def run_from_logits(self, hidden, logits, bias, routing, operands, settings):
-        ids, weights = route(logits, bias, routing)
-        if bias.numel():
-            weights = (torch.sigmoid(logits) + bias).gather(1, ids)
-            weights = weights / weights.sum(1, keepdim=True) * routing.scaling
-        return self.run(hidden, ids, weights, operands, settings)
+    def choose_experts(self, call):
+        ids, weights = super().choose_experts(call)
+        if call.routing_bias.numel():
+            weights = (torch.sigmoid(call.router_logits) + call.routing_bias).gather(1, ids)
+            weights = weights / weights.sum(1, keepdim=True) * call.routing.scaling
+        return ids, weights
 
 
 class ScalingIgnored(Variant):
-    def run_from_logits(self, hidden, logits, bias, routing, operands, settings):
-        routing = routing._replace(scaling=1.0)
-        return super().run_from_logits(hidden, logits, bias, routing, operands, settings)
+    def choose_experts(self, call):
+        return super().choose_experts(call._replace(routing=call.routing._replace(scaling=1.0)))
 
 
 class NegativeLogitsLost(Variant):
     """A kernel that starts its search for the largest logits at zero."""
 
-    def run_from_logits(self, hidden, logits, *args):
-        softmax = args[1].method == "softmax_topk"
-        return super().run_from_logits(hidden, logits.relu() if softmax else logits, *args)
+    def choose_experts(self, call):
+        if call.routing.method == "softmax_topk":
+            call = call._replace(router_logits=call.router_logits.relu())
+        return super().choose_experts(call)
 
 
 class NotRestored(Variant):
@@ -232,7 +234,7 @@ class NotRestored(Variant):
             PreparedWeights(
                 prepared.operands,
                 {**prepared.kept, "logical_down_packed": prepared.kept["logical_down_packed"] ^ 16},
-                prepared.metadata,
+                prepared.layer,
             )
         )
 
@@ -244,7 +246,7 @@ class ScaleNotRestored(Variant):
         kept["logical_hidden_scale"] = torch.nextafter(
             kept["logical_hidden_scale"], torch.tensor(1.0)
         )
-        return super().restore(PreparedWeights(prepared.operands, kept, prepared.metadata))
+        return super().restore(PreparedWeights(prepared.operands, kept, prepared.layer))
 
 
 @pytest.mark.parametrize(
@@ -297,9 +299,9 @@ def test_bfloat16_weights_are_no_failure(layers, monkeypatch):
 
 def test_a_w4a16_kernel_that_uses_an_activation_scale_fails(monkeypatch):
     class Wrong(Bfloat16Weights):
-        def run(self, hidden, ids, weights, operands, settings):
-            hidden = hidden * operands.hidden_scale.to(hidden.dtype)
-            return super().run(hidden, ids, weights, operands, settings)
+        def run(self, call):
+            scale = call.operands.hidden_scale.to(call.hidden.dtype)
+            return super().run(call._replace(hidden=call.hidden * scale))
 
     monkeypatch.setitem(KERNELS, "reference", Wrong())
     report = run_selftest("reference", device="cpu", layers=GATED, tokens=(5,))
@@ -308,10 +310,10 @@ def test_a_w4a16_kernel_that_uses_an_activation_scale_fails(monkeypatch):
 
 def test_what_a_kernel_raises_is_a_failed_row_and_the_run_goes_on(monkeypatch):
     class Raises(Variant):
-        def run(self, hidden, *args):
-            if hidden.shape[0] == 7:
+        def run(self, call):
+            if call.hidden.shape[0] == 7:
                 raise RuntimeError("no kernel found\n  for this shape")
-            return super().run(hidden, *args)
+            return super().run(call)
 
     report = run(monkeypatch, Raises(), layers={**GATED, **UNGATED})
     notes = {(r.layer, r.check, r.tokens): r.note for r in report.failures}
@@ -338,7 +340,7 @@ def test_no_tokens_may_not_crash(monkeypatch):
 
 def test_an_interrupt_ends_the_run(monkeypatch):
     class Interrupted(Variant):
-        def run(self, *args):
+        def run(self, call):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -354,10 +356,10 @@ def test_a_change_that_does_not_show_is_a_failure(monkeypatch):
 
 def test_what_a_kernel_does_not_support_is_listed_and_no_failure(monkeypatch):
     class Picky(Variant):
-        def reasons_not_to_run(self, spec):
-            return ["has no gate"] if spec.gated else []
+        def reasons_not_to_run(self, layer, capability):
+            return ["has no gate"] if layer.gated else []
 
-        def reasons_not_to_route(self, spec, routing):
+        def reasons_not_to_route(self, layer, routing):
             return [f"no {routing.scaling}"] if routing.scaling != 1 else []
 
     report = run(monkeypatch, Picky(), layers={**GATED, **UNGATED})
@@ -371,8 +373,8 @@ def test_what_a_kernel_does_not_support_is_listed_and_no_failure(monkeypatch):
 
 def test_auto_is_the_preferred_kernel_of_any_layer(monkeypatch):
     class NoGate(Variant):
-        def reasons_not_to_run(self, spec):
-            return ["has no gate"] if spec.gated else []
+        def reasons_not_to_run(self, layer, capability):
+            return ["has no gate"] if layer.gated else []
 
     kernel = NoGate()
     kernel.name, kernel.automatic = "flashinfer_trtllm", True
@@ -475,8 +477,9 @@ def test_the_command_line(monkeypatch, capsys):
 @pytest.mark.gpu
 def test_a_kernel_that_waits_for_the_host_fails_under_capture(monkeypatch):
     class Waits(Variant):
-        def run(self, hidden, *args):
-            return super().run(hidden * float(hidden.isfinite().all()), *args)
+        def run(self, call):
+            hidden = call.hidden * float(call.hidden.isfinite().all())
+            return super().run(call._replace(hidden=hidden))
 
     monkeypatch.setitem(KERNELS, "reference_w4a4", Waits())
     (row,) = run_selftest("reference_w4a4", layers=GATED, tokens=TOKENS).failures

@@ -1,12 +1,13 @@
-"""The Triton kernels: layout, routing and results in the interpreter, compilation for every target.
+"""The Triton kernels: layout, routing, results in the interpreter, compilation for every target.
 
-The interpreter is chosen when triton is imported, so its cases, and those of test_fingerprint.py,
-run in a process of their own, with TRITON_INTERPRET=1; they are skipped here and started by
-test_the_interpreter_agrees.
+The interpreter is chosen when triton is imported, so its cases, and those of test_fingerprint.py
+and test_triton_rows.py, run in a process of their own, with TRITON_INTERPRET=1; they are skipped
+here and started by test_the_interpreter_agrees.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import itertools
@@ -24,14 +25,14 @@ from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import UnsupportedError
 from fp4moe.formats.nvfp4 import NVFP4Values, dequantize_nvfp4
 from fp4moe.identity import fingerprint
+from fp4moe.kernels import LogitsCall
 from fp4moe.kernels.measured import SHIPPED, choose_tiles, read
-from fp4moe.kernels.torch_routing import route
 from fp4moe.kernels.triton.kernel import TRITON, run_with
 from fp4moe.kernels.triton.layout import from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
 from fp4moe.kernels.triton.tiles import Config, Tile
-from fp4moe.layer import LayerSettings, MoeSpec, Routing
+from fp4moe.layer import Layer, Routing
 from fp4moe.reference import reference
-from fp4moe.routing import softmax_topk
+from fp4moe.routing import route, softmax_topk
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -67,7 +68,7 @@ if INTERPRETED and HAS_TRITON:
 
 
 TILES = sorted({c for layer in read(SHIPPED) for c in layer.tiles.values()}, key=str)
-SPEC = MoeSpec("silu", True, 2816, 704, 128, 8, (9, 0))
+LAYER, HOPPER = Layer("silu", True, 2816, 704, 128, 8), (9, 0)
 # The interpreter cuts float32 to bfloat16 instead of rounding: at most 2^-8 each for the
 # intermediate, the slot's output and the sum. A GPU rounds, with half of that.
 CUT = 3 * 2.0**-8
@@ -118,24 +119,24 @@ def test_restore_undoes_prepare(gated):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("capability", "change", "reason"),
     [
-        ({"capability": None}, "needs compute capability 8.0 or newer, got a CPU"),
-        ({"capability": (7, 5)}, "needs compute capability 8.0 or newer, got 7.5"),
-        ({"num_experts": 513}, "num_experts must be at most 512, got 513"),
-        ({"top_k": 33}, "top_k must be at most 32, got 33"),
+        (None, {}, "needs compute capability 8.0 or newer, got a CPU"),
+        ((7, 5), {}, "needs compute capability 8.0 or newer, got 7.5"),
+        (HOPPER, {"num_experts": 513}, "num_experts must be at most 512, got 513"),
+        (HOPPER, {"top_k": 33}, "top_k must be at most 32, got 33"),
     ],
 )
-def test_reasons(change, reason):
-    spec = MoeSpec(**{**SPEC.__dict__, **change})
-    assert reason in TRITON.reasons_not_to_run(spec)
-    assert reason not in TRITON.reasons_not_to_run(SPEC)
+def test_reasons(capability, change, reason):
+    layer = dataclasses.replace(LAYER, **change)
+    assert reason in TRITON.reasons_not_to_run(layer, capability)
+    assert reason not in TRITON.reasons_not_to_run(LAYER, HOPPER)
 
 
 def test_without_padding_sizes_are_multiples_of_a_slab():
-    assert TRITON.reasons_without_padding(SPEC) == []
-    spec = MoeSpec("silu", True, 2832, 704, 128, 8, (9, 0))
-    assert TRITON.reasons_without_padding(spec) == [
+    assert TRITON.reasons_without_padding(LAYER) == []
+    odd = dataclasses.replace(LAYER, hidden_size=2832)
+    assert TRITON.reasons_without_padding(odd) == [
         "hidden_size must be a multiple of 64 without padding, got 2832"
     ]
 
@@ -146,7 +147,7 @@ def test_a_cpu_is_refused():
     prepared = TRITON.prepare(weights, hidden_alignment=256)
     ids, one = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
     with pytest.raises(UnsupportedError, match=r"^triton: hidden must be on .* got cpu \(a CPU\)"):
-        TRITON.run(torch.zeros(1, 64), ids, one, prepared.operands, prepared.settings)
+        TRITON(prepared.call(torch.zeros(1, 64), ids, one))
 
 
 @interpreted
@@ -276,12 +277,12 @@ def compare(config, weights, dtype, tokens, top_k, limit, device="cpu"):
     ids[0] = weights.expert_offset
     routing_weights = torch.rand(tokens, top_k, device=device)
     prepared = TRITON.prepare(weights, hidden_alignment=256)
-    args = (prepared.operands, prepared.settings)
-    got = run_with(config, hidden, ids, routing_weights, *args)
+    call = prepared.call(hidden, ids, routing_weights)
+    got = run_with(config, call)
     expected = reference(hidden.float(), weights, ids, routing_weights)
     assert got.dtype == dtype and got.shape == hidden.shape
     assert relative(got, expected) < limit
-    assert torch.equal(got, run_with(config, hidden, ids, routing_weights, *args))
+    assert torch.equal(got, run_with(config, call))
 
 
 @interpreted
@@ -368,8 +369,8 @@ def test_from_logits_is_the_choice_and_then_the_experts(poisoned_empty):
     prepared = TRITON.prepare(weights, hidden_alignment=256, output_scale=scale)
     hidden, logits = torch.randn(3, 64).bfloat16(), torch.randn(3, 4)
     routing, none = Routing("softmax_topk", 2), torch.empty(0)
-    args = (prepared.operands, prepared.settings)
-    got = TRITON.run_from_logits(hidden, logits, none, routing, *args)
+    weights_and_layer = (prepared.operands, prepared.layer)
+    got = TRITON.from_logits(LogitsCall(hidden, logits, none, routing, *weights_and_layer))
     ids, routing_weights = softmax_topk(logits, 2, renormalize=True, per_expert_scale=scale)
     assert relative(got, reference(hidden.float(), weights, ids, routing_weights)) < CUT
 
@@ -389,7 +390,8 @@ def test_activations(activation, gated):
 )
 def test_the_interpreter_agrees():
     file = pathlib.Path(__file__)
-    files = [str(file), str(file.with_name("test_fingerprint.py"))]
+    others = ("test_fingerprint.py", "test_triton_rows.py")
+    files = [str(file), *(str(file.with_name(name)) for name in others)]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:xdist", "-W", "ignore"],
         cwd=file.parents[1],
@@ -403,7 +405,14 @@ def test_the_interpreter_agrees():
 
 def signature(function, constants, hidden="*bf16"):
     """Argument types by name, pointers and multiples of 16 as a call of real sizes has them."""
-    pointers = {"hidden": hidden, "x": "*bf16", "ids": "*i64", "out": "*bf16", "partial": "*bf16"}
+    pointers = {
+        "hidden": hidden,
+        "x": "*bf16",
+        "gate_up": "*bf16",
+        "ids": "*i64",
+        "out": "*bf16",
+        "partial": "*bf16",
+    }
     pointers |= dict.fromkeys(("counts", "order", "tiles", "num_tiles", "words", "scales"), "*i32")
     pointers |= dict.fromkeys(("global_scale", "routing_weights", "weights", "bias"), "*fp32")
     pointers |= {"logits": "*bf16", "table": "*i64", "expected": "*i64", "changed": "*i32"}
@@ -422,6 +431,9 @@ def signature(function, constants, hidden="*bf16"):
 
 def variants():
     """(kernel, constants, warps, further) of each row of the tables, and of each activation."""
+    from fp4moe.kernels.triton import (
+        activation as triton_activation,
+    )
     from fp4moe.kernels.triton import (
         choose as triton_choice,
     )
@@ -463,16 +475,22 @@ def variants():
         small = constants(Tile(16, 64, 1, 4, 2), MODE=1, **form)
         yield triton_experts.gate_up_kernel, *small, {}
     sizes = {"EXPERTS": 256, "CHUNK": 128}
-    yield triton_routing.sort_kernel, {**sizes, "SLOTS": 16, "CHUNK": 2048}, 8, {}
+    yield triton_routing.sort_kernel, {**sizes, "SLOTS": 16, "CHUNK": 2048, "PADDED": 0}, 8, {}
     yield triton_routing.count_kernel, sizes, 4, {}
     yield triton_routing.scan_kernel, {"EXPERTS": 256, "BLOCK": 2}, 4, {}
-    yield triton_routing.place_kernel, {**sizes, "SLOTS": 16}, 4, {}
-    combine = {"TOP_K": 6, "TOP_K_PADDED": 8, "COLUMNS": 1024}
+    yield triton_routing.place_kernel, {**sizes, "SLOTS": 16, "PADDED": 0}, 4, {}
+    padded = {"SLOTS": 48, "PADDED": 64}
+    yield triton_routing.sort_kernel, {**sizes, **padded, "CHUNK": 1024}, 8, {}
+    yield triton_routing.place_kernel, {**sizes, **padded}, 4, {}
+    combine = {"LANES": 8, "COLUMNS": 1024, "WEIGHTED": False}
     yield triton_routing.combine_kernel, combine, 4, {}
+    yield triton_routing.combine_kernel, combine | {"WEIGHTED": True}, 4, {}
+    rows = {"GATED": True, "ACTIVATION": "silu", "COLUMNS": 1024}
+    yield triton_activation.activate_kernel, rows, 4, {}
     choice = {"GROUPS": 8, "GROUP_EXPERTS": 32, "TOP_GROUPS": 4, "TOP_K": 8, "TOP_K_PADDED": 8}
-    yield triton_choice.choose_kernel, choice | {"SIGMOID": True, "BIASED": True}, 1, {}
+    yield triton_choice.choose_experts_kernel, choice | {"SIGMOID": True, "BIASED": True}, 1, {}
     choice |= {"GROUPS": 1, "GROUP_EXPERTS": 128, "TOP_GROUPS": 0, "SIGMOID": False}
-    yield triton_choice.choose_kernel, choice | {"BIASED": False}, 1, {}
+    yield triton_choice.choose_experts_kernel, choice | {"BIASED": False}, 1, {}
     names = ("SAMPLES", "WORDS", "SPREAD", "MULTIPLIER")
     yield triton_fingerprint.compare_kernel, {n: getattr(fingerprint, n) for n in names}, 4, {}
 
@@ -535,17 +553,17 @@ def test_equal_bits_at_the_width_of_nemotron(tokens):
     hidden = torch.randn(tokens, 2688, device="cuda").bfloat16()
     ids = torch.rand(tokens, 128, device="cuda").topk(6).indices
     routing_weights = torch.rand(tokens, 6, device="cuda")
-    args = (hidden, ids, routing_weights, prepared.operands, prepared.settings)
-    first = TRITON.run(*args)
-    assert all(torch.equal(TRITON.run(*args), first) for _ in range(50))
+    call = prepared.call(hidden, ids, routing_weights)
+    first = TRITON(call)
+    assert all(torch.equal(TRITON(call), first) for _ in range(50))
 
 
 @pytest.mark.gpu
 def test_no_local_expert_gives_zeros(poisoned_empty):
     prepared = TRITON.prepare(layer(2, 64, 64, "silu", True, "cuda"), hidden_alignment=256)
-    settings = LayerSettings("silu", True, 8, 4)
+    elsewhere = Layer("silu", True, 64, 64, 8, expert_offset=4)
     for tokens in (2, 100, 1000):
         x = torch.randn(tokens, 64, device="cuda", dtype=torch.bfloat16)
         ids = torch.zeros(tokens, 3, dtype=torch.int32, device="cuda")
-        out = TRITON.run(x, ids, ids.float(), prepared.operands, settings)
+        out = TRITON(prepared.call(x, ids, ids.float())._replace(layer=elsewhere))
         assert torch.equal(out, torch.zeros_like(x))

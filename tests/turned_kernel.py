@@ -34,8 +34,8 @@ class TurnedKernel(ReferenceKernel):
     def restore(self, prepared):
         return super().restore(dataclasses.replace(prepared, operands=turned(prepared.operands)))
 
-    def run(self, hidden, expert_ids, routing_weights, operands, settings):
-        return super().run(hidden, expert_ids, routing_weights, turned(operands), settings)
+    def run(self, call):
+        return super().run(call._replace(operands=turned(call.operands)))
 
 
 @pytest.fixture(params=["logical layout", "layout of its own"])

@@ -21,7 +21,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from fp4moe.identity.float_weights import FloatWeights, StoredForm
-from fp4moe.kernels import MoeSpec, Operands, current_capability, get_kernel
+from fp4moe.kernels import Layer, Operands, get_kernel
 
 from ..find.region import innermost_module
 from ..find.symbolic import has_shapes
@@ -128,7 +128,7 @@ def _scaled_down(
         return None, f"its factor per expert {node.name} requires gradients"
     first, count = int(operator.args[15]), global_scale.shape[0]  # type: ignore[arg-type]
     with torch.no_grad(), unset_fake_temporarily():
-        # As fold_output_scale: with every kernel this operand multiplies an expert's output.
+        # As Kernel.prepare: with every kernel this operand multiplies an expert's output.
         return global_scale * scale.detach().float()[first : first + count], ""
 
 
@@ -167,18 +167,10 @@ class _Layer:
 
 def _kernel_reason(operator: fx.Node, form: RoutingForm) -> str:
     assert form.routing is not None
-    hidden, layer = meta_value(_node(operator.args[0])), _Layer.of(operator)
-    spec = MoeSpec(
-        activation=layer.activation,
-        gated=layer.gated,
-        hidden_size=int(hidden.shape[1]),
-        intermediate_size=layer.intermediate_size,
-        num_experts=layer.num_experts,
-        top_k=form.routing.top_k,
-        capability=current_capability(hidden.device),
-    )
-    reasons = get_kernel(layer.kernel).reasons_not_to_route(spec, form.routing)
-    return f"kernel {layer.kernel} does not route so: {'; '.join(reasons)}" if reasons else ""
+    hidden, known = meta_value(_node(operator.args[0])), _Layer.of(operator)
+    layer = Layer.of(known, hidden_size=int(hidden.shape[1]), top_k=form.routing.top_k)
+    reasons = get_kernel(known.kernel).reasons_not_to_route(layer, form.routing)
+    return f"kernel {known.kernel} does not route so: {'; '.join(reasons)}" if reasons else ""
 
 
 def _node(argument: Any) -> fx.Node:

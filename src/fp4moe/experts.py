@@ -17,6 +17,7 @@ from .activations import get_activation
 from .errors import ShapeError, must
 from .formats.base import NVFP4
 from .formats.nvfp4 import NVFP4Values, dequantize_nvfp4
+from .layer import Layer
 from .pack import (
     BLOCK,
     GATE_UP_LAYOUTS,
@@ -163,15 +164,19 @@ class ExpertWeights:
 
     def metadata(self) -> dict[str, Any]:
         """Return what is not a tensor, as plain JSON values."""
-        return {
-            "format": NVFP4.name,
-            "activation": self.activation,
-            "gated": self.gated,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_experts": self.num_experts,
-            "expert_offset": self.expert_offset,
-        }
+        return self.layer().metadata()
+
+    def layer(self, top_k: int | None = None) -> Layer:
+        """Return what a kernel is asked to run, with so many experts a token."""
+        return Layer(
+            self.activation,
+            self.gated,
+            self.hidden_size,
+            self.intermediate_size,
+            self.num_experts,
+            top_k,
+            self.expert_offset,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and metadata in one dictionary; `from_state_dict` reads it."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = [
     "DEFAULT_HIDDEN_ALIGNMENT",
     "FUSED_ROUTING_METHODS",
     "HIDDEN_ALIGNMENTS",
     "ROUTINGS",
-    "LayerSettings",
-    "MoeSpec",
+    "Layer",
     "Routing",
     "capability_name",
 ]
@@ -25,15 +24,16 @@ FUSED_ROUTING_METHODS = ("softmax_topk", "sigmoid_topk")
 
 
 @dataclasses.dataclass(frozen=True)
-class MoeSpec:
-    """One layer on one kind of device.
+class Layer:
+    """One mixture-of-experts layer, before any tensor exists.
 
     Attributes:
         activation: a name of `fp4moe.activations.ACTIVATIONS`.
         gated: whether the layer has gate weights.
-        hidden_size, intermediate_size: as the model means them.
+        hidden_size, intermediate_size: as the model means them; the operator knows them padded.
         num_experts, top_k: of the whole layer; top_k None where it is not known yet.
-        capability: CUDA compute capability, None on a CPU.
+        expert_offset: global id of the first expert that is here.
+        format: the number format of the weights.
     """
 
     activation: str
@@ -41,29 +41,43 @@ class MoeSpec:
     hidden_size: int
     intermediate_size: int
     num_experts: int
-    top_k: int | None
-    capability: tuple[int, int] | None
+    top_k: int | None = None
+    expert_offset: int = 0
+    format: str = "nvfp4"
+
+    @classmethod
+    def of(cls, facts: object, **others: Any) -> Layer:
+        """Return the layer that an object's attributes of these names describe, with others."""
+        names = (field.name for field in dataclasses.fields(cls))
+        own = {name: getattr(facts, name) for name in names if hasattr(facts, name)}
+        return cls(**{**own, **others})
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what is saved beside the weights, as plain JSON values."""
+        return {
+            "format": self.format,
+            "activation": self.activation,
+            "gated": self.gated,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_experts": self.num_experts,
+            "expert_offset": self.expert_offset,
+        }
 
     def __str__(self) -> str:
-        device = capability_name(self.capability).removeprefix("a ")
         return (
             f"{'gated ' if self.gated else ''}{self.activation}, {self.num_experts} experts of "
-            f"{self.hidden_size} x {self.intermediate_size}, {device}"
+            f"{self.hidden_size} x {self.intermediate_size}"
         )
+
+    def on(self, capability: tuple[int, int] | None) -> str:
+        """Return it in words, with the device."""
+        return f"{self}, {capability_name(capability).removeprefix('a ')}"
 
 
 def capability_name(capability: tuple[int, int] | None) -> str:
     """Return "9.0" and the like, "a CPU" for None."""
     return ".".join(map(str, capability)) if capability else "a CPU"
-
-
-class LayerSettings(NamedTuple):
-    """The operator's arguments behind its tensors, without the kernel's name."""
-
-    activation: str
-    gated: bool
-    num_experts: int
-    expert_offset: int
 
 
 class Routing(NamedTuple):

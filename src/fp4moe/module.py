@@ -8,7 +8,6 @@ the experts to the kernel, too.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
@@ -19,7 +18,7 @@ from .errors import UnsupportedError, must
 from .experts import ExpertWeights
 from .kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
-    MoeSpec,
+    Layer,
     Operands,
     PreparedWeights,
     Routing,
@@ -90,27 +89,24 @@ class FusedExperts(nn.Module):
         self.hidden_alignment = hidden_alignment
         self._prepare(weights)
 
-    def _spec(self, metadata: dict[str, Any], device: torch.device) -> MoeSpec:
-        return MoeSpec(
-            activation=metadata["activation"],
-            gated=metadata["gated"],
-            hidden_size=metadata["hidden_size"],
-            intermediate_size=metadata["intermediate_size"],
-            num_experts=metadata["num_experts"],
-            top_k=None,
-            capability=current_capability(device),
-        )
-
-    def _select(self, metadata: dict[str, Any], device: torch.device) -> str:
-        spec = self._spec(metadata, device)
-        return select_kernel(self.requested_kernel, spec, caller=type(self).__name__)
+    def _select(self, layer: Layer, device: torch.device) -> str:
+        capability = current_capability(device)
+        return select_kernel(self.requested_kernel, layer, capability, caller=type(self).__name__)
 
     def _prepare(self, weights: ExpertWeights) -> None:
-        self.kernel = self._select(weights.metadata(), weights.device)
+        self.kernel = self._select(weights.layer(), weights.device)
         self._hold(self._laid_out(weights))
 
     def _laid_out(self, weights: ExpertWeights) -> PreparedWeights:
-        return get_kernel(self.kernel).prepare(weights, hidden_alignment=self.hidden_alignment)
+        return get_kernel(self.kernel).prepare(
+            weights,
+            hidden_alignment=self.hidden_alignment,
+            output_scale=self._local_output_scale(weights.layer(), weights.local_experts),
+        )
+
+    def _local_output_scale(self, layer: Layer, local_experts: int) -> torch.Tensor | None:
+        """Return the factors [L] of the outputs of the experts that are here; None for none."""
+        return None
 
     def _hold(self, prepared: PreparedWeights) -> None:
         for name in getattr(self, "_kept", ()):
@@ -118,7 +114,7 @@ class FusedExperts(nn.Module):
         for name, tensor in prepared.tensors().items():
             self.register_buffer(PREPARED + name, tensor, persistent=False)
         self._lent = Lent()
-        self.metadata = prepared.metadata
+        self.layer = prepared.layer
         self._kept = tuple(prepared.kept)
         self._arguments = self._operator_arguments(prepared)[len(prepared.operands) :]
 
@@ -128,7 +124,12 @@ class FusedExperts(nn.Module):
     @property
     def num_experts(self) -> int:
         """Experts of the whole layer."""
-        return self.metadata["num_experts"]
+        return self.layer.num_experts
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What is saved beside the tensors, see `ExpertWeights.metadata`."""
+        return self.layer.metadata()
 
     @property
     def nbytes(self) -> int:
@@ -160,11 +161,12 @@ class FusedExperts(nn.Module):
         Raises:
             ShapeError: a value is not positive and finite, or there are too many or too few.
         """
-        weights, caller = self.weights, f"{type(self).__name__}.set_activation_scales"
-        count, device = weights.local_experts, weights.device
+        prepared, caller = self.prepared, f"{type(self).__name__}.set_activation_scales"
+        count, device = prepared.operands.down_packed.shape[0], prepared.operands.down_packed.device
         hidden = activation_scale("hidden_scale", hidden_scale, 1, device, caller)
         inner = activation_scale("intermediate_scale", intermediate_scale, count, device, caller)
-        self._copy_in(dataclasses.replace(weights, hidden_scale=hidden, intermediate_scale=inner))
+        scales = hidden, inner, self._local_output_scale(prepared.layer, count)
+        self._copy_tensors(get_kernel(self.kernel).update_scales(prepared, *scales))
 
     @property
     def prepared(self) -> PreparedWeights:
@@ -172,7 +174,7 @@ class FusedExperts(nn.Module):
         return PreparedWeights(
             Operands(*self._operands()),
             {name: self.get_buffer(PREPARED + name) for name in self._kept},
-            self.metadata,
+            self.layer,
         )
 
     def forward(
@@ -209,7 +211,7 @@ class FusedExperts(nn.Module):
             )
         after = self.prepared_gate_up_packed.device
         if after not in (before, torch.device("meta")):
-            kernel = self._select(self.metadata, after)
+            kernel = self._select(self.layer, after)
             if kernel != self.kernel:
                 weights = self.weights
                 self.kernel = kernel
@@ -295,21 +297,22 @@ class FusedExperts(nn.Module):
         self._copy_in(ExpertWeights.from_tensors(loaded, self.metadata))
 
     def _copy_in(self, weights: ExpertWeights) -> None:
-        prepared = self._laid_out(weights)
+        self._copy_tensors(self._laid_out(weights).tensors())
+
+    def _copy_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
             # copy_ keeps the storage that compiled graphs and CUDA graphs know.
-            for name, tensor in prepared.tensors().items():
+            for name, tensor in tensors.items():
                 self.get_buffer(PREPARED + name).copy_(tensor)
         self._lent = Lent()
 
     def extra_repr(self) -> str:
         """One line: sizes, activation, kernel."""
-        m = self.metadata
-        form = "gated " if m["gated"] else ""
+        layer = self.layer
+        form = "gated " if layer.gated else ""
         return (
-            f"{m['num_experts']} experts of {m['hidden_size']} x {m['intermediate_size']}, "
-            f"{form}{m['activation']}, "
-            f"nvfp4, kernel={self.kernel}"
+            f"{layer.num_experts} experts of {layer.hidden_size} x {layer.intermediate_size}, "
+            f"{form}{layer.activation}, {layer.format}, kernel={self.kernel}"
         )
 
 
@@ -361,27 +364,23 @@ class RoutedExperts(FusedExperts):
         self.register_buffer("prepared_output_scale", scale, persistent=False)
         self._prepare(weights)
 
-    def _select(self, metadata: dict[str, Any], device: torch.device) -> str:
-        name = super()._select(metadata, device)
-        spec = self._spec(metadata, device)
-        reasons = get_kernel(name).reasons_not_to_route(spec, self.routing)
+    def _select(self, layer: Layer, device: torch.device) -> str:
+        name = super()._select(layer, device)
+        reasons = get_kernel(name).reasons_not_to_route(layer, self.routing)
         if reasons:
+            where = layer.on(current_capability(device))
             must(
                 "RoutedExperts: routing",
-                f"be one that kernel {name} can do ({spec})",
+                f"be one that kernel {name} can do ({where})",
                 f"{self.routing}: {'; '.join(reasons)}",
                 "Use routing='given'.",
                 error=UnsupportedError,
             )
         return name
 
-    def _laid_out(self, weights: ExpertWeights) -> PreparedWeights:
-        first = weights.expert_offset
-        return get_kernel(self.kernel).prepare(
-            weights,
-            hidden_alignment=self.hidden_alignment,
-            output_scale=self.prepared_output_scale[first : first + weights.local_experts],
-        )
+    def _local_output_scale(self, layer: Layer, local_experts: int) -> torch.Tensor:
+        first = layer.expert_offset
+        return self.prepared_output_scale[first : first + local_experts]
 
     def _operator_arguments(self, prepared: PreparedWeights) -> tuple:
         return nvfp4_moe_from_logits_arguments(prepared, self.routing, self.kernel)

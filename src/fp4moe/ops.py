@@ -13,6 +13,7 @@ benchmarks/bench_dispatch.py.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, NoReturn
@@ -28,8 +29,9 @@ from .identity.value_watch import ValueWatch
 from .kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
     KERNELS,
-    LayerSettings,
-    MoeSpec,
+    Call,
+    Layer,
+    LogitsCall,
     Operands,
     PreparedWeights,
     Routing,
@@ -127,13 +129,9 @@ def _nvfp4_moe(
     if not expert_ids.numel():
         return hidden.new_zeros(hidden.shape)
     activation, gated, kernel, num_experts, expert_offset = args[8:]
-    return KERNELS[kernel].run(
-        hidden,
-        expert_ids,
-        routing_weights,
-        Operands(*args[:8]),
-        LayerSettings(activation, gated, num_experts, expert_offset),
-    )
+    operands, sizes = Operands(*args[:8]), (hidden.shape[1], args[3].shape[2] * 2)
+    layer = _layer(activation, gated, *sizes, num_experts, expert_ids.shape[1], expert_offset)
+    return KERNELS[kernel](Call(hidden, expert_ids, routing_weights, operands, layer))
 
 
 def _nvfp4_moe_from_logits(
@@ -143,14 +141,16 @@ def _nvfp4_moe_from_logits(
     if hidden.shape[0] == 0:
         return hidden.new_empty(hidden.shape)
     activation, gated, kernel, num_experts, expert_offset = args[13:]
-    return KERNELS[kernel].run_from_logits(
-        hidden,
-        router_logits,
-        routing_bias,
-        Routing(*args[8:13]),
-        Operands(*args[:8]),
-        LayerSettings(activation, gated, num_experts, expert_offset),
+    operands, sizes = Operands(*args[:8]), (hidden.shape[1], args[3].shape[2] * 2)
+    routing = Routing(*args[8:13])
+    layer = _layer(activation, gated, *sizes, num_experts, routing.top_k, expert_offset)
+    return KERNELS[kernel].from_logits(
+        LogitsCall(hidden, router_logits, routing_bias, routing, operands, layer)
     )
+
+
+# A call's layer, with the padded intermediate size: one object for all calls with its numbers.
+_layer = functools.lru_cache(maxsize=1024)(Layer)
 
 
 def _float_moe(hidden, expert_ids, routing_weights, *args):
@@ -240,17 +240,18 @@ for _name, _implementation in _IMPLEMENTATIONS.items():
 
 def nvfp4_moe_arguments(prepared: PreparedWeights, kernel: str) -> tuple:
     """Return nvfp4_moe's arguments behind routing_weights, for weights prepared for a kernel."""
-    activation, gated, num_experts, expert_offset = prepared.settings
-    return (*prepared.operands, activation, gated, kernel, num_experts, expert_offset)
+    return (*prepared.operands, *_settings(prepared.layer, kernel))
 
 
 def nvfp4_moe_from_logits_arguments(
     prepared: PreparedWeights, routing: Routing, kernel: str
 ) -> tuple:
     """Return nvfp4_moe_from_logits' arguments behind routing_bias."""
-    activation, gated, num_experts, expert_offset = prepared.settings
-    settings = (activation, gated, kernel, num_experts, expert_offset)
-    return (*prepared.operands, *routing, *settings)
+    return (*prepared.operands, *routing, *_settings(prepared.layer, kernel))
+
+
+def _settings(layer: Layer, kernel: str) -> tuple[str, bool, str, int, int]:
+    return layer.activation, layer.gated, kernel, layer.num_experts, layer.expert_offset
 
 
 def fused_moe(
@@ -335,16 +336,7 @@ def _choose(
     top_k: int | None,
     capability: tuple[int, int] | None,
 ) -> str:
-    spec = MoeSpec(
-        activation=weights.activation,
-        gated=weights.gated,
-        hidden_size=weights.hidden_size,
-        intermediate_size=weights.intermediate_size,
-        num_experts=weights.num_experts,
-        top_k=top_k,
-        capability=capability,
-    )
-    return select_kernel(kernel, spec, caller="fused_moe")
+    return select_kernel(kernel, weights.layer(top_k), capability, caller="fused_moe")
 
 
 class _Prepared(NamedTuple):

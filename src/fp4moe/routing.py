@@ -27,8 +27,9 @@ from types import MappingProxyType
 import torch
 
 from .errors import must
+from .layer import Routing
 
-__all__ = ["ROUTING_METHODS", "RoutingMethod", "grouped_softmax_topk", "sigmoid_topk"]
+__all__ = ["ROUTING_METHODS", "RoutingMethod", "grouped_softmax_topk", "route", "sigmoid_topk"]
 __all__ += ["softmax_topk", "topk_sigmoid", "topk_softmax"]
 
 RoutingMethod = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -213,6 +214,22 @@ def _mask_groups(
     kept = torch.topk(group_scores, top_groups, dim=-1).indices
     dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, kept, False)
     return grouped.masked_fill(dropped.unsqueeze(-1), fill).reshape(scores.shape)
+
+
+def route(
+    router_logits: torch.Tensor, routing_bias: torch.Tensor, routing: Routing
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (expert_ids, routing_weights) as a `Routing` says; routing_bias is [E], or [0]."""
+    if routing.method == "softmax_topk":
+        return softmax_topk(router_logits, routing.top_k, renormalize=True, scaling=routing.scaling)
+    return sigmoid_topk(
+        router_logits,
+        routing.top_k,
+        bias=routing_bias if routing_bias.numel() else None,
+        num_groups=routing.num_groups,
+        top_groups=routing.top_groups,
+        scaling=routing.scaling,
+    )
 
 
 def _check_logits(function: str, logits: torch.Tensor, top_k: int) -> None:

@@ -15,7 +15,7 @@ from fused_layers import LAYER, error, layer, tokens
 
 from fp4moe import FusedExperts, why_not
 from fp4moe.errors import UnsupportedError
-from fp4moe.kernels import MoeSpec, Routing, get_kernel
+from fp4moe.kernels import Layer, Routing, get_kernel
 from fp4moe.kernels.flashinfer.cutlass import merge_repeated, sorts_in_one_block
 from fp4moe.kernels.flashinfer.library import library
 from fp4moe.ops import nvfp4_moe_arguments
@@ -162,7 +162,7 @@ def test_choice_and_refusals(claim):
     assert reason == "needs compute capability 12.0, 12.1, 10.0 or 10.3, got 9.0"
     (reason,) = why_not("flashinfer_cutlass", **erf | {"activation": "relu2"})
     assert reason.startswith("activation must be one of silu, gelu_tanh, gelu with a gate")
-    spec = MoeSpec("silu", True, 256, 64, 8, 2, (12, 0))
+    spec = Layer("silu", True, 256, 64, 8, 2)
     assert CUTLASS.reasons_not_to_route(spec, Routing("softmax_topk", 2)) == [
         "the CUTLASS experts take ids and weights, they do not route"
     ]

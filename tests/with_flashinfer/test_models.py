@@ -16,9 +16,9 @@ from tiny_models import CapturingBackend, enlarge_experts, gemma4, nemotron_h, n
 
 import fp4moe
 from fp4moe.kernels.flashinfer.library import library
-from fp4moe.kernels.torch_routing import route
 from fp4moe.passes.report import RewriteReport
 from fp4moe.reference import reference_w4a4
+from fp4moe.routing import route
 
 pytest.importorskip("flashinfer.fused_moe", reason="needs flashinfer-python")
 

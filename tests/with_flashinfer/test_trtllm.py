@@ -27,9 +27,9 @@ from fp4moe.kernels import PreparedWeights, Routing, get_kernel
 from fp4moe.kernels.flashinfer import library as library_module
 from fp4moe.kernels.flashinfer.library import library, set_flashinfer
 from fp4moe.kernels.flashinfer.trtllm import packed_routing, tokens_per_launch
-from fp4moe.kernels.torch_routing import route
 from fp4moe.ops import nvfp4_moe_arguments, nvfp4_moe_from_logits_arguments
 from fp4moe.reference import reference_w4a4
+from fp4moe.routing import route
 
 pytest.importorskip("flashinfer", reason="needs flashinfer-python")
 
@@ -390,9 +390,9 @@ def test_fused_routing_is_given_routing(emulated, name):
     ],
 )
 def test_what_the_library_cannot_route(routing, experts, text):
-    from fp4moe.kernels import MoeSpec
+    from fp4moe.kernels import Layer
 
-    shape = MoeSpec("silu", True, 256, 192, experts, routing.top_k, (10, 0))
+    shape = Layer("silu", True, 256, 192, experts, routing.top_k)
     reasons = TRTLLM.reasons_not_to_route(shape, routing)
     assert any(text in reason for reason in reasons), reasons
     assert TRTLLM.reasons_not_to_route(shape, Routing("softmax_topk", 8)) == []

@@ -22,12 +22,12 @@ from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
 from ..formats.base import NVFP4
 from ..kernels import PreparedWeights
-from ..kernels.torch_routing import route
 from ..models.block import ACTIVATION_SCALES, Candidate
 from ..models.replace import find_candidates
 from ..module import FusedExperts, RoutedExperts
 from ..ops import tensor_versions
 from ..precision import without_autocast
+from ..routing import route
 from ..stamps import STAMPS
 from .ranges import Ranges
 

@@ -7,11 +7,17 @@ from ..layer import (
     FUSED_ROUTING_METHODS,
     HIDDEN_ALIGNMENTS,
     ROUTINGS,
-    LayerSettings,
-    MoeSpec,
+    Layer,
     Routing,
 )
-from .base import Kernel, Operands, PreparedWeights, current_capability
+from .base import (
+    Call,
+    Kernel,
+    LogitsCall,
+    Operands,
+    PreparedWeights,
+    current_capability,
+)
 from .select import (
     KERNELS,
     check_kernel_name,
@@ -28,9 +34,10 @@ __all__ = [
     "HIDDEN_ALIGNMENTS",
     "KERNELS",
     "ROUTINGS",
+    "Call",
     "Kernel",
-    "LayerSettings",
-    "MoeSpec",
+    "Layer",
+    "LogitsCall",
     "Operands",
     "PreparedWeights",
     "Routing",

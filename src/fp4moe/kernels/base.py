@@ -1,28 +1,35 @@
-"""The weights of one layer as a kernel reads them, and the interface of a kernel."""
+"""What a kernel is: the weights of a layer as it reads them, one call of it, and its base class.
+
+A kernel writes its devices, package, layout, activations and `run`. Written here, once: reasons,
+padding and layout of weights and the way back, the checks of a call.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple, NoReturn, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from ..errors import ShapeError, UnsupportedError
 from ..experts import ExpertWeights
 from ..formats.base import NVFP4
-from ..layer import LayerSettings, MoeSpec, Routing, capability_name
+from ..layer import HIDDEN_ALIGNMENTS, Layer, Routing, capability_name
+from ..routing import route
+from .devices import Devices
 
 __all__ = [
+    "Call",
     "Kernel",
+    "Layout",
+    "LogitsCall",
     "Operands",
     "PreparedWeights",
-    "check_padding",
     "current_capability",
-    "fold_output_scale",
+    "each_matrix",
+    "logical_layout",
     "logical_weights",
-    "refuse_device",
-    "sizes_to_pad",
-    "unfold_output_scale",
 ]
 
 
@@ -42,24 +49,27 @@ class Operands(NamedTuple):
     intermediate_scale: torch.Tensor
 
 
+SCALES = ("gate_up_global_scale", "down_global_scale", "hidden_scale", "intermediate_scale")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedWeights:
     """What `prepare` makes of ExpertWeights.
 
     Attributes:
         operands: what the operator takes.
-        kept: logical tensors that `restore` needs and the operands no longer show to the last bit.
-        metadata: `ExpertWeights.metadata()`.
+        kept: logical scales, as `logical_<operand>`, that cannot be recovered from the operands.
+        layer: sizes as the model means them.
     """
 
     operands: Operands
     kept: dict[str, torch.Tensor]
-    metadata: dict[str, Any]
+    layer: Layer
 
     @property
-    def settings(self) -> LayerSettings:
-        """The operator's arguments behind the tensors."""
-        return LayerSettings(*(self.metadata[name] for name in LayerSettings._fields))
+    def metadata(self) -> dict[str, Any]:
+        """`ExpertWeights.metadata()`."""
+        return self.layer.metadata()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return operands and kept tensors by name."""
@@ -70,31 +80,173 @@ class PreparedWeights:
         return PreparedWeights(
             Operands(*(tensors[name] for name in Operands._fields)),
             {name: tensors[name] for name in self.kept},
-            self.metadata,
+            self.layer,
         )
 
+    def call(
+        self, hidden: torch.Tensor, expert_ids: torch.Tensor, routing_weights: torch.Tensor
+    ) -> Call:
+        """Return a call of a kernel with these weights."""
+        return Call(hidden, expert_ids, routing_weights, self.operands, self.layer)
 
-class Kernel(Protocol):
-    """What every kernel offers."""
+
+class Call(NamedTuple):
+    """Checked arguments of a kernel.
+
+    Attributes:
+        hidden: [T, H], T > 0. expert_ids, routing_weights: [T, K].
+        operands, layer: the weights; sizes of the layer may be padded ones.
+    """
+
+    hidden: torch.Tensor
+    expert_ids: torch.Tensor
+    routing_weights: torch.Tensor
+    operands: Operands
+    layer: Layer
+
+
+class LogitsCall(NamedTuple):
+    """Checked arguments of a kernel that chooses the experts.
+
+    Attributes:
+        hidden: [T, H], T > 0. router_logits: [T, E]. routing_bias: [E], or [0] for none.
+        routing: how to choose. operands, layer: as in `Call`.
+    """
+
+    hidden: torch.Tensor
+    router_logits: torch.Tensor
+    routing_bias: torch.Tensor
+    routing: Routing
+    operands: Operands
+    layer: Layer
+
+    def given(self, expert_ids: torch.Tensor, routing_weights: torch.Tensor) -> Call:
+        """Return the call with these experts."""
+        return Call(self.hidden, expert_ids, routing_weights, self.operands, self.layer)
+
+
+Change = Callable[[Operands, Layer], Operands]
+
+
+class Layout(NamedTuple):
+    """How a kernel reads codes and block scales.
+
+    Attributes:
+        multiples: what hidden and intermediate size are padded to; takes the layer and the
+            Blackwell kernel's hidden_alignment.
+        apply, undo: from the logical order to this one and back, exact inverses that leave the four
+            scales alone. None: the kernel reads the logical tensors as they are.
+    """
+
+    multiples: Callable[[Layer, int], tuple[int, int]]
+    apply: Change | None
+    undo: Change | None
+
+
+def logical_layout(multiple: int) -> Layout:
+    """Return the logical layout, whose sizes are multiples of one block."""
+    return Layout(lambda layer, hidden_alignment: (multiple, multiple), None, None)
+
+
+def each_matrix(
+    codes: Callable[[torch.Tensor], torch.Tensor], scales: Callable[[torch.Tensor], torch.Tensor]
+) -> Change:
+    """Return a change of both matrices: codes [L, N, K/2] and block scales [L, N, K/16]."""
+
+    def change(operands: Operands, layer: Layer) -> Operands:
+        return operands._replace(
+            gate_up_packed=codes(operands.gate_up_packed),
+            gate_up_block_scale=scales(operands.gate_up_block_scale),
+            down_packed=codes(operands.down_packed),
+            down_block_scale=scales(operands.down_block_scale),
+        )
+
+    return change
+
+
+class Kernel:
+    """Base of every kernel.
+
+    A kernel writes the attributes and `run`. The methods from `package_reasons` to
+    `run_from_logits` have defaults that it may replace; what follows is the same for all, but for
+    what a kernel checks beside.
+    """
 
     name: str
+    # None: any device. Layouts by number format.
+    devices: Devices | None = None
+    layouts: ClassVar[Mapping[str, Layout]]
     # Whether "auto" may choose it, whether it is `reference_w4a4` that it computes, and with which
     # intermediate_dtype.
-    automatic: bool
-    quantizes_activations: bool
-    intermediate_dtype: torch.dtype
+    automatic: bool = True
+    quantizes_activations: bool = False
+    intermediate_dtype: torch.dtype = torch.bfloat16
+    # Whether its scale operands are products, which hide the logical scales.
+    mixes_scales: bool = False
 
-    def reasons_not_to_run(self, spec: MoeSpec) -> list[str]:
-        """Return why it cannot run such a layer, padded; empty where it can."""
+    def run(self, call: Call) -> torch.Tensor:
+        """Compute [T, H] of hidden's dtype."""
+        raise NotImplementedError
 
-    def reasons_not_to_route(self, spec: MoeSpec, routing: Routing) -> list[str]:
-        """Return why it cannot route by itself; empty where it can."""
+    def package_reasons(self) -> Sequence[str]:
+        """Return what is wrong with the package or toolchain that it needs."""
+        return ()
 
-    def reasons_without_padding(self, spec: MoeSpec) -> list[str]:
+    def activation_reasons(self, layer: Layer, ready: bool) -> list[str]:
+        """Return why it lacks the activation; ready: whether device and package will do."""
+        return []
+
+    def limit_reasons(self, layer: Layer) -> list[str]:
+        """Return which other limits the layer exceeds."""
+        return []
+
+    def reasons_not_to_route(self, layer: Layer, routing: Routing) -> list[str]:
+        """Return why it cannot choose the experts by itself."""
+        return []
+
+    def scale_operands(self, operands: Operands, layer: Layer) -> Operands:
+        """Return what the four scales of the logical operands become."""
+        return operands
+
+    def warm_up(self, prepared: PreparedWeights) -> None:
+        """Load what the first call would, which may be one under capture."""
+
+    def choose_experts(self, call: LogitsCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (expert_ids, routing_weights)."""
+        with torch.no_grad():
+            return route(call.router_logits, call.routing_bias, call.routing)
+
+    def run_from_logits(self, call: LogitsCall) -> torch.Tensor:
+        """Choose the experts, then `run`."""
+        return self.run(call.given(*self.choose_experts(call)))
+
+    def reasons_not_to_run(self, layer: Layer, capability: tuple[int, int] | None) -> list[str]:
+        """Return why it cannot run such a layer, padded; empty where it can.
+
+        Args:
+            capability: of the device, None on a CPU.
+        """
+        reasons = self.devices.reasons(capability) if self.devices else []
+        reasons = reasons or list(self.package_reasons())
+        return [
+            *reasons,
+            *self.activation_reasons(layer, not reasons),
+            *self.limit_reasons(layer),
+        ]
+
+    def reasons_without_padding(self, layer: Layer) -> list[str]:
         """Return why it cannot run exactly this size."""
+        sizes = {"hidden_size": layer.hidden_size, "intermediate_size": layer.intermediate_size}
+        multiples = self.size_multiples(layer, HIDDEN_ALIGNMENTS[0])
+        return [
+            f"{name} must be a multiple of {multiple} without padding, got {size}"
+            for (name, size), multiple in zip(sizes.items(), multiples, strict=True)
+            if size % multiple
+        ]
 
-    def size_multiples(self, spec: MoeSpec, hidden_alignment: int) -> tuple[int, int]:
+    def size_multiples(self, layer: Layer, hidden_alignment: int) -> tuple[int, int]:
         """Return the multiples that hidden and intermediate size are padded to."""
+        return self.layouts[layer.format].multiples(layer, hidden_alignment)
 
     def prepare(
         self,
@@ -103,36 +255,112 @@ class Kernel(Protocol):
         hidden_alignment: int,
         output_scale: torch.Tensor | None = None,
     ) -> PreparedWeights:
-        """Lay the weights out; output_scale [L] multiplies each expert's output."""
+        """Pad the weights and lay them out; on a CUDA device warm up, too.
+
+        Args:
+            hidden_alignment: what the Blackwell kernel pads the hidden size to.
+            output_scale: [L], multiplies each expert's output.
+        """
+        layer = weights.layer()
+        apply = self.layouts[layer.format].apply
+        if apply is not None:
+            multiples = self.size_multiples(layer, hidden_alignment)
+            weights = weights.unpadded().padded(
+                hidden_multiple=multiples[0], intermediate_multiple=multiples[1]
+            )
+        operands, kept = self._with_scales(Operands(**weights.operands()), layer, output_scale)
+        prepared = PreparedWeights(
+            operands if apply is None else apply(operands, layer), kept, layer
+        )
+        if weights.device.type == "cuda":
+            self.warm_up(prepared)
+        return prepared
 
     def restore(self, prepared: PreparedWeights) -> ExpertWeights:
         """Undo `prepare`: the logical weights, bit for bit, without this kernel's padding."""
+        layer, undo = prepared.layer, self.layouts[prepared.layer.format].undo
+        operands = _logical_scales(prepared)
+        if undo is None:
+            return logical_weights(operands, layer)
+        return logical_weights(undo(operands, layer), layer).unpadded()
 
-    def run(
+    def update_scales(
         self,
-        hidden: torch.Tensor,
-        expert_ids: torch.Tensor,
-        routing_weights: torch.Tensor,
-        operands: Operands,
-        settings: LayerSettings,
-    ) -> torch.Tensor:
-        """Compute [T, H] of hidden's dtype, T > 0, from checked arguments."""
+        prepared: PreparedWeights,
+        hidden_scale: torch.Tensor,
+        intermediate_scale: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Return the tensors of `prepared` that change with the scales of the activations.
 
-    def run_from_logits(
-        self,
-        hidden: torch.Tensor,
-        router_logits: torch.Tensor,
-        routing_bias: torch.Tensor,
-        routing: Routing,
-        operands: Operands,
-        settings: LayerSettings,
-    ) -> torch.Tensor:
-        """The same, choosing the experts itself; routing_bias is [E], or [0] for none."""
+        Args:
+            hidden_scale: float32 [1]. intermediate_scale: float32 [L].
+            output_scale: as given to `prepare`.
+        """
+        logical = _logical_scales(prepared)._replace(
+            hidden_scale=hidden_scale, intermediate_scale=intermediate_scale
+        )
+        operands, kept = self._with_scales(logical, prepared.layer, output_scale)
+        return {**{name: getattr(operands, name) for name in SCALES}, **kept}
+
+    def _with_scales(
+        self, logical: Operands, layer: Layer, output_scale: torch.Tensor | None
+    ) -> tuple[Operands, dict[str, torch.Tensor]]:
+        """Return the operands with their scales, and the logical scales that these hide."""
+        operands = self.scale_operands(logical, layer)
+        hidden: tuple[str, ...] = SCALES if self.mixes_scales else ()
+        if output_scale is not None:
+            product = operands.down_global_scale * output_scale
+            operands = operands._replace(down_global_scale=product)
+            hidden = hidden or ("down_global_scale",)
+        return operands, {f"logical_{name}": getattr(logical, name) for name in hidden}
+
+    def __call__(self, call: Call) -> torch.Tensor:
+        """Check what the operator leaves to its kernel, then `run`."""
+        self.check(call)
+        return self.run(call)
+
+    def from_logits(self, call: LogitsCall) -> torch.Tensor:
+        """Check the same, then `run_from_logits`."""
+        self.check(call)
+        return self.run_from_logits(call)
+
+    def check(self, call: Call | LogitsCall) -> None:
+        """Raise where the device, the activation or the padding does not fit."""
+        layer, operands = call.layer, call.operands
+        self.check_device(call.hidden.device)
+        if reasons := self.activation_reasons(layer, True):
+            raise UnsupportedError(
+                f"{self.name}: activation must be one that the kernel has; got "
+                f"{layer.activation}: {'; '.join(reasons)}. See fp4moe.why_not."
+            )
+        layout = self.layouts[layer.format]
+        if layout.apply is None:
+            return
+        _, hidden_padded, columns = operands.down_packed.shape
+        sizes = hidden_padded, columns * 2
+        multiples = layout.multiples(layer, HIDDEN_ALIGNMENTS[0])
+        for what, size, multiple in zip(("hidden", "intermediate"), sizes, multiples, strict=True):
+            if size % multiple:
+                raise ShapeError(
+                    f"{self.name}: the padded {what} size must be a multiple of {multiple}; got "
+                    f"{size}. Use its prepare(), which pads."
+                )
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise where the kernel does not run on the device of hidden."""
+        if self.devices is None:
+            return
+        capability = current_capability(device)
+        if not self.devices.include(capability):
+            raise UnsupportedError(
+                f"{self.name}: hidden must be on a device of compute capability {self.devices}; "
+                f"got {device} ({capability_name(capability)}). Prepare the weights for another "
+                "kernel."
+            )
 
 
-def logical_weights(
-    operands: Operands, settings: LayerSettings, hidden_size: int, intermediate_size: int
-) -> ExpertWeights:
+def logical_weights(operands: Operands, layer: Layer) -> ExpertWeights:
     """Read operands in the logical layout as ExpertWeights, without a copy."""
     tensors = {
         f"{gemm}.{part}": getattr(operands, f"{gemm}_{part}")
@@ -143,57 +371,13 @@ def logical_weights(
         tensors[f"{gemm}.block_scale"] = tensors[f"{gemm}.block_scale"].view(NVFP4.scale_dtype)
     tensors["hidden_scale"] = operands.hidden_scale
     tensors["intermediate_scale"] = operands.intermediate_scale
-    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
-    return ExpertWeights.from_tensors(tensors, {**settings._asdict(), **sizes})
+    return ExpertWeights.from_tensors(tensors, layer.metadata())
 
 
-def fold_output_scale(
-    operands: Operands, output_scale: torch.Tensor | None
-) -> tuple[Operands, dict[str, torch.Tensor]]:
-    """Multiply down_global_scale by output_scale [L]; also return what the product hides."""
-    if output_scale is None:
-        return operands, {}
-    kept = {"logical_down_global_scale": operands.down_global_scale}
-    return operands._replace(down_global_scale=operands.down_global_scale * output_scale), kept
-
-
-def unfold_output_scale(prepared: PreparedWeights) -> Operands:
-    """Return the operands as they were before `fold_output_scale`."""
-    scale = prepared.kept.get("logical_down_global_scale", prepared.operands.down_global_scale)
-    return prepared.operands._replace(down_global_scale=scale)
-
-
-def check_padding(kernel: str, operands: Operands, multiples: tuple[int, int]) -> None:
-    """Raise ShapeError where the padded hidden or intermediate size is no such multiple."""
-    sizes = (operands.down_packed.shape[1], operands.down_packed.shape[2] * 2)
-    for what, size, multiple in zip(("hidden", "intermediate"), sizes, multiples, strict=True):
-        if size % multiple:
-            raise ShapeError(
-                f"{kernel}: the padded {what} size must be a multiple of {multiple}; got {size}. "
-                "Use its prepare(), which pads."
-            )
-
-
-def refuse_device(kernel: str, device: torch.device, wanted: str) -> NoReturn:
-    """Raise: the tensors are on a device that the kernel cannot run on.
-
-    Raises:
-        UnsupportedError: always.
-    """
-    raise UnsupportedError(
-        f"{kernel}: hidden must be on a device of compute capability {wanted}; got {device} "
-        f"({capability_name(current_capability(device))}). Prepare the weights for another kernel."
-    )
-
-
-def sizes_to_pad(spec: MoeSpec, multiples: tuple[int, int]) -> list[str]:
-    """Return a reason for hidden_size and intermediate_size where it is no such multiple."""
-    sizes = {"hidden_size": spec.hidden_size, "intermediate_size": spec.intermediate_size}
-    return [
-        f"{name} must be a multiple of {multiple} without padding, got {size}"
-        for (name, size), multiple in zip(sizes.items(), multiples, strict=True)
-        if size % multiple
-    ]
+def _logical_scales(prepared: PreparedWeights) -> Operands:
+    """Return the operands with the logical scales put back."""
+    kept = {name.removeprefix("logical_"): tensor for name, tensor in prepared.kept.items()}
+    return prepared.operands._replace(**kept)
 
 
 def current_capability(device: torch.device | None = None) -> tuple[int, int] | None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedError
-from ..layer import MoeSpec
+from ..layer import Layer
 from .triton.tiles import Config, parse_config
 
 __all__ = [
@@ -135,7 +135,7 @@ def times_forgotten() -> int:
     return _times_forgotten
 
 
-def fastest(kernels: Sequence[str], spec: MoeSpec) -> str:
+def fastest(kernels: Sequence[str], layer: Layer, capability: tuple[int, int] | None) -> str:
     """Return the kernel to take among those that can run this, in order of preference.
 
     The first, unless it was measured on this capability and another one was faster there. The first
@@ -143,11 +143,11 @@ def fastest(kernels: Sequence[str], spec: MoeSpec) -> str:
     """
     if len(kernels) == 1 or torch.compiler.is_compiling():
         return kernels[0]
-    found = [m for m in measurements() if m.capability == spec.capability]
-    found = [m for m in found if m.gated == spec.gated and kernels[0] in m.us]
+    found = [m for m in measurements() if m.capability == capability]
+    found = [m for m in found if m.gated == layer.gated and kernels[0] in m.us]
     if not found:
         return kernels[0]
-    sizes = spec.hidden_size, spec.intermediate_size, spec.num_experts
+    sizes = layer.hidden_size, layer.intermediate_size, layer.num_experts
     nearest = min(found, key=lambda m: m.distance(*sizes))
     rivals = [kernel for kernel in kernels if kernel in nearest.us]
     tokens = set.intersection(*(set(nearest.us[kernel]) for kernel in rivals))

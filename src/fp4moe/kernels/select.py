@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..activations import get_activation
 from ..errors import ShapeError, UnsupportedError
-from ..layer import MoeSpec
+from ..layer import Layer
 from .base import Kernel, current_capability
 from .flashinfer.cutlass import FLASHINFER_CUTLASS
 from .flashinfer.trtllm import FLASHINFER_TRTLLM
@@ -109,46 +109,48 @@ def why_not(
             "experts per token."
         )
     capability = current_capability() if capability is None else capability
-    spec = MoeSpec(
-        activation, gated, hidden_size, intermediate_size, num_experts, top_k, capability
-    )
+    layer = Layer(activation, gated, hidden_size, intermediate_size, num_experts, top_k)
     if kernel != "auto":
-        return _reasons(kernel, spec, padded)
-    reasons = {name: _reasons(name, spec, padded) for name in _candidates(kernel)}
+        return _reasons(kernel, layer, capability, padded)
+    reasons = {name: _reasons(name, layer, capability, padded) for name in _candidates(kernel)}
     if not all(reasons.values()):
         return []
     return [f"{name}: {why}" for name, whys in reasons.items() for why in whys]
 
 
-def choose_kernel(kernel: str, spec: MoeSpec) -> tuple[str | None, list[str]]:
+def choose_kernel(
+    kernel: str, layer: Layer, capability: tuple[int, int] | None
+) -> tuple[str | None, list[str]]:
     """Return (the kernel for this, []), or (None, each candidate with its reasons).
 
     Among several, the first, or the fastest where they were measured (see `measured`).
     """
-    reasons = {name: _reasons(name, spec, padded=True) for name in _candidates(kernel)}
+    reasons = {name: _reasons(name, layer, capability, True) for name in _candidates(kernel)}
     if able := [name for name, whys in reasons.items() if not whys]:
-        return fastest(able, spec), []
+        return fastest(able, layer, capability), []
     return None, [f"{name}: {'; '.join(whys)}" for name, whys in reasons.items()]
 
 
-def select_kernel(kernel: str, spec: MoeSpec, *, caller: str) -> str:
+def select_kernel(
+    kernel: str, layer: Layer, capability: tuple[int, int] | None, *, caller: str
+) -> str:
     """Return the name of the kernel to use.
 
     Raises:
         UnsupportedError: it cannot run this; lists each candidate with its reasons.
     """
     check_kernel_name(kernel, caller=caller)
-    name, refused = choose_kernel(kernel, spec)
+    name, refused = choose_kernel(kernel, layer, capability)
     if name is None:
         raise UnsupportedError(
-            f"{caller}: kernel must be one that runs this layer ({spec}); got {kernel!r}. "
-            f"{'. '.join(refused)}."
+            f"{caller}: kernel must be one that runs this layer ({layer.on(capability)}); got "
+            f"{kernel!r}. {'. '.join(refused)}."
         )
     return name
 
 
 def choice_state() -> tuple:
-    """Return what choices depend on besides a spec: a choice stands as long as this is equal.
+    """Return what choices hang on beside layer and device: they stand as long as this is equal.
 
     Packages that are installed later are seen by choices that were not made before.
     """
@@ -161,9 +163,11 @@ def _candidates(kernel: str) -> list[str]:
     return [name for name, found in KERNELS.items() if found.automatic]
 
 
-def _reasons(name: str, spec: MoeSpec, padded: bool) -> list[str]:
+def _reasons(
+    name: str, layer: Layer, capability: tuple[int, int] | None, padded: bool
+) -> list[str]:
     if name in IMPOSSIBLE:
         return [IMPOSSIBLE[name]]
     kernel = KERNELS[name]
-    reasons = kernel.reasons_not_to_run(spec)
-    return reasons if padded else reasons + kernel.reasons_without_padding(spec)
+    reasons = kernel.reasons_not_to_run(layer, capability)
+    return reasons if padded else reasons + kernel.reasons_without_padding(layer)

@@ -32,7 +32,7 @@ from ..module import FusedExperts, RoutedExperts
 from ..padding import round_up
 from ..version import __version__
 from .block import Candidate
-from .replace import find_candidates, spec_of
+from .replace import asked_of, find_candidates
 
 __all__ = ["autotune", "cache_stamp"]
 
@@ -143,7 +143,7 @@ def _stand_ins(model: nn.Module) -> list[FusedExperts]:
     layers = []
     for candidate in sizes.values():
         device = next(iter(candidate.parameters.values())).device
-        if _is_tuned(choose_kernel("auto", spec_of(candidate))[0]):
+        if _is_tuned(choose_kernel("auto", *asked_of(candidate))[0]):
             layers.append(FusedExperts(_random_weights(candidate, device), top_k=candidate.top_k))
     return layers
 
@@ -186,7 +186,7 @@ def _run(layer: FusedExperts, tokens: int) -> None:
     generator = torch.Generator(device=device).manual_seed(0)
     hidden = torch.randn(
         tokens,
-        layer.metadata["hidden_size"],
+        layer.layer.hidden_size,
         generator=generator,
         device=device,
         dtype=torch.bfloat16,

@@ -22,7 +22,7 @@ from ..kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
     HIDDEN_ALIGNMENTS,
     ROUTINGS,
-    MoeSpec,
+    Layer,
     check_kernel_name,
     choose_kernel,
     current_capability,
@@ -38,7 +38,7 @@ from .experts_module import find_experts
 from .module_list import find_module_lists
 from .routers import FusedRouting, plan_fused_routing
 
-__all__ = ["explain", "find_candidates", "replace_moe", "spec_of"]
+__all__ = ["asked_of", "explain", "find_candidates", "replace_moe"]
 
 logger = logging.getLogger("fp4moe")
 Model = TypeVar("Model", bound=nn.Module)
@@ -234,24 +234,15 @@ def _refuse_shared_weights(model: nn.Module, candidates: list[Candidate]) -> Non
                 )
 
 
-def spec_of(candidate: Candidate) -> MoeSpec:
-    """Return what a kernel is asked to run for a candidate whose form is known."""
-    assert (
-        candidate.activation is not None and candidate.hidden_size and candidate.intermediate_size
-    )
-    return MoeSpec(
-        activation=candidate.activation,
-        gated=bool(candidate.gated),
-        hidden_size=candidate.hidden_size,
-        intermediate_size=candidate.intermediate_size,
-        num_experts=candidate.num_experts or 0,
-        top_k=candidate.top_k,
-        capability=current_capability(next(iter(candidate.parameters.values())).device),
-    )
+def asked_of(candidate: Candidate) -> tuple[Layer, tuple[int, int] | None]:
+    """Return what a kernel is asked to run for a candidate whose form is known, and where."""
+    assert candidate.activation and candidate.hidden_size and candidate.intermediate_size
+    layer = Layer.of(candidate, gated=bool(candidate.gated), num_experts=candidate.num_experts or 0)
+    return layer, current_capability(next(iter(candidate.parameters.values())).device)
 
 
 def _kernel_reasons(candidate: Candidate, kernel: str) -> list[str]:
-    return choose_kernel(kernel, spec_of(candidate))[1]
+    return choose_kernel(kernel, *asked_of(candidate))[1]
 
 
 def _plan_routing(
@@ -260,9 +251,10 @@ def _plan_routing(
     plans, refused = plan_fused_routing(model, candidates)
     for candidate in candidates:
         if plan := plans.get(candidate.path):
-            spec = dataclasses.replace(spec_of(candidate), top_k=plan.routing.top_k)
-            name = select_kernel(kernel, spec, caller="replace_moe")
-            reasons = get_kernel(name).reasons_not_to_route(spec, plan.routing)
+            layer, capability = asked_of(candidate)
+            layer = dataclasses.replace(layer, top_k=plan.routing.top_k)
+            name = select_kernel(kernel, layer, capability, caller="replace_moe")
+            reasons = get_kernel(name).reasons_not_to_route(layer, plan.routing)
             if reasons:
                 refused[candidate.path] = [f"{name}: {why}" for why in reasons]
     return plans, refused
@@ -273,12 +265,12 @@ def _candidate_row(candidate: Candidate, kernel: str, reasons: list[str]) -> Blo
     if not reasons:
         reasons = _kernel_reasons(candidate, kernel)
     if not reasons:
-        spec = spec_of(candidate)
-        name = select_kernel(kernel, spec, caller="explain")
-        multiples = get_kernel(name).size_multiples(spec, DEFAULT_HIDDEN_ALIGNMENT)
+        layer, capability = asked_of(candidate)
+        name = select_kernel(kernel, layer, capability, caller="explain")
+        multiples = get_kernel(name).size_multiples(layer, DEFAULT_HIDDEN_ALIGNMENT)
         padded = tuple(
             round_up(s, m)
-            for s, m in zip((spec.hidden_size, spec.intermediate_size), multiples, strict=True)
+            for s, m in zip((layer.hidden_size, layer.intermediate_size), multiples, strict=True)
         )
     notes = (
         ["activation ranges are calibrated"] if stored_activation_scales(candidate.module) else []

@@ -19,9 +19,9 @@ from torch import nn
 from torch.nn.functional import linear
 
 from ..kernels import Routing
-from ..kernels.torch_routing import route
 from ..precision import float32_as_written
 from ..random_floats import random_normal
+from ..routing import route
 from .block import Candidate, storage_reasons
 from .experts_module import is_experts_module
 from .routing_trace import RoutingTrace, watch, ways_to_run

@@ -26,7 +26,7 @@ from ..checkpoint.plan_checks import ExpertsFacts, LinearFacts
 from ..checkpoint.read import read_experts, read_linear
 from ..checks import HIDDEN_DTYPES
 from ..errors import CheckpointError, UnsupportedError, must
-from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, MoeSpec, choose_kernel, current_capability
+from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, Layer, choose_kernel, current_capability
 from ..models.experts_module import is_experts_module
 from ..models.loaded_routing import fuse_routing
 from ..module import FusedExperts
@@ -159,8 +159,9 @@ class Loading:
             if is_experts_module(module):
                 facts, reasons = describe_on_meta(path, module)
                 if facts is not None:
-                    spec = _spec(facts)
-                    reasons = reasons or choose_kernel(self.options.kernel, spec)[1]
+                    # What any device would be asked to run; the device itself is known later.
+                    asked = Layer.of(facts), current_capability()
+                    reasons = reasons or choose_kernel(self.options.kernel, *asked)[1]
                     experts[path] = facts
                 if reasons:
                     refused[path] = reasons
@@ -342,16 +343,3 @@ class Loading:
     def _ours(self, path: str) -> bool:
         assert self.plan is not None
         return path in self.plan.experts or path in self.plan.linears
-
-
-def _spec(facts: ExpertsFacts) -> MoeSpec:
-    """What any device would be asked to run; the device itself is known later."""
-    return MoeSpec(
-        activation=facts.activation,
-        gated=facts.gated,
-        hidden_size=facts.hidden_size,
-        intermediate_size=facts.intermediate_size,
-        num_experts=facts.num_experts,
-        top_k=facts.top_k,
-        capability=current_capability(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-    )

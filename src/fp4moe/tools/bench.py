@@ -9,7 +9,6 @@ holds 8 different routings, so that weights are not warm. floor = max(bytes of t
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -27,11 +26,11 @@ from ..activations import ACTIVATIONS
 from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
 from ..formats.nvfp4 import NVFP4Values
-from ..kernels import KERNELS, MoeSpec, choose_kernel, current_capability, measured
+from ..kernels import KERNELS, Layer, choose_kernel, current_capability, measured
 from ..module import FusedExperts
 from .selftest import LAYERS
 
-__all__ = ["SHAPES", "TOKENS", "Shape", "add_parser", "graph_us", "random_weights", "run"]
+__all__ = ["SHAPES", "TOKENS", "add_parser", "graph_us", "random_weights", "run"]
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 BANDWIDTH, OPERATIONS = 4.3e12, 790e12
@@ -44,33 +43,24 @@ COMPILED_TOKENS, MOST_BATCHED = (1, 16, 128, 1024, 4096), 64
 PEERS = ("grouped_mm", "grouped_mm compiled", "batched_mm")
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """One layer of experts."""
-
-    num_experts: int
-    top_k: int
-    hidden_size: int
-    intermediate_size: int
-    activation: str
-    gated: bool
-
-    @property
-    def weights_per_expert(self) -> int:
-        return (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
-
-    def spec(self) -> MoeSpec:
-        """The layer on the current device."""
-        return MoeSpec(capability=current_capability(), **dataclasses.asdict(self))
-
-
 SHAPES = {
-    name: Shape(**LAYERS[model])
+    name: Layer(**LAYERS[model])
     for name, model in (("gemma4", "Gemma4-26B-A4B"), ("nano", "Nemotron-3-Nano-30B"))
 }
 
 
-def random_weights(shape: Shape) -> ExpertWeights:
+def top_k(shape: Layer) -> int:
+    """Return the experts a token, which every shape here names."""
+    assert shape.top_k is not None
+    return shape.top_k
+
+
+def weights_per_expert(shape: Layer) -> int:
+    """Return how many weights an expert has."""
+    return (3 if shape.gated else 2) * shape.hidden_size * shape.intermediate_size
+
+
+def random_weights(shape: Layer) -> ExpertWeights:
     """Return random codes and block scales; global scales keep values near 1."""
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -101,17 +91,15 @@ def random_weights(shape: Shape) -> ExpertWeights:
     )
 
 
-def routing(shape: Shape, tokens: int, seed: int, skew: float) -> tuple[torch.Tensor, torch.Tensor]:
+def routing(shape: Layer, tokens: int, seed: int, skew: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Distinct random experts a token; skew > 0 prefers low ids."""
     generator = torch.Generator("cuda").manual_seed(seed)
     noise = torch.rand(
         tokens, shape.num_experts, dtype=torch.float32, device="cuda", generator=generator
     )
     noise -= skew * torch.linspace(0, 1, shape.num_experts, dtype=torch.float32, device="cuda")
-    ids = noise.topk(shape.top_k).indices
-    weights = torch.rand(
-        tokens, shape.top_k, dtype=torch.float32, device="cuda", generator=generator
-    )
+    ids = noise.topk(top_k(shape)).indices
+    weights = torch.rand(ids.shape, dtype=torch.float32, device="cuda", generator=generator)
     return ids, weights / weights.sum(1, keepdim=True)
 
 
@@ -191,7 +179,7 @@ def huggingface(name: str, weights: ExpertWeights) -> Any:
 
 
 def contenders(
-    name: str, shape: Shape, weights: ExpertWeights, kernels: list[str], peers: bool
+    name: str, shape: Layer, weights: ExpertWeights, kernels: list[str], peers: bool
 ) -> Iterator[tuple[str, Callable[[int], Callable | None]]]:
     """Yield (name, function of tokens giving what to call with x, ids and weights, or None)."""
 
@@ -241,8 +229,8 @@ def measure(
             if call is None:
                 continue
             hit = statistics.mean(len(ids.unique()) for ids, _ in routings)
-            size = hit * shape.weights_per_expert * 9 / 16
-            operations = 2 * tokens * shape.top_k * shape.weights_per_expert
+            size = hit * weights_per_expert(shape) * 9 / 16
+            operations = 2 * tokens * top_k(shape) * weights_per_expert(shape)
             floor = max(size / BANDWIDTH, operations / OPERATIONS) * 1e6
             with torch.no_grad():
                 got, again = (call(x, *routings[0]) for _ in range(2))
@@ -384,10 +372,10 @@ def run(arguments: argparse.Namespace) -> int:
     return int(wrong)
 
 
-def runnable(shape: Shape) -> list[str]:
+def runnable(shape: Layer) -> list[str]:
     """The GPU kernels that run here; the references are no contenders."""
     names = [name for name in KERNELS if not name.startswith("reference")]
-    return [name for name in names if choose_kernel(name, shape.spec())[0]]
+    return [name for name in names if choose_kernel(name, shape, current_capability())[0]]
 
 
 def ratios(rows: list[dict[str, Any]]) -> Iterator[str]:

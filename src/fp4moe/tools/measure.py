@@ -15,7 +15,7 @@ import torch
 
 from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
-from ..kernels import PreparedWeights, current_capability, measured
+from ..kernels import Layer, PreparedWeights, current_capability, measured
 from ..kernels.measured import FEW_SLOTS
 from ..kernels.triton.kernel import TRITON, run_with
 from ..kernels.triton.tiles import Config, Tile
@@ -55,22 +55,22 @@ def families(slots: int, num_experts: int) -> list[tuple[str, int, int]]:
     return [("sorted", n, more) for n, more in sizes if low <= n + more <= high]
 
 
-def compile_one(shape: bench.Shape, config: Config) -> None:
+def compile_one(shape: Layer, config: Config) -> None:
     """Compile a config into Triton's cache, in a process of its own."""
     # 16 experts are a multiple of 16, as 128 are: the same specialisation.
     small = dataclasses.replace(shape, num_experts=16)
     prepared = TRITON.prepare(bench.random_weights(small), hidden_alignment=256)
     x = torch.zeros(64, shape.hidden_size, dtype=torch.bfloat16, device="cuda")
     ids, weights = bench.routing(small, 64, 0, 0.0)
-    run_with(config, x, ids, weights, prepared.operands, prepared.settings)
+    run_with(config, prepared.call(x, ids, weights))
     torch.cuda.synchronize()
 
 
-def compile_all(shape: bench.Shape, tokens: list[int], jobs: int) -> set[Config]:
+def compile_all(shape: Layer, tokens: list[int], jobs: int) -> set[Config]:
     """Compile what will be measured, side by side; return what compiles and runs."""
     configs = set()
     for count in tokens:
-        for mode, *size in families(count * shape.top_k, shape.num_experts):
+        for mode, *size in families(count * bench.top_k(shape), shape.num_experts):
             gate_up, down = candidates(*size)
             configs |= {Config(mode, tile, down[0]) for tile in gate_up}
             configs |= {Config(mode, gate_up[0], tile) for tile in down}
@@ -89,7 +89,7 @@ def compile_all(shape: bench.Shape, tokens: list[int], jobs: int) -> set[Config]
 def tune_tiles(name: str, tokens: list[int], jobs: int) -> dict[int, Config]:
     """Return the fastest config for each number of tokens; none where Triton does not run."""
     shape = bench.SHAPES[name]
-    if TRITON.reasons_not_to_run(shape.spec()):
+    if TRITON.reasons_not_to_run(shape, current_capability()):
         return {}
     weights = bench.random_weights(shape)
     good = compile_all(shape, tokens, jobs)
@@ -102,7 +102,7 @@ def tune_tiles(name: str, tokens: list[int], jobs: int) -> dict[int, Config]:
 
 
 def tune_tokens(
-    shape: bench.Shape,
+    shape: Layer,
     tokens: int,
     prepared: PreparedWeights,
     weights: ExpertWeights,
@@ -112,15 +112,13 @@ def tune_tokens(
     x = torch.randn(tokens, shape.hidden_size, dtype=torch.float32, device="cuda").bfloat16()
     count = bench.ROTATIONS if tokens <= 16 else 1
     routings = [bench.routing(shape, tokens, seed, 0.0) for seed in range(count)]
-    operands, settings = prepared.operands, prepared.settings
+    calls = [prepared.call(x, *routed) for routed in routings]
 
     def us(config: Config) -> float:
-        return bench.graph_us(
-            [functools.partial(run_with, config, x, *r, operands, settings) for r in routings]
-        )
+        return bench.graph_us([functools.partial(run_with, config, call) for call in calls])
 
     best: tuple[float, Config] | None = None
-    for mode, *size in families(tokens * shape.top_k, shape.num_experts):
+    for mode, *size in families(tokens * bench.top_k(shape), shape.num_experts):
         gate_up, down = candidates(*size)
         gate_up = [tile for tile in gate_up if Config(mode, tile, down[0]) in good]
         down = [tile for tile in down if Config(mode, candidates(*size)[0][0], tile) in good]
@@ -138,7 +136,7 @@ def tune_tokens(
             error=UnsupportedError,
         )
     expected = bench.float32_result(x, weights, *routings[0])
-    runs = [run_with(best[1], x, *routings[0], operands, settings) for _ in range(RUNS)]
+    runs = [run_with(best[1], calls[0]) for _ in range(RUNS)]
     error = ((runs[0].float() - expected).norm() / expected.norm()).item()
     if not error <= bench.LIMIT or not all(torch.equal(runs[0], other) for other in runs):
         must(
@@ -197,7 +195,7 @@ def tune(names: list[str], tokens: list[int], output: str | None, jobs: int) -> 
     return 0
 
 
-def _describe(shape: bench.Shape) -> dict[str, Any]:
+def _describe(shape: Layer) -> dict[str, Any]:
     major, minor = current_capability() or (0, 0)
     sizes = {name: getattr(shape, name) for name in _SIZES}
     facts = bench.facts() | {"command": "fp4moe bench --tune"}

@@ -20,7 +20,7 @@ from ..kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
     HIDDEN_ALIGNMENTS,
     KERNELS,
-    MoeSpec,
+    Layer,
     check_kernel_name,
     choose_kernel,
     current_capability,
@@ -277,13 +277,16 @@ def _choose(
     "auto" is the most preferred of the kernels that it means for any of the layers.
     """
     capability = current_capability(device)
-    specs = {}
+    found = {}
     for name, sizes in layers.items():
         why_not("reference", **sizes)  # it can all: only the sizes are checked
-        specs[name] = MoeSpec(**sizes, capability=capability)
-    automatic = {choose_kernel(kernel, spec)[0] for spec in specs.values()}
+        found[name] = Layer(**sizes)
+    automatic = {choose_kernel(kernel, layer, capability)[0] for layer in found.values()}
     chosen = next((name for name in KERNELS if name in automatic), None)
-    refused = {name: "; ".join(choose_kernel(chosen or kernel, s)[1]) for name, s in specs.items()}
+    refused = {
+        name: "; ".join(choose_kernel(chosen or kernel, layer, capability)[1])
+        for name, layer in found.items()
+    }
     if chosen is None:
         listed = ". ".join(f"{name}: {why}" for name, why in refused.items()) or "no layers"
         raise UnsupportedError(

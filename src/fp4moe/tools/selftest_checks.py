@@ -15,10 +15,10 @@ import torch
 
 from ..activations import get_activation
 from ..experts import ExpertWeights
-from ..kernels import MoeSpec, Routing, current_capability, get_kernel
-from ..kernels.torch_routing import route
+from ..kernels import Routing, get_kernel
 from ..module import FusedExperts, RoutedExperts
 from ..reference import reference, reference_w4a4
+from ..routing import route
 
 __all__ = ["FAILED", "NOT_SUPPORTED", "OK", "SKIPPED", "Check", "Outcome", "Subject", "checks"]
 __all__ += ["make_subject"]
@@ -339,16 +339,8 @@ def fused_routing(subject: Subject, method: str, seed: int = 7) -> Outcome:
     """
     softmax, weights = method == "softmax_topk", subject.weights
     routing = Routing(method, subject.top_k, scaling=1.0 if softmax else 2.5)
-    spec = MoeSpec(
-        weights.activation,
-        weights.gated,
-        weights.hidden_size,
-        weights.intermediate_size,
-        weights.num_experts,
-        subject.top_k,
-        current_capability(weights.device),
-    )
-    reasons = get_kernel(subject.kernel).reasons_not_to_route(spec, routing)
+    layer = weights.layer(subject.top_k)
+    reasons = get_kernel(subject.kernel).reasons_not_to_route(layer, routing)
     if reasons:
         return Outcome(NOT_SUPPORTED, note="; ".join(reasons))
     generator = subject.generator(seed)

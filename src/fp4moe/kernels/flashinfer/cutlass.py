@@ -1,146 +1,125 @@
 """Kernel `flashinfer_cutlass`: FlashInfer's CUTLASS NVFP4 fused experts (SM120/121, SM100/103).
 
-Decides: layout and scales of the operands, every check that the library omits, the arguments of
-`cutlass_fused_moe`. Not here: which activations and sizes it has (cutlass_rules.py).
+Decides: which activations and sizes it has, layout and scales of the operands, every check that the
+library omits, the arguments of `cutlass_fused_moe`.
 Sources: FlashInfer 0.6.13 and 0.7.2; nothing of this has run on a Blackwell GPU yet, see `fp4moe
 selftest`.
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from ...errors import UnsupportedError
-from ...experts import ExpertWeights
-from ...layer import LayerSettings, MoeSpec, Routing, capability_name
-from ..base import (
-    Operands,
-    PreparedWeights,
-    current_capability,
-    logical_weights,
-    refuse_device,
-    sizes_to_pad,
-)
-from . import cutlass_rules as rules
-from .block_scales import deinterleave_128x4, interleave_128x4
-from .library import activation_names, flashinfer_settings, library, library_reasons
-from .rows import inverse_index, permute_rows, up_gate_index
-from .weights import (
-    check_operands,
-    kept_scales,
-    local_ids,
-    pad_columns,
-    scale_operands,
-    with_logical_scales,
-)
+from ...formats.base import NVFP4
+from ...layer import Layer, Routing
+from ..base import Call, LogitsCall
+from ..devices import Devices
+from .library import activation_names, flashinfer_settings, library
+from .rows import up_gate_index
+from .weights import FlashInferKernel, local_ids, pad_columns, row_layout
 
-__all__ = ["FLASHINFER_CUTLASS", "FlashInferCutlass", "merge_repeated"]
+__all__ = ["FLASHINFER_CUTLASS", "GATED", "UNGATED", "FlashInferCutlass", "activation_reasons"]
+__all__ += ["enum_name", "merge_repeated", "size_multiples"]
 
+# Our activation -> member of ActivationType; `Geglu` and `Gelu` are erf, `GegluTanh` is tanh. Their
+# numbers differ between versions.
+GATED = {"silu": "Swiglu", "gelu_tanh": "GegluTanh", "gelu": "Geglu"}
+UNGATED = {
+    "relu2": "Relu2",
+    "relu": "Relu",
+    "silu": "Silu",
+    "gelu": "Gelu",
+    "identity": "Identity",
+}
 # Up to here one block sorts all tokens and keeps an id that is twice in a row; else only the first.
 ONE_BLOCK_TOKENS, ONE_BLOCK_TOP_K, ONE_BLOCK_EXPERTS = 256, (1, 2, 4, 6, 8), 510
 
 
-class FlashInferCutlass:
+def enum_name(activation: str, gated: bool) -> str | None:
+    """Return the member of FlashInfer's ActivationType that computes this; None without one."""
+    return (GATED if gated else UNGATED).get(activation)
+
+
+def size_multiples(gated: bool) -> tuple[int, int]:
+    """Return the multiples that hidden and intermediate size are padded to.
+
+    At these, block scales in the kernel's order need no padding of their own: their atom has 128
+    rows and 64 columns. The kernel alone would take hidden sizes by 32, padded scales beside.
+    """
+    # Without a gate, the library checks block scale rows against multiples of 64, but steps from
+    # expert to expert by multiples of 128: at 704 or 1856 rows it reads the wrong scales.
+    return (128, 64) if gated else (128, 128)
+
+
+def activation_reasons(
+    activation: str, gated: bool, enum_names: frozenset[str] | None
+) -> list[str]:
+    """Return why the kernel cannot compute an activation, on any device; empty where it can.
+
+    Args:
+        activation, gated: as in `Layer`.
+        enum_names: members of the installed ActivationType; None takes every name as known.
+    """
+    name, gate = enum_name(activation, gated), "with" if gated else "without"
+    if name is None:
+        known = ", ".join(GATED if gated else UNGATED)
+        return [f"activation must be one of {known} {gate} a gate, got {activation}"]
+    if enum_names is not None and name not in enum_names:
+        return [
+            f"the installed FlashInfer has no ActivationType.{name}, which {activation} {gate} a "
+            "gate needs: install a newer flashinfer-python"
+        ]
+    return []
+
+
+class FlashInferCutlass(FlashInferKernel):
     """CUTLASS' fused experts behind the operator.
 
     Operands: rows of gate_up are [up; gate]; block scales are interleaved 128x4 per expert; scales
-    as in flashinfer_weights.scale_operands. Gate, up and the intermediate are rounded to bfloat16.
+    as in `FlashInferKernel.scale_operands`. Gate, up and the intermediate are rounded to bfloat16.
     """
 
     name = "flashinfer_cutlass"
-    automatic = True
-    quantizes_activations = True
-    intermediate_dtype = torch.bfloat16
+    # First where nothing else of FlashInfer runs, then where TRT-LLM-Gen comes first.
+    devices = Devices(((12, 0), (12, 1), (10, 0), (10, 3)))
+    layouts: ClassVar = {
+        NVFP4.name: row_layout(
+            lambda layer, hidden_alignment: size_multiples(layer.gated),
+            lambda gemm, rows, gated: up_gate_index(rows) if gated and gemm == "gate_up" else None,
+        )
+    }
 
-    def reasons_not_to_run(self, spec: MoeSpec) -> list[str]:
-        """Return why not: device, library, activation; any size is padded to one that fits."""
-        names = None
-        if spec.capability in rules.CAPABILITIES:
-            reasons = list(library_reasons())
-            names = None if reasons else activation_names()
-        else:
-            got = capability_name(spec.capability)
-            reasons = [f"needs compute capability 12.0, 12.1, 10.0 or 10.3, got {got}"]
-        return reasons + rules.reasons(spec.activation, spec.gated, names)
+    def activation_reasons(self, layer: Layer, ready: bool) -> list[str]:
+        """Return why the kernel cannot compute the activation."""
+        names = activation_names() if ready else None
+        return activation_reasons(layer.activation, layer.gated, names)
 
-    def reasons_without_padding(self, spec: MoeSpec) -> list[str]:
-        """Return which size is no multiple of what the kernel takes."""
-        return sizes_to_pad(spec, rules.size_multiples(spec.gated))
-
-    def reasons_not_to_route(self, spec: MoeSpec, routing: Routing) -> list[str]:
+    def reasons_not_to_route(self, layer: Layer, routing: Routing) -> list[str]:
         """Return that it cannot."""
         return ["the CUTLASS experts take ids and weights, they do not route"]
 
-    def size_multiples(self, spec: MoeSpec, hidden_alignment: int) -> tuple[int, int]:
-        """Return the multiples that hidden and intermediate size are padded to."""
-        return rules.size_multiples(spec.gated)
+    def from_logits(self, call: LogitsCall) -> torch.Tensor:
+        """Raise: it cannot route."""
+        raise UnsupportedError(
+            f"{self.name}: routing must be 'given'; got 'fused'. Route outside and call nvfp4_moe."
+        )
 
-    def prepare(
-        self,
-        weights: ExpertWeights,
-        *,
-        hidden_alignment: int,
-        output_scale: torch.Tensor | None = None,
-    ) -> PreparedWeights:
-        """Pad, put up before gate, interleave block scales; the logical scales are kept beside."""
-        metadata, kept = weights.metadata(), kept_scales(Operands(**weights.operands()))
-        multiples = rules.size_multiples(weights.gated)
-        weights = weights.unpadded().padded(
-            hidden_multiple=multiples[0], intermediate_multiple=multiples[1]
-        )
-        padded = Operands(**weights.operands())
-        packed, scale = padded.gate_up_packed, padded.gate_up_block_scale
-        if weights.gated:
-            index = up_gate_index(packed.shape[1])
-            packed, scale = permute_rows(packed, index), permute_rows(scale, index)
-        operands = padded._replace(
-            gate_up_packed=packed.contiguous(),
-            # Nothing is added: rows are a multiple of 128 and columns of 4.
-            gate_up_block_scale=interleave_128x4(scale).view(scale.shape),
-            down_packed=padded.down_packed.contiguous(),
-            down_block_scale=interleave_128x4(padded.down_block_scale).view(
-                padded.down_block_scale.shape
-            ),
-            **scale_operands(weights, output_scale),
-        )
-        return PreparedWeights(operands, kept, metadata)
-
-    def restore(self, prepared: PreparedWeights) -> ExpertWeights:
-        """Undo `prepare`."""
-        laid_out, metadata = with_logical_scales(prepared), prepared.metadata
-        first, second = (
-            deinterleave_128x4(scale, scale.shape[1], scale.shape[2])
-            for scale in (laid_out.gate_up_block_scale, laid_out.down_block_scale)
-        )
-        packed = laid_out.gate_up_packed
-        if metadata["gated"]:
-            back = inverse_index(up_gate_index(packed.shape[1]))
-            packed, first = permute_rows(packed, back), permute_rows(first, back)
-        logical = laid_out._replace(
-            gate_up_packed=packed, gate_up_block_scale=first, down_block_scale=second
-        )
-        sizes = (metadata["hidden_size"], metadata["intermediate_size"])
-        return logical_weights(logical, prepared.settings, *sizes).unpadded()
-
-    def run(
-        self,
-        hidden: torch.Tensor,
-        expert_ids: torch.Tensor,
-        routing_weights: torch.Tensor,
-        operands: Operands,
-        settings: LayerSettings,
-    ) -> torch.Tensor:
+    def run(self, call: Call) -> torch.Tensor:
         """Call cutlass_fused_moe on the local experts; ids are made local here."""
-        self._check(hidden, operands, settings)
+        hidden, operands, layer = call.hidden, call.operands, call.layer
         flashinfer = library()
         local, hidden_padded, _ = operands.down_packed.shape
-        first = settings.expert_offset
-        ids = local_ids(expert_ids, first, local, base=first)
-        weights = routing_weights.to(torch.float32).contiguous()
+        first = layer.expert_offset
+        ids = local_ids(call.expert_ids, first, local, base=first)
+        weights = call.routing_weights.to(torch.float32).contiguous()
         if not sorts_in_one_block(ids.shape[0], ids.shape[1], local):
             ids, weights = merge_repeated(ids, weights)
         output = hidden.new_empty((hidden.shape[0], hidden_padded), dtype=torch.bfloat16)
         speed = flashinfer_settings()
+        name = enum_name(layer.activation, layer.gated)
         # 0.6.13 asks the current device, not that of the tensors, which architecture it is.
         with torch.cuda.device_of(hidden):
             flashinfer.call(
@@ -164,31 +143,10 @@ class FlashInferCutlass:
                 output=output,
                 enable_pdl=speed.enable_pdl,
                 tune_max_num_tokens=speed.tune_max_num_tokens,
-                activation_type=self._activation(flashinfer, settings),
+                activation_type=flashinfer.module.ActivationType[name],
             )
         # This library writes whole padded rows.
         return output[:, : hidden.shape[1]].to(hidden.dtype).contiguous()
-
-    def run_from_logits(self, *args: object) -> torch.Tensor:
-        """Raise: it cannot route."""
-        raise UnsupportedError(
-            f"{self.name}: routing must be 'given'; got 'fused'. Route outside and call nvfp4_moe."
-        )
-
-    def _activation(self, flashinfer, settings: LayerSettings):
-        name = rules.enum_name(settings.activation, settings.gated)
-        return flashinfer.module.ActivationType[name]
-
-    def _check(self, hidden: torch.Tensor, operands: Operands, settings: LayerSettings) -> None:
-        if current_capability(hidden.device) not in rules.CAPABILITIES:
-            refuse_device(self.name, hidden.device, "12.0, 12.1, 10.0 or 10.3")
-        reasons = rules.reasons(settings.activation, settings.gated, activation_names())
-        if reasons:
-            raise UnsupportedError(
-                f"{self.name}: activation must be one that the kernel has; got "
-                f"{settings.activation}: {'; '.join(reasons)}. See fp4moe.why_not."
-            )
-        check_operands(self.name, operands, rules.size_multiples(settings.gated))
 
 
 def sorts_in_one_block(tokens: int, top_k: int, experts: int) -> bool:

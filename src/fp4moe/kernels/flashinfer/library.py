@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -19,13 +18,13 @@ import torch
 
 from ...borrowed import Borrowed
 from ...errors import UnsupportedError
+from ...version import installed
 
 __all__ = [
     "FlashInfer",
     "FlashInferSettings",
     "activation_names",
     "flashinfer_settings",
-    "installed",
     "is_tuning",
     "library",
     "library_reasons",
@@ -152,14 +151,6 @@ class FlashInfer:
     def linear_scale_layout(self) -> Any:
         """Return SfLayout.layout_linear."""
         return self.module.SfLayout.layout_linear
-
-
-def installed(package: str) -> str | None:
-    """Return the version of an installed distribution without its local part, or None."""
-    try:
-        return importlib.metadata.version(package).partition("+")[0]
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def version_key(version: str) -> tuple[int, int, int, int]:

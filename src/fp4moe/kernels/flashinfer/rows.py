@@ -48,14 +48,7 @@ def shuffle_index(rows: int) -> torch.Tensor:
 def gate_interleave_index(rows: int) -> torch.Tensor:
     """Return G, which alternates the rows of two halves: G(n) = n//2, plus rows/2 where n is odd.
 
-    Args:
-        rows: rows of both halves together, positive and even.
-
-    Returns:
-        int64 [rows] on the CPU, a fresh tensor.
-
-    Raises:
-        ShapeError: rows is not positive and even.
+    Arguments, result and errors are those of `up_gate_index`.
     """
     _check_rows("gate_interleave_index", rows, 2)
     return _tensor(_gate_interleave(rows))
@@ -96,16 +89,9 @@ def gate_up_row_index(rows: int, gated: bool) -> torch.Tensor:
 
 
 def down_row_index(rows: int) -> torch.Tensor:
-    """Return the row order of the second GEMM: shuffled.
+    """Return the row order of the second GEMM: shuffled; rows is the padded hidden size.
 
-    Args:
-        rows: padded hidden size, a multiple of 128.
-
-    Returns:
-        int64 [rows] on the CPU, a fresh tensor.
-
-    Raises:
-        ShapeError: rows is no positive multiple of 128.
+    Result and errors are those of `gate_up_row_index`.
     """
     _check_rows("down_row_index", rows, TILE_ROWS)
     return _tensor(_shuffle(rows))

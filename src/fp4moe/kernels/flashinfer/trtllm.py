@@ -9,16 +9,17 @@ Blackwell GPU yet, see `fp4moe selftest`.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 
 from ...errors import UnsupportedError
-from ...experts import ExpertWeights
-from ...layer import LayerSettings, MoeSpec, Routing, capability_name
-from ..base import Operands, PreparedWeights, current_capability, logical_weights, refuse_device
-from . import trtllm_rules as trtllm_gen
-from .block_scales import deinterleave_128x4, interleave_128x4
+from ...formats.base import NVFP4
+from ...layer import Layer, Routing
+from ..base import Call, LogitsCall, Operands
+from ..devices import Devices
+from . import trtllm_rules as rules
 from .library import (
     FlashInfer,
     flashinfer_settings,
@@ -27,19 +28,11 @@ from .library import (
     library_reasons,
     version_key,
 )
-from .rows import down_row_index, gate_up_row_index, inverse_index, permute_rows
-from .weights import (
-    check_operands,
-    kept_scales,
-    local_ids,
-    pad_columns,
-    scale_operands,
-    with_logical_scales,
-)
+from .rows import down_row_index, gate_up_row_index
+from .weights import FlashInferKernel, local_ids, pad_columns, row_layout
 
 __all__ = ["FLASHINFER_TRTLLM", "FlashInferTrtllm", "quantize_input"]
 
-CAPABILITIES = ((10, 0), (10, 3))
 # Where the routed entry is told nothing, this pipeline sorts given ids (no maths of its own).
 GIVEN_ROUTING = "Renormalize"
 ROUTING_NAMES = {"softmax_topk": "RenormalizeNaive", "sigmoid_topk": "DeepSeekV3"}
@@ -49,126 +42,76 @@ GRID_ROWS, SMALLEST_LARGE_TILE, MOST_TOKENS = 65535, 64, 1 << 18
 OUTPUT_MULTIPLE = 8
 
 
-class FlashInferTrtllm:
+def _multiples(layer: Layer, hidden_alignment: int) -> tuple[int, int]:
+    return rules.size_multiples(layer.activation, layer.gated, hidden_alignment)
+
+
+def _row_order(gemm: str, rows: int, gated: bool) -> torch.Tensor:
+    return gate_up_row_index(rows, gated) if gemm == "gate_up" else down_row_index(rows)
+
+
+class FlashInferTrtllm(FlashInferKernel):
     """TRT-LLM-Gen's fused experts behind the operator.
 
     Operands: rows of gate_up are [up; gate], interleaved and shuffled; block scales are interleaved
-    128x4; with s_x = hidden_scale, s_a = intermediate_scale and s the global scales,
-    gate_up_global_scale holds s_up * s_x, intermediate_scale s_up * s_x / s_a (gated) or 1 / s_a,
-    down_global_scale s_a * s_down * output_scale, and hidden_scale 1 / s_x.
+    128x4; scales as in `FlashInferKernel.scale_operands`, but intermediate_scale is s_up * s_x /
+    s_a where the layer is gated.
     """
 
     name = "flashinfer_trtllm"
-    automatic = True
-    quantizes_activations = True
+    devices = Devices(((10, 0), (10, 3)))
+    layouts: ClassVar = {NVFP4.name: row_layout(_multiples, _row_order)}
     intermediate_dtype = torch.float32
 
-    def reasons_not_to_run(self, spec: MoeSpec) -> list[str]:
-        """Return why not: device, library, activation; any size is padded to one with a kernel."""
-        if spec.capability in CAPABILITIES:
-            reasons = list(library_reasons())
-        else:
-            got = capability_name(spec.capability)
-            reasons = [f"needs compute capability 10.0 or 10.3, got {got}"]
-        reasons += trtllm_gen.reasons(
-            spec.activation, spec.gated, spec.hidden_size, spec.intermediate_size
-        )
-        if spec.top_k:
-            reasons += trtllm_gen.routing_reasons(GIVEN_ROUTING, spec.num_experts, spec.top_k)
-        return reasons
+    def activation_reasons(self, layer: Layer, ready: bool) -> list[str]:
+        """Return why no kernel computes the activation."""
+        sizes = (layer.hidden_size, layer.intermediate_size)
+        return rules.reasons(layer.activation, layer.gated, *sizes)
 
-    def reasons_without_padding(self, spec: MoeSpec) -> list[str]:
+    def limit_reasons(self, layer: Layer) -> list[str]:
+        """Return why the routing kernels cannot sort so many experts."""
+        if not layer.top_k:
+            return []
+        return rules.routing_reasons(GIVEN_ROUTING, layer.num_experts, layer.top_k)
+
+    def reasons_without_padding(self, layer: Layer) -> list[str]:
         """Return which padded size would have a kernel."""
-        return trtllm_gen.reasons(
-            spec.activation, spec.gated, spec.hidden_size, spec.intermediate_size, padded=False
-        )
+        sizes = (layer.hidden_size, layer.intermediate_size)
+        return rules.reasons(layer.activation, layer.gated, *sizes, padded=False)
 
-    def reasons_not_to_route(self, spec: MoeSpec, routing: Routing) -> list[str]:
+    def reasons_not_to_route(self, layer: Layer, routing: Routing) -> list[str]:
         """Return why the routing kernel cannot do this."""
-        if library_reasons():
-            return list(library_reasons())
-        return list(routing_reasons(routing, spec.num_experts))
+        return list(library_reasons() or routing_reasons(routing, layer.num_experts))
 
-    def size_multiples(self, spec: MoeSpec, hidden_alignment: int) -> tuple[int, int]:
-        """Return the multiples that hidden and intermediate size are padded to."""
-        return trtllm_gen.size_multiples(spec.activation, spec.gated, hidden_alignment)
+    def scale_operands(self, operands: Operands, layer: Layer) -> Operands:
+        """Return the four scales; the output of gate stays raw until the epilogue multiplies it."""
+        scaled = super().scale_operands(operands, layer)
+        if not layer.gated:
+            return scaled
+        product = scaled.intermediate_scale * scaled.gate_up_global_scale
+        return scaled._replace(intermediate_scale=product)
 
-    def prepare(
-        self,
-        weights: ExpertWeights,
-        *,
-        hidden_alignment: int,
-        output_scale: torch.Tensor | None = None,
-    ) -> PreparedWeights:
-        """Pad, reorder, shuffle and interleave; the logical scales are kept beside."""
-        metadata, logical = weights.metadata(), weights
-        multiples = trtllm_gen.size_multiples(weights.activation, weights.gated, hidden_alignment)
-        weights = weights.unpadded().padded(
-            hidden_multiple=multiples[0], intermediate_multiple=multiples[1]
-        )
-        padded = Operands(**weights.operands())
-        indices = (
-            gate_up_row_index(padded.gate_up_packed.shape[1], weights.gated),
-            down_row_index(padded.down_packed.shape[1]),
-        )
-        scales = scale_operands(weights, output_scale)
-        if weights.gated:
-            # The output of gate stays raw until the epilogue multiplies it: see its formula.
-            scales["intermediate_scale"] *= scales["gate_up_global_scale"]
-        laid_out = padded._replace(**scales)
-        for gemm, index in zip(("gate_up", "down"), indices, strict=True):
-            packed, scale = (
-                getattr(padded, f"{gemm}_packed"),
-                getattr(padded, f"{gemm}_block_scale"),
+    def check(self, call: Call | LogitsCall) -> None:
+        """Raise what the launcher would not: shapes and dtypes are checked by the operator."""
+        super().check(call)
+        if isinstance(call, LogitsCall):
+            routing = call.routing
+        else:
+            routing = Routing("", call.expert_ids.shape[1])
+        if reasons := routing_reasons(routing, call.layer.num_experts):
+            raise UnsupportedError(
+                f"{self.name}: routing must be one with a kernel (0.6.13 would only warn); got "
+                f"{'; '.join(reasons)}. See fp4moe.why_not."
             )
-            shuffled = interleave_128x4(permute_rows(scale, index))
-            laid_out = laid_out._replace(
-                **{
-                    f"{gemm}_packed": permute_rows(packed, index),
-                    # Nothing is added: rows are a multiple of 128 and columns of 4.
-                    f"{gemm}_block_scale": shuffled.view(scale.shape),
-                }
-            )
-        return PreparedWeights(laid_out, kept_scales(Operands(**logical.operands())), metadata)
 
-    def restore(self, prepared: PreparedWeights) -> ExpertWeights:
-        """Undo `prepare`."""
-        laid_out, metadata = prepared.operands, prepared.metadata
-        indices = (
-            gate_up_row_index(laid_out.gate_up_packed.shape[1], metadata["gated"]),
-            down_row_index(laid_out.down_packed.shape[1]),
-        )
-        padded = with_logical_scales(prepared)
-        for gemm, index in zip(("gate_up", "down"), indices, strict=True):
-            packed = getattr(laid_out, f"{gemm}_packed")
-            scale = getattr(laid_out, f"{gemm}_block_scale")
-            linear = deinterleave_128x4(scale, scale.shape[1], scale.shape[2])
-            back = inverse_index(index)
-            padded = padded._replace(
-                **{
-                    f"{gemm}_packed": permute_rows(packed, back),
-                    f"{gemm}_block_scale": permute_rows(linear, back),
-                }
-            )
-        sizes = (metadata["hidden_size"], metadata["intermediate_size"])
-        return logical_weights(padded, prepared.settings, *sizes).unpadded()
-
-    def run(
-        self,
-        hidden: torch.Tensor,
-        expert_ids: torch.Tensor,
-        routing_weights: torch.Tensor,
-        operands: Operands,
-        settings: LayerSettings,
-    ) -> torch.Tensor:
+    def run(self, call: Call) -> torch.Tensor:
         """Call the routed entry; before FlashInfer 0.6.18 it takes bfloat16 routing weights."""
-        self._check(hidden, operands, settings, Routing("", expert_ids.shape[1]))
-        flashinfer = library()
-        ids = local_ids(expert_ids, settings.expert_offset, operands.down_packed.shape[0])
+        flashinfer, local = library(), call.operands.down_packed.shape[0]
+        ids = local_ids(call.expert_ids, call.layer.expert_offset, local)
         dtype = torch.float32 if flashinfer.float32_weights else torch.bfloat16
-        weights = routing_weights.to(dtype).contiguous()
+        weights = call.routing_weights.to(dtype).contiguous()
 
-        def call(rows: slice, arguments: dict[str, Any]) -> None:
+        def launch(rows: slice, arguments: dict[str, Any]) -> None:
             given = (ids[rows], weights[rows])
             packed = is_tuning() and not flashinfer.tunes_plain_ids
             flashinfer.call(
@@ -184,29 +127,20 @@ class FlashInferTrtllm:
                 **arguments,
             )
 
-        return self._run(flashinfer, hidden, operands, settings, ids.shape[1], call)
+        return self._run(flashinfer, call, ids.shape[1], launch)
 
-    def run_from_logits(
-        self,
-        hidden: torch.Tensor,
-        router_logits: torch.Tensor,
-        routing_bias: torch.Tensor,
-        routing: Routing,
-        operands: Operands,
-        settings: LayerSettings,
-    ) -> torch.Tensor:
+    def run_from_logits(self, call: LogitsCall) -> torch.Tensor:
         """Call the entry that routes; weights are rounded to bfloat16 in the kernel."""
-        self._check(hidden, operands, settings, routing)
-        flashinfer = library()
+        flashinfer, routing = library(), call.routing
         # float32 logits: bfloat16 ones tie often, and the library breaks ties its own way.
-        logits = router_logits.to(torch.float32).contiguous()
+        logits = call.router_logits.to(torch.float32).contiguous()
         bias, grouped = None, routing.num_groups > 1
         if routing.method == "sigmoid_topk":
             # Without groups the library reads a bias whether there is one or not.
-            bias = routing_bias.to(torch.float32).contiguous()
-            bias = bias if bias.numel() else logits.new_zeros(settings.num_experts)
+            bias = call.routing_bias.to(torch.float32).contiguous()
+            bias = bias if bias.numel() else logits.new_zeros(call.layer.num_experts)
 
-        def call(rows: slice, arguments: dict[str, Any]) -> None:
+        def launch(rows: slice, arguments: dict[str, Any]) -> None:
             flashinfer.call(
                 "trtllm_fp4_block_scale_moe",
                 {"hidden_states_scale_layout": flashinfer.linear_scale_layout()},
@@ -221,47 +155,22 @@ class FlashInferTrtllm:
                 **arguments,
             )
 
-        return self._run(flashinfer, hidden, operands, settings, routing.top_k, call)
+        return self._run(flashinfer, call, routing.top_k, launch)
 
     def _run(
         self,
         flashinfer: FlashInfer,
-        hidden: torch.Tensor,
-        operands: Operands,
-        settings: LayerSettings,
+        call: Call | LogitsCall,
         top_k: int,
-        call: Any,
+        launch: Callable[[slice, dict[str, Any]], None],
     ) -> torch.Tensor:
+        hidden, operands = call.hidden, call.operands
         tokens, hidden_size = hidden.shape
-        local, hidden_padded, columns = operands.down_packed.shape
+        local, hidden_padded, _ = operands.down_packed.shape
         # A narrower output makes the library drop the padding itself.
         width = hidden_padded if hidden_size % OUTPUT_MULTIPLE else hidden_size
         output = hidden.new_empty((tokens, width), dtype=torch.bfloat16)
-        speed = flashinfer_settings()
-        fixed = {
-            "gemm1_weights": operands.gate_up_packed,
-            "gemm1_weights_scale": operands.gate_up_block_scale.view(torch.float8_e4m3fn),
-            "gemm1_bias": None,
-            "gemm1_alpha": None,
-            "gemm1_beta": None,
-            "gemm1_clamp_limit": None,
-            "gemm2_weights": operands.down_packed,
-            "gemm2_weights_scale": operands.down_block_scale.view(torch.float8_e4m3fn),
-            "gemm2_bias": None,
-            "output1_scale_scalar": operands.intermediate_scale,
-            "output1_scale_gate_scalar": operands.gate_up_global_scale,
-            "output2_scale_scalar": operands.down_global_scale,
-            "num_experts": settings.num_experts,
-            "intermediate_size": columns * 2,
-            "local_expert_offset": settings.expert_offset,
-            "local_num_experts": local,
-            "do_finalize": True,
-            "enable_pdl": speed.enable_pdl,
-            "activation_type": flashinfer.activation(
-                trtllm_gen.ACTIVATION_NAMES[settings.activation, settings.gated]
-            ),
-            "tune_max_num_tokens": speed.tune_max_num_tokens,
-        }
+        fixed = _fixed_arguments(flashinfer, operands, call.layer)
         step = tokens_per_launch(local, top_k)
         with torch.cuda.device_of(hidden):
             for start in range(0, tokens, step):
@@ -270,39 +179,45 @@ class FlashInferTrtllm:
                     flashinfer, hidden[rows], hidden_padded, operands.hidden_scale
                 )
                 place = {"hidden_states": x, "hidden_states_scale": x_scale}
-                call(rows, {**fixed, **place, "output": output[rows]})
+                launch(rows, {**fixed, **place, "output": output[rows]})
         return output[:, :hidden_size].to(hidden.dtype).contiguous()
 
-    def _check(
-        self, hidden: torch.Tensor, operands: Operands, settings: LayerSettings, routing: Routing
-    ) -> None:
-        """Raise what the launcher would not: shapes and dtypes are checked by the operator."""
-        if current_capability(hidden.device) not in CAPABILITIES:
-            refuse_device(self.name, hidden.device, "10.0 or 10.3")
-        form = (settings.activation, settings.gated)
-        if form not in trtllm_gen.ACTIVATION_NAMES:
-            sizes = (operands.down_packed.shape[1], operands.down_packed.shape[2] * 2)
-            raise UnsupportedError(
-                f"{self.name}: activation must be one that the kernel has; got "
-                f"{settings.activation}: {'; '.join(trtllm_gen.reasons(*form, *sizes))}. See "
-                "fp4moe.why_not."
-            )
-        multiples = trtllm_gen.size_multiples(*form, 128)
-        check_operands(self.name, operands, multiples)
-        reasons = routing_reasons(routing, settings.num_experts)
-        if reasons:
-            raise UnsupportedError(
-                f"{self.name}: routing must be one with a kernel (0.6.13 would only warn); got "
-                f"{'; '.join(reasons)}. See fp4moe.why_not."
-            )
+
+def _fixed_arguments(flashinfer: FlashInfer, operands: Operands, layer: Layer) -> dict[str, Any]:
+    """Return what both entries take for every launch of a call."""
+    speed = flashinfer_settings()
+    name = rules.ACTIVATION_NAMES[layer.activation, layer.gated]
+    local, _, columns = operands.down_packed.shape
+    return {
+        "gemm1_weights": operands.gate_up_packed,
+        "gemm1_weights_scale": operands.gate_up_block_scale.view(torch.float8_e4m3fn),
+        "gemm1_bias": None,
+        "gemm1_alpha": None,
+        "gemm1_beta": None,
+        "gemm1_clamp_limit": None,
+        "gemm2_weights": operands.down_packed,
+        "gemm2_weights_scale": operands.down_block_scale.view(torch.float8_e4m3fn),
+        "gemm2_bias": None,
+        "output1_scale_scalar": operands.intermediate_scale,
+        "output1_scale_gate_scalar": operands.gate_up_global_scale,
+        "output2_scale_scalar": operands.down_global_scale,
+        "num_experts": layer.num_experts,
+        "intermediate_size": columns * 2,
+        "local_expert_offset": layer.expert_offset,
+        "local_num_experts": local,
+        "do_finalize": True,
+        "enable_pdl": speed.enable_pdl,
+        "activation_type": flashinfer.activation(name),
+        "tune_max_num_tokens": speed.tune_max_num_tokens,
+    }
 
 
 @functools.lru_cache(maxsize=1024)
 def routing_reasons(routing: Routing, num_experts: int) -> tuple[str, ...]:
     """Return why the library's routing kernels cannot sort (method "") or choose like this."""
     method = ROUTING_NAMES.get(routing.method, GIVEN_ROUTING)
-    newer = version_key(library().version) >= trtllm_gen.NEWER_TIERS_SINCE
-    reasons = trtllm_gen.routing_reasons(
+    newer = version_key(library().version) >= rules.NEWER_TIERS_SINCE
+    reasons = rules.routing_reasons(
         method,
         num_experts,
         routing.top_k,

@@ -141,7 +141,7 @@ def reasons(
     """Return why no kernel runs experts of this activation and size; empty where one does.
 
     Args:
-        activation, gated, hidden_size, intermediate_size: as in MoeSpec.
+        activation, gated, hidden_size, intermediate_size: as in Layer.
         format: one of FORMATS.
         padded: whether zero padding is allowed, which makes every size possible.
 

@@ -1,47 +1,98 @@
-"""What both FlashInfer kernels share: scale scalars, local ids, checks of prepared operands."""
+"""What both FlashInfer kernels share: layout, scale scalars, ids, the input, checks of operands."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
 from ...errors import ShapeError
-from ...experts import ExpertWeights
-from ..base import Operands, PreparedWeights, check_padding
+from ...layer import Layer
+from ..base import Call, Kernel, Layout, LogitsCall, Operands
+from .block_scales import deinterleave_128x4, interleave_128x4
+from .library import library_reasons
+from .rows import inverse_index, permute_rows
 
-__all__ = ["check_operands", "kept_scales", "local_ids", "pad_columns", "with_logical_scales"]
+__all__ = ["FlashInferKernel", "local_ids", "pad_columns", "row_layout"]
 
-_SCALES = ("gate_up_global_scale", "down_global_scale", "hidden_scale", "intermediate_scale")
-
-
-def kept_scales(operands: Operands) -> dict[str, torch.Tensor]:
-    """Return the logical scales by the names under which PreparedWeights keeps them."""
-    return {f"logical_{name}": getattr(operands, name) for name in _SCALES}
-
-
-def with_logical_scales(prepared: PreparedWeights) -> Operands:
-    """Return the operands with the logical scales put back."""
-    return prepared.operands._replace(
-        **{name: prepared.kept[f"logical_{name}"] for name in _SCALES}
-    )
+# (gemm, rows, gated) -> the index of `rows`, None where they stay in place.
+RowOrder = Callable[[str, int, bool], torch.Tensor | None]
 
 
-def scale_operands(
-    weights: ExpertWeights, output_scale: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
-    """Return the four scale operands, float32 contiguous.
+def row_layout(multiples: Callable[[Layer, int], tuple[int, int]], order: RowOrder) -> Layout:
+    """Return a layout with rows in another order and block scales interleaved 128x4.
 
-    With s_x = hidden_scale, s_a = intermediate_scale and s the global scales (decode multipliers):
-    gate_up_global_scale [L] = s_up * s_x turns an accumulator into its value, hidden_scale [1] =
-    1 / s_x and intermediate_scale [L] = 1 / s_a encode, down_global_scale [L] = s_a * s_down *
-    output_scale.
+    Nothing is added to the block scales: rows are multiples of 128 and columns of 4.
     """
-    down = weights.intermediate_scale * weights.down.global_scale
-    return {
-        "gate_up_global_scale": weights.gate_up.global_scale * weights.hidden_scale,
-        "intermediate_scale": weights.intermediate_scale.reciprocal(),
-        "down_global_scale": down if output_scale is None else down * output_scale,
-        "hidden_scale": weights.hidden_scale.reciprocal(),
-    }
+
+    def apply(operands: Operands, layer: Layer) -> Operands:
+        for gemm in ("gate_up", "down"):
+            packed, scale = _matrix(operands, gemm)
+            index = order(gemm, packed.shape[1], layer.gated)
+            if index is not None:
+                packed, scale = permute_rows(packed, index), permute_rows(scale, index)
+            scale = interleave_128x4(scale).view(scale.shape)
+            operands = _with_matrix(operands, gemm, packed.contiguous(), scale)
+        return operands
+
+    def undo(operands: Operands, layer: Layer) -> Operands:
+        for gemm in ("gate_up", "down"):
+            packed, scale = _matrix(operands, gemm)
+            scale = deinterleave_128x4(scale, scale.shape[1], scale.shape[2])
+            index = order(gemm, packed.shape[1], layer.gated)
+            if index is not None:
+                back = inverse_index(index)
+                packed, scale = permute_rows(packed, back), permute_rows(scale, back)
+            operands = _with_matrix(operands, gemm, packed, scale)
+        return operands
+
+    return Layout(multiples, apply, undo)
+
+
+def _matrix(operands: Operands, gemm: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return getattr(operands, f"{gemm}_packed"), getattr(operands, f"{gemm}_block_scale")
+
+
+def _with_matrix(
+    operands: Operands, gemm: str, packed: torch.Tensor, scale: torch.Tensor
+) -> Operands:
+    return operands._replace(**{f"{gemm}_packed": packed, f"{gemm}_block_scale": scale})
+
+
+class FlashInferKernel(Kernel):
+    """The part of a kernel that FlashInfer's have in common."""
+
+    quantizes_activations = True
+    mixes_scales = True
+
+    def package_reasons(self) -> tuple[str, ...]:
+        """Return why the installed FlashInfer cannot be used."""
+        return library_reasons()
+
+    def scale_operands(self, operands: Operands, layer: Layer) -> Operands:
+        """Return the operands with the four scales, float32 contiguous.
+
+        With s_x = hidden_scale, s_a = intermediate_scale and s the global scales (decode
+        multipliers): gate_up_global_scale [L] = s_up * s_x turns an accumulator into its value,
+        hidden_scale [1] = 1 / s_x and intermediate_scale [L] = 1 / s_a encode, down_global_scale
+        [L] = s_a * s_down.
+        """
+        return operands._replace(
+            gate_up_global_scale=operands.gate_up_global_scale * operands.hidden_scale,
+            intermediate_scale=operands.intermediate_scale.reciprocal(),
+            down_global_scale=operands.intermediate_scale * operands.down_global_scale,
+            hidden_scale=operands.hidden_scale.reciprocal(),
+        )
+
+    def check(self, call: Call | LogitsCall) -> None:
+        """Raise what the library's launcher leaves unchecked; the operator has checked the rest."""
+        super().check(call)
+        for name, tensor in zip(Operands._fields, call.operands, strict=True):
+            if not tensor.is_contiguous():
+                raise ShapeError(
+                    f"{self.name}: {name} must be contiguous; got strides {tensor.stride()}. Use "
+                    "its prepare()."
+                )
 
 
 def local_ids(expert_ids: torch.Tensor, first: int, count: int, base: int = 0) -> torch.Tensor:
@@ -61,18 +112,3 @@ def pad_columns(hidden: torch.Tensor, columns: int) -> torch.Tensor:
         x = torch.nn.functional.pad(x, (0, columns - x.shape[1]))
     # One row may carry any first stride; at stride 1 the quantiser would take it for transposed.
     return x.contiguous().as_strided(x.shape, (columns, 1))
-
-
-def check_operands(kernel: str, operands: Operands, multiples: tuple[int, int]) -> None:
-    """Raise what the library's launcher leaves unchecked; the operator has checked the rest.
-
-    Args:
-        multiples: of the padded hidden and intermediate size.
-    """
-    check_padding(kernel, operands, multiples)
-    for name, tensor in zip(Operands._fields, operands, strict=True):
-        if not tensor.is_contiguous():
-            raise ShapeError(
-                f"{kernel}: {name} must be contiguous; got strides {tensor.stride()}. Use its "
-                "prepare()."
-            )

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...errors import UnsupportedError
-from ..flashinfer.library import installed
+from ...version import installed
 
 __all__ = [
     "GemmShape",

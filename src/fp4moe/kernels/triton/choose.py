@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ...layer import Routing
 
-__all__ = ["choose_experts", "choose_kernel"]
+__all__ = ["choose_experts", "choose_experts_kernel"]
 
 
 @triton.jit
@@ -21,8 +21,8 @@ def _ordered(value, index):
 
 
 @triton.jit
-def choose_kernel(
-    logits, stride_token, bias, ids, weights, num_experts, num_groups, group_experts, scaling,
+def choose_experts_kernel(
+    logits, stride_token, bias, ids, weights, num_groups, group_experts, scaling,
     GROUPS: tl.constexpr, GROUP_EXPERTS: tl.constexpr, TOP_GROUPS: tl.constexpr,
     TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr, SIGMOID: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
@@ -89,8 +89,8 @@ def choose_experts(
     weights = logits.new_empty((tokens, routing.top_k), dtype=torch.float32)
     group_experts = num_experts // routing.num_groups
     sigmoid = routing.method == "sigmoid_topk"
-    choose_kernel[(tokens,)](
-        logits, logits.stride(0), routing_bias.contiguous(), ids, weights, num_experts,
+    choose_experts_kernel[(tokens,)](
+        logits, logits.stride(0), routing_bias.contiguous(), ids, weights,
         routing.num_groups, group_experts, routing.scaling,
         GROUPS=triton.next_power_of_2(routing.num_groups),
         GROUP_EXPERTS=triton.next_power_of_2(group_experts),

@@ -1,6 +1,6 @@
 """Decode NVFP4 weights in registers, for tensor cores that want bfloat16 or float16.
 
-Where the bits are: see `triton_layout`; a rotation and a mask bring them into place. A code's bits,
+Where the bits are: see `layout`; a rotation and a mask bring them into place. A code's bits,
 at a bfloat16's sign and low exponent, are its value times 2^-126, subnormals included; an E4M3 byte
 shifted by 4 is its value times 2^-120. Two more factors, 2^120 and 2^119, give weight x 2^-7
 without rounding, since code x block scale has at most 6 significant bits. In float16 one factor is

@@ -5,9 +5,9 @@ one expert (of gate and of up each) for up to SLOTS + MORE slots: what is decode
 with both parts, since sizes must be powers of two. How it finds its slots is its MODE:
 
     SLOT    the program's number is a slot: no metadata, an expert is read once a slot
-    SORTED  the number is a tile of `triton_routing.sort_kernel`
+    SORTED  the number is a tile of `sort.sort_kernel`
 
-Sizes are the padded ones, multiples of 64; a slab is 64 columns of K, see `triton_layout`.
+Sizes are the padded ones, multiples of 64; a slab is 64 columns of K, see `layout`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .activation import activate
 from .decode_nvfp4 import WEIGHT_FACTOR, decode_slabs
 
 __all__ = ["SLOT", "SORTED", "down_kernel", "gate_up_kernel"]
@@ -30,22 +31,6 @@ def _local(ids, index, mask, expert_offset, local_experts):
     """Local expert of a slot, -1 for none."""
     local = tl.load(ids + index, mask=mask, other=-1).to(tl.int64) - expert_offset
     return tl.where((local >= 0) & (local < local_experts) & mask, local, -1).to(tl.int32)
-
-
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        x = x * tl.sigmoid(x)
-    elif ACTIVATION == "gelu_tanh":
-        # (1 + tanh(z)) / 2 = sigmoid(2 z)
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif ACTIVATION == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "relu2":
-        x = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
-    elif ACTIVATION == "relu":
-        x = tl.maximum(x, 0.0)
-    return x
 
 
 @triton.jit
@@ -158,10 +143,10 @@ def _store_gate_up(
     if GATED:
         parts = tl.reshape(acc, (ROWS // 8, 2, 8, SLOTS))
         gate, up = tl.split(tl.permute(parts, (0, 2, 3, 1)))
-        value = _activate(tl.reshape(gate, (ROWS, SLOTS)), ACTIVATION)
+        value = activate(tl.reshape(gate, (ROWS, SLOTS)), ACTIVATION)
         value *= tl.reshape(up, (ROWS, SLOTS))
     else:
-        value = _activate(acc, ACTIVATION)
+        value = activate(acc, ACTIVATION)
     row = block * ROWS + tl.arange(0, ROWS)
     at = out + (tl.maximum(slot, 0).to(tl.int64) * intermediate)[None, :] + row[:, None]
     mask = (row < intermediate)[:, None] & (slot >= 0)[None, :]
@@ -211,11 +196,14 @@ def _store_down(
 
 
 @triton.jit
-def _find_slots(
-    ids, order, tiles, num_tiles, number, num_slots, expert_offset, local_experts,
-    MODE: tl.constexpr, SLOTS: tl.constexpr, MORE: tl.constexpr,
+def _find_work(
+    ids, order, tiles, num_tiles, total_rows, num_slots, expert_offset, local_experts,
+    MODE: tl.constexpr, SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Expert, slots and further slots of a program of mode SLOT or SORTED."""
+    """Block of rows, expert, slots and further slots of a program of mode SLOT or SORTED."""
+    blocks = tl.cdiv(total_rows, ROWS)
+    number = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
     column = tl.arange(0, SLOTS)
     further = tl.arange(0, MORE if MORE else 16)
     if MODE == SLOT:
@@ -229,7 +217,7 @@ def _find_slots(
         order += number * (SLOTS + MORE)
         slot = tl.load(order + column, mask=column < used, other=-1)
         more = tl.load(order + SLOTS + further, mask=SLOTS + further < used, other=-1)
-    return expert, slot, more
+    return block, expert, slot, more
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -244,12 +232,9 @@ def gate_up_kernel(
 
     Grid: [(slots or tiles, by MODE) * row blocks].
     """
-    blocks = tl.cdiv(intermediate, ROWS)
-    number = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    expert, slot, more = _find_slots(
-        ids, order, tiles, num_tiles, number, num_slots, expert_offset, local_experts,
-        MODE, SLOTS, MORE,
+    block, expert, slot, more = _find_work(
+        ids, order, tiles, num_tiles, intermediate, num_slots, expert_offset, local_experts,
+        MODE, SLOTS, MORE, ROWS,
     )  # fmt: skip
     if expert >= 0:
         _gate_up_tile(
@@ -271,12 +256,9 @@ def down_kernel(
 
     Slots whose id is not local stay unwritten.
     """
-    blocks = tl.cdiv(hidden_padded, ROWS)
-    number = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    expert, slot, more = _find_slots(
-        ids, order, tiles, num_tiles, number, num_slots, expert_offset, local_experts,
-        MODE, SLOTS, MORE,
+    block, expert, slot, more = _find_work(
+        ids, order, tiles, num_tiles, hidden_padded, num_slots, expert_offset, local_experts,
+        MODE, SLOTS, MORE, ROWS,
     )  # fmt: skip
     if expert >= 0:
         _down_tile(

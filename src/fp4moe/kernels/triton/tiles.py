@@ -42,7 +42,7 @@ class Config:
     """One way to run a layer.
 
     Attributes:
-        mode: how programs find their slots, see `triton_experts`.
+        mode: how programs find their slots, see `gemm`.
         gate_up, down: the GEMMs' tiles.
     """
 

@@ -1,0 +1,84 @@
+"""What the base class of kernels does once for all: devices, refusals of a call, scales."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+
+import pytest
+import torch
+from fused_layers import layer
+
+from fp4moe.errors import ShapeError
+from fp4moe.kernels import KERNELS, Layer, base
+from fp4moe.kernels.devices import Devices
+
+AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
+RUNS_ON = {
+    "flashinfer_trtllm": BLACKWELL,
+    "flashinfer_cutlass": BLACKWELL,
+    "triton": HOPPER,
+    "humming": HOPPER,
+}
+
+
+@pytest.mark.parametrize(
+    ("devices", "text", "inside", "outside"),
+    [
+        (Devices((AMPERE,), or_newer=True), "8.0 or newer", [AMPERE, (12, 1)], [None, (7, 5)]),
+        (Devices((AMPERE,), up_to=HOPPER), "8.0 to 9.0", [AMPERE, (8, 9), HOPPER], [None, (9, 1)]),
+        (Devices((HOPPER, BLACKWELL)), "9.0 or 10.0", [HOPPER, BLACKWELL], [None, (9, 5), (10, 3)]),
+    ],
+)
+def test_devices(devices, text, inside, outside):
+    assert str(devices) == text
+    assert all(devices.include(c) and devices.reasons(c) == [] for c in inside)
+    assert not any(devices.include(c) for c in outside)
+    assert devices.reasons(None) == [f"needs compute capability {text}, got a CPU"]
+
+
+@pytest.mark.parametrize("name", ["triton", "humming", "flashinfer_trtllm", "flashinfer_cutlass"])
+@pytest.mark.parametrize("what", ["hidden", "intermediate"])
+def test_operands_that_are_not_padded_are_refused(name, what, monkeypatch):
+    package = "flashinfer" if name.startswith("flashinfer") else "triton"
+    if not importlib.util.find_spec(package):
+        pytest.skip(f"needs the package {package}")
+    monkeypatch.setattr(base, "query_capability", lambda device: RUNS_ON[name])
+    kernel, weights = KERNELS[name], layer(256, 192)
+    prepared = kernel.prepare(weights, hidden_alignment=256)
+    down = prepared.operands.down_packed
+    down = down[:, :-16] if what == "hidden" else down[:, :, :-8]
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    call = prepared.call(torch.zeros(1, 128), ids, torch.ones(1, 2))
+    call = call._replace(operands=call.operands._replace(down_packed=down))
+    with pytest.raises(ShapeError, match=f"^{name}: the padded {what} size must be a multiple of "):
+        kernel(call)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "output_scale"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("name", KERNELS)
+def test_updated_scales_are_those_of_weights_prepared_anew(name, gated, scaled):
+    weights = layer(130, 100, activation="silu" if gated else "relu2", gated=gated)
+    scale = torch.tensor([0.3, 1.7, 2.0, 0.9]) if scaled else None
+    options = {"hidden_alignment": 256, "output_scale": scale}
+    kernel = KERNELS[name]
+    old = kernel.prepare(weights, **options)
+    new = {"hidden_scale": torch.tensor([0.7]), "intermediate_scale": torch.rand(4) + 0.1}
+    expected = kernel.prepare(dataclasses.replace(weights, **new), **options)
+    changed = kernel.update_scales(old, *new.values(), scale)
+    updated = old.replaced({**old.tensors(), **changed})
+    for tensor_name, tensor in expected.tensors().items():
+        assert torch.equal(updated.tensors()[tensor_name], tensor), tensor_name
+    assert list(updated.kept) == list(expected.kept)
+    assert torch.equal(kernel.restore(updated).hidden_scale, new["hidden_scale"])
+
+
+def test_a_layer_is_read_off_any_object_that_has_its_facts():
+    weights = layer(num_experts=9, expert_offset=3)
+    assert Layer.of(weights, top_k=2) == weights.layer(2)
+    assert Layer.of(weights) == weights.layer() != weights.layer(2)
+    assert weights.metadata() == weights.layer(2).metadata()
+    assert str(weights.layer()) == "gated silu, 9 experts of 256 x 192"
+    assert weights.layer().on(None).endswith("256 x 192, CPU")
+    assert weights.layer().on((9, 0)).endswith("256 x 192, 9.0")
