@@ -10,7 +10,7 @@ What is left are the weights. No names of modules, no sequence of operations; nu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Set
 
 import torch
 from torch import fx
@@ -31,125 +31,193 @@ LARGEST_REGION = 20_000
 
 
 def propose_regions(
-    flow: Flow, parameters: set[fx.Node], taken: set[fx.Node]
+    flow: Flow, parameters: Set[fx.Node] = frozenset(), taken: Set[fx.Node] = frozenset()
 ) -> Iterator[Iterator[Region]]:
     """Yield for each selection of experts its possible regions, the likeliest first.
 
     Args:
         flow: the graph. parameters: nodes known to be stored weights, whatever their shape.
-        taken: nodes of regions that are decided already.
+        taken: nodes of regions that are decided already; may grow between two selections.
     """
     selections = {}
     for node in flow.nodes:
         shape = hinted_shape(node)
         if shape is not None and _is_selection(flow, node, shape, parameters):
-            ids, shape = _narrowed(flow, node, shape)
+            ids, shape = _used_columns(flow, node, shape)
             selections[ids] = shape
-    for ids in selections:
-        if ids not in taken:
-            yield _regions_behind(flow, ids, selections, parameters, taken)
+    for ids, shape in selections.items():
+        layers = _Layers(flow, ids, shape, parameters, set(selections), taken)
+        while ids not in taken and layers.readers:
+            yield layers.regions(layers.readers)
+            layers.advance()
 
 
-def _regions_behind(
-    flow: Flow,
-    ids: fx.Node,
-    selections: dict[fx.Node, tuple[int, ...]],
-    parameters: set[fx.Node],
-    taken: set[fx.Node],
-) -> Iterator[Region]:
-    shape = selections[ids]
-    tokens = elements(shape[:-1])
-    search = _Search(flow, ids, tokens, shape[-1], flow.after(ids), parameters, set(selections))
-    found = False
-    for output in _outputs(flow, ids, tokens, search.after):
-        here = False
-        for region in search.regions(output):
-            if taken.isdisjoint(region.nodes):
-                here = True
-                yield region
-        if found and not here:
-            break
-        found |= here
+class _Layers:
+    """The layers of one selection: as a rule one, several where they share their routing.
+
+    Attributes:
+        readers: nodes that read the selection and lead to a possible output, less those of layers
+            that were looked at.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        ids: fx.Node,
+        shape: tuple[int, ...],
+        parameters: Set[fx.Node],
+        selections: set[fx.Node],
+        taken: Set[fx.Node],
+    ):
+        self.flow, self.ids, self.taken = flow, ids, taken
+        self.tokens, self.top_k = elements(shape[:-1]), shape[-1]
+        self.parameters, self.selections = parameters, selections
+        # A reader that leads to no possible output (a loss, a counter) is no part of a layer.
+        after = flow.after(ids)
+        chains = {
+            reader: [n for n in flow.chain(reader) if n in after and _is_output(n, self.tokens)]
+            for reader in flow.readers[ids]
+        }
+        self.outputs = {reader: chain for reader, chain in chains.items() if chain}
+        self.readers = list(self.outputs)
+        self.several = False
+        self.looked_at: set[fx.Node] = set()
+
+    def regions(self, readers: list[fx.Node]) -> Iterator[Region]:
+        """Yield the possible regions of the layer that the first of the readers belongs to."""
+        shared = self._shared(readers)
+        found_any = False
+        for output in shared:
+            found = False
+            for region in self._search(readers).regions(output):
+                if self.taken.isdisjoint(region.nodes):
+                    # Without roles it is only a near miss.
+                    found |= bool(region.weights)
+                    yield region
+            if found_any and not found:
+                break
+            found_any |= found
+        if not found_any and len(readers) > 1:
+            self.several = True
+            yield from self._of_first_reader(readers, set(shared))
+
+    def _of_first_reader(self, readers: list[fx.Node], shared: set[fx.Node]) -> Iterator[Region]:
+        """Yield regions that end where only some of the readers meet; of stacked weights only.
+
+        Of experts in a list, the first few would look like a whole layer.
+        """
+        for output in self.outputs[readers[0]][:TRIED_OUTPUTS]:
+            if output in shared:
+                break
+            group = [reader for reader in readers if output in self.outputs[reader]]
+            for region in self._search(group).regions(output):
+                stacked = all(len(nodes) == 1 for nodes in region.weights.values())
+                if region.weights and stacked and self.taken.isdisjoint(region.nodes):
+                    self.looked_at = set(region.nodes)
+                    yield region
+
+    def advance(self) -> None:
+        """Leave the layer whose regions were yielded; there is a next one where several are."""
+        first, before = self.readers[0], len(self.readers)
+        self.readers = [reader for reader in self.readers if reader not in self.taken]
+        if not self.several:
+            self.readers = []
+        elif len(self.readers) == before:
+            done = self.looked_at | {first}
+            self.readers = [reader for reader in self.readers if reader not in done]
+        self.several = False
+
+    def _search(self, readers: list[fx.Node]) -> _Search:
+        after = {self.ids}.union(*(self.flow.after(reader) for reader in readers))
+        sizes = (self.tokens, self.top_k)
+        return _Search(self.flow, self.ids, *sizes, after, self.parameters, self.selections)
+
+    def _shared(self, readers: list[fx.Node]) -> list[fx.Node]:
+        """The first possible outputs that every path from these readers meets."""
+        first, *others = (self.outputs[reader] for reader in readers)
+        shared = set(first).intersection(*others)
+        return [node for node in first if node in shared][:TRIED_OUTPUTS]
+
+
+def _is_output(node: fx.Node, tokens: int) -> bool:
+    """Whether it may be the output [T, H] of a layer."""
+    shape = hinted_shape(result_node(node))
+    return (
+        node.op != "output"
+        and shape is not None
+        and len(shape) >= 2
+        and meta_value(result_node(node)).is_floating_point()
+        and elements(shape[:-1]) == tokens
+        and shape[-1] > 1
+    )
 
 
 def _is_selection(
-    flow: Flow, node: fx.Node, shape: tuple[int, ...], parameters: set[fx.Node]
+    flow: Flow, node: fx.Node, shape: tuple[int, ...], parameters: Set[fx.Node]
 ) -> bool:
     """Whether it is integers [..., K] that were not computed from other integers."""
     if len(shape) < 2 or 0 in shape or node in parameters or node.op == "get_attr":
         return False
     if meta_value(node).dtype not in (torch.int64, torch.int32):
         return False
-    sources = [r for read in flow.reads[node] for r in _tensors_behind(flow, read)]
     if node.op == "placeholder":
         return True
-    return bool(sources) and all(meta_value(s).is_floating_point() for s in sources)
+    sources = [tensor for read in flow.reads[node] for tensor in _tensors_behind(flow, read)]
+    return bool(sources) and all(meta_value(source).is_floating_point() for source in sources)
 
 
-def _narrowed(flow: Flow, node: fx.Node, shape: tuple[int, ...]) -> tuple[fx.Node, tuple[int, ...]]:
-    """The part that is used, where only the first columns of a full sort are."""
+def _used_columns(
+    flow: Flow, node: fx.Node, shape: tuple[int, ...]
+) -> tuple[fx.Node, tuple[int, ...]]:
+    """Return the selection and its shape: the slice where only K columns of a full sort are used.
+
+    A selection that is used as it is comes back unchanged.
+    """
     readers = flow.readers[node]
     if len(readers) == 1:
-        narrow = hinted_shape(readers[0])
-        if narrow and narrow[:-1] == shape[:-1] and narrow[-1] < shape[-1]:
+        sliced = hinted_shape(readers[0])
+        if sliced and sliced[:-1] == shape[:-1] and sliced[-1] < shape[-1]:
             if meta_value(readers[0]).dtype in (torch.int64, torch.int32):
-                return _narrowed(flow, readers[0], narrow)
+                return _used_columns(flow, readers[0], sliced)
     return node, shape
 
 
 def _tensors_behind(flow: Flow, node: fx.Node) -> list[fx.Node]:
+    """The node if it is a tensor; if it is a tuple of results, the tensors it comes from."""
     value = meta_value(node)
     if isinstance(value, (tuple, list)):
-        return [n for read in flow.reads[node] for n in _tensors_behind(flow, read)]
+        return [tensor for read in flow.reads[node] for tensor in _tensors_behind(flow, read)]
     return [node] if isinstance(value, torch.Tensor) else []
-
-
-def _outputs(flow: Flow, ids: fx.Node, tokens: int, after: set[fx.Node]) -> Iterable[fx.Node]:
-    """The first nodes that every path from the selection meets and that may be [T, H]."""
-
-    def possible(node: fx.Node) -> bool:
-        shape = hinted_shape(result_node(node))
-        return (
-            node in after
-            and node.op != "output"
-            and shape is not None
-            and len(shape) >= 2
-            and meta_value(result_node(node)).is_floating_point()
-            and elements(shape[:-1]) == tokens
-            and shape[-1] > 1
-        )
-
-    # A reader that leads to no such place (a loss, a counter) is no part of the layer.
-    chains = [flow.chain(reader) for reader in flow.readers[ids] if reader.op != "output"]
-    chains = [chain for chain in chains if any(map(possible, chain))]
-    if not chains:
-        return []
-    shared = set(chains[0]).intersection(*chains[1:])
-    return [node for node in chains[0] if node in shared and possible(node)][:TRIED_OUTPUTS]
 
 
 @dataclasses.dataclass
 class _Search:
-    """Looks for the borders of a region behind one selection."""
+    """Looks for the regions of one selection.
+
+    Attributes:
+        flow: the graph. ids: the selection, [T, K]. tokens: T. top_k: K.
+        after: all that depends on the selection.
+        parameters: stored weights. selections: all selections of the graph.
+        only_ids: nodes that depend on nothing but the selection and constants.
+    """
 
     flow: Flow
     ids: fx.Node
     tokens: int
     top_k: int
     after: set[fx.Node]
-    parameters: set[fx.Node]
+    parameters: Set[fx.Node]
     selections: set[fx.Node]
 
     def __post_init__(self) -> None:
         self.only_ids = self.flow.only_from(self.ids, self.after)
 
     def regions(self, output: fx.Node) -> Iterator[Region]:
-        """The regions of that output: sparse weighting, from the latest on, then dense."""
+        """Yield the regions of that output: sparse weighting, from the latest on, then dense."""
         passed: set[fx.Node] = set()
         for _ in range(TRIED_WEIGHTINGS):
             closure = _Closure(self, output, set(), passed)
-            region = closure.region()
-            if region is not None:
+            if (region := closure.region()) is not None:
                 yield region
             # With one expert a token, or all, the weights of sorted pairs look like [T, K] too.
             later = closure.borders["routing"] & self.after
@@ -163,7 +231,19 @@ class _Search:
 
 
 class _Closure:
-    """What an output is computed from, back to the borders."""
+    """What an output is computed from, back to hidden states, selection, weighting and weights.
+
+    Args:
+        search: for one selection. output: where to start.
+        experts: numbers of columns that make a float tensor a dense weighting.
+        passed: tensors that look like the weighting and are taken for none.
+
+    Attributes:
+        inside: the nodes in between. sources: the weights and other stored float tensors.
+        borders: candidates for the hidden states and for the weighting.
+        numbers: Python numbers that may change from call to call.
+        foreign: whether it reads what no layer of experts reads.
+    """
 
     def __init__(self, search: _Search, output: fx.Node, experts: set[int], passed: set[fx.Node]):
         self.search, self.flow, self.output = search, search.flow, output
@@ -172,16 +252,20 @@ class _Closure:
         self.inside: set[fx.Node] = set()
         self.borders: dict[str, set[fx.Node]] = {"hidden": set(), "routing": set()}
         self.sources: set[fx.Node] = set()
+        self.numbers: set[fx.Node] = set()
         self.foreign = False
         self.reads_ids = False
         self._walk(output)
-        while not self.foreign and (node := self._to_expand()) is not None:
+        while not self.foreign and (node := self._no_border()) is not None:
             for border in self.borders.values():
                 border.discard(node)
             self._walk(node)
 
-    def _to_expand(self) -> fx.Node | None:
-        """The latest of several borders: the others may be where it comes from."""
+    def _no_border(self) -> fx.Node | None:
+        """Return a candidate that belongs inside, None when the borders are settled.
+
+        Of several candidates it is the last in graph order: the others may be its inputs.
+        """
         for border in self.borders.values():
             if len(border) > 1:
                 return max(border, key=self.flow.index.__getitem__)
@@ -189,11 +273,13 @@ class _Closure:
         return next(iter(hidden), None) if not self._may_be_experts() else None
 
     def _may_be_experts(self) -> bool:
-        shapes = [hinted_shape(s) or () for s in self.sources]
-        stacked = [s for s in shapes if len(s) == 3]
-        return len([s for s in stacked or shapes if len(s) >= 2]) >= 2
+        """Whether there are two weights or more: stacked ones if any is, else matrices."""
+        shapes = [hinted_shape(source) or () for source in self.sources]
+        stacked = [shape for shape in shapes if len(shape) == 3]
+        return len([shape for shape in stacked or shapes if len(shape) >= 2]) >= 2
 
     def _walk(self, start: fx.Node) -> None:
+        """Add the node and all that it needs, up to the borders."""
         waiting = [start]
         self.inside.add(start)
         while waiting and not self.foreign:
@@ -206,6 +292,8 @@ class _Closure:
                 elif read in self.search.selections:
                     # A choice of groups comes before that of experts.
                     self.foreign = True
+                elif self._is_number(read):
+                    self.numbers.add(read)
                 elif (border := self._border(read)) is not None:
                     self.borders[border].add(read)
                 elif read.op in ("placeholder", "get_attr"):
@@ -214,6 +302,13 @@ class _Closure:
                     self.inside.add(read)
                     waiting.append(read)
             self.foreign |= len(self.inside) > LARGEST_REGION
+
+    def _is_number(self, node: fx.Node) -> bool:
+        """Whether it is a Python float that is given or read from a tensor, not made of sizes."""
+        if not isinstance(meta_value(node), (float, torch.SymFloat)):
+            return False
+        reads = map(meta_value, self.flow.reads[node])
+        return node.op == "placeholder" or any(isinstance(r, torch.Tensor) for r in reads)
 
     def _add_source(self, node: fx.Node) -> None:
         value = meta_value(node)
@@ -228,6 +323,7 @@ class _Closure:
             self.foreign = True
 
     def _border(self, node: fx.Node) -> str | None:
+        """Return which border the node may be: "hidden", "routing" or None."""
         search, shape = self.search, hinted_shape(node)
         if shape is None or node in search.parameters or not meta_value(node).is_floating_point():
             return None
@@ -238,25 +334,21 @@ class _Closure:
             return "hidden" if node not in search.after else None
         if node in search.only_ids or node in self.passed or node.op == "get_attr":
             return None
-        if count % search.tokens:
-            return None
-        columns = count // search.tokens
-        if (
-            len(shape) >= 2
-            and columns == shape[-1]
-            and (columns == search.top_k or columns in self.experts)
-        ):
-            return "routing"
-        return None
+        columns, rest = divmod(count, search.tokens)
+        is_matrix = len(shape) >= 2 and columns == shape[-1] and not rest
+        return "routing" if is_matrix and columns in {search.top_k, *self.experts} else None
 
     def expert_counts(self) -> set[int]:
-        """How many experts the weights may be for."""
-        shapes = [hinted_shape(s) or () for s in self.sources]
-        stacked = {s[0] for s in shapes if len(s) == 3}
-        return stacked or {shapes.count(s) for s in shapes if len(s) == 2} - {1}
+        """Return how many experts the weights may be for."""
+        shapes = [hinted_shape(source) or () for source in self.sources]
+        stacked = {shape[0] for shape in shapes if len(shape) == 3}
+        return stacked or {shapes.count(shape) for shape in shapes if len(shape) == 2} - {1}
 
     def region(self) -> Region | None:
-        """The region, or None where it does not end at a hidden tensor and two weights or more."""
+        """Return the region, None where it does not end at hidden states and two weights or more.
+
+        Where several stacked weights cannot be told apart, it has a reason and no weights.
+        """
         if self.foreign or len(self.borders["hidden"]) != 1 or not self._may_be_experts():
             return None
         (hidden,) = self.borders["hidden"]
@@ -264,35 +356,51 @@ class _Closure:
         if not self.reads_ids and routing is None:
             return None
         shape = hinted_shape(routing) if routing is not None else None
-        region = Region(*innermost_module(self.output), [], by_flow=True)
+        region = Region(*innermost_module(self.output), [])
         region.hidden, region.expert_ids, region.routing_weights = hidden, self.search.ids, routing
         region.dense = shape is not None and shape[-1] != self.search.top_k
         region.output = self.output
+        region.numbers = tuple(sorted(self.numbers, key=self.flow.index.__getitem__))
         sources = sorted(self.sources, key=self._first_use)
-        found = find_weights(self.flow, self.inside, hidden, sources)
-        if found is None:
-            return None
-        region.weights, region.extras = found
+        roles = find_weights(self.flow, self.inside, hidden, sources)
+        if roles is None:
+            return self._without_roles(region, sources)
+        region.weights, region.extras = roles
         if region.dense:
             region.support = self._support(region)
         if not self.reads_ids and not region.dense:
             return None
+        names = ", ".join(node.name for node in region.numbers)
+        if names:
+            region.reasons.append(f"it reads {names}, a number that may change from call to call")
         close_region(self.flow, region, self.inside)
         return region
 
+    def _without_roles(self, region: Region, sources: list[fx.Node]) -> Region | None:
+        stacked = [node for node in sources if len(hinted_shape(node) or ()) == 3]
+        if len({(hinted_shape(node) or ())[0] for node in stacked}) != 1:
+            return None
+        names = ", ".join(f"{node.name} {list(hinted_shape(node) or ())}" for node in stacked)
+        region.nodes = sorted(self.inside, key=self.flow.index.__getitem__)
+        region.reasons.append(
+            f"its weights {names} are not one up projection, or gate and up, followed by one down "
+            "projection"
+        )
+        return region
+
     def _support(self, region: Region) -> list[fx.Node]:
-        """The nodes that make a dense weighting from the selection."""
-        assert region.routing_weights is not None
-        found, waiting = {region.routing_weights}, [region.routing_weights]
+        """Return the nodes that make a dense weighting from the selection, in graph order."""
+        if region.routing_weights is None or region.routing_weights not in self.search.after:
+            return []
+        support, waiting = {region.routing_weights}, [region.routing_weights]
         while waiting:
             for read in self.flow.reads[waiting.pop()]:
                 chosen = read in self.search.after and read is not self.search.ids
-                if (chosen or self.flow.is_constant(read)) and read not in found:
-                    found.add(read)
+                if (chosen or self.flow.is_constant(read)) and read not in support:
+                    support.add(read)
                     waiting.append(read)
-        if region.routing_weights not in self.search.after:
-            return []
-        return sorted(found, key=self.flow.index.__getitem__)
+        return sorted(support, key=self.flow.index.__getitem__)
 
     def _first_use(self, node: fx.Node) -> int:
+        """Return the place in the graph of the first node inside that reads it."""
         return min(self.flow.index[r] for r in self.flow.readers[node] if r in self.inside)
