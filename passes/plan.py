@@ -19,7 +19,8 @@ from fp4moe.kernels import MoeSpec, PreparedWeights, current_capability, get_ker
 
 from .find.by_flow import propose_regions
 from .find.region import Region
-from .graph.dataflow import Flow, hinted_shape, meta_value
+from .graph.attributes import read_attribute
+from .graph.dataflow import Flow, meta_value, structure
 from .insert import FUSED_OPERATORS, output_sizes
 from .judge.forms import Hypothesis
 from .judge.verify import Verdict, judge_region
@@ -179,8 +180,7 @@ class Planner:
 
     def _real(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            return getattr(self.gm.get_submodule(owner), name)
+            return read_attribute(self.gm, node)
         return self.values.get(node)
 
     def _kernel(
@@ -261,15 +261,6 @@ def _gradient_reasons(region: Region) -> list[str]:
 
 def _structure(region: Region) -> str:
     """A text that is equal for regions of equal operations and sizes."""
-    inputs = region.inputs()
-    names = {node: f"%{i}" for i, node in enumerate([*inputs.values(), *region.nodes])}
-
-    def plain(argument: fx.Node) -> Any:
-        return names.get(argument, str(meta_value(argument)))
-
-    lines = [f"{role} {meta_value(n).dtype}{hinted_shape(n)}" for role, n in inputs.items()]
-    for node in [*region.nodes, *region.support]:
-        args, kwargs = fx.node.map_arg(node.args, plain), fx.node.map_arg(node.kwargs, plain)
-        lines.append(f"{names.get(node)} {node.op} {node.target} {args} {kwargs}")
-    lines.append(f"-> {names.get(region.output) if region.output else None}")
-    return "\n".join(lines)
+    nodes = [*region.nodes, *region.support]
+    outputs = [region.output] if region.output is not None else []
+    return structure(region.inputs(), nodes, outputs)

@@ -10,12 +10,20 @@ What is left are the weights. No names of modules, no sequence of operations; nu
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Set
 
 import torch
 from torch import fx
 
-from ..graph.dataflow import Flow, elements, hinted_shape, meta_value, result_node
+from ..graph.dataflow import (
+    Flow,
+    elements,
+    hinted_shape,
+    meta_value,
+    operation_name,
+    result_node,
+)
 from .borders import close_region
 from .region import Region, innermost_module
 from .roles import find_weights
@@ -78,7 +86,7 @@ class _Layers:
             reader: [n for n in flow.chain(reader) if n in after and _is_output(n, self.tokens)]
             for reader in flow.readers[ids]
         }
-        self.outputs = {reader: chain for reader, chain in chains.items() if chain}
+        self.outputs = {r: _without_casts(flow, chain) for r, chain in chains.items() if chain}
         self.readers = list(self.outputs)
         self.several = False
         self.looked_at: set[fx.Node] = set()
@@ -137,6 +145,18 @@ class _Layers:
         first, *others = (self.outputs[reader] for reader in readers)
         shared = set(first).intersection(*others)
         return [node for node in first if node in shared][:TRIED_OUTPUTS]
+
+
+def _without_casts(flow: Flow, chain: list[fx.Node]) -> list[fx.Node]:
+    """The chain less what is only cast by its next node: the cast belongs to the layer."""
+    cast = {
+        node
+        for node, following in itertools.pairwise(chain)
+        if operation_name(following) in ("to", "_to_copy")
+        and flow.reads[following] == [node]
+        and flow.readers[node] == [following]
+    }
+    return [node for node in chain if node not in cast]
 
 
 def _is_output(node: fx.Node, tokens: int) -> bool:
