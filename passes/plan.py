@@ -22,7 +22,7 @@ from .find.region import Region
 from .graph.attributes import read_attribute
 from .graph.dataflow import Flow, meta_value, structure
 from .insert import FUSED_OPERATORS, output_sizes
-from .judge.forms import Hypothesis
+from .judge.forms import Form
 from .judge.verify import Verdict, judge_region
 from .report import BlockMatch
 
@@ -183,9 +183,7 @@ class Planner:
             return read_attribute(self.gm, node)
         return self.values.get(node)
 
-    def _kernel(
-        self, region: Region, form: Hypothesis, first: torch.Tensor
-    ) -> tuple[str | None, str]:
+    def _kernel(self, region: Region, form: Form, first: torch.Tensor) -> tuple[str | None, str]:
         assert region.hidden is not None and region.expert_ids is not None
         experts, rows, columns = region.weight_shape("first")
         joint = form.gated and "second" not in region.weights

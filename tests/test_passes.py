@@ -23,7 +23,7 @@ from fp4moe.passes.graph.dataflow import Flow
 from fp4moe.passes.graph.show import show_graph
 from fp4moe.passes.insert import FUSED_OPERATORS
 from fp4moe.passes.judge import probes, verify
-from fp4moe.passes.judge.forms import possible_hypotheses
+from fp4moe.passes.judge.forms import possible_forms
 from fp4moe.passes.judge.verify import judge_region
 
 expecttest = pytest.importorskip("expecttest", reason="optional package")
@@ -710,9 +710,9 @@ class TestMutations:
     )
     def test_without_the_form_that_fits(self, monkeypatch, form, closest, least, most):
         def others(*args, **settings):
-            return (f for f in possible_hypotheses(*args, **settings) if str(f) != form)
+            return (f for f in possible_forms(*args, **settings) if str(f) != form)
 
-        monkeypatch.setattr(verify, "possible_hypotheses", others)
+        monkeypatch.setattr(verify, "possible_forms", others)
         graph, _ = capture(Block(form_class(form)), *routed(5))
         verdict = verify.judge_region(graph, region_of(graph))
         assert verdict.form is None and str(verdict.closest).startswith(closest)

@@ -1,7 +1,7 @@
 """Ask a region's numbers what it computes.
 
 The region runs in float32 on random tokens and random weights of its own sizes, and is compared
-with the plain definition under every hypothesis; exactly one must fit. It fits again on large
+with the plain definition under every form; exactly one must fit. It fits again on large
 inputs whose tokens all choose the same experts, where clamps and limited capacities show, and with
 every expert.
 """
@@ -23,7 +23,7 @@ from fp4moe.random_floats import random_normal
 from ..find.region import Region
 from ..graph.dataflow import hinted_shape, meta_value, result_node
 from ..graph.execute import run_in_float32, undisturbed
-from .forms import SEPARATE, Hypothesis, possible_hypotheses
+from .forms import SEPARATE, Form, possible_forms
 from .probes import (
     Probes,
     checking_rounds,
@@ -36,7 +36,7 @@ from .probes import (
 __all__ = ["Verdict", "judge_region"]
 
 # Relative RMS limit. Float32 sums of H terms err by about sqrt(H) * 2^-24 = 3e-6 at H = 2816; the
-# closest pair of hypotheses, the two GELUs, differ by about 3e-4.
+# closest pair of forms, the two GELUs, differ by about 3e-4.
 LIMIT = 3e-5
 
 
@@ -45,13 +45,13 @@ class Verdict:
     """What a region's numbers say.
 
     Attributes:
-        form: the one hypothesis that fits, or None. reason: why there is none.
-        closest: the hypothesis that came closest. error: its relative RMS error.
+        form: the one form that fits, or None. reason: why there is none.
+        closest: the form that came closest. error: its relative RMS error.
     """
 
-    form: Hypothesis | None
+    form: Form | None
     reason: str
-    closest: Hypothesis | None = None
+    closest: Form | None = None
     error: float = math.inf
 
 
@@ -64,7 +64,7 @@ def judge_region(gm: fx.GraphModule, region: Region, verify: bool = True) -> Ver
     """
     with undisturbed(meta_value(region.inputs()["hidden"]).device):
         probes = make_probes(region)
-        forms = list(_hypotheses(probes, region))
+        forms = list(_forms(probes, region))
         if not forms:
             shapes = [f"{list(region.weight_shape(role))}" for role in region.weights]
             return Verdict(
@@ -152,9 +152,9 @@ def _dense_reason(gm: fx.GraphModule, region: Region, probes: Probes) -> str:
     return "" if not rest.any() else "its dense weighting weighs experts that were not selected"
 
 
-def _hypotheses(probes: Probes, region: Region) -> list[Hypothesis]:
+def _forms(probes: Probes, region: Region) -> list[Form]:
     return list(
-        possible_hypotheses(
+        possible_forms(
             region.weight_shape("first"),
             region.weight_shape("down"),
             probes["hidden"].shape[-1],
@@ -164,9 +164,7 @@ def _hypotheses(probes: Probes, region: Region) -> list[Hypothesis]:
     )
 
 
-def _errors(
-    forms: list[Hypothesis], probes: Probes, actual: torch.Tensor
-) -> dict[Hypothesis, float]:
+def _errors(forms: list[Form], probes: Probes, actual: torch.Tensor) -> dict[Form, float]:
     """Relative RMS error of the region against the definition, written out pair by pair.
 
     Without weights in between, first(w * x) is w * first(x): both weightings share one product.
@@ -198,7 +196,7 @@ def _errors(
 
 
 def _inner(
-    form: Hypothesis, products: dict[tuple[str, bool], torch.Tensor], weight: torch.Tensor
+    form: Form, products: dict[tuple[str, bool], torch.Tensor], weight: torch.Tensor
 ) -> torch.Tensor:
     """What the down projection takes, [I], weighted."""
     act = ACTIVATIONS[form.activation].function
