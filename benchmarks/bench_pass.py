@@ -4,9 +4,8 @@
 
 Widths are small by default, as the cost hangs on the number of nodes; only the one verification
 grows with them. All layers share one layer's expert weights, so that they fit into memory. Packing,
-done once for each weight however often it is compiled, is timed apart. A row "by data flow" has the
-names of modules taken out of the graph first. The last rows verify one block at its real width,
-in a process whose peak memory is read before and after.
+done once for each weight however often it is compiled, is timed apart. The last rows verify one
+block at its real width, in a process whose peak memory is read before and after.
 """
 
 from __future__ import annotations
@@ -23,8 +22,10 @@ import torch
 from machine import cpu_name
 
 import fp4moe
-from fp4moe.passes import find_regions, rewrite_moe, verify_region
-from fp4moe.stamps import is_experts_class
+from fp4moe.passes import rewrite_moe
+from fp4moe.passes.find.by_flow import propose_regions
+from fp4moe.passes.graph.dataflow import Flow
+from fp4moe.passes.judge.verify import judge_region
 
 
 def model(layers: int, hidden: int, intermediate: int) -> torch.nn.Module:
@@ -82,17 +83,18 @@ def verify_at_real_width(implementation: str) -> None:
     built = model(1, 2816, 704)
     built.set_experts_implementation(implementation)
     graph, _ = captured(built)
-    (region,) = find_regions(graph.graph, is_experts_class)
+    (regions,) = propose_regions(Flow(graph.graph))
+    region = next(regions)
     status, reset = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
     # Building the model had a peak of its own.
     reset.write_text("5")
     peak, start = re.compile(r"VmHWM:\s+(\d+)"), time.perf_counter()
     before = int(peak.search(status.read_text())[1])
-    form, reason = verify_region(graph, region)
+    verdict = judge_region(graph, region)
     seconds = time.perf_counter() - start
     grown = int(peak.search(status.read_text())[1]) - before
-    if form is None:
-        raise RuntimeError(f"bench_pass: the block must be recognised; got {reason}")
+    if verdict.form is None:
+        raise RuntimeError(f"bench_pass: the block must be recognised; got {verdict.reason}")
     print(
         f"verification, {implementation}, 128 experts, H 2816, I 704, bf16: {seconds:.1f} s, peak "
         f"memory + {grown / 1000:.0f} MB"
@@ -100,7 +102,7 @@ def verify_at_real_width(implementation: str) -> None:
 
 
 def main() -> None:
-    """Print a row for each way of finding the blocks, and Inductor's own time if asked."""
+    """Print the time of the pass with and without packing, and Inductor's own if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--hidden", type=int, default=256)
@@ -117,12 +119,9 @@ def main() -> None:
         f"{args.layers} layers, {len(graph.graph.nodes)} nodes, H {args.hidden}, "
         f"I {args.intermediate}; capture by dynamo {dynamo:.1f} s"
     )
-    for name in ("pass and packing, by names", "pass, by names", "pass, by data flow"):
+    for name in ("pass and packing", "pass"):
         again = copy.copy(graph)
         again.graph = copy.deepcopy(graph.graph)
-        if name.endswith("flow"):
-            for node in again.graph.nodes:
-                node.meta.pop("nn_module_stack", None)
         start = time.perf_counter()
         with torch.no_grad():
             report = rewrite_moe(again, values)

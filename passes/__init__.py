@@ -8,24 +8,7 @@ if __name__ != "fp4moe.passes":
     )
 
 from .exported import rewrite_exported
-from .find.region import Region, find_regions
-from .graph.show import show_graph
-from .judge.forms import Hypothesis
-from .judge.verify import verify_region
 from .report import BlockMatch, RewriteReport, RoutingMatch
 from .rewrite import rewrite_moe
-from .routing.fuse import fuse_routing
 
-__all__ = [
-    "BlockMatch",
-    "Hypothesis",
-    "Region",
-    "RewriteReport",
-    "RoutingMatch",
-    "find_regions",
-    "fuse_routing",
-    "rewrite_exported",
-    "rewrite_moe",
-    "show_graph",
-    "verify_region",
-]
+__all__ = ["BlockMatch", "RewriteReport", "RoutingMatch", "rewrite_exported", "rewrite_moe"]

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from fp4moe.kernels import DEFAULT_HIDDEN_ALIGNMENT
 from .report import RewriteReport, report_no_match
 from .rewrite import Rewritten, check_settings, rewrite_graph
 
-__all__ = ["rewrite_aten", "rewrite_exported"]
+__all__ = ["rewrite_exported"]
 
 logger = logging.getLogger("fp4moe")
 STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -57,7 +56,8 @@ def rewrite_exported(
         exported_program: from torch.export.export, strict or not, decomposed or not, or loaded;
             stays as it is. Its expert weights must be real tensors.
         kernel: "auto" or a kernel's name, chosen for the device of the weights.
-        verify: compare each distinct block's numbers with the definition first.
+        verify: False leaves out the checks on large inputs and on further experts; see
+            `rewrite_moe`.
         on_no_match: "warn", "error" or "ignore" when no block is or was fused.
         hidden_alignment: 128, 256 or 512, what the Blackwell kernel pads the hidden size to.
         routing: "given" keeps the program's own routing; "fused" lets the kernel choose the experts
@@ -86,7 +86,8 @@ def rewrite_exported(
     values = _values(gm, signature, {**constants, **state})
     before = [node.name for node in gm.graph.output_node().all_input_nodes]
     with torch.no_grad():
-        report, done = rewrite_aten(gm, values, kernel, verify, hidden_alignment, routing)
+        settings = (kernel, verify, hidden_alignment, routing)
+        report, done = rewrite_graph(gm, values, *settings, constants=True)
     logger.info("rewrite_exported: %s", report)
     report_no_match(report, on_no_match, caller="rewrite_exported")
     if not done and not any(match.fused for match in report.routing):
@@ -114,22 +115,6 @@ def rewrite_exported(
     return program, report
 
 
-def rewrite_aten(
-    gm: fx.GraphModule,
-    values: Sequence[Any],
-    kernel: str,
-    verify: bool,
-    hidden_alignment: int,
-    routing: str,
-) -> tuple[RewriteReport, list[Rewritten]]:
-    """Rewrite an ATen graph, whose modules are named by their classes' names, in place."""
-    _map_classes(gm.graph, _class_of)
-    settings = (kernel, verify, hidden_alignment, routing)
-    report, done = rewrite_graph(gm, values, *settings, constants=True)
-    _map_classes(gm.graph, _name_of)
-    return report, done
-
-
 def _copied(original: fx.GraphModule) -> fx.GraphModule:
     gm = fx.GraphModule(original, copy.deepcopy(original.graph))
     gm.meta.update(original.meta)
@@ -152,28 +137,6 @@ def _values(
         else node.meta.get("val")
         for node, spec in zip(placeholders, signature.input_specs, strict=True)
     ]
-
-
-def _map_classes(graph: fx.Graph, convert: Callable[[Any], Any]) -> None:
-    # Export writes the class of each module down by name; the locator asks the class.
-    for node in graph.nodes:
-        stack = node.meta.get("nn_module_stack")
-        if stack:
-            node.meta["nn_module_stack"] = {
-                key: (path, convert(cls)) for key, (path, cls) in stack.items()
-            }
-
-
-def _class_of(name: Any) -> Any:
-    if not isinstance(name, str):
-        return name
-    # Only modules that are loaded: a program on disk must not decide what is imported.
-    module, _, cls = name.rpartition(".")
-    return getattr(sys.modules.get(module), cls, name)
-
-
-def _name_of(cls: Any) -> Any:
-    return f"{cls.__module__}.{cls.__qualname__}" if isinstance(cls, type) else cls
 
 
 def _lift_buffers(

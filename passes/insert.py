@@ -18,6 +18,7 @@ from fp4moe.kernels import PreparedWeights
 from fp4moe.ops import nvfp4_moe_arguments
 
 from .find.region import Region
+from .graph.attributes import add_attribute
 from .graph.dataflow import meta_value, result_node
 
 __all__ = ["FUSED_OPERATORS", "insert_operator", "output_sizes"]
@@ -110,7 +111,7 @@ class _Maker:
         else:
             stem = f"fp4moe_{next(_numbers)}"
             attributes = [
-                self.attribute(f"{stem}_{name}", tensor)
+                add_attribute(self.gm, self.output, f"{stem}_{name}", tensor)
                 for name, tensor in constants.operands._asdict().items()
             ]
             settings = nvfp4_moe_arguments(constants, form.kernel)[len(attributes) :]
@@ -196,16 +197,3 @@ class _Maker:
     def kept(self) -> dict[str, Any]:
         names = ("nn_module_stack", "stack_trace", "source_fn_stack")
         return {name: self.output.meta[name] for name in names if name in self.output.meta}
-
-    def attribute(self, name: str, tensor: torch.Tensor) -> fx.Node:
-        """Read a packed tensor, made a buffer of the graph module where it is none yet."""
-        same = [other for other, buffer in self.gm.named_buffers() if buffer is tensor]
-        if not same:
-            self.gm.register_buffer(name, tensor, persistent=False)
-        name = same[0] if same else name
-        node = self.graph.get_attr(name)
-        # Static: the shape environment would otherwise make a symbol of each size.
-        fake = self.fake_mode
-        node.meta[self.key] = fake.from_tensor(tensor, static_shapes=True) if fake else tensor
-        node.meta["nn_module_stack"] = self.output.meta.get("nn_module_stack")
-        return node

@@ -16,14 +16,14 @@ from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.identity.float_weights import FloatWeights, StoredForm, pack_float
 from fp4moe.identity.table import find_packed
 from fp4moe.kernels import Layer, PreparedWeights, current_capability, get_kernel, select_kernel
-from fp4moe.stamps import is_experts_class
 
 from .find.by_flow import propose_regions
-from .find.region import Region, find_regions
-from .graph.dataflow import Flow, hinted_shape, meta_value
+from .find.region import Region
+from .graph.attributes import read_attribute
+from .graph.dataflow import Flow, meta_value, structure
 from .insert import FUSED_OPERATORS, output_sizes
-from .judge.forms import Hypothesis
-from .judge.verify import Verdict, judge_region, trust_region
+from .judge.forms import Form
+from .judge.verify import Verdict, judge_region
 from .report import BlockMatch
 
 __all__ = ["Plan", "Planner"]
@@ -88,72 +88,62 @@ class Planner:
         self.packed: dict[tuple, PreparedWeights] = {}
 
     def plans(self) -> list[Plan]:
-        """The blocks that say their name, then those that only their data flow shows."""
-        found = [
-            self._plan(region, trusted=not self.verify)
-            for region in find_regions(self.gm.graph, is_experts_class)
-            # An earlier run has been here.
-            if not any(node.target in FUSED_OPERATORS for node in region.nodes)
-        ]
-        taken = {node for plan in found for node in plan.region.nodes}
+        """Return what was decided about each block, in graph order."""
+        plans: list[Plan] = []
+        taken: set[fx.Node] = set()
         flow = Flow(self.gm.graph)
         for regions in propose_regions(flow, self._parameters(), taken):
             plan = self._first_that_fits(regions)
-            found += [plan] if plan else []
+            plans += [plan] if plan else []
             if plan and plan.verdict.form:
                 # Two blocks may share a table of indices.
                 taken.update(node for node in plan.region.nodes if not flow.is_constant(node))
-        place = flow.index
-        return sorted(found, key=lambda p: place[p.region.nodes[-1]] if p.region.nodes else 0)
+        return sorted(plans, key=lambda plan: flow.index[plan.region.nodes[-1]])
 
     def _first_that_fits(self, regions: Iterator[Region]) -> Plan | None:
+        """Return the plan of the first region with a form, else of the one that comes closest."""
         tried: list[Plan] = []
         for region in regions:
-            plan = self._plan(region, trusted=False)
+            # An earlier run has been here.
+            if any(node.target in FUSED_OPERATORS for node in region.nodes):
+                continue
+            plan = self._plan(region)
             if plan.verdict.form is not None:
                 return plan
             tried.append(plan)
             logger.debug("rewrite_moe: %s: %s", region.path, "; ".join(plan.reasons))
         return min(tried, key=lambda plan: plan.verdict.error, default=None)
 
-    def _plan(self, region: Region, trusted: bool) -> Plan:
-        reasons = list(region.reasons)
-        unknown = Plan(region, Verdict(None, ""), reasons)
+    def _plan(self, region: Region) -> Plan:
+        """Return what the region computes and what it is packed into, or why it stays."""
+        plan = Plan(region, Verdict(None, ""), list(region.reasons))
         if not region.weights:
-            return unknown
-        weights = {r: tuple(map(self._real, nodes)) for r, nodes in region.weights.items()}
-        if region.reasons and not region.by_flow:
-            return unknown
-        if not reasons:
-            flat = [weight for group in weights.values() for weight in group]
-            reasons += _weight_reasons(flat, real=self.constants) or _gradient_reasons(region)
-        if reasons and not region.by_flow:
-            return unknown
-        verdict = self._verdict(region, trusted)
-        plan = Plan(region, verdict, reasons)
-        if verdict.reason:
-            reasons.append(verdict.reason)
-        if region.extras:
-            names = ", ".join(f"{n.name} {list(meta_value(n).shape)}" for n in region.extras)
-            reasons.append(f"it reads {names} besides its weights; a bias or a scale?")
-        if output_sizes(region) is None:
-            reasons.append("the sizes of its output do not come from its input")
-        if verdict.form is None or reasons:
             return plan
-        name, why = self._kernel(region, verdict.form, weights["first"][0])
-        reasons += [why] if why else []
-        if name and not reasons:
-            stored = verdict.form.stored(name, self.alignment)
-            floats = FloatWeights(weights["first"], weights.get("second", ()), weights["down"])
-            try:
-                if self.constants:
-                    plan.constants = self._packed(floats, stored)
-                elif not any(isinstance(weight, FakeTensor) for weight in floats.flat()):
-                    # Ahead of the first call, so that it can be inside a capture.
-                    find_packed(floats, stored, caller="rewrite_moe", thorough=True)
-                plan.stored = stored
-            except ShapeError as error:
-                reasons.append(str(error))
+        weights = {r: tuple(map(self._real, nodes)) for r, nodes in region.weights.items()}
+        floats = FloatWeights(weights["first"], weights.get("second", ()), weights["down"])
+        if not plan.reasons:
+            plan.reasons += _weight_reasons(floats.flat(), real=self.constants)
+        if not plan.reasons:
+            plan.reasons += _gradient_reasons(region)
+        plan.verdict = self._verdict(region)
+        plan.reasons += _form_reasons(region, plan.verdict)
+        form = plan.verdict.form
+        if form is None or plan.reasons:
+            return plan
+        kernel, why = self._kernel(region, form, floats.first[0])
+        if kernel is None:
+            plan.reasons.append(why)
+            return plan
+        stored = form.stored(kernel, self.alignment)
+        try:
+            if self.constants:
+                plan.constants = self._packed(floats, stored)
+            elif not any(isinstance(weight, FakeTensor) for weight in floats.flat()):
+                # Ahead of the first call, so that it can be inside a capture.
+                find_packed(floats, stored, caller="rewrite_moe", thorough=True)
+            plan.stored = stored
+        except ShapeError as error:
+            plan.reasons.append(str(error))
         return plan
 
     def _packed(self, floats: FloatWeights, stored: StoredForm) -> PreparedWeights:
@@ -165,7 +155,7 @@ class Planner:
             self.packed[key] = kernel.prepare(quantized, hidden_alignment=self.alignment)
         return self.packed[key]
 
-    def _verdict(self, region: Region, trusted: bool) -> Verdict:
+    def _verdict(self, region: Region) -> Verdict:
         nodes = [*region.nodes, *region.support]
         if any(node.op in ("get_attr", "call_module") for node in nodes):
             # What it computes hangs on values that its structure does not show.
@@ -173,11 +163,9 @@ class Planner:
         else:
             known, owner = _verdicts, 0
         functions = tuple(node.target for node in nodes)
-        key = (owner, trusted, _structure(region), functions, tuple(ACTIVATIONS.items()))
+        key = (owner, self.verify, _structure(region), functions, tuple(ACTIVATIONS.items()))
         if key not in known:
-            known[key] = (
-                Verdict(*trust_region(region)) if trusted else judge_region(self.gm, region)
-            )
+            known[key] = judge_region(self.gm, region, self.verify)
         return known[key]
 
     def _parameters(self) -> set[fx.Node]:
@@ -192,13 +180,10 @@ class Planner:
 
     def _real(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            return getattr(self.gm.get_submodule(owner), name)
+            return read_attribute(self.gm, node)
         return self.values.get(node)
 
-    def _kernel(
-        self, region: Region, form: Hypothesis, first: torch.Tensor
-    ) -> tuple[str | None, str]:
+    def _kernel(self, region: Region, form: Form, first: torch.Tensor) -> tuple[str | None, str]:
         assert region.hidden is not None and region.expert_ids is not None
         experts, rows, columns = region.weight_shape("first")
         joint = form.gated and "second" not in region.weights
@@ -237,6 +222,24 @@ def _weight_reasons(weights: Sequence[Any], real: bool) -> list[str]:
     return []
 
 
+def _form_reasons(region: Region, verdict: Verdict) -> list[str]:
+    """Why what it computes is not what the operator computes."""
+    reasons = []
+    if verdict.form is None and region.computed_weights:
+        names = ", ".join(node.name for node in region.computed_weights)
+        reasons.append(
+            f"its weights are computed in the graph ({names}); only stored weights can be packed"
+        )
+    if region.extras:
+        names = ", ".join(f"{n.name} {list(meta_value(n).shape)}" for n in region.extras)
+        reasons.append(f"it reads {names} besides its weights; a bias or a scale?")
+    if verdict.reason:
+        reasons.append(verdict.reason)
+    if output_sizes(region) is None:
+        reasons.append("the sizes of its output do not come from its input")
+    return reasons
+
+
 def _gradient_reasons(region: Region) -> list[str]:
     """Why training forbids it: the operator gives its inputs no gradient."""
     inputs = {"hidden states": region.hidden, "routing weights": region.routing_weights}
@@ -255,15 +258,6 @@ def _gradient_reasons(region: Region) -> list[str]:
 
 def _structure(region: Region) -> str:
     """A text that is equal for regions of equal operations and sizes."""
-    inputs = region.inputs()
-    names = {node: f"%{i}" for i, node in enumerate([*inputs.values(), *region.nodes])}
-
-    def plain(argument: fx.Node) -> Any:
-        return names.get(argument, str(meta_value(argument)))
-
-    lines = [f"{role} {meta_value(n).dtype}{hinted_shape(n)}" for role, n in inputs.items()]
-    for node in [*region.nodes, *region.support]:
-        args, kwargs = fx.node.map_arg(node.args, plain), fx.node.map_arg(node.kwargs, plain)
-        lines.append(f"{names.get(node)} {node.op} {node.target} {args} {kwargs}")
-    lines.append(f"-> {names.get(region.output) if region.output else None}")
-    return "\n".join(lines)
+    nodes = [*region.nodes, *region.support]
+    outputs = [region.output] if region.output is not None else []
+    return structure(region.inputs(), nodes, outputs)

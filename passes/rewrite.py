@@ -71,9 +71,10 @@ def rewrite_moe(
             place, with the graphs of its higher-order operators.
         example_inputs: the values of its placeholders.
         kernel: "auto" or a kernel's name, see `fp4moe.why_not`.
-        verify: compare each distinct block's numbers with the definition. False trusts the names of
-            Hugging Face experts modules (gate first, concatenated, the activation of its `act_fn`);
-            other blocks are compared all the same.
+        verify: each distinct block's numbers are compared with the definition on random inputs.
+            False leaves out the further comparisons: on large inputs whose tokens all choose the
+            same experts, and on the experts that no token chose. A block that clamps large values,
+            drops tokens over a capacity or treats one expert apart is then rewritten all the same.
         hidden_alignment: 128, 256 or 512, what the Blackwell kernel pads the hidden size to.
         routing: "given" keeps the graph's own routing; "fused" lets the kernel choose the experts
             where the graph's routing is a method of the kernel's; the report says where not.

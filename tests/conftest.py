@@ -96,9 +96,13 @@ def poisoned_empty() -> Iterator[None]:
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp4moe.register_transformers(), undone afterwards."""
     from transformers import PreTrainedConfig
+    from transformers.integrations.moe import ExpertsInterface
     from transformers.quantizers import auto
 
     import fp4moe
+
+    implementations = dict(ExpertsInterface._global_mapping)
+    monkeypatch.setattr(ExpertsInterface, "_global_mapping", implementations)
 
     plain = PreTrainedConfig.__dict__["get_config_dict"]
     monkeypatch.setattr(PreTrainedConfig, "get_config_dict", plain)

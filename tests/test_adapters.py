@@ -77,6 +77,7 @@ def test_a_merged_adapter_is_packed_with_its_weights(model):
     assert relative(logits(fused), expected) < 0.5 * relative(plain, expected)
 
 
+@pytest.mark.usefixtures("registered")
 def test_the_implementation_refuses_them_too(model):
     wrapped = lora(model)
     expected = logits(wrapped)
@@ -114,6 +115,7 @@ class AddLowRank(nn.Module):
         return weight + self.column @ self.row
 
 
+@pytest.mark.usefixtures("registered")
 def test_parametrised_weights_are_refused(model):
     experts = [m for m in model.modules() if hasattr(m, "is_transposed")]
     for module in experts:

@@ -137,7 +137,7 @@ def test_scales_survive_packing_saving_moving_and_casting():
         assert torch.equal(model(tokens()).logits, other(tokens()).logits)
 
 
-def test_a_registered_implementation_packs_with_the_scales():
+def test_a_registered_implementation_packs_with_the_scales(registered):
     model = qwen3_moe()
     report = calibrated(model, tokens())
     model.set_experts_implementation("fp4moe")

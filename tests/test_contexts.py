@@ -238,6 +238,7 @@ def check(setting, entry, name):
     assert_same(content(result), expected)
 
 
+@pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("name", ["qwen3_moe", "nemotron_h"])
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("setting", SETTINGS)

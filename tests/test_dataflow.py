@@ -35,7 +35,7 @@ from torch import nn
 import fp4moe
 from fp4moe.errors import UnsupportedError
 from fp4moe.experts import ExpertWeights
-from fp4moe.passes import rewrite_exported, rewrite_moe, verify_region
+from fp4moe.passes import rewrite_exported, rewrite_moe
 from fp4moe.passes.find.by_flow import propose_regions
 from fp4moe.passes.graph.dataflow import Flow, operation_name
 from fp4moe.passes.judge import probes, verify
@@ -530,7 +530,7 @@ def test_verification_makes_no_second_copy_of_the_weights(name):
     graph, _ = ROUTES["export"](Model(WRITERS[name](sizes, "silu", True)), inputs(sizes))
     (region, *_), *_ = map(list, propose_regions(Flow(graph.graph), set(), set()))
     with LargestStorage() as largest:
-        form, _ = verify_region(graph, region)
+        form = verify.judge_region(graph, region).form
     assert form is not None
     # All weights in float32, which is what they would be converted to; packing reads them, later.
     weights = 3 * sizes.experts * sizes.hidden * sizes.intermediate * 4

@@ -21,9 +21,12 @@ from tiny_models import (
     qwen3_moe,
     routed,
 )
+from transformers.integrations.moe import ExpertsInterface
 
 import fp4moe
 from fp4moe.module import FusedExperts
+
+pytestmark = pytest.mark.usefixtures("registered")
 
 IDS = torch.randint(1, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -82,17 +85,29 @@ def test_experts_that_cannot_be_fused_are_refused_by_name():
     assert experts.gate_up_proj.shape == (8, 96, 64)
 
 
-@pytest.mark.parametrize("first", ["fp4moe", "transformers"])
-def test_either_order_of_imports_registers_the_name_and_guards_saving(first):
-    second = {"fp4moe": "transformers", "transformers": "fp4moe"}[first]
+@pytest.mark.parametrize("order", ["fp4moe, transformers", "transformers, fp4moe"])
+def test_importing_registers_nothing_with_transformers(order):
     code = (
-        f"import {first}, {second}\n"
-        "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as functions\n"
-        "assert 'fp4moe' in functions\n"
+        "import sys\n"
+        f"import {order}\n"
         "from transformers import PreTrainedModel\n"
-        "assert PreTrainedModel.save_pretrained.for_fp4moe\n"
+        "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "ours = [f for f in sys.meta_path if type(f).__module__.startswith('fp4moe')]\n"
+        "assert not ours and 'fp4moe' not in ALL_EXPERTS_FUNCTIONS\n"
+        "assert not {'fp4moe', 'modelopt'} & {*AUTO_QUANTIZER_MAPPING}\n"
+        "assert not hasattr(PreTrainedModel.save_pretrained, 'for_fp4moe')\n"
+        "fp4moe.register_transformers()\n"
+        "assert 'fp4moe' in ALL_EXPERTS_FUNCTIONS and 'modelopt' in AUTO_QUANTIZER_MAPPING\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_registration_transformers_names_what_it_knows(monkeypatch):
+    others = {k: v for k, v in ExpertsInterface._global_mapping.items() if k != "fp4moe"}
+    monkeypatch.setattr(ExpertsInterface, "_global_mapping", others)
+    with pytest.raises(ValueError, match='Specified `experts_implementation="fp4moe"` is not'):
+        qwen3_moe().set_experts_implementation("fp4moe")
 
 
 def logits(model):

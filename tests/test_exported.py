@@ -223,15 +223,16 @@ class TestRefused:
         with pytest.raises(UnsupportedError, match="not real tensors"):
             rewrite_exported(program, on_no_match="error")
 
-    def test_a_preserved_signature(self):
+    @pytest.mark.parametrize("name", ["nemotron_h", "gemma4"])
+    def test_a_preserved_signature(self, name):
         program = export(
-            moe_layer("nemotron_h"),
+            moe_layer(name),
             (hidden(),),
-            preserve_module_call_signature=("experts",),
+            preserve_module_call_signature=("experts.act_fn",),
             strict=False,
         )
         with pytest.raises(
-            UnsupportedError, match=r"must not preserve .*; got experts, which names"
+            UnsupportedError, match=r"must not preserve .*; got experts.act_fn, which names"
         ):
             rewrite_exported(program)
 

@@ -20,7 +20,7 @@ SOURCES = {"fp4moe": ROOT / "src" / "fp4moe", "fp4moe.passes": ROOT / "passes"}
 # higher one. "" is fp4moe/__init__.py.
 LAYERS: list[set[str]] = [
     {"borrowed", "devices", "errors", "layer", "precision", "progress", "random_floats", "report"}
-    | {"stamps", "version"},
+    | {"saving", "version"},
     {"activations", "formats", "padding", "routing"},
     {"experts", "linear", "pack"},
     {"checkpoint", "reference"},

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 import json
-import operator
 
 import pytest
 import torch
@@ -17,12 +16,15 @@ from torch import nn
 import fp4moe
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import UnsupportedError
-from fp4moe.passes import find_regions, rewrite_moe, show_graph, verify_region
+from fp4moe.passes import rewrite_moe
+from fp4moe.passes.find.by_flow import propose_regions
 from fp4moe.passes.graph import execute
+from fp4moe.passes.graph.dataflow import Flow
+from fp4moe.passes.graph.show import show_graph
 from fp4moe.passes.insert import FUSED_OPERATORS
 from fp4moe.passes.judge import probes, verify
-from fp4moe.passes.judge.forms import possible_hypotheses
-from fp4moe.stamps import is_experts_class
+from fp4moe.passes.judge.forms import possible_forms
+from fp4moe.passes.judge.verify import judge_region
 
 expecttest = pytest.importorskip("expecttest", reason="optional package")
 assert_expected_inline = expecttest.assert_expected_inline
@@ -50,8 +52,8 @@ def rewrite(model, tokens=5, **settings):
 
 
 def region_of(graph):
-    (region,) = find_regions(graph.graph, is_experts_class)
-    return region
+    (regions,) = propose_regions(Flow(graph.graph))
+    return next(regions)
 
 
 def operators(graph):
@@ -227,26 +229,85 @@ def weights_ignored(self, hidden, ids, weights):
     return Gated.forward(self, hidden, ids, torch.ones_like(weights))
 
 
+def changes_hidden_meanwhile(self, hidden, ids, weights):
+    self.__dict__["now"] = hidden
+    return Gated.forward(self, hidden, ids, weights)
+
+
+class ChangesHidden(overriding(changes_hidden_meanwhile)):
+    def _apply_gate(self, both):
+        self.now.mul_(2)
+        return Gated._apply_gate(self, both)
+
+
+def noisy_gate(gate, up):
+    return nn.functional.silu(gate) * up * (1 + torch.rand(()))
+
+
+def ids_of_a_table(self, hidden, ids, weights):
+    return Gated.forward(self, hidden, torch.arange(2)[ids], weights)
+
+
+NO_FORM = "its numbers fit no known form; closest is gated "
 NEAR = {
-    "clamp in the gate": (with_gate(clamped), "its numbers fit no known form; closest is gated "),
-    "gelu of sigmoids": (with_gate(gelu_with_sigmoid), "its numbers fit no known form; closest is"),
-    "output times two": (overriding(twice), "its numbers fit no known form; closest is gated "),
-    "input added": (overriding(plus_input), "its numbers fit no known form; closest is gated "),
-    "weights squared": (overriding(weights_squared), "its numbers fit no known form; closest is"),
-    "weights ignored": (overriding(weights_ignored), "its numbers fit no known form; closest is"),
-    "another expert": (overriding(next_expert), "its numbers fit no known form; closest is gated "),
-    "hidden changed": (overriding(changes_hidden), "it changes its input hidden in place"),
-    "ids changed": (overriding(changes_ids), "it changes its input expert_ids in place"),
-    "weight changed": (overriding(changes_a_weight), "it changes its input down in place"),
-    "noise": (overriding(noisy), "its numbers fit no known form; closest is gated "),
-    "bias": (experts_class(has_bias=True), "it reads more than hidden"),
+    "clamp in the gate": (with_gate(clamped), NO_FORM),
+    "gelu of sigmoids": (with_gate(gelu_with_sigmoid), NO_FORM),
+    "another expert": (overriding(next_expert), NO_FORM),
+    "noise": (with_gate(noisy_gate), NO_FORM),
+    "hidden changed": (ChangesHidden, "one of its inputs is changed by mul_ meanwhile"),
+    "bias": (experts_class(has_bias=True), " besides its weights; a bias or a scale?"),
     "bias without a gate": (
         experts_class(has_bias=True, has_gate=False, act_fn=nn.ReLU),
-        "it reads more than hidden",
+        " besides its weights; a bias or a scale?",
     ),
-    "scale of ones": (Scaled, "it reads more than hidden"),
-    "tanh": (experts_class(act_fn=nn.Tanh), "its numbers fit no known form; closest is gated "),
+    "tanh": (experts_class(act_fn=nn.Tanh), NO_FORM),
 }
+
+# Around a layer: found inside, and left as it is.
+AROUND = {
+    "output times two": overriding(twice),
+    "input added": overriding(plus_input),
+    "weights squared": overriding(weights_squared),
+    "weights ignored": overriding(weights_ignored),
+    "hidden changed": overriding(changes_hidden),
+    "ids changed": overriding(changes_ids),
+    "weight changed": overriding(changes_a_weight),
+    "noise": overriding(noisy),
+    "scale of ones": Scaled,
+}
+
+
+def on_grid(block):
+    """The block with weights that NVFP4 holds exactly."""
+    for weight in block.parameters():
+        if weight.ndim == 3:
+            # One block scale and one global scale: the codes alone carry the value.
+            codes = torch.tensor([-6.0, -3.0, -1.5, -0.5, 0.0, 0.5, 1.0, 4.0, 6.0])
+            drawn = codes[torch.randint(9, weight.shape)]
+            drawn[..., ::4] = drawn[..., ::4].sign() * 6 + 6 * (drawn[..., ::4] == 0)
+            drawn[:, ::4] = drawn[:, ::4].sign() * 6 + 6 * (drawn[:, ::4] == 0)
+            weight.copy_(drawn / 32)
+    return block
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("what", AROUND)
+def test_what_stands_around_a_layer_stays(what, implementation):
+    block = on_grid(Block(AROUND[what], implementation))
+    inputs, expected_inputs = routed(5), routed(5)
+    graph, values = capture(block, *routed(5))
+    assert rewrite_moe(graph, values).count == 1 and len(operators(graph)) == 1
+    compiled = torch.compile(
+        copy.deepcopy(block), backend=fp4moe.backend, options={"inner_backend": "eager"}
+    )
+    with torch.no_grad():
+        torch.manual_seed(3)
+        expected = block(*expected_inputs)
+        torch.manual_seed(3)
+        actual = compiled(*inputs)
+    # Float32 sums of 64 and 48 terms in another order: sqrt(64) * 2^-24 each, five-fold.
+    assert (actual - expected).norm() / expected.norm() < 5e-6
+    assert all(map(torch.equal, inputs, expected_inputs))
 
 
 class TestNearMisses:
@@ -260,57 +321,56 @@ class TestNearMisses:
             report = rewrite_moe(graph, values)
         assert report.count == 0
         (block,) = report.near_misses
-        assert len(block.reasons) == 1 and block.kernel is None
-        assert block.reasons[0].startswith(reason)
+        assert block.kernel is None
+        assert any(reason in said for said in block.reasons)
         assert str(graph.graph) == before
 
     def test_does_not_run_on_other_ids(self):
-        def forward(self, hidden, ids, weights):
-            return Gated.forward(self, hidden, ids, weights * torch.ones(2)[ids])
-
         hidden, _, weights = routed(5)
         ids = torch.tensor([[0, 1]]).expand(5, 2)
-        graph, values = capture(Block(overriding(forward)), hidden, ids, weights)
-        report = rewrite_moe(graph, values)
-        assert (
-            report.near_misses[0]
-            .reasons[0]
-            .startswith("it does not run by itself on random numbers: index ")
-        )
-
-    def test_extra_output(self):
-        def forward(self, hidden, ids, weights):
-            self.seen = Gated.forward(self, hidden, ids, weights)
-            return self.seen * 1
-
-        class Reads(Block):
-            def forward(self, *inputs):
-                return self.experts(*inputs) + self.experts.seen.sum()
-
-        report, _, _ = rewrite(Reads(overriding(forward)))
-        assert report.near_misses[0].reasons == (
-            "it was captured only in part: 2 stacked weights go in and 2 tensors come out",
-        )
+        block = Block(overriding(ids_of_a_table))
+        report = rewrite_moe(*capture(block, hidden, ids, weights))
+        (reason,) = report.near_misses[0].reasons
+        assert reason.startswith("it does not run by itself on random numbers: index ")
 
     def test_number_that_may_change(self):
-        # With dynamic=True a float attribute becomes an input of the graph; here the router has
-        # read it before the experts do.
-        def forward(self, hidden, ids, weights):
-            return Gated.forward(self, hidden, ids, weights) * self.owner[0].scale
+        # With dynamic=True a float attribute becomes an input of the graph.
+        class Factor(Gated):
+            factor = 1.5
 
-        class Scaled(Block):
-            scale = 1.5
+            def _apply_gate(self, both):
+                gate, up = both.chunk(2, dim=-1)
+                return nn.functional.silu(gate) * up * self.factor
 
-            def forward(self, hidden, ids, weights):
-                object.__setattr__(self.experts, "owner", [self])
-                return self.experts(hidden * self.scale, ids, weights)
-
-        block = Scaled(overriding(forward))
-        block.scale = 1.5
-        graph, values = capture(block, *routed(5), dynamic=True)
-        report = rewrite_moe(graph, values)
+        block = Block(Factor)
+        block.experts.factor = 1.5
+        report = rewrite_moe(*capture(block, *routed(5), dynamic=True))
         assert report.near_misses[0].reasons == (
             "it reads item, a number that may change from call to call",
+        )
+
+    def test_four_stacked_weights(self):
+        class Twofold(Gated):
+            def __init__(self, config):
+                super().__init__(config)
+                self.more, self.last = (
+                    copy.deepcopy(self.gate_up_proj),
+                    nn.Parameter(torch.randn(8, 64, 64)),
+                )
+
+            def forward(self, hidden, ids, weights):
+                both = torch.einsum("th,tkih->tki", hidden, self.gate_up_proj[ids])
+                more = torch.einsum("th,tkih->tki", hidden, self.more[ids])
+                inner = nn.functional.silu(both[..., :48]) * more[..., 48:]
+                out = torch.einsum("tki,tkhi->tkh", inner, self.down_proj[ids])
+                out = torch.einsum("tkh,tkoh->tko", out, self.last[ids])
+                return (out * weights[..., None]).sum(1)
+
+        report, _, _ = rewrite(Block(Twofold))
+        (reason,) = report.near_misses[0].reasons
+        assert reason.startswith("its weights ") and "[8, 64, 64]" in reason
+        assert reason.endswith(
+            "are not one up projection, or gate and up, followed by one down projection"
         )
 
     def test_weights_made_in_the_graph(self):
@@ -325,39 +385,10 @@ class TestNearMisses:
         report, _, _ = rewrite(block)
         assert report.near_misses[0].reasons[0].startswith("its weights are computed in the graph")
 
-    def test_a_tuple_goes_in(self):
-        def forward(self, hidden, chosen):
-            return Gated.forward(self, hidden, chosen[1], chosen[0])
-
-        class Chooses(Block):
-            def forward(self, hidden):
-                return self.experts(hidden, torch.topk(hidden[:, :8], 2))
-
-        graph, values = capture(Chooses(overriding(forward)), routed(5)[0])
-        stack = region_of(graph).output.meta["nn_module_stack"]
-        # Dynamo takes the tuple apart at once, outside; another tracer may not.
-        again = copy.deepcopy(graph)
-        for node in again.graph.nodes:
-            if node.target is operator.getitem and node.args[0].name == "topk":
-                node.meta["nn_module_stack"] = stack
-        assert rewrite_moe(again, values).near_misses[0].reasons == (
-            "it reads the tuple topk, not tensors",
-        )
-        assert rewrite_moe(graph, values).count == 1
-
 
 class SquaredReLU(nn.Module):
     def forward(self, x):
         return nn.functional.relu(x) ** 2
-
-
-class PowerReLU(nn.Module):
-    def __init__(self, power):
-        super().__init__()
-        self.power = power
-
-    def forward(self, x):
-        return nn.functional.relu(x) ** self.power
 
 
 def interleaved_gate(self, both):
@@ -420,14 +451,7 @@ class TestForms:
 
     @pytest.mark.parametrize("form", ["gated (up_gate) silu", "relu2, transposed weights"])
     def test_exact_on_weights_that_nvfp4_holds(self, form):
-        block = Block(form_class(form))
-        for weight in block.parameters():
-            # One block scale and one global scale: the codes alone carry the value.
-            codes = torch.tensor([-6.0, -3.0, -1.5, -0.5, 0.0, 0.5, 1.0, 4.0, 6.0])
-            drawn = codes[torch.randint(9, weight.shape)]
-            drawn[..., ::4] = drawn[..., ::4].sign() * 6 + 6 * (drawn[..., ::4] == 0)
-            drawn[:, ::4] = drawn[:, ::4].sign() * 6 + 6 * (drawn[:, ::4] == 0)
-            weight.copy_(drawn / 32)
+        block = on_grid(Block(form_class(form)))
         before = float_output(block)
         report, actual, _ = rewrite(block)
         assert report.count == 1
@@ -494,45 +518,55 @@ class TestKernel:
         assert str(graph.graph) == before
 
 
-class TestTrust:
-    def test_takes_names_for_granted(self):
-        # verify=False is a promise of the caller: what only looks alike is rewritten.
-        block = Block(overriding(twice))
-        report, actual, _ = rewrite(block, verify=False)
-        assert report.count == 1
-        plain = Block(Gated)
-        plain.load_state_dict(block.state_dict())
-        assert torch.equal(actual, replaced(plain))
+def clamped_when_large(gate, up):
+    return (nn.functional.silu(gate) * up).clamp(-40, 40)
 
-    def test_same_as_verified_where_names_are_right(self):
-        for form in ("gated (gate_up) gelu", "relu2", "gated (gate_up) silu, transposed weights"):
-            report, _, _ = rewrite(Block(form_class(form)), verify=False)
-            if form == "relu2":
-                assert report.count == 1
-            else:
-                assert report.blocks[0].form == form
 
-    @pytest.mark.parametrize("act_fn", [nn.Tanh, functools.partial(PowerReLU, 2)])
-    def test_unknown_activation(self, act_fn):
-        report, _, _ = rewrite(Block(experts_class(act_fn=act_fn)), verify=False)
-        assert report.near_misses[0].reasons == (
-            "its act_fn module is not recorded in the graph or unknown; use verify=True",
-        )
+def one_apart(self, hidden, ids, weights):
+    both = torch.einsum("th,tkih->tki", hidden, self.gate_up_proj[ids])
+    inner = self._apply_gate(both) * (1 + (ids == 7)[..., None])
+    return torch.einsum("tki,tkhi,tk->th", inner, self.down_proj[ids], weights)
+
+
+class TestWithoutVerification:
+    """verify=False leaves out the checks behind the first comparison, and those alone."""
+
+    @pytest.mark.parametrize(
+        ("experts", "tokens", "how"),
+        [
+            (with_gate(clamped_when_large), 5, "on large inputs"),
+            (overriding(one_apart), 1, "on experts not chosen before"),
+        ],
+        ids=["clamp", "expert"],
+    )
+    def test_rare_behaviour_is_not_looked_for(self, experts, tokens, how):
+        report, _, _ = rewrite(Block(experts), tokens)
+        assert report.count == 0 and how in report.near_misses[0].reasons[0]
+        report, _, _ = rewrite(Block(experts), tokens, verify=False)
+        assert report.blocks[0].form == "gated (gate_up) silu"
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_forms_are_told_all_the_same(self, form):
+        report, _, _ = rewrite(Block(form_class(form)), verify=False)
+        assert report.count == 1 and report.blocks[0].form == form
+
+    def test_what_never_fits_is_left(self):
+        report, _, _ = rewrite(Block(with_gate(gelu_with_sigmoid)), verify=False)
+        assert report.count == 0 and report.near_misses[0].reasons[0].startswith(NO_FORM)
 
 
 class TestVerification:
     def test_same_result_twice(self):
-        graph, _ = capture(Block(overriding(twice)), *routed(5))
-        first, second = (verify_region(graph, region_of(graph)) for _ in range(2))
-        assert first == second and first[0] is None and "relative error" in first[1]
-        graph, _ = capture(Block(overriding(noisy)), *routed(5))
+        graph, _ = capture(Block(with_gate(clamped)), *routed(5))
+        first, second = (judge_region(graph, region_of(graph)) for _ in range(2))
+        assert first == second and first.form is None and "relative error" in first.reason
+        graph, _ = capture(Block(with_gate(noisy_gate)), *routed(5))
         torch.manual_seed(7)
-        reason = verify_region(graph, region_of(graph))
+        assert judge_region(graph, region_of(graph)).form is None
         torch.manual_seed(8)
-        assert reason[0] is None
-        assert verify_region(graph, region_of(graph))[0] is None
+        assert judge_region(graph, region_of(graph)).form is None
 
-    @pytest.mark.parametrize("experts", [Gated, overriding(noisy)])
+    @pytest.mark.parametrize("experts", [Gated, with_gate(noisy_gate)])
     def test_no_side_effects(self, experts, float32_settings):
         block = Block(experts)
         graph, _ = capture(block, *routed(5))
@@ -543,10 +577,10 @@ class TestVerification:
         state = torch.get_rng_state()
         torch.set_float32_matmul_precision("high")
         with torch.enable_grad():
-            verify_region(graph, region)
+            judge_region(graph, region)
             assert torch.is_grad_enabled()
         with torch.no_grad():
-            verify_region(graph, region)
+            judge_region(graph, region)
             assert not torch.is_grad_enabled()
         assert torch.get_float32_matmul_precision() == "high"
         assert torch.equal(torch.get_rng_state(), state)
@@ -568,14 +602,14 @@ class TestVerification:
 
         monkeypatch.setattr(verify, "_compute", noting)
         graph, _ = capture(Block(Gated), *routed(5))
-        assert verify_region(graph, region_of(graph))[0] is not None
+        assert judge_region(graph, region_of(graph)).form is not None
         assert asked[0] == "tf32" and settings() == asked
         assert during and all(precision == ["ieee"] * 2 for precision in during)
 
     def test_a_setting_of_all_products_still_rules(self, float32_settings):
         graph, _ = capture(Block(Gated), *routed(5))
         torch.backends.fp32_precision = "tf32"
-        verify_region(graph, region_of(graph))
+        judge_region(graph, region_of(graph))
         torch.backends.fp32_precision = "ieee"
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
 
@@ -590,7 +624,7 @@ class TestVerification:
         graph, _ = capture(Block(Many), *routed(5, hidden_size=128, experts=128))
         expert = 512 * 128 * 4
         with LargestStorage() as largest:
-            form, _ = verify_region(graph, region_of(graph))
+            form = judge_region(graph, region_of(graph)).form
         assert str(form) == "gated (gate_up) silu"
         # One expert and 127 shifts of its window; the comparison gathers one for each of 5 tokens.
         assert expert < largest.nbytes <= 5 * expert
@@ -602,8 +636,8 @@ class TestVerification:
     def test_under_a_fake_mode(self):
         graph, _ = capture(Block(Gated), *routed(5))
         with torch._subclasses.FakeTensorMode():
-            form, reason = verify_region(graph, region_of(graph))
-        assert (str(form), reason) == ("gated (gate_up) silu", "")
+            verdict = judge_region(graph, region_of(graph))
+        assert (str(verdict.form), verdict.reason) == ("gated (gate_up) silu", "")
 
     def test_experts_differ(self):
         # Windows of one buffer must not make two experts alike.
@@ -676,9 +710,9 @@ class TestMutations:
     )
     def test_without_the_form_that_fits(self, monkeypatch, form, closest, least, most):
         def others(*args, **settings):
-            return (f for f in possible_hypotheses(*args, **settings) if str(f) != form)
+            return (f for f in possible_forms(*args, **settings) if str(f) != form)
 
-        monkeypatch.setattr(verify, "possible_hypotheses", others)
+        monkeypatch.setattr(verify, "possible_forms", others)
         graph, _ = capture(Block(form_class(form)), *routed(5))
         verdict = verify.judge_region(graph, region_of(graph))
         assert verdict.form is None and str(verdict.closest).startswith(closest)

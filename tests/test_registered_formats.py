@@ -7,8 +7,7 @@ import json
 import checkpoint_makers as makers
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.quantizers import auto
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import fp4moe
 from fp4moe.checkpoint.modelopt import MODELOPT_METHODS, is_modelopt
@@ -17,17 +16,9 @@ from fp4moe.errors import CheckpointError
 TOOL = {"producer": {"name": "modelopt", "version": "0.31.0"}}
 FIELDS = {"quant_algo": "NVFP4", "ignore": ["lm_head"], **TOOL}
 FILE = {"quantization": {"quant_algo": "NVFP4", "group_size": 16}, **TOOL}
+pytestmark = pytest.mark.usefixtures("registered")
+
 REAL_FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    """fp4moe.register_transformers(), undone afterwards."""
-    plain = PreTrainedConfig.__dict__["get_config_dict"]
-    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", plain)
-    for name in ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"):
-        monkeypatch.setattr(auto, name, dict(getattr(auto, name)))
-    fp4moe.register_transformers()
 
 
 @pytest.fixture(scope="module", params=["gemma4", "qwen3_moe"])

@@ -22,7 +22,8 @@ from fp4moe.compile.backend import BackendOptions
 from fp4moe.compile.tensorrt import lowering_pass
 from fp4moe.errors import UnsupportedError
 from fp4moe.kernels import KERNELS
-from fp4moe.passes import fuse_routing, rewrite_exported, rewrite_moe
+from fp4moe.passes import rewrite_exported, rewrite_moe
+from fp4moe.passes.routing.fuse import fuse_routing
 
 GIVEN = torch.ops.fp4moe.nvfp4_moe.default
 FROM_LOGITS = torch.ops.fp4moe.nvfp4_moe_from_logits.default

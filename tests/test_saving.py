@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from tiny_models import enlarge_experts, gemma4, gemma4_multimodal, nemotron_h, 
 
 import fp4moe
 from fp4moe.errors import UnsupportedError
+
+pytestmark = pytest.mark.usefixtures("registered")
 
 IDS = torch.arange(1, 25).reshape(2, 12)
 BUILDS = {"gemma4": gemma4, "nemotron_h": nemotron_h, "qwen3_moe": qwen3_moe}
@@ -66,6 +70,22 @@ def test_a_model_around_a_replaced_one_refuses(tmp_path):
     model = gemma4_multimodal()
     replaced(model.model.language_model)
     check_refused(model, tmp_path, "model.language_model.layers.0.experts")
+
+
+@pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
+def test_a_model_that_another_process_packed_refuses(name, tmp_path):
+    torch.save(replaced(BUILDS[name]()), tmp_path / "model.pt")
+    code = (
+        "import torch, transformers\n"
+        f"model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
+        "try:\n"
+        f"    model.save_pretrained({str(tmp_path / 'saved')!r})\n"
+        "except NotImplementedError as error:\n"
+        "    print(type(error).__name__, error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("UnsupportedError save_pretrained: model must hold"), done.stderr
+    assert not (tmp_path / "saved").exists()
 
 
 def test_float_models_are_saved_as_ever(tmp_path):

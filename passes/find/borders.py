@@ -1,68 +1,120 @@
-"""Complete a region: what hangs on its nodes, and what forbids to cut it out of its graph."""
+"""Complete a region: add its loose ends, and find what forbids to cut it out of its graph."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import fx
 
-from ..graph.dataflow import Flow, hinted_shape, is_data, operation_name, result_node, storage
+from ..graph.dataflow import (
+    Flow,
+    hinted_shape,
+    is_data,
+    meta_value,
+    operation_name,
+    result_node,
+    storage,
+)
 from .region import Region
 
 __all__ = ["close_region"]
 
 
 def close_region(flow: Flow, region: Region, inside: set[fx.Node]) -> None:
-    """Add what hangs on the region, and say what leaves it besides its output."""
-    assert region.output is not None and region.hidden is not None
-    output, result = region.output, result_node(region.output)
-    last = flow.index[output]
+    """Set the nodes and aliases of a region and note why it cannot be cut out of its graph.
+
+    Args:
+        flow: the graph.
+        region: has its inputs and its output; gets nodes, aliases, computed_weights and reasons.
+        inside: the nodes between them; gets the loose ends too.
+    """
+    _add_loose_ends(flow, region, inside)
+    region.nodes = sorted(inside, key=flow.index.__getitem__)
+    region.computed_weights = tuple(_computed_weights(flow, region))
+    region.aliases, leaks = _leaks(flow, region, inside)
+    region.reasons += leaks
+    region.reasons += _missing_experts(flow, region)
+    region.reasons += _changed_inputs(flow, region)
+
+
+def _add_loose_ends(flow: Flow, region: Region, inside: set[fx.Node]) -> None:
+    """Add what hangs on the region and reaches no output: sizes, assertions, unread writes."""
+    assert region.output is not None
+    first, last = min(map(flow.index.__getitem__, inside)), flow.index[region.output]
     made = {storage(node) for node in inside}
-    # Sizes, assertions and writes that nobody reads.
-    first = flow.index[min(inside, key=flow.index.__getitem__)]
     candidates = [node for node in flow.valueless if flow.index[node] > first]
     loose: set[fx.Node] = set()
     for node in reversed(candidates):
         if node in inside:
             continue
-        local = flow.index[node] < last and all(storage(t) in made for t in flow.writes[node])
-        if (local or not flow.writes[node]) and all(u in inside or u in loose for u in node.users):
+        written = flow.writes[node]
+        local = flow.index[node] < last and all(storage(target) in made for target in written)
+        if (local or not written) and all(user in inside or user in loose for user in node.users):
             loose.add(node)
     for node in candidates:
         if node in loose and not inside.isdisjoint(node.all_input_nodes):
             inside.add(node)
-    region.nodes = sorted(inside, key=flow.index.__getitem__)
+
+
+def _computed_weights(flow: Flow, region: Region) -> Iterator[fx.Node]:
+    """Yield the nodes that change the values of a weight; views, casts and copies do not."""
+    from_weights = {*region.weight_nodes()}
+    for node in region.nodes:
+        reads = flow.reads[node]
+        if not reads or not from_weights.issuperset(reads):
+            continue
+        from_weights.add(node)
+        if operation_name(node) not in ("clone", "contiguous") and any(
+            _alike(read, node) and storage(read) != storage(node) for read in reads
+        ):
+            yield node
+
+
+def _alike(first: fx.Node, second: fx.Node) -> bool:
+    """Whether two tensors have the same shape and dtype."""
+    shape = hinted_shape(first)
+    same_shape = shape is not None and shape == hinted_shape(second)
+    return same_shape and meta_value(first).dtype == meta_value(second).dtype
+
+
+def _leaks(
+    flow: Flow, region: Region, inside: set[fx.Node]
+) -> tuple[tuple[fx.Node, ...], list[str]]:
+    """Return (nodes that share the output's memory, why others that are read outside must stay)."""
+    assert region.output is not None and region.hidden is not None
+    aliases, reasons = [], []
+    output, result = region.output, result_node(region.output)
     products = _behind(flow, region.nodes, region.hidden) & _behind(
         flow, region.nodes, *region.weight_nodes()
     )
     for node in region.nodes:
-        leaves = [user for user in node.users if user not in inside]
-        if node is output or not leaves:
+        readers = [user for user in node.users if user not in inside]
+        if node is output or not readers:
             continue
         same = storage(node) == storage(result) and hinted_shape(node) == hinted_shape(result)
-        if same and all(flow.index[user] > last for user in leaves):
-            region.aliases += (node,)
+        if same and all(flow.index[user] > flow.index[output] for user in readers):
+            aliases.append(node)
+        elif node in products and not any(map(is_data, readers)):
+            reasons.append(f"sizes of its intermediate {node.name} are used outside")
         elif not is_data(node) and any(source in products for source in node.all_input_nodes):
             names = ", ".join(source.name for source in node.all_input_nodes)
-            region.reasons.append(f"sizes of its intermediate {names} are used outside")
+            reasons.append(f"sizes of its intermediate {names} are used outside")
         elif storage(node) in flow.writers or node in products:
-            region.reasons.append(f"its intermediate {node.name} is used outside")
+            reasons.append(f"its intermediate {node.name} is used outside")
+    return tuple(aliases), reasons
+
+
+def _missing_experts(flow: Flow, region: Region) -> Iterator[str]:
+    """Yield where experts are chosen or asked for that have no weights."""
     assert region.expert_ids is not None
+    experts = region.weight_shape("first")[0]
     chosen = _behind(flow, region.nodes, region.expert_ids)
-    region.reasons += [
-        f"{node.name} asks for experts beyond the {region.weight_shape('first')[0]} that have "
-        "weights"
-        for node in region.nodes
-        if node in chosen and hinted_shape(node) and _asks_beyond(flow, region, node, chosen)
-    ]
-    choices, experts = _choices(flow, region.expert_ids), region.weight_shape("first")[0]
+    for node in region.nodes:
+        if node in chosen and hinted_shape(node) and _asks_beyond(flow, node, chosen, experts):
+            yield f"{node.name} asks for experts beyond the {experts} that have weights"
+    choices = _choices(flow, region.expert_ids)
     if choices is not None and choices > experts:
-        region.reasons.append(
-            f"its router chooses among {choices} experts, of which {experts} have weights"
-        )
-    borders = {storage(node) for node in region.inputs().values()}
-    for written in borders & set(flow.writers):
-        for writer in flow.writers[written]:
-            if first < flow.index[writer] < last:
-                region.reasons.append(f"one of its inputs is changed by {writer.name} meanwhile")
+        yield f"its router chooses among {choices} experts, of which {experts} have weights"
 
 
 def _choices(flow: Flow, ids: fx.Node) -> int | None:
@@ -76,12 +128,12 @@ def _choices(flow: Flow, ids: fx.Node) -> int | None:
     return None
 
 
-def _asks_beyond(flow: Flow, region: Region, node: fx.Node, chosen: set[fx.Node]) -> bool:
+def _asks_beyond(flow: Flow, node: fx.Node, chosen: set[fx.Node], experts: int) -> bool:
     """Whether a node compares ids with one that has no weights, as of experts that copy.
 
     Running it on such an id could end the process on a GPU, where an index is not checked.
     """
-    experts, name = region.weight_shape("first")[0], operation_name(node)
+    name = operation_name(node)
     numbers = [arg for arg in node.args if isinstance(arg, int)]
     if name in ("eq", "ne"):
         # Decomposed, one_hot compares with a row of numbers.
@@ -95,10 +147,21 @@ def _asks_beyond(flow: Flow, region: Region, node: fx.Node, chosen: set[fx.Node]
     return columns and (hinted_shape(node) or (0,))[-1] > experts
 
 
+def _changed_inputs(flow: Flow, region: Region) -> Iterator[str]:
+    """Yield the writes to an input of the region between its first node and its output."""
+    assert region.output is not None
+    first, last = flow.index[region.nodes[0]], flow.index[region.output]
+    inputs = {storage(node) for node in region.inputs().values()}
+    for written in inputs & set(flow.writers):
+        for writer in flow.writers[written]:
+            if first < flow.index[writer] < last:
+                yield f"one of its inputs is changed by {writer.name} meanwhile"
+
+
 def _behind(flow: Flow, nodes: list[fx.Node], *sources: fx.Node) -> set[fx.Node]:
-    """The nodes that depend on any of the sources."""
-    found = set(sources)
+    """The sources and the nodes that depend on any of them."""
+    dependent = set(sources)
     for node in nodes:
-        if not found.isdisjoint(flow.reads[node]):
-            found.add(node)
-    return found
+        if not dependent.isdisjoint(flow.reads[node]):
+            dependent.add(node)
+    return dependent

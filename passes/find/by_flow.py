@@ -9,290 +9,196 @@ What is left are the weights. No names of modules, no sequence of operations; nu
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterator, Set
 
 import torch
 from torch import fx
 
-from ..graph.dataflow import Flow, elements, hinted_shape, meta_value, result_node
-from .borders import close_region
-from .region import Region, innermost_module
-from .roles import find_weights
+from ..graph.dataflow import (
+    Flow,
+    elements,
+    hinted_shape,
+    meta_value,
+    operation_name,
+    result_node,
+)
+from .closure import Search
+from .region import Region
 
 __all__ = ["propose_regions"]
 
 # How many places behind the selection are tried as output.
 TRIED_OUTPUTS = 8
-# How many tensors [T, K] that depend on the selection are tried as weighting.
-TRIED_WEIGHTINGS = 3
-# Nodes of a region; a layer of 128 unrolled experts has about 3000.
-LARGEST_REGION = 20_000
 
 
 def propose_regions(
-    flow: Flow, parameters: set[fx.Node], taken: set[fx.Node]
+    flow: Flow, parameters: Set[fx.Node] = frozenset(), taken: Set[fx.Node] = frozenset()
 ) -> Iterator[Iterator[Region]]:
     """Yield for each selection of experts its possible regions, the likeliest first.
 
     Args:
         flow: the graph. parameters: nodes known to be stored weights, whatever their shape.
-        taken: nodes of regions that are decided already.
+        taken: nodes of regions that are decided already; may grow between two selections.
     """
     selections = {}
     for node in flow.nodes:
         shape = hinted_shape(node)
         if shape is not None and _is_selection(flow, node, shape, parameters):
-            ids, shape = _narrowed(flow, node, shape)
+            ids, shape = _used_columns(flow, node, shape)
             selections[ids] = shape
-    for ids in selections:
-        if ids not in taken:
-            yield _regions_behind(flow, ids, selections, parameters, taken)
+    for ids, shape in selections.items():
+        layers = _Layers(flow, ids, shape, parameters, set(selections), taken)
+        while ids not in taken and layers.readers:
+            yield layers.regions(layers.readers)
+            layers.advance()
 
 
-def _regions_behind(
-    flow: Flow,
-    ids: fx.Node,
-    selections: dict[fx.Node, tuple[int, ...]],
-    parameters: set[fx.Node],
-    taken: set[fx.Node],
-) -> Iterator[Region]:
-    shape = selections[ids]
-    tokens = elements(shape[:-1])
-    search = _Search(flow, ids, tokens, shape[-1], flow.after(ids), parameters, set(selections))
-    found = False
-    for output in _outputs(flow, ids, tokens, search.after):
-        here = False
-        for region in search.regions(output):
-            if taken.isdisjoint(region.nodes):
-                here = True
-                yield region
-        if found and not here:
-            break
-        found |= here
+class _Layers:
+    """The layers of one selection: as a rule one, several where they share their routing.
+
+    Attributes:
+        readers: nodes that read the selection and lead to a possible output, less those of layers
+            that were looked at.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        ids: fx.Node,
+        shape: tuple[int, ...],
+        parameters: Set[fx.Node],
+        selections: set[fx.Node],
+        taken: Set[fx.Node],
+    ):
+        self.flow, self.ids, self.taken = flow, ids, taken
+        self.tokens, self.top_k = elements(shape[:-1]), shape[-1]
+        self.parameters, self.selections = parameters, selections
+        # A reader that leads to no possible output (a loss, a counter) is no part of a layer.
+        after = flow.after(ids)
+        chains = {
+            reader: [n for n in flow.chain(reader) if n in after and _is_output(n, self.tokens)]
+            for reader in flow.readers[ids]
+        }
+        self.outputs = {r: _without_casts(flow, chain) for r, chain in chains.items() if chain}
+        self.readers = list(self.outputs)
+        self.several = False
+        self.looked_at: set[fx.Node] = set()
+
+    def regions(self, readers: list[fx.Node]) -> Iterator[Region]:
+        """Yield the possible regions of the layer that the first of the readers belongs to."""
+        shared = self._shared(readers)
+        found_any = False
+        for output in shared:
+            found = False
+            for region in self._search(readers).regions(output):
+                if self.taken.isdisjoint(region.nodes):
+                    # Without roles it is only a near miss.
+                    found |= bool(region.weights)
+                    yield region
+            if found_any and not found:
+                break
+            found_any |= found
+        if not found_any and len(readers) > 1:
+            self.several = True
+            yield from self._of_first_reader(readers, set(shared))
+
+    def _of_first_reader(self, readers: list[fx.Node], shared: set[fx.Node]) -> Iterator[Region]:
+        """Yield regions that end where only some of the readers meet; of stacked weights only.
+
+        Of experts in a list, the first few would look like a whole layer.
+        """
+        for output in self.outputs[readers[0]][:TRIED_OUTPUTS]:
+            if output in shared:
+                break
+            group = [reader for reader in readers if output in self.outputs[reader]]
+            for region in self._search(group).regions(output):
+                stacked = all(len(nodes) == 1 for nodes in region.weights.values())
+                if region.weights and stacked and self.taken.isdisjoint(region.nodes):
+                    self.looked_at = set(region.nodes)
+                    yield region
+
+    def advance(self) -> None:
+        """Leave the layer whose regions were yielded; there is a next one where several are."""
+        first, before = self.readers[0], len(self.readers)
+        self.readers = [reader for reader in self.readers if reader not in self.taken]
+        if not self.several:
+            self.readers = []
+        elif len(self.readers) == before:
+            done = self.looked_at | {first}
+            self.readers = [reader for reader in self.readers if reader not in done]
+        self.several = False
+
+    def _search(self, readers: list[fx.Node]) -> Search:
+        after = {self.ids}.union(*(self.flow.after(reader) for reader in readers))
+        sizes = (self.tokens, self.top_k)
+        return Search(self.flow, self.ids, *sizes, after, self.parameters, self.selections)
+
+    def _shared(self, readers: list[fx.Node]) -> list[fx.Node]:
+        """The first possible outputs that every path from these readers meets."""
+        first, *others = (self.outputs[reader] for reader in readers)
+        shared = set(first).intersection(*others)
+        return [node for node in first if node in shared][:TRIED_OUTPUTS]
+
+
+def _without_casts(flow: Flow, chain: list[fx.Node]) -> list[fx.Node]:
+    """The chain less what is only cast by its next node: the cast belongs to the layer."""
+    cast = {
+        node
+        for node, following in itertools.pairwise(chain)
+        if operation_name(following) in ("to", "_to_copy")
+        and flow.reads[following] == [node]
+        and flow.readers[node] == [following]
+    }
+    return [node for node in chain if node not in cast]
+
+
+def _is_output(node: fx.Node, tokens: int) -> bool:
+    """Whether it may be the output [T, H] of a layer."""
+    shape = hinted_shape(result_node(node))
+    return (
+        node.op != "output"
+        and shape is not None
+        and len(shape) >= 2
+        and meta_value(result_node(node)).is_floating_point()
+        and elements(shape[:-1]) == tokens
+        and shape[-1] > 1
+    )
 
 
 def _is_selection(
-    flow: Flow, node: fx.Node, shape: tuple[int, ...], parameters: set[fx.Node]
+    flow: Flow, node: fx.Node, shape: tuple[int, ...], parameters: Set[fx.Node]
 ) -> bool:
     """Whether it is integers [..., K] that were not computed from other integers."""
     if len(shape) < 2 or 0 in shape or node in parameters or node.op == "get_attr":
         return False
     if meta_value(node).dtype not in (torch.int64, torch.int32):
         return False
-    sources = [r for read in flow.reads[node] for r in _tensors_behind(flow, read)]
     if node.op == "placeholder":
         return True
-    return bool(sources) and all(meta_value(s).is_floating_point() for s in sources)
+    sources = [tensor for read in flow.reads[node] for tensor in _tensors_behind(flow, read)]
+    return bool(sources) and all(meta_value(source).is_floating_point() for source in sources)
 
 
-def _narrowed(flow: Flow, node: fx.Node, shape: tuple[int, ...]) -> tuple[fx.Node, tuple[int, ...]]:
-    """The part that is used, where only the first columns of a full sort are."""
+def _used_columns(
+    flow: Flow, node: fx.Node, shape: tuple[int, ...]
+) -> tuple[fx.Node, tuple[int, ...]]:
+    """Return the selection and its shape: the slice where only K columns of a full sort are used.
+
+    A selection that is used as it is comes back unchanged.
+    """
     readers = flow.readers[node]
     if len(readers) == 1:
-        narrow = hinted_shape(readers[0])
-        if narrow and narrow[:-1] == shape[:-1] and narrow[-1] < shape[-1]:
+        sliced = hinted_shape(readers[0])
+        if sliced and sliced[:-1] == shape[:-1] and sliced[-1] < shape[-1]:
             if meta_value(readers[0]).dtype in (torch.int64, torch.int32):
-                return _narrowed(flow, readers[0], narrow)
+                return _used_columns(flow, readers[0], sliced)
     return node, shape
 
 
 def _tensors_behind(flow: Flow, node: fx.Node) -> list[fx.Node]:
+    """The node if it is a tensor; if it is a tuple of results, the tensors it comes from."""
     value = meta_value(node)
     if isinstance(value, (tuple, list)):
-        return [n for read in flow.reads[node] for n in _tensors_behind(flow, read)]
+        return [tensor for read in flow.reads[node] for tensor in _tensors_behind(flow, read)]
     return [node] if isinstance(value, torch.Tensor) else []
-
-
-def _outputs(flow: Flow, ids: fx.Node, tokens: int, after: set[fx.Node]) -> Iterable[fx.Node]:
-    """The first nodes that every path from the selection meets and that may be [T, H]."""
-
-    def possible(node: fx.Node) -> bool:
-        shape = hinted_shape(result_node(node))
-        return (
-            node in after
-            and node.op != "output"
-            and shape is not None
-            and len(shape) >= 2
-            and meta_value(result_node(node)).is_floating_point()
-            and elements(shape[:-1]) == tokens
-            and shape[-1] > 1
-        )
-
-    # A reader that leads to no such place (a loss, a counter) is no part of the layer.
-    chains = [flow.chain(reader) for reader in flow.readers[ids] if reader.op != "output"]
-    chains = [chain for chain in chains if any(map(possible, chain))]
-    if not chains:
-        return []
-    shared = set(chains[0]).intersection(*chains[1:])
-    return [node for node in chains[0] if node in shared and possible(node)][:TRIED_OUTPUTS]
-
-
-@dataclasses.dataclass
-class _Search:
-    """Looks for the borders of a region behind one selection."""
-
-    flow: Flow
-    ids: fx.Node
-    tokens: int
-    top_k: int
-    after: set[fx.Node]
-    parameters: set[fx.Node]
-    selections: set[fx.Node]
-
-    def __post_init__(self) -> None:
-        self.only_ids = self.flow.only_from(self.ids, self.after)
-
-    def regions(self, output: fx.Node) -> Iterator[Region]:
-        """The regions of that output: sparse weighting, from the latest on, then dense."""
-        passed: set[fx.Node] = set()
-        for _ in range(TRIED_WEIGHTINGS):
-            closure = _Closure(self, output, set(), passed)
-            region = closure.region()
-            if region is not None:
-                yield region
-            # With one expert a token, or all, the weights of sorted pairs look like [T, K] too.
-            later = closure.borders["routing"] & self.after
-            if not later:
-                break
-            passed |= later
-        closure = _Closure(self, output, closure.expert_counts() - {self.top_k}, set())
-        region = closure.region()
-        if region is not None and region.dense:
-            yield region
-
-
-class _Closure:
-    """What an output is computed from, back to the borders."""
-
-    def __init__(self, search: _Search, output: fx.Node, experts: set[int], passed: set[fx.Node]):
-        self.search, self.flow, self.output = search, search.flow, output
-        self.experts, self.passed = experts, passed
-        self.width = (hinted_shape(result_node(output)) or (0,))[-1]
-        self.inside: set[fx.Node] = set()
-        self.borders: dict[str, set[fx.Node]] = {"hidden": set(), "routing": set()}
-        self.sources: set[fx.Node] = set()
-        self.foreign = False
-        self.reads_ids = False
-        self._walk(output)
-        while not self.foreign and (node := self._to_expand()) is not None:
-            for border in self.borders.values():
-                border.discard(node)
-            self._walk(node)
-
-    def _to_expand(self) -> fx.Node | None:
-        """The latest of several borders: the others may be where it comes from."""
-        for border in self.borders.values():
-            if len(border) > 1:
-                return max(border, key=self.flow.index.__getitem__)
-        hidden = self.borders["hidden"]
-        return next(iter(hidden), None) if not self._may_be_experts() else None
-
-    def _may_be_experts(self) -> bool:
-        shapes = [hinted_shape(s) or () for s in self.sources]
-        stacked = [s for s in shapes if len(s) == 3]
-        return len([s for s in stacked or shapes if len(s) >= 2]) >= 2
-
-    def _walk(self, start: fx.Node) -> None:
-        waiting = [start]
-        self.inside.add(start)
-        while waiting and not self.foreign:
-            node = waiting.pop()
-            for read in self.flow.reads[node]:
-                if read in self.inside or read in self.sources:
-                    continue
-                if read is self.search.ids:
-                    self.reads_ids = True
-                elif read in self.search.selections:
-                    # A choice of groups comes before that of experts.
-                    self.foreign = True
-                elif (border := self._border(read)) is not None:
-                    self.borders[border].add(read)
-                elif read.op in ("placeholder", "get_attr"):
-                    self._add_source(read)
-                else:
-                    self.inside.add(read)
-                    waiting.append(read)
-            self.foreign |= len(self.inside) > LARGEST_REGION
-
-    def _add_source(self, node: fx.Node) -> None:
-        value = meta_value(node)
-        if not isinstance(value, torch.Tensor) or hinted_shape(node) is None:
-            self.foreign = True
-        elif value.is_floating_point() and value.ndim:
-            self.sources.add(node)
-        elif node.op == "get_attr":
-            # A constant: a table of indices, a scalar.
-            self.inside.add(node)
-        else:
-            self.foreign = True
-
-    def _border(self, node: fx.Node) -> str | None:
-        search, shape = self.search, hinted_shape(node)
-        if shape is None or node in search.parameters or not meta_value(node).is_floating_point():
-            return None
-        if not self.flow.reads[node] and node.op not in ("placeholder", "get_attr"):
-            return None
-        count = elements(shape)
-        if len(shape) >= 2 and shape[-1] == self.width and count == search.tokens * self.width:
-            return "hidden" if node not in search.after else None
-        if node in search.only_ids or node in self.passed or node.op == "get_attr":
-            return None
-        if count % search.tokens:
-            return None
-        columns = count // search.tokens
-        if (
-            len(shape) >= 2
-            and columns == shape[-1]
-            and (columns == search.top_k or columns in self.experts)
-        ):
-            return "routing"
-        return None
-
-    def expert_counts(self) -> set[int]:
-        """How many experts the weights may be for."""
-        shapes = [hinted_shape(s) or () for s in self.sources]
-        stacked = {s[0] for s in shapes if len(s) == 3}
-        return stacked or {shapes.count(s) for s in shapes if len(s) == 2} - {1}
-
-    def region(self) -> Region | None:
-        """The region, or None where it does not end at a hidden tensor and two weights or more."""
-        if self.foreign or len(self.borders["hidden"]) != 1 or not self._may_be_experts():
-            return None
-        (hidden,) = self.borders["hidden"]
-        routing = next(iter(self.borders["routing"]), None)
-        if not self.reads_ids and routing is None:
-            return None
-        shape = hinted_shape(routing) if routing is not None else None
-        region = Region(*innermost_module(self.output), [], by_flow=True)
-        region.hidden, region.expert_ids, region.routing_weights = hidden, self.search.ids, routing
-        region.dense = shape is not None and shape[-1] != self.search.top_k
-        region.output = self.output
-        sources = sorted(self.sources, key=self._first_use)
-        found = find_weights(self.flow, self.inside, hidden, sources)
-        if found is None:
-            return None
-        region.weights, region.extras = found
-        if region.dense:
-            region.support = self._support(region)
-        if not self.reads_ids and not region.dense:
-            return None
-        close_region(self.flow, region, self.inside)
-        return region
-
-    def _support(self, region: Region) -> list[fx.Node]:
-        """The nodes that make a dense weighting from the selection."""
-        assert region.routing_weights is not None
-        found, waiting = {region.routing_weights}, [region.routing_weights]
-        while waiting:
-            for read in self.flow.reads[waiting.pop()]:
-                chosen = read in self.search.after and read is not self.search.ids
-                if (chosen or self.flow.is_constant(read)) and read not in found:
-                    found.add(read)
-                    waiting.append(read)
-        if region.routing_weights not in self.search.after:
-            return []
-        return sorted(found, key=self.flow.index.__getitem__)
-
-    def _first_use(self, node: fx.Node) -> int:
-        return min(self.flow.index[r] for r in self.flow.readers[node] if r in self.inside)

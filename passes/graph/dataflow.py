@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
 __all__ = ["Flow", "hinted_shape", "meta_value", "operation_name", "result_node", "size_hint"]
+__all__ += ["elements", "is_data", "storage", "structure"]
 
 # They read no values of their first argument, or of their second.
 _SHAPE_OF_FIRST = {
@@ -203,6 +205,27 @@ def storage(node: fx.Node) -> int:
 def elements(shape: tuple[int, ...]) -> int:
     """Return the number of elements of a shape."""
     return math.prod(shape)
+
+
+def structure(
+    inputs: dict[str, fx.Node], nodes: Iterable[fx.Node], outputs: Iterable[fx.Node]
+) -> str:
+    """Return a text that is equal for parts of graphs of equal operations, dtypes and sizes.
+
+    Args:
+        inputs: what feeds the nodes, by role. nodes: in graph order. outputs: among the nodes.
+    """
+    nodes = [*nodes]
+    names = {node: f"%{i}" for i, node in enumerate([*inputs.values(), *nodes])}
+
+    def plain(argument: fx.Node) -> Any:
+        return names.get(argument, str(meta_value(argument)))
+
+    lines = [f"{role} {meta_value(n).dtype}{hinted_shape(n)}" for role, n in inputs.items()]
+    for node in nodes:
+        args, kwargs = fx.node.map_arg(node.args, plain), fx.node.map_arg(node.kwargs, plain)
+        lines.append(f"{names[node]} {node.op} {node.target} {args} {kwargs}")
+    return "\n".join([*lines, f"-> {[names[node] for node in outputs]}"])
 
 
 def _metadata_only(node: fx.Node) -> list[Any]:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from fp4moe.borrowed import random_state_kept
 from fp4moe.precision import float32_as_written
 
+from .attributes import read_attribute
 from .dataflow import hinted_shape, is_data, meta_value, operation_name, size_hint
 
 __all__ = ["grouped_mm", "run_in_float32", "undisturbed"]
@@ -69,7 +70,7 @@ def _run(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     args: Any = fx.node.map_aggregate(fx.node.map_arg(node.args, value), _widen)
     kwargs: Any = fx.node.map_aggregate(fx.node.map_arg(node.kwargs, value), _widen)
     if node.op == "get_attr":
-        return _widen_tensor(_attribute(gm, str(node.target)))
+        return _widen_tensor(read_attribute(gm, node))
     if "grouped_mm" in str(getattr(node.target, "__name__", node.target)):
         return grouped_mm(*args, **kwargs)
     if operation_name(node) == "view" and not isinstance(args[1], torch.dtype):
@@ -85,11 +86,6 @@ def _run(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         return module(*args, **kwargs)
     assert callable(node.target)
     return node.target(*args, **kwargs)
-
-
-def _attribute(gm: fx.GraphModule, name: str) -> Any:
-    owner, _, attribute = name.rpartition(".")
-    return getattr(gm.get_submodule(owner), attribute)
 
 
 def _widen_tensor(value: Any) -> Any:

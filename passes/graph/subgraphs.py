@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 from torch._ops import HigherOrderOperator
 
+from .attributes import read_attribute
 from .dataflow import hinted_shape
 
 __all__ = ["SubgraphCall", "subgraph_calls"]
@@ -54,8 +55,7 @@ def subgraph_calls(gm: fx.GraphModule) -> Iterator[SubgraphCall]:
 def _body(gm: fx.GraphModule, leaf: Any) -> fx.GraphModule | None:
     if not isinstance(leaf, fx.Node) or leaf.op != "get_attr":
         return None
-    owner, _, name = str(leaf.target).rpartition(".")
-    found = getattr(gm.get_submodule(owner), name)
+    found = read_attribute(gm, leaf)
     return found if isinstance(found, fx.GraphModule) else None
 
 

@@ -11,11 +11,11 @@ from fp4moe.experts import GATE_UP_LAYOUTS
 from fp4moe.formats.base import NVFP4
 from fp4moe.identity.float_weights import SEPARATE, StoredForm
 
-__all__ = ["SEPARATE", "Hypothesis", "possible_hypotheses"]
+__all__ = ["SEPARATE", "Form", "possible_forms"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Hypothesis:
+class Form:
     """What a region may compute.
 
     Attributes:
@@ -57,9 +57,9 @@ class Hypothesis:
         return f"{form}{self.activation}{stored}{weighted}"
 
 
-def possible_hypotheses(
+def possible_forms(
     first: tuple[int, ...], down: tuple[int, ...], hidden_size: int, *, apart: bool, weighted: bool
-) -> Iterator[Hypothesis]:
+) -> Iterator[Form]:
     """Yield the forms that fit the shapes.
 
     Args:
@@ -79,7 +79,7 @@ def possible_hypotheses(
             # act(gate) * up with the identity is the same in either order.
             if activation == "identity" and layout is not None and layout.startswith("up"):
                 continue
-            form = Hypothesis(
+            form = Form(
                 layout is not None, layout, transposed, activation, down_transposed, "output"
             )
             yield form

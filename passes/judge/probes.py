@@ -15,7 +15,8 @@ from fp4moe.random_floats import random_normal, random_uniform
 from ..find.region import Region
 from ..graph.dataflow import elements, hinted_shape, meta_value
 
-__all__ = ["Probes", "compared_tokens", "make_probes", "region_weighting", "rounds"]
+__all__ = ["Probes", "compared_tokens", "make_probes", "region_weighting"]
+__all__ += ["checking_rounds", "telling_rounds"]
 
 # Rows of the output that are compared.
 COMPARED_TOKENS = 16
@@ -93,8 +94,8 @@ def other_experts(probes: Probes) -> Iterator[Probes]:
         yield probes | {"expert_ids": changed.reshape(ids.shape)}
 
 
-def rounds(probes: Probes) -> Iterator[tuple[str, Probes]]:
-    """Yield (how they are drawn, probes), one after the other to be passed."""
+def telling_rounds(probes: Probes) -> Iterator[tuple[str, Probes]]:
+    """Yield (how they are drawn, probes) that tell the forms apart, the second where need be."""
     yield "on random inputs", probes
     if "routing_weights" in probes:
         # They tell where the weights are applied, for an activation such as relu.
@@ -102,6 +103,10 @@ def rounds(probes: Probes) -> Iterator[tuple[str, Probes]]:
             "with negative routing weights",
             probes | {"routing_weights": -probes["routing_weights"]},
         )
+
+
+def checking_rounds(probes: Probes) -> Iterator[tuple[str, Probes]]:
+    """Yield (how they are drawn, probes) where clamps, capacities and odd experts show."""
     yield "on large inputs of which all choose the same experts", large_and_skewed(probes)
     for others in other_experts(probes):
         yield "on experts not chosen before", others

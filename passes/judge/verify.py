@@ -1,7 +1,7 @@
 """Ask a region's numbers what it computes.
 
 The region runs in float32 on random tokens and random weights of its own sizes, and is compared
-with the plain definition under every hypothesis; exactly one must fit. It fits again on large
+with the plain definition under every form; exactly one must fit. It fits again on large
 inputs whose tokens all choose the same experts, where clamps and limited capacities show, and with
 every expert.
 """
@@ -9,26 +9,34 @@ every expert.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
 import torch
 from torch import fx
 
-from fp4moe.activations import ACTIVATIONS, identify_activation
+from fp4moe.activations import ACTIVATIONS
 from fp4moe.experts import split_gate_up
 from fp4moe.random_floats import random_normal
 
 from ..find.region import Region
 from ..graph.dataflow import hinted_shape, meta_value, result_node
 from ..graph.execute import run_in_float32, undisturbed
-from .forms import SEPARATE, Hypothesis, possible_hypotheses
-from .probes import Probes, compared_tokens, make_probes, region_weighting, rounds
+from .forms import SEPARATE, Form, possible_forms
+from .probes import (
+    Probes,
+    checking_rounds,
+    compared_tokens,
+    make_probes,
+    region_weighting,
+    telling_rounds,
+)
 
-__all__ = ["Hypothesis", "Verdict", "judge_region", "trust_region", "verify_region"]
+__all__ = ["Verdict", "judge_region"]
 
 # Relative RMS limit. Float32 sums of H terms err by about sqrt(H) * 2^-24 = 3e-6 at H = 2816; the
-# closest pair of hypotheses, the two GELUs, differ by about 3e-4.
+# closest pair of forms, the two GELUs, differ by about 3e-4.
 LIMIT = 3e-5
 
 
@@ -37,27 +45,26 @@ class Verdict:
     """What a region's numbers say.
 
     Attributes:
-        form: the one hypothesis that fits, or None. reason: why there is none.
-        closest: the hypothesis that came closest. error: its relative RMS error.
+        form: the one form that fits, or None. reason: why there is none.
+        closest: the form that came closest. error: its relative RMS error.
     """
 
-    form: Hypothesis | None
+    form: Form | None
     reason: str
-    closest: Hypothesis | None = None
+    closest: Form | None = None
     error: float = math.inf
 
 
-def verify_region(gm: fx.GraphModule, region: Region) -> tuple[Hypothesis | None, str]:
-    """Return the one hypothesis that fits and "", or None and the reason with the closest one."""
-    verdict = judge_region(gm, region)
-    return verdict.form, verdict.reason
+def judge_region(gm: fx.GraphModule, region: Region, verify: bool = True) -> Verdict:
+    """Compare a region with the definition under every form that its shapes allow.
 
-
-def judge_region(gm: fx.GraphModule, region: Region) -> Verdict:
-    """Compare a region with the definition under every hypothesis that its shapes allow."""
+    Args:
+        gm: owns the region. verify: False leaves out the rounds on large inputs and on experts that
+            the first round did not choose.
+    """
     with undisturbed(meta_value(region.inputs()["hidden"]).device):
         probes = make_probes(region)
-        forms = list(_hypotheses(probes, region))
+        forms = list(_forms(probes, region))
         if not forms:
             shapes = [f"{list(region.weight_shape(role))}" for role in region.weights]
             return Verdict(
@@ -65,7 +72,8 @@ def judge_region(gm: fx.GraphModule, region: Region) -> Verdict:
                 f"weights {' and '.join(shapes)} fit no gated or plain form for hidden size "
                 f"{probes['hidden'].shape[-1]}",
             )
-        for how, asked in rounds(probes):
+        checks = checking_rounds(probes) if verify else ()
+        for how, asked in itertools.chain(telling_rounds(probes), checks):
             if "negative" in how and len(forms) == 1:
                 continue
             actual, why = _compute(gm, region, asked)
@@ -100,7 +108,7 @@ def _compute(gm: fx.GraphModule, region: Region, probes: Probes) -> tuple[torch.
     given = probes | {r: probes[r].clone() for r in ("hidden", "expert_ids")}
     if "routing_weights" in given:
         given["routing_weights"] = region_weighting(region, probes)
-    values: dict[fx.Node, Any] = {}
+    values: dict[fx.Node, Any] = dict.fromkeys(region.numbers, 1.0)
     for role, node in region.inputs().items():
         name, _, number = role.partition(" ")
         stacked = given[role if name == "extra" else name]
@@ -144,39 +152,9 @@ def _dense_reason(gm: fx.GraphModule, region: Region, probes: Probes) -> str:
     return "" if not rest.any() else "its dense weighting weighs experts that were not selected"
 
 
-def trust_region(region: Region) -> tuple[Hypothesis | None, str]:
-    """Return the form that names and shapes suggest, without running it; or None and the reason.
-
-    Assumes gate first and concatenated, and takes the activation from the class of `act_fn`.
-    """
-    assert region.hidden is not None
-    classes = {
-        cls
-        for node in region.nodes
-        for path, cls in node.meta.get("nn_module_stack", {}).values()
-        if path.endswith(".act_fn")
-    }
-    names = {_default_activation(cls) for cls in classes}
-    if len(names) != 1 or None in names:
-        return None, "its act_fn module is not recorded in the graph or unknown; use verify=True"
-    hidden = torch.empty(hinted_shape(region.hidden) or (0,), dtype=torch.float32, device="meta")
-    for form in _hypotheses({"hidden": hidden}, region):
-        if form.activation in names and form.layout in (None, "gate_up"):
-            return form, ""
-    return None, f"its weights fit no gated or plain form for hidden size {hidden.shape[-1]}"
-
-
-def _default_activation(cls: type) -> str | None:
-    try:
-        return identify_activation(cls())
-    except TypeError:
-        # Its class needs arguments, which the graph does not record.
-        return None
-
-
-def _hypotheses(probes: Probes, region: Region) -> list[Hypothesis]:
+def _forms(probes: Probes, region: Region) -> list[Form]:
     return list(
-        possible_hypotheses(
+        possible_forms(
             region.weight_shape("first"),
             region.weight_shape("down"),
             probes["hidden"].shape[-1],
@@ -186,9 +164,7 @@ def _hypotheses(probes: Probes, region: Region) -> list[Hypothesis]:
     )
 
 
-def _errors(
-    forms: list[Hypothesis], probes: Probes, actual: torch.Tensor
-) -> dict[Hypothesis, float]:
+def _errors(forms: list[Form], probes: Probes, actual: torch.Tensor) -> dict[Form, float]:
     """Relative RMS error of the region against the definition, written out pair by pair.
 
     Without weights in between, first(w * x) is w * first(x): both weightings share one product.
@@ -220,7 +196,7 @@ def _errors(
 
 
 def _inner(
-    form: Hypothesis, products: dict[tuple[str, bool], torch.Tensor], weight: torch.Tensor
+    form: Form, products: dict[tuple[str, bool], torch.Tensor], weight: torch.Tensor
 ) -> torch.Tensor:
     """What the down projection takes, [I], weighted."""
     act = ACTIVATIONS[form.activation].function

@@ -16,7 +16,7 @@ import torch
 
 from fp4moe.kernels import Routing
 from fp4moe.random_floats import random_normal
-from fp4moe.routing import sigmoid_topk, softmax_topk
+from fp4moe.routing import ROUNDINGS, sigmoid_topk, softmax_topk
 
 from ..graph.dataflow import hinted_shape, meta_value
 from ..graph.execute import undisturbed
@@ -25,8 +25,6 @@ from .slice import RoutingSlice
 __all__ = ["RoutingForm", "recognise"]
 
 PROBE_TOKENS = 64
-# Softmax or sigmoid (2 ulp), the bias, a sum, a quotient and two factors stay below 16 roundings.
-ROUNDINGS = 16 * torch.finfo(torch.float32).eps
 # Tokens whose choice changes with logits moved by this much are too close to call.
 NUDGE = 1e-5
 Choose = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -80,7 +78,7 @@ def recognise(found: RoutingSlice) -> tuple[RoutingForm | None, str]:
             return None, "its ids and weights are not [T, K]"
         logits, ids, weights = (torch.cat(column) for column in zip(*parts, strict=True))
         probes = _Probes(logits, vectors, ids.long(), weights.float(), found.literals())
-        tried = [probes.fit(form, choose) for form, choose in _hypotheses(found, top_k)]
+        tried = [probes.fit(form, choose) for form, choose in _forms(found, top_k)]
     fitting = [form for form in tried if form is not None]
     # One expert a token has weight 1 by softmax and by sigmoid alike.
     alike = top_k == 1 and all("renormalised" in f.method and f.bias is None for f in fitting)
@@ -92,7 +90,7 @@ def recognise(found: RoutingSlice) -> tuple[RoutingForm | None, str]:
     return None, "its numbers fit no known method"
 
 
-def _hypotheses(found: RoutingSlice, top_k: int) -> Iterator[tuple[RoutingForm, Choose]]:
+def _forms(found: RoutingSlice, top_k: int) -> Iterator[tuple[RoutingForm, Choose]]:
     experts = found.shape[1]
     vectors = range(len(found.vectors))
     scale = 0 if len(vectors) == 1 else None

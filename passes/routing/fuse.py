@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from fp4moe.kernels import Layer, Operands, get_kernel
 
 from ..find.region import innermost_module
 from ..find.symbolic import has_shapes
+from ..graph.attributes import add_attribute, read_attribute
 from ..graph.dataflow import Flow, meta_value
 from ..report import RoutingMatch
 from .forms import RoutingForm, recognise
@@ -179,10 +179,7 @@ def _node(argument: Any) -> fx.Node:
 
 
 def _stored(gm: fx.GraphModule, values: dict[fx.Node, Any], node: fx.Node) -> Any:
-    if node.op == "get_attr":
-        tensors = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
-        return tensors.get(str(node.target))
-    return values.get(node)
+    return read_attribute(gm, node) if node.op == "get_attr" else values.get(node)
 
 
 def _insert(
@@ -213,7 +210,7 @@ def _insert(
             if factors is not None:
                 unscaled = _node(operands[place])
                 name = f"fp4moe_scaled_{unscaled.name}"
-                operands[place] = _attribute(gm, operator, name, factors)
+                operands[place] = add_attribute(gm, operator, name, factors)
             arguments = (*given, *operands, *form.routing, *settings)
             fused = gm.graph.call_function(FROM_LOGITS, arguments)
     fused.meta.update(operator.meta)
@@ -231,25 +228,6 @@ def _nothing(gm: fx.GraphModule, like: fx.Node) -> fx.Node:
     value = meta_value(like)
     with getattr(value, "fake_mode", None) or contextlib.nullcontext():
         node.meta[key] = value.new_empty([0])
-    return node
-
-
-def _attribute(gm: fx.GraphModule, near: fx.Node, name: str, tensor: torch.Tensor) -> fx.Node:
-    free = name
-    for number in itertools.count(1):
-        if not hasattr(gm, free):
-            break
-        free = f"{name}_{number}"
-    gm.register_buffer(free, tensor, persistent=False)
-    # AOTAutograd asks where each attribute of a dynamo graph comes from.
-    sources = getattr(gm, "_param_name_to_source", None)
-    if sources is not None:
-        sources[free] = torch._dynamo.source.ConstantSource(free)
-    node = gm.graph.get_attr(free)
-    fake_mode = getattr(meta_value(near), "fake_mode", None)
-    key = "example_value" if "example_value" in near.meta else "val"
-    node.meta[key] = fake_mode.from_tensor(tensor, static_shapes=True) if fake_mode else tensor
-    node.meta["nn_module_stack"] = near.meta.get("nn_module_stack")
     return node
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph.dataflow import Flow, hinted_shape, is_data, meta_value, storage
+from ..graph.dataflow import Flow, hinted_shape, is_data, meta_value, storage, structure
 from ..graph.execute import run_in_float32
 
 __all__ = ["RoutingSlice", "cut_routing"]
@@ -50,16 +50,9 @@ class RoutingSlice:
 
     def structure(self) -> str:
         """A text that is equal for slices of equal operations and sizes."""
-        start = [self.logits, *self.vectors]
-        names = {node: f"%{i}" for i, node in enumerate([*start, *self.nodes])}
-        lines = [f"{meta_value(n).dtype}{list(meta_value(n).shape)}" for n in start]
-        for node in self.nodes:
-            args, kwargs = (
-                fx.node.map_arg(a, lambda n: names.get(n, str(meta_value(n))))
-                for a in (node.args, node.kwargs)
-            )
-            lines.append(f"{names[node]} {node.op} {node.target} {args} {kwargs}")
-        return "\n".join([*lines, names[self.expert_ids], names[self.routing_weights]])
+        inputs = {"logits": self.logits}
+        inputs |= {f"vector {i}": vector for i, vector in enumerate(self.vectors)}
+        return structure(inputs, self.nodes, (self.expert_ids, self.routing_weights))
 
     def literals(self) -> set[float]:
         """The plain numbers among the arguments of its nodes."""
@@ -146,31 +139,44 @@ def _needed(flow: Flow, nodes: list[fx.Node], until: fx.Node | None) -> set[fx.N
 def _cut(
     gm: fx.GraphModule, flow: Flow, operator: fx.Node, logits: fx.Node, num_experts: int
 ) -> tuple[RoutingSlice | None, str]:
+    """Return (the slice from these logits on, ""), or (None, why it cannot be cut out)."""
     ids, weights = operator.args[1:3]
     assert isinstance(ids, fx.Node) and isinstance(weights, fx.Node)
-    found = _needed(flow, _last_values(flow, operator), logits)
-    if len(found) > MOST_NODES:
+    needed = _needed(flow, _last_values(flow, operator), logits)
+    if len(needed) > MOST_NODES:
         return None, f"it reads more than {MOST_NODES} nodes"
-    # What only lends its shape, such as to zeros_like, belongs to the routing all the same.
-    waiting = list(found)
+    _add_shapes(flow, needed, logits)
+    needed.discard(logits)
+    ordered = sorted(needed, key=flow.index.__getitem__)
+    sources = [node for node in ordered if node.op in ("placeholder", "get_attr")]
+    why = _refusal(flow, ordered, logits, sources, num_experts)
+    if why or ids not in needed or weights not in needed:
+        return None, why
+    nodes = [node for node in ordered if node not in sources]
+    return RoutingSlice(gm, logits, sources, nodes, ids, weights), ""
+
+
+def _add_shapes(flow: Flow, needed: set[fx.Node], logits: fx.Node) -> None:
+    """Add what only lends its shape, such as to zeros_like: it belongs to the routing as well."""
+    waiting = list(needed)
     while waiting:
         for node in waiting.pop().all_input_nodes:
             reads = flow.reads[node]
-            if node not in found and reads and all(r in found or r is logits for r in reads):
-                found.add(node)
+            if node not in needed and reads and all(r in needed or r is logits for r in reads):
+                needed.add(node)
                 waiting.append(node)
-    found.discard(logits)
-    ordered = sorted(found, key=flow.index.__getitem__)
-    sources = [node for node in ordered if node.op in ("placeholder", "get_attr")]
+
+
+def _refusal(
+    flow: Flow, ordered: list[fx.Node], logits: fx.Node, sources: list[fx.Node], num_experts: int
+) -> str:
+    """Why the nodes are no routing that can be run by itself; "" where they are."""
     for node in ordered:
         if node in sources and hinted_shape(node) != (num_experts,):
-            return None, f"it also reads {node.name}, which is no vector of {num_experts}"
+            return f"it also reads {node.name}, which is no vector of {num_experts}"
         if isinstance(meta_value(node), (float, torch.SymFloat)) and is_data(node):
-            return None, f"it reads {node.name}, a number that may change from call to call"
+            return f"it reads {node.name}, a number that may change from call to call"
     given = {storage(node) for node in (logits, *sources)}
     if any(storage(target) in given for node in ordered for target in flow.writes[node]):
-        return None, "it writes to its input in place"
-    if ids not in found or weights not in found:
-        return None, ""
-    nodes = [node for node in ordered if node not in sources]
-    return RoutingSlice(gm, logits, sources, nodes, ids, weights), ""
+        return "it writes to its input in place"
+    return ""

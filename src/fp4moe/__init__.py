@@ -1,7 +1,8 @@
 """NVFP4 mixture-of-experts operators for PyTorch, and the passes that put them into a graph.
 
-Importing this registers the operators (`torch.ops.fp4moe`) and loads little more than that: tools,
-passes and whatever else `import torch` does not load by itself come with the first use of a name.
+Importing this registers the operators (`torch.ops.fp4moe`), changes nothing else, and loads little
+more than that: tools, passes and whatever else `import torch` does not load by itself come with the
+first use of a name.
 """
 
 import importlib
@@ -16,7 +17,6 @@ from .formats.nvfp4 import NVFP4Values, dequantize_nvfp4, quantize_nvfp4
 from .kernels import why_not
 from .kernels.flashinfer.library import set_flashinfer
 from .linear import FP8Linear, NVFP4Linear
-from .models.transformers_registry import register_when_imported
 from .module import FusedExperts
 from .ops import fused_moe
 from .version import __version__
@@ -95,6 +95,3 @@ if not TYPE_CHECKING:  # A type checker would take any name for one of these.
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
-
-
-register_when_imported()

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from .errors import must
 from .formats.base import NVFP4
+from .saving import PackedModule
 
 __all__ = ["FP8Linear", "NVFP4Linear"]
 
@@ -20,7 +20,7 @@ FP8 = torch.float8_e4m3fn
 Buffers = dict[str, tuple[torch.Tensor, torch.dtype, tuple[tuple[int, ...], ...]]]
 
 
-class _PackedLinear(nn.Module):
+class _PackedLinear(PackedModule):
     """What both have in common: buffers that a cast of the model moves but never converts."""
 
     weight: torch.Tensor

@@ -30,6 +30,7 @@ from .kernels import (
 from .logical import Lent, logical_tensor
 from .ops import nvfp4_moe_arguments, nvfp4_moe_from_logits_arguments
 from .pack import activation_scale
+from .saving import PackedModule
 
 __all__ = ["FusedExperts", "RoutedExperts"]
 
@@ -37,7 +38,7 @@ __all__ = ["FusedExperts", "RoutedExperts"]
 PREPARED = "prepared_"
 
 
-class FusedExperts(nn.Module):
+class FusedExperts(PackedModule):
     """The experts of one layer: (hidden [T, H], ids [T, K], weights [T, K]) -> [T, H].
 
     The call signature is that of Hugging Face's experts modules.
@@ -344,7 +345,7 @@ class RoutedExperts(FusedExperts):
         hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
         output_scale: torch.Tensor | None = None,
     ):
-        nn.Module.__init__(self)
+        PackedModule.__init__(self)
         check_kernel_name(kernel, caller="RoutedExperts")
         self.routing, self.top_k = routing, routing.top_k
         self.requested_kernel = kernel

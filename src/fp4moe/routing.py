@@ -29,8 +29,11 @@ import torch
 from .errors import must
 from .layer import Routing
 
-__all__ = ["ROUTING_METHODS", "RoutingMethod", "grouped_softmax_topk", "route", "sigmoid_topk"]
-__all__ += ["softmax_topk", "topk_sigmoid", "topk_softmax"]
+__all__ = ["ROUTING_METHODS", "RoutingMethod", "grouped_softmax_topk", "sigmoid_topk"]
+__all__ += ["ROUNDINGS", "route", "softmax_topk", "topk_sigmoid", "topk_softmax"]
+
+# Softmax or sigmoid (2 ulp), the bias, a sum, a quotient and two factors stay below 16 roundings.
+ROUNDINGS = 16 * torch.finfo(torch.float32).eps
 
 RoutingMethod = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 

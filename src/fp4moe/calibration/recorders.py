@@ -23,12 +23,12 @@ from ..experts import ExpertWeights
 from ..formats.base import NVFP4
 from ..kernels import PreparedWeights
 from ..models.block import ACTIVATION_SCALES, Candidate
+from ..models.experts_module import is_experts_module
 from ..models.replace import find_candidates
 from ..module import FusedExperts, RoutedExperts
 from ..ops import tensor_versions
 from ..precision import without_autocast
 from ..routing import route
-from ..stamps import STAMPS
 from .ranges import Ranges
 
 __all__ = ["BlockRanges", "Recorder", "make_recorders"]
@@ -224,7 +224,7 @@ def make_recorders(model: nn.Module, percentile: float | None) -> list[Recorder]
     for candidate in find_candidates(model):
         if candidate.reasons:
             refused.append(f"{candidate.path or 'the model'}: {'; '.join(candidate.reasons)}")
-        elif all(hasattr(candidate.module, stamp) for stamp in STAMPS):
+        elif is_experts_module(candidate.module):
             experts = candidate.num_experts or 0
             found.append(_StampedRecorder(candidate.path, candidate.module, experts, percentile))
         else:

@@ -16,10 +16,10 @@ from torch import fx
 
 from ..errors import UnsupportedError, check_choice, must
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
+from ..models.experts_module import is_experts_module
 from ..passes.lift import lift_packed
 from ..passes.report import ON_NO_MATCH, RewriteReport, report_no_match
 from ..passes.rewrite import rewrite_graph
-from ..stamps import is_experts_class
 from .packed_inputs import WithPackedInputs
 from .tensorrt import BACKENDS, import_torch_tensorrt, with_defaults
 
@@ -39,7 +39,8 @@ class BackendOptions:
         inner_options: handed to it as `options`.
         on_no_match: "warn", "error" or "ignore" when a graph has no block that is or was fused.
         kernel: "auto" or a kernel's name.
-        verify: compare each distinct block's numbers with the definition before it is rewritten.
+        verify: False leaves out the checks of each distinct block on large inputs and on further
+            experts; see `rewrite_moe`.
         release_weights: free the float weights after packing. Shapes stay. Running the experts in
             eager, writing to these weights or saving them raises from then on.
         hidden_alignment: 128, 256 or 512, what the Blackwell kernel pads the hidden size to.
@@ -222,7 +223,7 @@ def _eager_experts() -> str | None:
             implementation = getattr(
                 getattr(module, "config", None), "_experts_implementation", None
             )
-            if is_experts_class(type(module)) and implementation == "eager":
+            if is_experts_module(module) and implementation == "eager":
                 return f"{type(caller).__name__}.{path}" if path else type(caller).__name__
         frame = frame.f_back
     return None

@@ -18,10 +18,9 @@ from torch import fx
 
 from ..errors import UnsupportedError, must
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT
-from ..passes.exported import rewrite_aten
 from ..passes.graph.dataflow import meta_value
 from ..passes.report import RewriteReport, report_no_match
-from ..passes.rewrite import check_settings
+from ..passes.rewrite import check_settings, rewrite_graph
 
 __all__ = ["BACKENDS", "import_torch_tensorrt", "lowering_pass", "with_defaults"]
 
@@ -111,7 +110,8 @@ def lowering_pass(
 
     def fuse_moe(gm: fx.GraphModule, *_: Any) -> fx.GraphModule:
         values = [meta_value(node) for node in gm.graph.nodes if node.op == "placeholder"]
-        report, _done = rewrite_aten(gm, values, kernel, verify, hidden_alignment, routing)
+        settings = (kernel, verify, hidden_alignment, routing)
+        report, _done = rewrite_graph(gm, values, *settings, constants=True)
         logger.info("lowering_pass: %s", report)
         report_no_match(report, on_no_match, caller="lowering_pass")
         reports.append(report)

@@ -16,7 +16,6 @@ from torch import nn
 
 from ..activations import ACTIVATIONS, identify_activation, probe_values
 from ..experts import ExpertWeights, split_gate_up
-from ..stamps import STAMPS
 from .block import (
     Candidate,
     adapter_reasons,
@@ -27,6 +26,10 @@ from .block import (
 )
 
 __all__ = ["describe_experts", "find_experts", "float_parameters", "is_experts_module"]
+__all__ += ["STAMPS"]
+
+# What `use_experts_implementation` sets on every instance.
+STAMPS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 # Where `experts_implementation="fp4moe"` keeps the fused experts of a module.
 FUSED_CHILD = "fp4moe"

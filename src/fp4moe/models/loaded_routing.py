@@ -15,8 +15,8 @@ from torch import nn
 from ..checkpoint.plan import ExpertsPlan
 from ..errors import UnsupportedError
 from ..module import FusedExperts, RoutedExperts
-from ..stamps import STAMPS
 from .block import Candidate
+from .experts_module import STAMPS
 from .routers import plan_fused_routing
 
 __all__ = ["fuse_routing"]

@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from ..kernels import Routing
 from ..precision import float32_as_written
 from ..random_floats import random_normal
-from ..routing import route
+from ..routing import ROUNDINGS, route
 from .block import Candidate, storage_reasons
 from .experts_module import is_experts_module
 from .routing_trace import RoutingTrace, watch, ways_to_run
@@ -31,9 +31,6 @@ __all__ = ["ROUTERS", "FusedRouting", "LogitsRouter", "RouterForm", "plan_fused_
 Logits = Callable[[Any, torch.Tensor], torch.Tensor]
 ROUTER_WORDS = ("gate", "rout")
 PROBE_TOKENS = 64
-FLOAT32_EPS = torch.finfo(torch.float32).eps
-# Softmax or sigmoid (2 ulp), the bias, a sum, a quotient and two factors stay below 16 roundings.
-ROUNDINGS = 16 * FLOAT32_EPS
 
 
 def _linear_logits(router: Any, hidden: torch.Tensor) -> torch.Tensor:

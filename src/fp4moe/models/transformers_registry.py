@@ -1,20 +1,13 @@
 """`experts_implementation="fp4moe"`: fused experts through transformers' own registry.
 
 The first eager call of an experts module packs its weights and frees the float ones; the first call
-under another implementation puts float weights back, with NVFP4's rounding. The registration waits
-until transformers is imported, so that importing fp4moe does not import it.
+under another implementation puts float weights back, with NVFP4's rounding.
 """
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import logging
-import sys
 import threading
-import types
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,14 +17,11 @@ from ..errors import UnsupportedError, must
 from ..module import FusedExperts
 from .block import ACTIVATION_SCALES, value_reasons
 from .experts_module import FUSED_CHILD, describe_experts, float_parameters
-from .saving import refuse_to_save
 
-__all__ = ["experts_forward", "register_transformers", "register_when_imported"]
+__all__ = ["experts_forward", "register_experts"]
 
 logger = logging.getLogger("fp4moe")
 NAME = "fp4moe"
-REGISTRY = "transformers.integrations.moe"
-MODELS = "transformers.modeling_utils"
 # An empty buffer beside the packed experts: whoever casts the model casts it, and so says what
 # dtype the float weights would have by now.
 LIKE_FLOATS = "fp4moe_like_floats"
@@ -142,51 +132,8 @@ def _unpack(module: Any) -> None:
             _announced = module.config
 
 
-def register_transformers() -> None:
-    """Register the name "fp4moe" with transformers' experts implementations; safe to repeat.
-
-    Happens by itself when fp4moe and transformers are both imported.
-    """
+def register_experts() -> None:
+    """Register the name "fp4moe" with transformers' experts implementations; safe to repeat."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    from transformers.modeling_utils import PreTrainedModel
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
-    refuse_to_save(PreTrainedModel)
-
-
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Calls `act` with a module once that has been imported."""
-
-    def __init__(self, name: str, act: Callable[[Any], None]):
-        self.name, self.act = name, act
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.name:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_act(module: types.ModuleType) -> None:
-                execute(module)
-                self.act(module)
-
-            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
-        return spec
-
-
-def register_when_imported() -> None:
-    """Register now what transformers has loaded, and the rest as soon as it is."""
-    actions: dict[str, Callable[[Any], None]] = {
-        REGISTRY: lambda module: module.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward),
-        MODELS: lambda module: refuse_to_save(module.PreTrainedModel),
-    }
-    waiting = {finder.name for finder in sys.meta_path if isinstance(finder, _AfterImport)}
-    for name, act in actions.items():
-        if name in sys.modules:
-            act(sys.modules[name])
-        elif name not in waiting:
-            sys.meta_path.insert(0, _AfterImport(name, act))

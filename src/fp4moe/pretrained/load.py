@@ -16,7 +16,7 @@ from ..checkpoint.naming import FLOAT
 from ..errors import CheckpointError, UnsupportedError, check_choice, must
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
 from ..models.replace import replace_moe
-from ..models.transformers_registry import register_transformers as register_experts
+from ..models.transformers_registry import register_experts
 from ..module import FusedExperts
 from .from_config import model_class
 from .loading import Options, convention_of
@@ -33,11 +33,11 @@ REFUSED = ("quantization_config", "state_dict", "gguf_file", "variant", "subfold
 
 
 def register_transformers() -> None:
-    """Make transformers' own `from_pretrained` load NVFP4 checkpoints with fused experts.
+    """Make `experts_implementation="fp4moe"` and NVFP4 checkpoints known to transformers.
 
-    Registers the experts implementation "fp4moe" (which importing fp4moe does as well) and the
-    reading of ModelOpt's and compressed-tensors' NVFP4 checkpoints, those too whose only word of it
-    is hf_quant_config.json; safe to repeat. Float checkpoints stay float.
+    Its own `from_pretrained` then loads ModelOpt's and compressed-tensors' NVFP4 checkpoints with
+    fused experts, those too whose only word of it is hf_quant_config.json; float checkpoints stay
+    float. Safe to repeat; importing fp4moe alone registers nothing with transformers.
 
     Raises:
         UnsupportedError: another library has registered ModelOpt's method.

@@ -6,23 +6,38 @@ What they would write has names that no class knows: a reload would draw the exp
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
-from ..errors import UnsupportedError, must
-from ..linear import FP8Linear, NVFP4Linear
-from ..module import FusedExperts
+from torch import nn
 
-__all__ = ["refuse_to_save"]
+from .errors import UnsupportedError, must
 
-PACKED = (FusedExperts, NVFP4Linear, FP8Linear)
+__all__ = ["PackedModule"]
+
+MODELS = "transformers.modeling_utils"
 
 
-def refuse_to_save(model_class: Any) -> None:
-    """Make transformers' PreTrainedModel refuse by name; safe to repeat.
+class PackedModule(nn.Module):
+    """A module that holds packed weights, alone or in a model of transformers.
 
-    On the class, since a model can hold packed experts at any depth, and from its first call on.
+    Whoever makes or unpickles one makes transformers' models refuse to be saved while they hold
+    any. Without transformers there is nothing to refuse.
     """
-    for name in ("save_pretrained", "push_to_hub"):
+
+    def __init__(self) -> None:
+        super().__init__()
+        _refuse_to_save()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _refuse_to_save()
+
+
+def _refuse_to_save() -> None:
+    # On the class, since a model can hold packed modules at any depth.
+    model_class = getattr(sys.modules.get(MODELS), "PreTrainedModel", None)
+    for name in ("save_pretrained", "push_to_hub") if model_class else ():
         plain = getattr(model_class, name)
         if not hasattr(plain, "for_fp4moe"):
             setattr(model_class, name, _refusing(plain))
@@ -33,7 +48,7 @@ def _refusing(plain: Any) -> Any:
     def save(self, *args, **kwargs):
         # With an adapter of transformers' own integration only the adapter is written.
         if not getattr(self, "_hf_peft_config_loaded", False):
-            packed = (path for path, m in self.named_modules() if isinstance(m, PACKED))
+            packed = (path for path, m in self.named_modules() if isinstance(m, PackedModule))
             if (path := next(packed, None)) is not None:
                 must(
                     f"{plain.__name__}: model",
