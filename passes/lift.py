@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fp4moe.arguments import FloatMoeArguments, FloatMoeFromLogitsArguments
 from fp4moe.identity.float_weights import FloatWeights, StoredForm
 from fp4moe.identity.table import find_packed
 from fp4moe.kernels import Operands
@@ -164,22 +165,26 @@ class _Lifting:
     def _operator(self, node: fx.Node) -> None:
         args: Any = node.args
         routed = node.target is FLOAT_FROM_LOGITS
-        count = 3 + routed
-        groups, rest = args[count : count + 3], args[count + 3 :]
-        scale = args[3] if routed and args[3] in self.places else None
+        given = (FloatMoeFromLogitsArguments if routed else FloatMoeArguments)(*args)
+        groups, form = (given.first, given.second, given.down), given.form
+        scale = getattr(given, "output_scale", None)
+        scale = scale if scale in self.places else None
         if not all(weight in self.places for group in groups for weight in group):
             return
-        form = StoredForm(*rest[-len(StoredForm._fields) :])
         first, second, down = (tuple(self.places[w] for w in group) for group in groups)
         place = None if scale is None else self.places[scale]
         packed = PackedInput(innermost_module(node)[0], first, second, down, place, form)
         experts = form.sizes(packed.weights(self.values))[0]
         operands = self._placeholders(packed)
-        settings = (*rest[: -len(StoredForm._fields)], form.activation, form.gated, form.kernel)
+        settings = (form.activation, form.gated, form.kernel, experts, 0)
         with self.gm.graph.inserting_before(node):
-            target = FROM_LOGITS if routed else GIVEN
-            arguments = (*args[:3], *operands, *settings, experts, 0)
-            fused = self.gm.graph.call_function(target, arguments)
+            if isinstance(given, FloatMoeFromLogitsArguments):
+                tensors = (given.hidden, given.router_logits, given.routing_bias, *operands)
+                arguments = (*tensors, *given.routing, *settings)
+                fused = self.gm.graph.call_function(FROM_LOGITS, arguments)
+            else:
+                tensors = (given.hidden, given.expert_ids, given.routing_weights, *operands)
+                fused = self.gm.graph.call_function(GIVEN, (*tensors, *settings))
         fused.meta.update(node.meta)
         node.replace_all_uses_with(fused)
         self.gm.graph.erase_node(node)

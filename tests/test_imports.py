@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"checkpoint", "reference"},
     {"kernels"},
     {"identity"},
-    {"checks", "ops"},
+    {"arguments", "checks", "ops"},
     {"logical", "module"},
     {"models"},
     {"calibration", "pretrained"},

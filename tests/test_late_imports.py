@@ -16,6 +16,7 @@ import fp4moe
 # The operators and what they need; a module that is added here is paid for by every import.
 EAGER = {
     "activations",
+    "arguments",
     "borrowed",
     "checks",
     "errors",

@@ -13,8 +13,15 @@ from torch.library import opcheck
 
 from fp4moe import ExpertWeights, fused_moe
 from fp4moe.activations import ACTIVATIONS
+from fp4moe.arguments import (
+    FloatMoeArguments,
+    FloatMoeFromLogitsArguments,
+    MoeArguments,
+    MoeFromLogitsArguments,
+)
 from fp4moe.errors import ShapeError, UnsupportedError
-from fp4moe.kernels import get_kernel
+from fp4moe.identity.float_weights import StoredForm
+from fp4moe.kernels import Operands, Routing, get_kernel
 from fp4moe.ops import nvfp4_moe_arguments
 from fp4moe.reference import moe_definition, reference, reference_w4a4
 
@@ -48,6 +55,29 @@ def routed(tokens, dtype=torch.float32, ids_dtype=torch.int64, experts=L):
 def arguments(weights=WEIGHTS, kernel="reference"):
     prepared = get_kernel(kernel).prepare(weights, hidden_alignment=256)
     return nvfp4_moe_arguments(prepared, kernel)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("nvfp4_moe", MoeArguments),
+        ("nvfp4_moe_from_logits", MoeFromLogitsArguments),
+        ("float_moe", FloatMoeArguments),
+        ("float_moe_from_logits", FloatMoeFromLogitsArguments),
+    ],
+)
+def test_arguments_have_the_names_and_the_order_of_the_schema(name, arguments):
+    schema = getattr(torch.ops.fp4moe, name).default._schema
+    assert arguments._fields == tuple(argument.name for argument in schema.arguments)
+    found = arguments(*arguments._fields)
+    if hasattr(found, "operands"):
+        assert found.operands == Operands(*Operands._fields)
+    if hasattr(found, "form"):
+        assert found.form == StoredForm(*StoredForm._fields)
+    if hasattr(found, "routing"):
+        assert found.routing == Routing(
+            "routing_method", "top_k", "num_groups", "top_groups", "routing_scaling"
+        )
 
 
 def test_schema():

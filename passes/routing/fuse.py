@@ -19,8 +19,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from fp4moe.identity.float_weights import FloatWeights, StoredForm
-from fp4moe.kernels import Layer, Operands, get_kernel
+from fp4moe.arguments import FloatMoeArguments, MoeArguments
+from fp4moe.identity.float_weights import FloatWeights
+from fp4moe.kernels import Layer, get_kernel
 
 from ..find.region import innermost_module
 from ..find.symbolic import has_shapes
@@ -117,16 +118,16 @@ def _scaled_down(
         return None, ""
     if operator.target is FLOAT:
         return None, _factor_reason(values, found.vectors[form.output_scale])
-    operand = _node(operator.args[3 + Operands._fields.index("down_global_scale")])
+    given = _arguments(operator)
     node = found.vectors[form.output_scale]
-    tensors = [_stored(gm, values, n) for n in (operand, node)]
+    tensors = [_stored(gm, values, n) for n in (given.down_global_scale, node)]
     for tensor in tensors:
         if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FakeTensor):
             return None, f"its factor per expert {node.name} is not a stored tensor"
     global_scale, scale = tensors
     if torch.is_grad_enabled() and scale.requires_grad:
         return None, f"its factor per expert {node.name} requires gradients"
-    first, count = int(operator.args[15]), global_scale.shape[0]  # type: ignore[arg-type]
+    first, count = given.expert_offset, global_scale.shape[0]
     with torch.no_grad(), unset_fake_temporarily():
         # As Kernel.prepare: with every kernel this operand multiplies an expert's output.
         return global_scale * scale.detach().float()[first : first + count], ""
@@ -154,23 +155,34 @@ class _Layer:
 
     @classmethod
     def of(cls, operator: fx.Node) -> _Layer:
-        args: Any = operator.args
         if operator.target is FLOAT:
-            groups = (tuple(map(meta_value, group)) for group in args[3:6])
-            form = StoredForm(*args[6:])
-            experts, _hidden, intermediate = form.sizes(FloatWeights(*groups))
+            given = _float_arguments(operator)
+            form, groups = given.form, (given.first, given.second, given.down)
+            weights = FloatWeights(*(tuple(map(meta_value, group)) for group in groups))
+            experts, _hidden, intermediate = form.sizes(weights)
             return cls(form.activation, form.gated, form.kernel, int(experts), int(intermediate))
-        activation, gated, kernel, num_experts, _offset = args[11:]
-        intermediate = int(meta_value(args[3 + Operands._fields.index("down_packed")]).shape[2]) * 2
-        return cls(activation, gated, kernel, num_experts, intermediate)
+        packed = _arguments(operator)
+        intermediate = int(meta_value(packed.down_packed).shape[2]) * 2
+        return cls(packed.activation, packed.gated, packed.kernel, packed.num_experts, intermediate)
 
 
 def _kernel_reason(operator: fx.Node, form: RoutingForm) -> str:
     assert form.routing is not None
-    hidden, known = meta_value(_node(operator.args[0])), _Layer.of(operator)
-    layer = Layer.of(known, hidden_size=int(hidden.shape[1]), top_k=form.routing.top_k)
+    hidden, known = operator.args[0], _Layer.of(operator)
+    width = int(meta_value(_node(hidden)).shape[1])
+    layer = Layer.of(known, hidden_size=width, top_k=form.routing.top_k)
     reasons = get_kernel(known.kernel).reasons_not_to_route(layer, form.routing)
     return f"kernel {known.kernel} does not route so: {'; '.join(reasons)}" if reasons else ""
+
+
+def _arguments(operator: fx.Node) -> MoeArguments:
+    args: Any = operator.args
+    return MoeArguments(*args)
+
+
+def _float_arguments(operator: fx.Node) -> FloatMoeArguments:
+    args: Any = operator.args
+    return FloatMoeArguments(*args)
 
 
 def _node(argument: Any) -> fx.Node:
@@ -192,27 +204,40 @@ def _insert(
 ) -> None:
     """Put the operator that routes in place; factors is down's new scale, None for its own."""
     assert form.routing is not None
-    hidden, place = operator.args[0], Operands._fields.index("down_global_scale")
 
     def vector(number: int | None) -> fx.Node:
         return _nothing(gm, found.logits) if number is None else found.vectors[number]
 
     unscaled = None
     with gm.graph.inserting_before(operator):
-        given = (hidden, found.logits, vector(form.bias))
+        logits, bias = found.logits, vector(form.bias)
         if operator.target is FLOAT:
-            floats, settings = operator.args[3:6], operator.args[6:]
+            floats = _float_arguments(operator)
             scale = vector(form.output_scale)
-            arguments = (*given, scale, *floats, *form.routing, *settings)
-            fused = gm.graph.call_function(FLOAT_FROM_LOGITS, arguments)
+            fused = gm.graph.call_function(
+                FLOAT_FROM_LOGITS,
+                (
+                    *(floats.hidden, logits, bias, scale),
+                    *(floats.first, floats.second, floats.down),
+                    *(*form.routing, *floats.form),
+                ),
+            )
         else:
-            operands, settings = list(operator.args[3:11]), operator.args[11:]
+            given = _arguments(operator)
+            operands: Any = given.operands
             if factors is not None:
-                unscaled = _node(operands[place])
+                unscaled = _node(given.down_global_scale)
                 name = f"fp4moe_scaled_{unscaled.name}"
-                operands[place] = add_attribute(gm, operator, name, factors)
-            arguments = (*given, *operands, *form.routing, *settings)
-            fused = gm.graph.call_function(FROM_LOGITS, arguments)
+                scaled = add_attribute(gm, operator, name, factors)
+                operands = operands._replace(down_global_scale=scaled)
+            settings = (given.activation, given.gated, given.kernel, given.num_experts)
+            fused = gm.graph.call_function(
+                FROM_LOGITS,
+                (
+                    *(given.hidden, logits, bias, *operands),
+                    *(*form.routing, *settings, given.expert_offset),
+                ),
+            )
     fused.meta.update(operator.meta)
     operator.replace_all_uses_with(fused)
     gm.graph.erase_node(operator)

@@ -114,7 +114,8 @@ def cut_routing(
 def _last_values(flow: Flow, operator: fx.Node) -> list[fx.Node]:
     """The operator's ids and weights, and what last wrote to them before it."""
     found: list[fx.Node] = []
-    for node in operator.args[1:3]:
+    _hidden, ids, weights, *_others = operator.args
+    for node in (ids, weights):
         assert isinstance(node, fx.Node)
         writers = flow.writers.get(storage(node), [])
         found += [node, *[w for w in writers if flow.index[w] < flow.index[operator]][-1:]]
@@ -140,7 +141,7 @@ def _cut(
     gm: fx.GraphModule, flow: Flow, operator: fx.Node, logits: fx.Node, num_experts: int
 ) -> tuple[RoutingSlice | None, str]:
     """Return (the slice from these logits on, ""), or (None, why it cannot be cut out)."""
-    ids, weights = operator.args[1:3]
+    _hidden, ids, weights, *_others = operator.args
     assert isinstance(ids, fx.Node) and isinstance(weights, fx.Node)
     needed = _needed(flow, _last_values(flow, operator), logits)
     if len(needed) > MOST_NODES:

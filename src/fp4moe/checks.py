@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 
 from .activations import ACTIVATIONS, get_activation
+from .arguments import (
+    FloatMoeArguments,
+    FloatMoeFromLogitsArguments,
+    MoeArguments,
+    MoeFromLogitsArguments,
+)
 from .errors import UnsupportedError, check_choice, must
 from .formats.base import NVFP4
 from .identity.float_weights import SEPARATE, FloatWeights, StoredForm
@@ -23,17 +29,16 @@ def _describe(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
 
 
-def check_moe(hidden, expert_ids, routing_weights, *args) -> None:
+def check_moe(given: MoeArguments) -> None:
     """Raise unless the arguments of `fp4moe::nvfp4_moe` fit together."""
-    _check_choice("nvfp4_moe", hidden, expert_ids, routing_weights)
-    _check_weights("nvfp4_moe", hidden, *args)
+    _check_choice("nvfp4_moe", given.hidden, given.expert_ids, given.routing_weights)
+    _check_weights("nvfp4_moe", given)
 
 
-def check_float_moe(hidden, expert_ids, routing_weights, first, second, down, *form) -> None:
+def check_float_moe(given: FloatMoeArguments) -> None:
     """Raise unless the arguments of `fp4moe::float_moe` fit together."""
-    _check_choice("float_moe", hidden, expert_ids, routing_weights)
-    weights = FloatWeights(first, second, down)
-    _check_floats("float_moe", hidden, weights, StoredForm(*form))
+    _check_choice("float_moe", given.hidden, given.expert_ids, given.routing_weights)
+    _check_floats("float_moe", given.hidden, given.weights, given.form)
 
 
 def _check_choice(name, hidden, expert_ids, routing_weights) -> None:
@@ -59,22 +64,18 @@ def _check_choice(name, hidden, expert_ids, routing_weights) -> None:
         must(f"{name}: expert_ids and routing_weights", rule, got, "Move them there.")
 
 
-def check_moe_from_logits(hidden, router_logits, routing_bias, *args) -> None:
+def check_moe_from_logits(given: MoeFromLogitsArguments) -> None:
     """Raise unless the arguments of `fp4moe::nvfp4_moe_from_logits` fit together."""
-    name, num_experts = "nvfp4_moe_from_logits", args[16]
-    _check_logits(name, hidden, router_logits, routing_bias, num_experts, *args[8:13])
-    _check_weights(name, hidden, *args[:8], *args[13:])
+    _check_logits("nvfp4_moe_from_logits", given, given.num_experts)
+    _check_weights("nvfp4_moe_from_logits", given)
 
 
-def check_float_moe_from_logits(
-    hidden, router_logits, routing_bias, output_scale, first, second, down, *args
-) -> None:
+def check_float_moe_from_logits(given: FloatMoeFromLogitsArguments) -> None:
     """Raise unless the arguments of `fp4moe::float_moe_from_logits` fit together."""
-    name, form = "float_moe_from_logits", StoredForm(*args[5:])
-    weights = FloatWeights(first, second, down)
-    _check_floats(name, hidden, weights, form)
-    num_experts = form.sizes(weights)[0]
-    _check_logits(name, hidden, router_logits, routing_bias, num_experts, *args[:5])
+    name, hidden, output_scale = "float_moe_from_logits", given.hidden, given.output_scale
+    _check_floats(name, hidden, given.weights, given.form)
+    num_experts = given.form.sizes(given.weights)[0]
+    _check_logits(name, given, num_experts)
     if (
         output_scale.shape not in ((0,), (num_experts,))
         or not output_scale.dtype.is_floating_point
@@ -86,17 +87,10 @@ def check_float_moe_from_logits(
 
 
 def _check_logits(
-    name,
-    hidden,
-    router_logits,
-    routing_bias,
-    num_experts,
-    method,
-    top_k,
-    num_groups,
-    top_groups,
-    routing_scaling,
+    name: str, given: MoeFromLogitsArguments | FloatMoeFromLogitsArguments, num_experts: int
 ) -> None:
+    hidden, router_logits, routing_bias = given.hidden, given.router_logits, given.routing_bias
+    method, top_k, num_groups, top_groups, _scaling = given.routing
     _check_hidden(name, hidden)
     expected = (hidden.shape[0], num_experts)
     if router_logits.dtype not in HIDDEN_DTYPES or router_logits.shape != expected:
@@ -190,23 +184,11 @@ def _check_floats(name, hidden, weights: FloatWeights, form: StoredForm) -> None
                 must(f"{name}: {role}", rule, _describe(tensor), "Pass the weights of this layer.")
 
 
-def _check_weights(
-    name,
-    hidden,
-    gate_up_packed,
-    gate_up_block_scale,
-    gate_up_global_scale,
-    down_packed,
-    down_block_scale,
-    down_global_scale,
-    hidden_scale,
-    intermediate_scale,
-    activation,
-    gated,
-    kernel,
-    num_experts,
-    expert_offset,
-) -> None:
+def _check_weights(name: str, given: MoeArguments | MoeFromLogitsArguments) -> None:
+    gate_up_packed, gate_up_block_scale, gate_up_global_scale, *others = given.operands
+    down_packed, down_block_scale, down_global_scale, hidden_scale, intermediate_scale = others
+    hidden, activation, kernel = given.hidden, given.activation, given.kernel
+    gated, num_experts, expert_offset = given.gated, given.num_experts, given.expert_offset
     if activation not in ACTIVATIONS:
         get_activation(activation, caller=name)
     if kernel not in KERNELS:

@@ -21,9 +21,14 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from . import checks
+from .arguments import (
+    FloatMoeArguments,
+    FloatMoeFromLogitsArguments,
+    MoeArguments,
+    MoeFromLogitsArguments,
+)
 from .errors import UnsupportedError, must
 from .experts import ExpertWeights
-from .identity.float_weights import FloatWeights, StoredForm
 from .identity.table import Mark, capturing, packed_now
 from .identity.value_watch import ValueWatch
 from .kernels import (
@@ -32,7 +37,6 @@ from .kernels import (
     Call,
     Layer,
     LogitsCall,
-    Operands,
     PreparedWeights,
     Routing,
     check_kernel_name,
@@ -99,76 +103,97 @@ library.define(
 
 
 @torch.library.register_fake("fp4moe::nvfp4_moe", lib=library)
-def _nvfp4_moe_fake(hidden, expert_ids, routing_weights, *args):
-    checks.check_moe(hidden, expert_ids, routing_weights, *args)
-    return hidden.new_empty(hidden.shape)
+def _nvfp4_moe_fake(*args):
+    arguments = MoeArguments(*args)
+    checks.check_moe(arguments)
+    return arguments.hidden.new_empty(arguments.hidden.shape)
 
 
 @torch.library.register_fake("fp4moe::nvfp4_moe_from_logits", lib=library)
-def _nvfp4_moe_from_logits_fake(hidden, router_logits, routing_bias, *args):
-    checks.check_moe_from_logits(hidden, router_logits, routing_bias, *args)
-    return hidden.new_empty(hidden.shape)
+def _nvfp4_moe_from_logits_fake(*args):
+    arguments = MoeFromLogitsArguments(*args)
+    checks.check_moe_from_logits(arguments)
+    return arguments.hidden.new_empty(arguments.hidden.shape)
 
 
 @torch.library.register_fake("fp4moe::float_moe", lib=library)
-def _float_moe_fake(hidden, expert_ids, routing_weights, *args):
-    checks.check_float_moe(hidden, expert_ids, routing_weights, *args)
-    return hidden.new_empty(hidden.shape)
+def _float_moe_fake(*args):
+    arguments = FloatMoeArguments(*args)
+    checks.check_float_moe(arguments)
+    return arguments.hidden.new_empty(arguments.hidden.shape)
 
 
 @torch.library.register_fake("fp4moe::float_moe_from_logits", lib=library)
-def _float_moe_from_logits_fake(hidden, router_logits, routing_bias, output_scale, *args):
-    checks.check_float_moe_from_logits(hidden, router_logits, routing_bias, output_scale, *args)
-    return hidden.new_empty(hidden.shape)
+def _float_moe_from_logits_fake(*args):
+    arguments = FloatMoeFromLogitsArguments(*args)
+    checks.check_float_moe_from_logits(arguments)
+    return arguments.hidden.new_empty(arguments.hidden.shape)
 
 
-def _nvfp4_moe(
-    hidden: torch.Tensor, expert_ids: torch.Tensor, routing_weights: torch.Tensor, *args: Any
-) -> torch.Tensor:
-    checks.check_moe(hidden, expert_ids, routing_weights, *args)
-    if not expert_ids.numel():
+def _nvfp4_moe(*args: Any) -> torch.Tensor:
+    given = MoeArguments(*args)
+    checks.check_moe(given)
+    hidden, ids = given.hidden, given.expert_ids
+    if not ids.numel():
         return hidden.new_zeros(hidden.shape)
-    activation, gated, kernel, num_experts, expert_offset = args[8:]
-    operands, sizes = Operands(*args[:8]), (hidden.shape[1], args[3].shape[2] * 2)
-    layer = _layer(activation, gated, *sizes, num_experts, expert_ids.shape[1], expert_offset)
-    return KERNELS[kernel](Call(hidden, expert_ids, routing_weights, operands, layer))
+    layer = _layer(
+        given.activation,
+        given.gated,
+        hidden.shape[1],
+        given.down_packed.shape[2] * 2,
+        given.num_experts,
+        ids.shape[1],
+        given.expert_offset,
+    )
+    return KERNELS[given.kernel](Call(hidden, ids, given.routing_weights, given.operands, layer))
 
 
-def _nvfp4_moe_from_logits(
-    hidden: torch.Tensor, router_logits: torch.Tensor, routing_bias: torch.Tensor, *args: Any
-) -> torch.Tensor:
-    checks.check_moe_from_logits(hidden, router_logits, routing_bias, *args)
+def _nvfp4_moe_from_logits(*args: Any) -> torch.Tensor:
+    given = MoeFromLogitsArguments(*args)
+    checks.check_moe_from_logits(given)
+    hidden = given.hidden
     if hidden.shape[0] == 0:
         return hidden.new_empty(hidden.shape)
-    activation, gated, kernel, num_experts, expert_offset = args[13:]
-    operands, sizes = Operands(*args[:8]), (hidden.shape[1], args[3].shape[2] * 2)
-    routing = Routing(*args[8:13])
-    layer = _layer(activation, gated, *sizes, num_experts, routing.top_k, expert_offset)
-    return KERNELS[kernel].from_logits(
-        LogitsCall(hidden, router_logits, routing_bias, routing, operands, layer)
+    layer = _layer(
+        given.activation,
+        given.gated,
+        hidden.shape[1],
+        given.down_packed.shape[2] * 2,
+        given.num_experts,
+        given.top_k,
+        given.expert_offset,
     )
+    call = LogitsCall(
+        hidden, given.router_logits, given.routing_bias, given.routing, given.operands, layer
+    )
+    return KERNELS[given.kernel].from_logits(call)
 
 
 # A call's layer, with the padded intermediate size: one object for all calls with its numbers.
 _layer = functools.lru_cache(maxsize=1024)(Layer)
 
 
-def _float_moe(hidden, expert_ids, routing_weights, *args):
-    checks.check_float_moe(hidden, expert_ids, routing_weights, *args)
-    weights, form = FloatWeights(*map(tuple, args[:3])), StoredForm(*args[3:])
-    operands = packed_now(weights, form, caller="float_moe")
-    settings = (form.activation, form.gated, form.kernel, form.sizes(weights)[0], 0)
-    return _nvfp4_moe(hidden, expert_ids, routing_weights, *operands, *settings)
+def _float_moe(*args: Any) -> torch.Tensor:
+    given = FloatMoeArguments(*args)
+    checks.check_float_moe(given)
+    operands = packed_now(given.weights, given.form, caller="float_moe")
+    tensors = (given.hidden, given.expert_ids, given.routing_weights, *operands)
+    return _nvfp4_moe(*tensors, *_float_settings(given))
 
 
-def _float_moe_from_logits(hidden, router_logits, routing_bias, output_scale, *args):
-    checks.check_float_moe_from_logits(hidden, router_logits, routing_bias, output_scale, *args)
-    weights, form = FloatWeights(*map(tuple, args[:3])), StoredForm(*args[8:])
-    operands = packed_now(weights, form, output_scale, caller="float_moe_from_logits")
-    settings = (form.activation, form.gated, form.kernel, form.sizes(weights)[0], 0)
-    return _nvfp4_moe_from_logits(
-        hidden, router_logits, routing_bias, *operands, *args[3:8], *settings
+def _float_moe_from_logits(*args: Any) -> torch.Tensor:
+    given = FloatMoeFromLogitsArguments(*args)
+    checks.check_float_moe_from_logits(given)
+    operands = packed_now(
+        given.weights, given.form, given.output_scale, caller="float_moe_from_logits"
     )
+    tensors = (given.hidden, given.router_logits, given.routing_bias, *operands)
+    return _nvfp4_moe_from_logits(*tensors, *given.routing, *_float_settings(given))
+
+
+def _float_settings(given: FloatMoeArguments | FloatMoeFromLogitsArguments) -> tuple:
+    form = given.form
+    return form.activation, form.gated, form.kernel, form.sizes(given.weights)[0], 0
 
 
 class _WithoutGradient(torch.autograd.Function):
