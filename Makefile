@@ -46,8 +46,7 @@ test: lint types flashinfer tensorrt
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 flashinfer: $(OTHER)/ready
-	PYTHONPATH=$(OTHER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/with_flashinfer \
-		tests/test_flashinfer_emulator.py tests/test_flashinfer_cutlass_rules.py tests/test_trtllm_gen.py
+	PYTHONPATH=$(OTHER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels/flashinfer
 
 $(OTHER)/ready: $(READY)
 	rm -rf $(OTHER)
@@ -55,7 +54,7 @@ $(OTHER)/ready: $(READY)
 	touch $@
 
 tensorrt: $(TENSORRT)/ready
-	PYTHONPATH=$(TENSORRT) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_tensorrt.py
+	PYTHONPATH=$(TENSORRT) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/compile/test_tensorrt.py
 
 $(TENSORRT)/ready: $(READY)
 	rm -rf $(TENSORRT)

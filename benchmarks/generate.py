@@ -40,6 +40,7 @@ from generate_models import SIZES, build
 
 import fp4moe
 from fp4moe.identity.value_watch import ValueWatch
+from fp4moe.models.replace import find_candidates
 
 SETTINGS = ("huggingface", "replace_moe", "fused", "backend")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,7 +156,7 @@ class Run:
         self.name, self.setting, self.args, self.facts = name, setting, args, ""
         self.backend = Backend(args.kernel, "inductor" if DEVICE == "cuda" else "eager")
         self.model = build(name, args.tiny, args.layers, DEVICE)
-        self.blocks = len(fp4moe.models.replace.find_candidates(self.model))
+        self.blocks = len(find_candidates(self.model))
         self.bytes = self.bf16_bytes = held_bytes(self.model)
         if setting == "huggingface":
             return
@@ -191,7 +192,7 @@ class Run:
             self.model.get_submodule(candidate.path).register_forward_hook(
                 lambda _, inputs, output, path=candidate.path: seen.update({path: (inputs, output)})
             )
-            for candidate in fp4moe.models.replace.find_candidates(self.model)
+            for candidate in find_candidates(self.model)
         ]
         logits_of(self.model, ids)
         for hook in hooks:

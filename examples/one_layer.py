@@ -17,6 +17,7 @@ from transformers import CompileConfig
 from transformers.utils import logging as transformers_logging
 
 import fp4moe
+from fp4moe.models.replace import find_candidates
 from fp4moe.reference import moe_definition, reference, reference_w4a4
 from fp4moe.report import format_bytes, format_table
 
@@ -108,7 +109,7 @@ def run(model: torch.nn.Module) -> None:
     before = fp4moe.explain(model)
     print(f"{before}\n")
 
-    candidate = fp4moe.models.replace.find_candidates(model)[0]
+    candidate = find_candidates(model)[0]
     experts = Experts(candidate.module)
     with torch.no_grad():
         float_logits = model(ids).logits

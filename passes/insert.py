@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -67,12 +68,26 @@ def insert_operator(
     inside = set(region.nodes)
     with gm.graph.inserting_before(region.output):
         result = _Maker(gm, region).block(form, weighting, constants)
+    sources = [source for node in region.nodes for source in node.all_input_nodes]
+    before = dict.fromkeys(source for source in sources if source not in inside)
     for node in (region.output, *region.aliases):
         node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
     for node in reversed(region.nodes):
         # Dead code elimination would keep in-place nodes such as setitem.
         if not node.users:
             gm.graph.erase_node(node)
+    _erase_sizes(gm.graph, before)
+
+
+def _erase_sizes(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Remove those of the nodes that compute a size which nobody reads any more."""
+    waiting = dict.fromkeys(nodes)
+    while waiting:
+        node, _ = waiting.popitem()
+        number = isinstance(meta_value(node), (int, torch.SymInt))
+        if number and node.op == "call_function" and not node.users:
+            waiting |= dict.fromkeys(node.all_input_nodes)
+            graph.erase_node(node)
 
 
 class _Maker:

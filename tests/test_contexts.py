@@ -9,7 +9,7 @@ import functools
 import pytest
 import torch
 from checkpoint_makers import load_tensors, save_float
-from test_module_list import H, MixtralOld, OlmoeOld, make_model
+from loop_models import H, MixtralOld, OlmoeOld, make_model
 from tiny_models import enlarge_experts, nemotron_h, qwen3_moe
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors

@@ -98,7 +98,9 @@ def test_bars_are_for_terminals(call, name, terminal, folder, tmp_path, monkeypa
 def test_a_process_whose_stderr_is_a_file():
     code = "import fp4moe, tiny_models; fp4moe.replace_moe(tiny_models.qwen3_moe())"
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT / "tests", capture_output=True
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT / "tests/support",
+        capture_output=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 

@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 from checkpoint_makers import load_tensors, save_float
-from test_module_list import H, OlmoeOld, make_model
+from loop_models import H, OlmoeOld, make_model
 from tiny_models import enlarge_experts, gemma4, nemotron_h, qwen3_moe
 
 import fp4moe

@@ -1,8 +1,8 @@
 """How ModelOpt names the experts of a checkpoint, and how a float checkpoint stores them.
 
-Source of the names: the exports of nvidia-modelopt 0.47.0 that tests/test_checkpoint_writer.py
-makes. A fused tensor is split into experts.<id>.<projection>; names that are per expert already
-stay as they are. Each gets .weight, .weight_scale, .weight_scale_2 and, calibrated, .input_scale.
+Source of the names: the exports of nvidia-modelopt 0.47.0 that test_checkpoint_writer.py makes. A
+fused tensor is split into experts.<id>.<projection>; names that are per expert already stay as they
+are. Each gets .weight, .weight_scale, .weight_scale_2 and, calibrated, .input_scale.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ PIECE_BLOCKS = 1 << 17
 CHUNK_BLOCKS = {"cpu": 1 << 14, "other": 1 << 17}
 
 # e4m3 codes that "mse" tries around the one of "max". Three codes down clip a third of the range,
-# six up map the largest magnitude to 4 or 3: tests/test_quantize.py compares with all 126 codes.
+# six up map the largest magnitude to 4 or 3: test_quantize.py compares with all 126 codes.
 MSE_WINDOW = (-1, 1, -2, 2, -3, 3, 4, 5, 6)
 
 # Added to a float32 below 2^22, this rounds it to an integer, ties to even, left in the low bits.

@@ -2,7 +2,7 @@
 
 An index says where a prepared row comes from: prepared[n] = logical[index[n]]. The same index holds
 for packed weights, for their linear block scales and for biases. The orders are those of FlashInfer
-0.6.13 and 0.7.2 for epilogue tiles of 128 rows; tests/with_flashinfer compares them.
+0.6.13 and 0.7.2 for epilogue tiles of 128 rows; the tests compare them.
 """
 
 from __future__ import annotations

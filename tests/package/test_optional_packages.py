@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import pathlib
 
-TESTS = pathlib.Path(__file__).parent
+TESTS = pathlib.Path(__file__).parents[1]
 OPTIONAL = {"accelerate", "compressed_tensors", "expecttest", "flashinfer", "humming"}
 OPTIONAL |= {"hypothesis", "matplotlib", "modelopt", "peft", "torch_tensorrt", "triton"}
 
@@ -20,6 +20,7 @@ def at_the_top(file):
 
 
 def test_no_optional_package_is_imported_at_the_top():
-    files = sorted(TESTS.rglob("*.py"))
+    # `make peers` brings what it needs.
+    files = sorted(file for file in TESTS.rglob("*.py") if "peers" not in file.parts)
     found = {file.name: OPTIONAL & set(at_the_top(file)) for file in files}
     assert len(found) > 50 and {name: names for name, names in found.items() if names} == {}

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_module_list import MixtralOld, Model, OlmoeOld
+from loop_models import MixtralOld, Model, OlmoeOld
 from tiny_models import enlarge_experts, fingerprint, gemma4, nemotron_h, qwen3_moe
 from torch import nn
 from torch.nn.utils import parametrize

@@ -30,7 +30,7 @@ from fp4moe.kernels.flashinfer.trtllm_rules import (
 )
 from fp4moe.layer import HIDDEN_ALIGNMENTS
 
-DATA = pathlib.Path(__file__).parent / "data" / "trtllm_gen_kernels.json"
+DATA = pathlib.Path(__file__).parents[2] / "data" / "trtllm_gen_kernels.json"
 ROWS = json.loads(DATA.read_text("utf-8"))["rows"]
 KINDS = sorted({(row["format"], row["activation"]) for row in ROWS})
 

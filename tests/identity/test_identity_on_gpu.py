@@ -7,7 +7,7 @@ import gc
 
 import pytest
 import torch
-from test_identity import build, layers, ways
+from identity_models import build, layers, ways
 from tiny_models import Block, experts_class, routed
 from torch import nn
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "passes").rglob("*.py")])
 # What torch's own device context turns to its device, and more of the default dtype.
 FACTORIES = {f.__name__ for f in _device_constructors() if getattr(torch, f.__name__, None) is f}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import pathlib
 
-TESTS = pathlib.Path(__file__).resolve().parent
+TESTS = pathlib.Path(__file__).resolve().parents[1]
 SMALL_MODELS = {name: TESTS / "data" / name for name in ("small_gemma4", "small_nemotron_h")}
 
 

@@ -128,7 +128,7 @@ def test_fused_routing(emulated, name):
 
 def test_readme(emulated, tmp_path, monkeypatch):
     """The README's code for Blackwell, on a small model and for few tokens."""
-    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    readme = (pathlib.Path(__file__).parents[4] / "README.md").read_text()
     (code,) = [c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "autotune" in c]
     monkeypatch.chdir(tmp_path)
     names = {"model": build("gemma4"), "fp4moe": fp4moe}

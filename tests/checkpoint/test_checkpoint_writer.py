@@ -17,6 +17,7 @@ import safetensors.torch
 import tiny_models
 import torch
 import transformers
+from raw_files import raw
 
 import fp4moe
 from fp4moe.checkpoint.files import CheckpointFiles
@@ -57,10 +58,6 @@ def read_all(folder: pathlib.Path) -> dict[str, torch.Tensor]:
     for file in sorted(folder.glob("*.safetensors")):
         found |= safetensors.torch.load_file(file)
     return found
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:

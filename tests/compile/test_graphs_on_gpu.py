@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
+from dataflow_cases import LOOK_ALIKES, dequantized, table
 from moe_layers import hidden, moe_layer
 from moe_writers import ROUTES, WRITERS, Model, Sizes, inputs
-from test_dataflow import LOOK_ALIKES, dequantized, table
 from tiny_models import enlarge_experts, gemma4, nemotron_h
 
 import fp4moe

@@ -7,7 +7,7 @@ import pathlib
 import subprocess
 import sys
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "generate.py"
+SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "generate.py"
 SETTINGS = ("huggingface", "replace_moe", "fused", "backend")
 
 

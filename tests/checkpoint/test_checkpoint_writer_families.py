@@ -12,7 +12,7 @@ import sys
 import checkpoint_makers as makers
 import pytest
 import torch
-from test_checkpoint_writer import raw
+from raw_files import raw
 from tiny_models import family
 
 import fp4moe

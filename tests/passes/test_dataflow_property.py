@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from dataflow_cases import LIMIT, OPERATOR, error_after_rewrite
 from moe_writers import ACTIVATIONS, WRITERS, GroupedMM, Model, Sizes, inputs
-from test_dataflow import LIMIT, OPERATOR, error_after_rewrite
 
 hypothesis = pytest.importorskip("hypothesis", reason="optional package")
 st = hypothesis.strategies

@@ -408,7 +408,7 @@ def test_what_the_library_cannot_route(routing, experts, text):
 def test_why_not_agrees_with_the_manifest(epilogue, activation, gated):
     """At exactly a row's size it says no where the row has no tile, and names one that has some."""
     data = json.loads(
-        (pathlib.Path(__file__).parents[1] / "data/trtllm_gen_kernels.json").read_text()
+        (pathlib.Path(__file__).parents[3] / "data/trtllm_gen_kernels.json").read_text()
     )
     tiles = {
         (row["hidden_size"], row["intermediate_size"]): row["tiles"]

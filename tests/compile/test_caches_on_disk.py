@@ -32,7 +32,13 @@ def test_a_second_process_hits(way, tmp_path):
     found = []
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, way, str(pathlib.Path(__file__).parent)],
+            [
+                sys.executable,
+                "-c",
+                PROGRAM,
+                way,
+                str(pathlib.Path(__file__).parents[1] / "support"),
+            ],
             env={**os.environ, **settings},
             capture_output=True,
             text=True,

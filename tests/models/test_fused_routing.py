@@ -10,8 +10,8 @@ import weakref
 
 import pytest
 import torch
-from test_module_list import Model as LoopModel
-from test_module_list import PlainSigmoid
+from loop_models import Model as LoopModel
+from loop_models import PlainSigmoid
 from tiny_models import (
     CapturingBackend,
     enlarge_latent_experts,

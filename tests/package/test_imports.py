@@ -13,7 +13,7 @@ import pathlib
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SOURCES = {"fp4moe": ROOT / "src" / "fp4moe", "fp4moe.passes": ROOT / "passes"}
 
 # Lowest first. A module imports from lower layers and, without a cycle, from its own; never from a
@@ -140,7 +140,7 @@ def problems(graph: dict[str, list[Import]]) -> list[str]:
     """Every import that the tables above forbid."""
     rank = {name: number for number, layer in enumerate(LAYERS) for name in layer}
     found = [
-        f"{module}: add {group(module)!r} to LAYERS in tests/test_imports.py"
+        f"{module}: add {group(module)!r} to LAYERS in tests/package/test_imports.py"
         for module in graph
         if group(module) not in rank
     ]

@@ -16,7 +16,7 @@ from tiny_models import gemma4
 
 import fp4moe
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 
@@ -36,7 +36,7 @@ def test_readme_code_runs(tmp_path, fresh_dynamo, capsys):
     names: dict = {"__name__": "readme"}
     for code in blocks("python"):
         if "autotune" in code:
-            continue  # Blackwell's: tests/with_flashinfer/test_models.py runs it
+            continue  # Blackwell's: tests/kernels/flashinfer/with_library/test_models.py runs it
         code = code.replace("google/gemma-4-26B-A4B-it", str(tmp_path))
         assert str(tmp_path) in code or "from_pretrained" not in code
         exec(compile(code, "README.md", "exec"), names)
@@ -62,7 +62,7 @@ def test_every_command_of_the_readme_is_run_somewhere():
             # Examples run below, benchmarks by `make bench`.
             assert (ROOT / words[1]).is_file(), command
         else:
-            # tests/test_cli.py, test_selftest.py, test_bench.py,
+            # tests/tools/test_cli.py, test_selftest.py, test_bench.py,
             # test_checkpoint_writer.py and test_evaluate.py run these.
             known = ("info", "explain", "selftest", "bench", "quantize", "evaluate")
             assert words[0] == "fp4moe" and words[1] in known, command
@@ -72,7 +72,7 @@ def test_every_command_of_the_readme_is_run_somewhere():
 @pytest.mark.parametrize("build", ["gemma4", "nemotron_h"])
 def test_what_the_examples_do_works_on_a_small_model(build):
     code = "import one_layer, tiny_models as models\none_layer.VOCABULARY = 100\n"
-    folders = [str(ROOT / name) for name in ("examples", "tests")]
+    folders = [str(ROOT / name) for name in ("examples", "tests/support")]
     code = f"import sys\nsys.path += {folders}\n{code}one_layer.run(models.{build}())"
     # In a process of its own, as it makes transformers quiet.
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

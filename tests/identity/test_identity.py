@@ -12,7 +12,8 @@ import weakref
 
 import pytest
 import torch
-from tiny_models import MODELS, CapturingBackend, table_entries
+from identity_models import build, layers, ways
+from tiny_models import CapturingBackend, table_entries
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,30 +23,6 @@ from fp4moe.identity.table import Mark
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 FAMILIES = ["gemma4", "nemotron_h", "qwen3_moe"]
-
-
-def ways(way, **options):
-    """The arguments of torch.compile."""
-    if way == "pass":
-        return {"options": fp4moe.inductor_options()}
-    return {
-        "backend": fp4moe.backend,
-        "options": {"inner_backend": way, "on_no_match": "ignore", **options},
-    }
-
-
-def build(name, seed=0):
-    """A model whose weights no other seed has."""
-    model = MODELS[name]().requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.ndim == 3:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
-    return model
-
-
-def layers(model):
-    return model.model.layers
 
 
 def run(model, length=7):
