@@ -14,11 +14,11 @@ from .activations import ACTIVATIONS
 from .experts import ExpertWeights
 from .formats import NVFP4
 from .formats.nvfp4 import NVFP4Values, dequantize_nvfp4, quantize_nvfp4
+from .fused import fused_moe
 from .kernels import why_not
 from .kernels.flashinfer.library import set_flashinfer
 from .linear import FP8Linear, NVFP4Linear
 from .module import FusedExperts
-from .ops import fused_moe
 from .version import __version__
 
 if TYPE_CHECKING:

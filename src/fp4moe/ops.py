@@ -14,9 +14,8 @@ benchmarks/bench_dispatch.py.
 from __future__ import annotations
 
 import functools
-import weakref
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 
@@ -28,29 +27,19 @@ from .arguments import (
     MoeFromLogitsArguments,
 )
 from .errors import UnsupportedError, must
-from .experts import ExpertWeights
-from .identity.table import Mark, capturing, packed_now
-from .identity.value_watch import ValueWatch
+from .identity.table import packed_now
 from .kernels import (
-    DEFAULT_HIDDEN_ALIGNMENT,
     KERNELS,
     Call,
     Layer,
     LogitsCall,
     PreparedWeights,
     Routing,
-    check_kernel_name,
-    choice_state,
-    current_capability,
-    get_kernel,
-    select_kernel,
 )
 
 __all__ = [
-    "fused_moe",
     "nvfp4_moe_arguments",
     "nvfp4_moe_from_logits_arguments",
-    "tensor_versions",
 ]
 
 library = torch.library.Library("fp4moe", "DEF")
@@ -277,145 +266,3 @@ def nvfp4_moe_from_logits_arguments(
 
 def _settings(layer: Layer, kernel: str) -> tuple[str, bool, str, int, int]:
     return layer.activation, layer.gated, kernel, layer.num_experts, layer.expert_offset
-
-
-def fused_moe(
-    hidden: torch.Tensor,
-    weights: ExpertWeights,
-    expert_ids: torch.Tensor,
-    routing_weights: torch.Tensor,
-    *,
-    kernel: str = "auto",
-) -> torch.Tensor:
-    """Apply the selected experts to each token and sum them by routing weight.
-
-    out[t] = sum_k routing_weights[t, k] * expert(expert_ids[t, k], hidden[t])
-
-    The kernel is chosen and its layout prepared at the first call; both are kept as long as
-    `weights`, and made anew when top_k, the device, a tensor of `weights`, CUDA_HOME or the
-    measurements change. Under torch.compile use `FusedExperts`, which prepares outside the graph.
-
-    Args:
-        hidden: [T, H], bfloat16, float16 or float32, any strides; T may be 0.
-        weights: the quantised experts of the layer, on the device of hidden.
-        expert_ids: [T, K], int32 or int64 global ids. An id that is not local, such as -1,
-            contributes nothing.
-        routing_weights: [T, K] float, used as given.
-        kernel: "auto" or a kernel's name, see `fp4moe.why_not`.
-
-    Returns:
-        [T, H] in the dtype of hidden, a fresh tensor; summed in float32 and cast once.
-
-    Raises:
-        ShapeError: a shape, dtype or device does not fit. UnsupportedError: no kernel runs this;
-            lists the reasons.
-    """
-    if not isinstance(weights, ExpertWeights):
-        must(
-            "fused_moe: weights",
-            "be ExpertWeights",
-            type(weights).__name__,
-            "Use ExpertWeights.quantize.",
-        )
-    if hidden.ndim == 2 and hidden.shape[1] != weights.hidden_size:
-        must(
-            "fused_moe: hidden",
-            f"have shape [T, hidden_size] = [T, {weights.hidden_size}]",
-            list(hidden.shape),
-            "Pass the hidden states that these experts were made for.",
-        )
-    top_k = expert_ids.shape[-1] if expert_ids.ndim else None
-    name = _choose_once(weights, kernel, top_k, current_capability(hidden.device))
-    arguments = _prepare_once(weights, name)
-    return torch.ops.fp4moe.nvfp4_moe.default(hidden, expert_ids, routing_weights, *arguments)
-
-
-# Both die with the weights: by what a choice depends on, and by kernel.
-_chosen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-_prepared: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-# What a mode hands out instead, such as a fake tensor, must not serve a later call.
-PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def _choose_once(
-    weights: ExpertWeights,
-    kernel: str,
-    top_k: int | None,
-    capability: tuple[int, int] | None,
-) -> str:
-    """Return the kernel's name, that of an earlier call where all that it depends on is equal."""
-    # A symbolic top_k cannot be a key.
-    if torch.compiler.is_compiling() or not isinstance(top_k, int):
-        return _choose(weights, kernel, top_k, capability)
-    check_kernel_name(kernel, caller="fused_moe")
-    names = _chosen.setdefault(weights, {})
-    key = kernel, top_k, capability, choice_state()
-    if key not in names:
-        names[key] = _choose(weights, kernel, top_k, capability)
-    return names[key]
-
-
-def _choose(
-    weights: ExpertWeights,
-    kernel: str,
-    top_k: int | None,
-    capability: tuple[int, int] | None,
-) -> str:
-    return select_kernel(kernel, weights.layer(top_k), capability, caller="fused_moe")
-
-
-class _Prepared(NamedTuple):
-    """The operator's arguments for one kernel, and the tensors of the weights as they were then.
-
-    Where the arguments are copies in another layout, `pairs` are the tensors with their marks, and
-    `watch` looks at their values.
-    """
-
-    tensors: tuple[torch.Tensor, ...]
-    versions: list[tuple[int, int]]
-    arguments: tuple
-    pairs: list[tuple[torch.Tensor, Mark]]
-    watch: ValueWatch
-
-    def is_current(self) -> bool:
-        """Whether nothing has been written since, as far as versions and looks tell."""
-        if self.versions != tensor_versions(self.tensors):
-            return False
-        if not self.pairs or capturing(self.tensors[0].device):
-            return True
-        if self.watch.read(self.pairs):
-            return False
-        self.watch.look_again()
-        return True
-
-
-def tensor_versions(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
-    """Return what differs after a change in place, and after `tensor.data = other`."""
-    return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
-
-
-def _prepare_once(weights: ExpertWeights, kernel: str) -> tuple:
-    """Return `nvfp4_moe_arguments`, those of the last call where no tensor has changed since."""
-    if torch.compiler.is_compiling():
-        return _prepare(weights, kernel)
-    entries = _prepared.setdefault(weights, {})
-    entry = entries.get(kernel)
-    if entry is not None and entry.is_current():
-        return entry.arguments
-    tensors = tuple(weights.tensors().values())
-    if any(type(t) not in PLAIN for t in tensors):
-        return _prepare(weights, kernel)
-    versions, arguments = tensor_versions(tensors), _prepare(weights, kernel)
-    if all(type(t) in PLAIN for t in arguments if isinstance(t, torch.Tensor)):
-        pairs = []
-        if arguments[0] is not weights.gate_up.packed and not capturing(tensors[0].device):
-            pairs = [(tensor, Mark(tensor)) for tensor in tensors]
-        entries[kernel] = found = _Prepared(tensors, versions, arguments, pairs, ValueWatch())
-        if pairs:
-            found.watch.look(pairs)
-    return arguments
-
-
-def _prepare(weights: ExpertWeights, kernel: str) -> tuple:
-    prepared = get_kernel(kernel).prepare(weights, hidden_alignment=DEFAULT_HIDDEN_ALIGNMENT)
-    return nvfp4_moe_arguments(prepared, kernel)

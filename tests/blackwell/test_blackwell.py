@@ -16,13 +16,12 @@ from fp4moe.tools.selftest import LAYERS, run_selftest
 from fp4moe.tools.selftest_checks import (
     OK,
     SAME_KERNEL,
-    W4A4,
     compare,
     finite_and_not_zero,
     fused_routing,
-    make_subject,
     numbers,
 )
+from fp4moe.tools.selftest_subject import W4A4, make_subject
 
 # Shown, not raised: libraries that only a GPU makes import must not end a rare run.
 pytestmark = pytest.mark.filterwarnings("default")

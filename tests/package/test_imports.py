@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
     {"kernels"},
     {"identity"},
     {"arguments", "checks", "ops"},
-    {"logical", "module"},
+    {"fused", "logical", "module"},
     {"models"},
     {"calibration", "pretrained"},
     {"passes"},

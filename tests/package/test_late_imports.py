@@ -22,6 +22,7 @@ EAGER = {
     "errors",
     "experts",
     "formats",
+    "fused",
     "identity",
     "kernels",
     "layer",

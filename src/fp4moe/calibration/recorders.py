@@ -21,12 +21,12 @@ from ..activations import get_activation
 from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
 from ..formats.base import NVFP4
+from ..fused import tensor_versions
 from ..kernels import PreparedWeights
 from ..models.block import ACTIVATION_SCALES, Candidate
 from ..models.experts_module import is_experts_module
 from ..models.replace import find_candidates
 from ..module import FusedExperts, RoutedExperts
-from ..ops import tensor_versions
 from ..precision import without_autocast
 from ..routing import route
 from .ranges import Ranges

@@ -27,7 +27,8 @@ from ..kernels import (
     why_not,
 )
 from ..report import format_table
-from .selftest_checks import FAILED, NOT_SUPPORTED, OK, SKIPPED, Outcome, checks, make_subject
+from .selftest_checks import FAILED, NOT_SUPPORTED, OK, SKIPPED, Outcome, checks
+from .selftest_subject import make_subject
 
 __all__ = ["LAYERS", "SelftestReport", "SelftestRow", "default_layers", "run_selftest", "selftest"]
 
