@@ -26,7 +26,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
-from fp4moe.errors import UnsupportedError
+from fp4moe.errors import UnsupportedError, must
 from fp4moe.kernels import DEFAULT_HIDDEN_ALIGNMENT
 
 from .report import RewriteReport, report_no_match
@@ -69,15 +69,21 @@ def rewrite_exported(
             kernel asked for by name that cannot run a block.
     """
     if not isinstance(exported_program, ExportedProgram):
-        raise UnsupportedError(
-            "rewrite_exported: exported_program must be a torch.export.ExportedProgram; got "
-            f"{type(exported_program).__name__}. Export the model first, or call rewrite_moe."
+        must(
+            "rewrite_exported: exported_program",
+            "be a torch.export.ExportedProgram",
+            type(exported_program).__name__,
+            "Export the model first, or call rewrite_moe.",
+            error=UnsupportedError,
         )
     check_settings(kernel, hidden_alignment, routing, on_no_match, caller="rewrite_exported")
     if exported_program.graph_signature.backward_signature is not None:
-        raise UnsupportedError(
-            "rewrite_exported: exported_program must be for inference; got one with a backward "
-            "part. Export the model without its loss."
+        must(
+            "rewrite_exported: exported_program",
+            "be for inference",
+            "one with a backward part",
+            "Export the model without its loss.",
+            error=UnsupportedError,
         )
     gm = _copied(exported_program.graph_module)
     signature = copy.deepcopy(exported_program.graph_signature)
@@ -216,8 +222,10 @@ def _check_calls(gm: fx.GraphModule, calls: Sequence[ModuleCallEntry]) -> None:
         used = [*call.signature.inputs, *call.signature.outputs]
         gone = [a.name for a in used if not isinstance(a, ConstantArgument) and a.name not in names]
         if gone:
-            raise UnsupportedError(
-                "rewrite_exported: exported_program must not preserve the call signature of a "
-                f"module that is rewritten; got {call.fqn}, which names {', '.join(gone)}. Export "
-                "without it in preserve_module_call_signature."
+            must(
+                "rewrite_exported: exported_program",
+                "not preserve the call signature of a module that is rewritten",
+                f"{call.fqn}, which names {', '.join(gone)}",
+                "Export without it in preserve_module_call_signature.",
+                error=UnsupportedError,
             )

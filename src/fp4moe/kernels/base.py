@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from ..errors import ShapeError, UnsupportedError
+from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
 from ..formats.base import NVFP4
 from ..layer import HIDDEN_ALIGNMENTS, Layer, Routing, capability_name
@@ -330,9 +330,12 @@ class Kernel:
         layer, operands = call.layer, call.operands
         self.check_device(call.hidden.device)
         if reasons := self.activation_reasons(layer, True):
-            raise UnsupportedError(
-                f"{self.name}: activation must be one that the kernel has; got "
-                f"{layer.activation}: {'; '.join(reasons)}. See fp4moe.why_not."
+            must(
+                f"{self.name}: activation",
+                "be one that the kernel has",
+                f"{layer.activation}: {'; '.join(reasons)}",
+                "See fp4moe.why_not.",
+                error=UnsupportedError,
             )
         layout = self.layouts[layer.format]
         if layout.apply is None:
@@ -342,9 +345,11 @@ class Kernel:
         multiples = layout.multiples(layer, HIDDEN_ALIGNMENTS[0])
         for what, size, multiple in zip(("hidden", "intermediate"), sizes, multiples, strict=True):
             if size % multiple:
-                raise ShapeError(
-                    f"{self.name}: the padded {what} size must be a multiple of {multiple}; got "
-                    f"{size}. Use its prepare(), which pads."
+                must(
+                    f"{self.name}: the padded {what} size",
+                    f"be a multiple of {multiple}",
+                    size,
+                    "Use its prepare(), which pads.",
                 )
 
     def check_device(self, device: torch.device) -> None:
@@ -353,10 +358,12 @@ class Kernel:
             return
         capability = current_capability(device)
         if not self.devices.include(capability):
-            raise UnsupportedError(
-                f"{self.name}: hidden must be on a device of compute capability {self.devices}; "
-                f"got {device} ({capability_name(capability)}). Prepare the weights for another "
-                "kernel."
+            must(
+                f"{self.name}: hidden",
+                f"be on a device of compute capability {self.devices}",
+                f"{device} ({capability_name(capability)})",
+                "Prepare the weights for another kernel.",
+                error=UnsupportedError,
             )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, must
 from ..layer import Layer
 from .triton.tiles import Config, parse_config
 
@@ -90,10 +90,14 @@ def read(path: pathlib.Path) -> list[Measured]:
         rows = json.loads(path.read_text())["measured"]
         return [_from_json(row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnsupportedError(
-            f"measurements: file must be one that fp4moe bench --tune wrote; got {path}: "
-            f"{error!r}. Measure again, or delete it."
-        ) from error
+        must(
+            "measurements: file",
+            "be one that fp4moe bench --tune wrote",
+            f"{path}: {error!r}",
+            "Measure again, or delete it.",
+            error=UnsupportedError,
+            cause=error,
+        )
 
 
 def _from_json(row: Mapping[str, Any]) -> Measured:

@@ -7,7 +7,7 @@ anything runs; a kernel that fails is never replaced by another.
 from __future__ import annotations
 
 from ..activations import get_activation
-from ..errors import ShapeError, UnsupportedError
+from ..errors import UnsupportedError, must
 from ..layer import Layer
 from .base import Kernel, current_capability
 from .flashinfer.cutlass import FLASHINFER_CUTLASS
@@ -47,9 +47,12 @@ IMPOSSIBLE = {
 def check_kernel_name(kernel: str, *, caller: str) -> None:
     """Raise UnsupportedError unless `kernel` is "auto" or a kernel's name."""
     if kernel not in ("auto", *KERNELS, *IMPOSSIBLE):
-        raise UnsupportedError(
-            f"{caller}: kernel must be auto or one of {', '.join(KERNELS)}; got {kernel!r}. "
-            "Pass one of these names."
+        must(
+            f"{caller}: kernel",
+            f"be auto or one of {', '.join(KERNELS)}",
+            repr(kernel),
+            "Pass one of these names.",
+            error=UnsupportedError,
         )
 
 
@@ -57,9 +60,12 @@ def get_kernel(name: str) -> Kernel:
     """Return the kernel of that name."""
     if name not in KERNELS:
         check_kernel_name(name, caller="get_kernel")
-        raise UnsupportedError(
-            f"get_kernel: kernel must be one kernel's name; got {name!r}. Choose one with "
-            "select_kernel."
+        must(
+            "get_kernel: kernel",
+            "be one kernel's name",
+            repr(name),
+            "Choose one with select_kernel.",
+            error=UnsupportedError,
         )
     return KERNELS[name]
 
@@ -100,13 +106,13 @@ def why_not(
     }
     for name, value in sizes.items():
         if value < 1:
-            raise ShapeError(
-                f"why_not: {name} must be at least 1; got {value}. Pass the size of the layer."
-            )
+            must(f"why_not: {name}", "be at least 1", value, "Pass the size of the layer.")
     if top_k > num_experts:
-        raise ShapeError(
-            f"why_not: top_k must not exceed num_experts = {num_experts}; got {top_k}. Pass "
-            "experts per token."
+        must(
+            "why_not: top_k",
+            f"not exceed num_experts = {num_experts}",
+            top_k,
+            "Pass experts per token.",
         )
     capability = current_capability() if capability is None else capability
     layer = Layer(activation, gated, hidden_size, intermediate_size, num_experts, top_k)

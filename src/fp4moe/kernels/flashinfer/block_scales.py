@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from ...errors import ShapeError
+from ...errors import must
 from ...padding import check_bytes, round_up
 
 __all__ = ["TILE_COLUMNS", "TILE_ROWS", "deinterleave_128x4", "interleave_128x4"]
@@ -63,9 +63,11 @@ def deinterleave_128x4(scale: torch.Tensor, rows: int, columns: int) -> torch.Te
     check_bytes("deinterleave_128x4", "scale", scale)
     padded = round_up(rows, TILE_ROWS), round_up(columns, TILE_COLUMNS)
     if min(rows, columns) < 0 or tuple(scale.shape[1:]) != padded:
-        raise ShapeError(
-            f"deinterleave_128x4: scale must be [L, {padded[0]}, {padded[1]}] for rows {rows} and "
-            f"columns {columns}; got {list(scale.shape)}. Pass the sizes before interleaving."
+        must(
+            "deinterleave_128x4: scale",
+            f"be [L, {padded[0]}, {padded[1]}] for rows {rows} and columns {columns}",
+            list(scale.shape),
+            "Pass the sizes before interleaving.",
         )
     out = torch.empty((scale.shape[0], rows, columns), dtype=torch.uint8, device=scale.device)
     tiles, linear = torch.empty((2, *padded), dtype=torch.uint8, device=scale.device)

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from ...errors import UnsupportedError
+from ...errors import UnsupportedError, must
 from ...formats.base import NVFP4
 from ...layer import Layer, Routing
 from ..base import Call, LogitsCall
@@ -103,8 +103,12 @@ class FlashInferCutlass(FlashInferKernel):
 
     def from_logits(self, call: LogitsCall) -> torch.Tensor:
         """Raise: it cannot route."""
-        raise UnsupportedError(
-            f"{self.name}: routing must be 'given'; got 'fused'. Route outside and call nvfp4_moe."
+        must(
+            f"{self.name}: routing",
+            "be 'given'",
+            "'fused'",
+            "Route outside and call nvfp4_moe.",
+            error=UnsupportedError,
         )
 
     def run(self, call: Call) -> torch.Tensor:

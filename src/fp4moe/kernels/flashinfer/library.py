@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ...borrowed import Borrowed
-from ...errors import UnsupportedError
+from ...errors import UnsupportedError, must
 from ...version import installed
 
 __all__ = [
@@ -83,15 +83,21 @@ def set_flashinfer(
     """
     global _settings
     if enable_pdl not in (None, True, False):
-        raise UnsupportedError(
-            f"set_flashinfer: enable_pdl must be None, True or False; got {enable_pdl!r}. Pass "
-            "None to let FlashInfer choose."
+        must(
+            "set_flashinfer: enable_pdl",
+            "be None, True or False",
+            repr(enable_pdl),
+            "Pass None to let FlashInfer choose.",
+            error=UnsupportedError,
         )
     tokens = tune_max_num_tokens
     if not isinstance(tokens, int) or tokens < 1 or tokens & (tokens - 1):
-        raise UnsupportedError(
-            f"set_flashinfer: tune_max_num_tokens must be a power of two; got {tokens!r}. Pass "
-            "the next power of two above the largest batch, 8192 at most where not tested."
+        must(
+            "set_flashinfer: tune_max_num_tokens",
+            "be a power of two",
+            repr(tokens),
+            "Pass the next power of two above the largest batch, 8192 at most where not tested.",
+            error=UnsupportedError,
         )
     previous, _settings = _settings, FlashInferSettings(enable_pdl, tokens)
     return previous
@@ -157,9 +163,12 @@ def version_key(version: str) -> tuple[int, int, int, int]:
     """Return (major, minor, patch, post) of a version such as 0.7.2.post1."""
     match = re.match(r"(\d+)\.(\d+)\.(\d+)(?:\.post(\d+))?", version)
     if match is None:
-        raise UnsupportedError(
-            f"flashinfer: version must look like 0.6.13 or 0.7.2.post1; got {version!r}. Install a "
-            "released version."
+        must(
+            "flashinfer: version",
+            "look like 0.6.13 or 0.7.2.post1",
+            repr(version),
+            "Install a released version.",
+            error=UnsupportedError,
         )
     major, minor, patch, post = (int(part or 0) for part in match.groups())
     return major, minor, patch, post

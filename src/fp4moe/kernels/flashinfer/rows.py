@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...errors import ShapeError
+from ...errors import must
 from ...padding import check_bytes, round_up
 from .block_scales import TILE_ROWS
 
@@ -139,9 +139,11 @@ def _check_rows(function: str, rows: int, multiple: int, halves: int = 1) -> Non
     if rows < 1 or rows % multiple:
         padded = max(round_up(rows, multiple), multiple)
         each = f", {padded // halves} in each half" if halves > 1 else ""
-        raise ShapeError(
-            f"{function}: rows must be a positive multiple of {multiple}; got {rows}. "
-            f"Pad to {padded} rows{each}."
+        must(
+            f"{function}: rows",
+            f"be a positive multiple of {multiple}",
+            rows,
+            f"Pad to {padded} rows{each}.",
         )
 
 
@@ -152,9 +154,11 @@ def _check_permutation(function: str, index: torch.Tensor, rows: int) -> None:
         fits = torch.equal(index.sort().values, torch.arange(rows, dtype=torch.int64, device="cpu"))
         got = "a value twice or out of range"
     if not fits:
-        raise ShapeError(
-            f"{function}: index must be a permutation of {rows} rows, torch.int64 [{rows}] on cpu; "
-            f"got {got}. Pass gate_up_row_index or down_row_index of these rows."
+        must(
+            f"{function}: index",
+            f"be a permutation of {rows} rows, torch.int64 [{rows}] on cpu",
+            got,
+            "Pass gate_up_row_index or down_row_index of these rows.",
         )
 
 

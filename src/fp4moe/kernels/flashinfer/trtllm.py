@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...errors import UnsupportedError
+from ...errors import UnsupportedError, must
 from ...formats.base import NVFP4
 from ...layer import Layer, Routing
 from ..base import Call, LogitsCall, Operands
@@ -99,9 +99,12 @@ class FlashInferTrtllm(FlashInferKernel):
         else:
             routing = Routing("", call.expert_ids.shape[1])
         if reasons := routing_reasons(routing, call.layer.num_experts):
-            raise UnsupportedError(
-                f"{self.name}: routing must be one with a kernel (0.6.13 would only warn); got "
-                f"{'; '.join(reasons)}. See fp4moe.why_not."
+            must(
+                f"{self.name}: routing",
+                "be one with a kernel (0.6.13 would only warn)",
+                "; ".join(reasons),
+                "See fp4moe.why_not.",
+                error=UnsupportedError,
             )
 
     def run(self, call: Call) -> torch.Tensor:

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from ...errors import ShapeError, UnsupportedError
+from ...errors import UnsupportedError, must
 from ...layer import HIDDEN_ALIGNMENTS
 
 __all__ = ["ACTIVATION_NAMES", "FORMATS", "NEWER_TIERS", "NEWER_TIERS_SINCE", "ROUTING_TIERS"]
@@ -96,9 +96,12 @@ def token_tiles(
     """
     known = {name.lower(): name for name in ACTIVATION_NAMES.values()}
     if activation.lower() not in known:
-        raise UnsupportedError(
-            f"token_tiles: activation must be one of {', '.join(known.values())}; got "
-            f"{activation!r}. Pass the name that epilogue() returns."
+        must(
+            "token_tiles: activation",
+            f"be one of {', '.join(known.values())}",
+            repr(activation),
+            "Pass the name that epilogue() returns.",
+            error=UnsupportedError,
         )
     _check_sizes("token_tiles", hidden_size=hidden_size, intermediate_size=intermediate_size)
     rule = _find_rule("token_tiles", format, known[activation.lower()])
@@ -117,15 +120,20 @@ def size_multiples(
     Raises ShapeError for another alignment, UnsupportedError where no size has a kernel.
     """
     if hidden_alignment not in HIDDEN_ALIGNMENTS:
-        raise ShapeError(
-            f"size_multiples: hidden_alignment must be one of {str(HIDDEN_ALIGNMENTS)[1:-1]}; got "
-            f"{hidden_alignment}. Pass one of these."
+        must(
+            "size_multiples: hidden_alignment",
+            f"be one of {str(HIDDEN_ALIGNMENTS)[1:-1]}",
+            hidden_alignment,
+            "Pass one of these.",
         )
     rule = _find_rule("size_multiples", format, epilogue(activation, gated))
     if rule is None:
-        raise UnsupportedError(
-            f"size_multiples: activation must be one of {_supported(format)}; got "
-            f"{_form(activation, gated)}. Use another kernel."
+        must(
+            "size_multiples: activation",
+            f"be one of {_supported(format)}",
+            _form(activation, gated),
+            "Use another kernel.",
+            error=UnsupportedError,
         )
     return hidden_alignment, rule.intermediate_multiple
 
@@ -203,9 +211,12 @@ def routing_tiers(method: str, newer: bool = False) -> list[tuple[int, int]]:
     Raises UnsupportedError for a name that neither version has.
     """
     if method not in ROUTING_TIERS:
-        raise UnsupportedError(
-            f"routing_tiers: method must be one of {', '.join(ROUTING_TIERS)}; got {method!r}. "
-            "Pass one of these names."
+        must(
+            "routing_tiers: method",
+            f"be one of {', '.join(ROUTING_TIERS)}",
+            repr(method),
+            "Pass one of these names.",
+            error=UnsupportedError,
         )
     added = NEWER_TIERS.get(method, ()) if newer else ()
     return sorted(ROUTING_TIERS[method] + added)
@@ -279,9 +290,12 @@ def _group_reasons(num_experts: int, top_k: int, num_groups: int, top_groups: in
 
 def _find_rule(caller: str, format: str, name: str | None) -> ShapeRule | None:
     if format not in FORMATS:
-        raise UnsupportedError(
-            f"{caller}: format must be one of {', '.join(FORMATS)}; got {format!r}. Pass one of "
-            "these names."
+        must(
+            f"{caller}: format",
+            f"be one of {', '.join(FORMATS)}",
+            repr(format),
+            "Pass one of these names.",
+            error=UnsupportedError,
         )
     return next((r for r in SHAPE_RULES if (r.format, r.epilogue) == (format, name)), None)
 
@@ -298,6 +312,4 @@ def _form(activation: str, gated: bool) -> str:
 def _check_sizes(caller: str, **sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
-            raise ShapeError(
-                f"{caller}: {name} must be at least 1; got {size}. Pass the size of the layer."
-            )
+            must(f"{caller}: {name}", "be at least 1", size, "Pass the size of the layer.")

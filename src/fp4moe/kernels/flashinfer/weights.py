@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ...errors import ShapeError
+from ...errors import must
 from ...layer import Layer
 from ..base import Call, Kernel, Layout, LogitsCall, Operands
 from .block_scales import deinterleave_128x4, interleave_128x4
@@ -89,9 +89,11 @@ class FlashInferKernel(Kernel):
         super().check(call)
         for name, tensor in zip(Operands._fields, call.operands, strict=True):
             if not tensor.is_contiguous():
-                raise ShapeError(
-                    f"{self.name}: {name} must be contiguous; got strides {tensor.stride()}. Use "
-                    "its prepare()."
+                must(
+                    f"{self.name}: {name}",
+                    "be contiguous",
+                    f"strides {tensor.stride()}",
+                    "Use its prepare().",
                 )
 
 

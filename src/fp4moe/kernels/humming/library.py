@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...errors import UnsupportedError
+from ...errors import UnsupportedError, must
 from ...version import installed
 
 __all__ = [
@@ -248,9 +248,12 @@ def compile_gemm(shape: GemmShape, dtype: torch.dtype, device_index: int) -> Hum
             f"humming: the library must be installed with its toolchain; got {'; '.join(reasons)}."
         )
     if torch.cuda.is_current_stream_capturing():
-        raise UnsupportedError(
-            f"humming: a GEMM must be compiled before a CUDA graph is captured; got {shape} on "
-            f"device {device_index}. Prepare the weights on this device first."
+        must(
+            "humming: a GEMM",
+            "be compiled before a CUDA graph is captured",
+            f"{shape} on device {device_index}",
+            "Prepare the weights on this device first.",
+            error=UnsupportedError,
         )
     from humming import ops
     from humming.config import LayerConfig

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ...errors import UnsupportedError
+from ...errors import UnsupportedError, must
 
 __all__ = ["MODES", "Config", "Tile", "parse_config"]
 
@@ -73,9 +73,12 @@ def parse_config(text: str) -> Config:
         or str(config) != text
         or (config.mode == "slot" and (config.gate_up.more or config.down.more))
     ):
-        raise UnsupportedError(
-            "parse_config: text must be a mode and two tiles of five or six numbers, as in "
-            f"'sorted 16,64,1,4,4 64,128,1,4,4,16'; got {text!r}. Measure again with fp4moe bench "
-            "--tune."
+        must(
+            "parse_config: text",
+            "be a mode and two tiles of five or six numbers, as in 'sorted 16,64,1,4,4 "
+            "64,128,1,4,4,16'",
+            repr(text),
+            "Measure again with fp4moe bench --tune.",
+            error=UnsupportedError,
         )
     return config
