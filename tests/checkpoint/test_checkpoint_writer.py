@@ -111,6 +111,7 @@ def test_modelopt_writes_the_same_tensors(exported, tmp_path):
 
 
 def test_modelopt_writes_the_same_configuration(exported, tmp_path):
+    pytest.importorskip("modelopt", reason="optional package")
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
     source, theirs = exported

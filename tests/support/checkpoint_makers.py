@@ -12,6 +12,7 @@ import pathlib
 import re
 import warnings
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -48,6 +49,7 @@ def save_float(name, directory, dtype=torch.bfloat16, **options):
 
 def modelopt_config(kind):
     """A preset, or FP8 for what is not an expert (as the recipe of Nemotron Super)."""
+    pytest.importorskip("modelopt", reason="optional package")
     import modelopt.torch.quantization as mtq
 
     if kind != "mixed":
@@ -63,6 +65,7 @@ def modelopt_config(kind):
 
 def save_modelopt(name, directory, kind="NVFP4_DEFAULT_CFG"):
     """nvidia-modelopt's own calibration and export."""
+    pytest.importorskip("modelopt", reason="optional package")
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
 
@@ -102,6 +105,7 @@ def save_compressed(name, directory, preset="NVFP4", shared=True, input_amax=3.0
 
     shared: gate and up of an expert are observed together, as llm-compressor does.
     """
+    pytest.importorskip("compressed_tensors", reason="optional package")
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
         QuantizationConfig,
@@ -188,6 +192,8 @@ def rewrite(source, target, change, config=None):
 
 def dequantise_matrix(tensors, module):
     """A matrix by its module's key: by the tool that wrote it, in float32."""
+    pytest.importorskip("compressed_tensors", reason="optional package")
+    pytest.importorskip("modelopt", reason="optional package")
     from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
     from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 
