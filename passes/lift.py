@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from fp4moe.arguments import FloatMoeArguments, FloatMoeFromLogitsArguments
+from fp4moe.arguments import (
+    FloatMoeArguments,
+    FloatMoeFromLogitsArguments,
+    MoeArguments,
+    MoeFromLogitsArguments,
+    Settings,
+)
 from fp4moe.identity.float_weights import FloatWeights, StoredForm
 from fp4moe.identity.table import find_packed
 from fp4moe.kernels import Operands
@@ -165,8 +171,9 @@ class _Lifting:
     def _operator(self, node: fx.Node) -> None:
         args: Any = node.args
         routed = node.target is FLOAT_FROM_LOGITS
-        given = (FloatMoeFromLogitsArguments if routed else FloatMoeArguments)(*args)
-        groups, form = (given.first, given.second, given.down), given.form
+        given = (FloatMoeFromLogitsArguments if routed else FloatMoeArguments).read(args)
+        groups: Any = given.weights
+        form = given.form
         scale = getattr(given, "output_scale", None)
         scale = scale if scale in self.places else None
         if not all(weight in self.places for group in groups for weight in group):
@@ -174,17 +181,20 @@ class _Lifting:
         first, second, down = (tuple(self.places[w] for w in group) for group in groups)
         place = None if scale is None else self.places[scale]
         packed = PackedInput(innermost_module(node)[0], first, second, down, place, form)
-        experts = form.sizes(packed.weights(self.values))[0]
-        operands = self._placeholders(packed)
-        settings = (form.activation, form.gated, form.kernel, experts, 0)
+        placeholders: Any = self._placeholders(packed)
+        operands = Operands(*placeholders)
+        settings = Settings.of_floats(packed.weights(self.values), form)
         with self.gm.graph.inserting_before(node):
             if isinstance(given, FloatMoeFromLogitsArguments):
-                tensors = (given.hidden, given.router_logits, given.routing_bias, *operands)
-                arguments = (*tensors, *given.routing, *settings)
+                logits, bias = given.router_logits, given.routing_bias
+                arguments = MoeFromLogitsArguments(
+                    given.hidden, logits, bias, operands, given.routing, settings
+                ).flat()
                 fused = self.gm.graph.call_function(FROM_LOGITS, arguments)
             else:
-                tensors = (given.hidden, given.expert_ids, given.routing_weights, *operands)
-                fused = self.gm.graph.call_function(GIVEN, (*tensors, *settings))
+                ids, weights = given.expert_ids, given.routing_weights
+                arguments = MoeArguments(given.hidden, ids, weights, operands, settings).flat()
+                fused = self.gm.graph.call_function(GIVEN, arguments)
         fused.meta.update(node.meta)
         node.replace_all_uses_with(fused)
         self.gm.graph.erase_node(node)

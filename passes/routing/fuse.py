@@ -19,7 +19,12 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from fp4moe.arguments import FloatMoeArguments, MoeArguments
+from fp4moe.arguments import (
+    FloatMoeArguments,
+    FloatMoeFromLogitsArguments,
+    MoeArguments,
+    MoeFromLogitsArguments,
+)
 from fp4moe.identity.float_weights import FloatWeights
 from fp4moe.kernels import Layer, get_kernel
 
@@ -118,16 +123,17 @@ def _scaled_down(
         return None, ""
     if operator.target is FLOAT:
         return None, _factor_reason(values, found.vectors[form.output_scale])
-    given = _arguments(operator)
+    given = MoeArguments.read(operator.args)
+    operand: Any = given.operands.down_global_scale
     node = found.vectors[form.output_scale]
-    tensors = [_stored(gm, values, n) for n in (given.down_global_scale, node)]
+    tensors = [_stored(gm, values, n) for n in (operand, node)]
     for tensor in tensors:
         if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FakeTensor):
             return None, f"its factor per expert {node.name} is not a stored tensor"
     global_scale, scale = tensors
     if torch.is_grad_enabled() and scale.requires_grad:
         return None, f"its factor per expert {node.name} requires gradients"
-    first, count = given.expert_offset, global_scale.shape[0]
+    first, count = given.settings.expert_offset, global_scale.shape[0]
     with torch.no_grad(), unset_fake_temporarily():
         # As Kernel.prepare: with every kernel this operand multiplies an expert's output.
         return global_scale * scale.detach().float()[first : first + count], ""
@@ -156,14 +162,16 @@ class _Layer:
     @classmethod
     def of(cls, operator: fx.Node) -> _Layer:
         if operator.target is FLOAT:
-            given = _float_arguments(operator)
-            form, groups = given.form, (given.first, given.second, given.down)
+            given = FloatMoeArguments.read(operator.args)
+            form = given.form
+            groups: Any = given.weights
             weights = FloatWeights(*(tuple(map(meta_value, group)) for group in groups))
             experts, _hidden, intermediate = form.sizes(weights)
             return cls(form.activation, form.gated, form.kernel, int(experts), int(intermediate))
-        packed = _arguments(operator)
-        intermediate = int(meta_value(packed.down_packed).shape[2]) * 2
-        return cls(packed.activation, packed.gated, packed.kernel, packed.num_experts, intermediate)
+        packed = MoeArguments.read(operator.args)
+        activation, gated, kernel, num_experts, _offset = packed.settings
+        down: Any = packed.operands.down_packed
+        return cls(activation, gated, kernel, num_experts, int(meta_value(down).shape[2]) * 2)
 
 
 def _kernel_reason(operator: fx.Node, form: RoutingForm) -> str:
@@ -173,16 +181,6 @@ def _kernel_reason(operator: fx.Node, form: RoutingForm) -> str:
     layer = Layer.of(known, hidden_size=width, top_k=form.routing.top_k)
     reasons = get_kernel(known.kernel).reasons_not_to_route(layer, form.routing)
     return f"kernel {known.kernel} does not route so: {'; '.join(reasons)}" if reasons else ""
-
-
-def _arguments(operator: fx.Node) -> MoeArguments:
-    args: Any = operator.args
-    return MoeArguments(*args)
-
-
-def _float_arguments(operator: fx.Node) -> FloatMoeArguments:
-    args: Any = operator.args
-    return FloatMoeArguments(*args)
 
 
 def _node(argument: Any) -> fx.Node:
@@ -212,32 +210,23 @@ def _insert(
     with gm.graph.inserting_before(operator):
         logits, bias = found.logits, vector(form.bias)
         if operator.target is FLOAT:
-            floats = _float_arguments(operator)
+            floats = FloatMoeArguments.read(operator.args)
             scale = vector(form.output_scale)
-            fused = gm.graph.call_function(
-                FLOAT_FROM_LOGITS,
-                (
-                    *(floats.hidden, logits, bias, scale),
-                    *(floats.first, floats.second, floats.down),
-                    *(*form.routing, *floats.form),
-                ),
-            )
+            given = (floats.hidden, logits, bias, scale, floats.weights, form.routing, floats.form)
+            arguments = FloatMoeFromLogitsArguments(*given).flat()
+            fused = gm.graph.call_function(FLOAT_FROM_LOGITS, arguments)
         else:
-            given = _arguments(operator)
-            operands: Any = given.operands
+            packed = MoeArguments.read(operator.args)
+            operands: Any = packed.operands
             if factors is not None:
-                unscaled = _node(given.down_global_scale)
+                unscaled = _node(operands.down_global_scale)
                 name = f"fp4moe_scaled_{unscaled.name}"
                 scaled = add_attribute(gm, operator, name, factors)
                 operands = operands._replace(down_global_scale=scaled)
-            settings = (given.activation, given.gated, given.kernel, given.num_experts)
-            fused = gm.graph.call_function(
-                FROM_LOGITS,
-                (
-                    *(given.hidden, logits, bias, *operands),
-                    *(*form.routing, *settings, given.expert_offset),
-                ),
-            )
+            arguments = MoeFromLogitsArguments(
+                packed.hidden, logits, bias, operands, form.routing, packed.settings
+            ).flat()
+            fused = gm.graph.call_function(FROM_LOGITS, arguments)
     fused.meta.update(operator.meta)
     operator.replace_all_uses_with(fused)
     gm.graph.erase_node(operator)

@@ -1,170 +1,132 @@
-"""The arguments of the operators by name, in the order of their schemas.
+"""The arguments of the operators by name; their order in the schemas is written here once.
 
-Whoever reads an operator's call, in a fake or in a graph, does so through these classes.
+Whoever reads or writes an operator's call, in a fake or in a graph, does so through these classes.
+Tensors stand for nodes where the call is one of a graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .identity.float_weights import FloatWeights, StoredForm
-from .kernels import Operands, Routing
+from .kernels import Layer, Operands, Routing
 
 __all__ = [
     "FloatMoeArguments",
     "FloatMoeFromLogitsArguments",
     "MoeArguments",
     "MoeFromLogitsArguments",
+    "Settings",
 ]
 
-
-class _Packed:
-    """What the operators on packed weights share."""
-
-    @property
-    def operands(self: Any) -> Operands:
-        """The weight tensors."""
-        return Operands(
-            self.gate_up_packed,
-            self.gate_up_block_scale,
-            self.gate_up_global_scale,
-            self.down_packed,
-            self.down_block_scale,
-            self.down_global_scale,
-            self.hidden_scale,
-            self.intermediate_scale,
-        )
+OPERANDS, ROUTING = len(Operands._fields), len(Routing._fields)
 
 
-class _Float:
-    """What the operators on float weights share."""
+class Settings(NamedTuple):
+    """What is said of a layer besides its tensors, and the kernel that prepared them."""
 
-    @property
-    def weights(self: Any) -> FloatWeights:
-        """The weights of the layer."""
-        return FloatWeights(tuple(self.first), tuple(self.second), tuple(self.down))
-
-    @property
-    def form(self: Any) -> StoredForm:
-        """What the weights mean."""
-        return StoredForm(*(getattr(self, name) for name in StoredForm._fields))
-
-
-class _Routed:
-    """What the operators that choose the experts share."""
-
-    @property
-    def routing(self: Any) -> Routing:
-        """How the experts are chosen."""
-        return Routing(
-            self.routing_method,
-            self.top_k,
-            self.num_groups,
-            self.top_groups,
-            self.routing_scaling,
-        )
-
-
-class _MoeArguments(NamedTuple):
-    hidden: Any
-    expert_ids: Any
-    routing_weights: Any
-    gate_up_packed: Any
-    gate_up_block_scale: Any
-    gate_up_global_scale: Any
-    down_packed: Any
-    down_block_scale: Any
-    down_global_scale: Any
-    hidden_scale: Any
-    intermediate_scale: Any
     activation: str
     gated: bool
     kernel: str
     num_experts: int
     expert_offset: int
 
+    @classmethod
+    def of_layer(cls, layer: Layer, kernel: str) -> Settings:
+        """Return those of a layer that was prepared for a kernel."""
+        return cls(layer.activation, layer.gated, kernel, layer.num_experts, layer.expert_offset)
 
-class MoeArguments(_MoeArguments, _Packed):
-    """Of fp4moe::nvfp4_moe: tensors, or nodes of a graph."""
+    @classmethod
+    def of_floats(cls, weights: FloatWeights, form: StoredForm) -> Settings:
+        """Return those of float weights, all experts of a layer."""
+        return cls(form.activation, form.gated, form.kernel, form.sizes(weights)[0], 0)
 
-    __slots__ = ()
+
+class MoeArguments(NamedTuple):
+    """Of fp4moe::nvfp4_moe."""
+
+    hidden: Any
+    expert_ids: Any
+    routing_weights: Any
+    operands: Operands
+    settings: Settings
+
+    @classmethod
+    def read(cls, args: Sequence[Any]) -> MoeArguments:
+        """Return the arguments of a call."""
+        hidden, ids, weights, *rest = args
+        return cls(hidden, ids, weights, Operands(*rest[:OPERANDS]), Settings(*rest[OPERANDS:]))
+
+    def flat(self) -> tuple[Any, ...]:
+        """Return them in the order of the schema."""
+        return *self[:-2], *self.operands, *self.settings
 
 
-class _MoeFromLogitsArguments(NamedTuple):
+class MoeFromLogitsArguments(NamedTuple):
+    """Of fp4moe::nvfp4_moe_from_logits."""
+
     hidden: Any
     router_logits: Any
     routing_bias: Any
-    gate_up_packed: Any
-    gate_up_block_scale: Any
-    gate_up_global_scale: Any
-    down_packed: Any
-    down_block_scale: Any
-    down_global_scale: Any
-    hidden_scale: Any
-    intermediate_scale: Any
-    routing_method: str
-    top_k: int
-    num_groups: int
-    top_groups: int
-    routing_scaling: float
-    activation: str
-    gated: bool
-    kernel: str
-    num_experts: int
-    expert_offset: int
+    operands: Operands
+    routing: Routing
+    settings: Settings
+
+    @classmethod
+    def read(cls, args: Sequence[Any]) -> MoeFromLogitsArguments:
+        """Return the arguments of a call."""
+        hidden, logits, bias, *rest = args
+        operands, rest = Operands(*rest[:OPERANDS]), rest[OPERANDS:]
+        return cls(
+            hidden, logits, bias, operands, Routing(*rest[:ROUTING]), Settings(*rest[ROUTING:])
+        )
+
+    def flat(self) -> tuple[Any, ...]:
+        """Return them in the order of the schema."""
+        return *self[:-3], *self.operands, *self.routing, *self.settings
 
 
-class MoeFromLogitsArguments(_MoeFromLogitsArguments, _Packed, _Routed):
-    """Of fp4moe::nvfp4_moe_from_logits."""
+class FloatMoeArguments(NamedTuple):
+    """Of fp4moe::float_moe."""
 
-    __slots__ = ()
-
-
-class _FloatMoeArguments(NamedTuple):
     hidden: Any
     expert_ids: Any
     routing_weights: Any
-    first: Any
-    second: Any
-    down: Any
-    format: str
-    activation: str
-    layout: str
-    transposed: bool
-    down_transposed: bool
-    kernel: str
-    hidden_alignment: int
+    weights: FloatWeights
+    form: StoredForm
+
+    @classmethod
+    def read(cls, args: Sequence[Any]) -> FloatMoeArguments:
+        """Return the arguments of a call."""
+        hidden, ids, routing_weights, first, second, down, *form = args
+        weights = FloatWeights(tuple(first), tuple(second), tuple(down))
+        return cls(hidden, ids, routing_weights, weights, StoredForm(*form))
+
+    def flat(self) -> tuple[Any, ...]:
+        """Return them in the order of the schema."""
+        return *self[:-2], *map(list, self.weights), *self.form
 
 
-class FloatMoeArguments(_FloatMoeArguments, _Float):
-    """Of fp4moe::float_moe; first, second and down are lists."""
+class FloatMoeFromLogitsArguments(NamedTuple):
+    """Of fp4moe::float_moe_from_logits."""
 
-    __slots__ = ()
-
-
-class _FloatMoeFromLogitsArguments(NamedTuple):
     hidden: Any
     router_logits: Any
     routing_bias: Any
     output_scale: Any
-    first: Any
-    second: Any
-    down: Any
-    routing_method: str
-    top_k: int
-    num_groups: int
-    top_groups: int
-    routing_scaling: float
-    format: str
-    activation: str
-    layout: str
-    transposed: bool
-    down_transposed: bool
-    kernel: str
-    hidden_alignment: int
+    weights: FloatWeights
+    routing: Routing
+    form: StoredForm
 
+    @classmethod
+    def read(cls, args: Sequence[Any]) -> FloatMoeFromLogitsArguments:
+        """Return the arguments of a call."""
+        hidden, logits, bias, output_scale, first, second, down, *rest = args
+        weights = FloatWeights(tuple(first), tuple(second), tuple(down))
+        routing, form = Routing(*rest[:ROUTING]), StoredForm(*rest[ROUTING:])
+        return cls(hidden, logits, bias, output_scale, weights, routing, form)
 
-class FloatMoeFromLogitsArguments(_FloatMoeFromLogitsArguments, _Float, _Routed):
-    """Of fp4moe::float_moe_from_logits."""
-
-    __slots__ = ()
+    def flat(self) -> tuple[Any, ...]:
+        """Return them in the order of the schema."""
+        return *self[:-3], *map(list, self.weights), *self.routing, *self.form

@@ -66,7 +66,7 @@ def _check_choice(name, hidden, expert_ids, routing_weights) -> None:
 
 def check_moe_from_logits(given: MoeFromLogitsArguments) -> None:
     """Raise unless the arguments of `fp4moe::nvfp4_moe_from_logits` fit together."""
-    _check_logits("nvfp4_moe_from_logits", given, given.num_experts)
+    _check_logits("nvfp4_moe_from_logits", given, given.settings.num_experts)
     _check_weights("nvfp4_moe_from_logits", given)
 
 
@@ -187,8 +187,8 @@ def _check_floats(name, hidden, weights: FloatWeights, form: StoredForm) -> None
 def _check_weights(name: str, given: MoeArguments | MoeFromLogitsArguments) -> None:
     gate_up_packed, gate_up_block_scale, gate_up_global_scale, *others = given.operands
     down_packed, down_block_scale, down_global_scale, hidden_scale, intermediate_scale = others
-    hidden, activation, kernel = given.hidden, given.activation, given.kernel
-    gated, num_experts, expert_offset = given.gated, given.num_experts, given.expert_offset
+    hidden = given.hidden
+    activation, gated, kernel, num_experts, expert_offset = given.settings
     if activation not in ACTIVATIONS:
         get_activation(activation, caller=name)
     if kernel not in KERNELS:

@@ -25,6 +25,7 @@ from .arguments import (
     FloatMoeFromLogitsArguments,
     MoeArguments,
     MoeFromLogitsArguments,
+    Settings,
 )
 from .errors import UnsupportedError, must
 from .identity.table import packed_now
@@ -93,96 +94,84 @@ library.define(
 
 @torch.library.register_fake("fp4moe::nvfp4_moe", lib=library)
 def _nvfp4_moe_fake(*args):
-    arguments = MoeArguments(*args)
-    checks.check_moe(arguments)
-    return arguments.hidden.new_empty(arguments.hidden.shape)
+    given = MoeArguments.read(args)
+    checks.check_moe(given)
+    return given.hidden.new_empty(given.hidden.shape)
 
 
 @torch.library.register_fake("fp4moe::nvfp4_moe_from_logits", lib=library)
 def _nvfp4_moe_from_logits_fake(*args):
-    arguments = MoeFromLogitsArguments(*args)
-    checks.check_moe_from_logits(arguments)
-    return arguments.hidden.new_empty(arguments.hidden.shape)
+    given = MoeFromLogitsArguments.read(args)
+    checks.check_moe_from_logits(given)
+    return given.hidden.new_empty(given.hidden.shape)
 
 
 @torch.library.register_fake("fp4moe::float_moe", lib=library)
 def _float_moe_fake(*args):
-    arguments = FloatMoeArguments(*args)
-    checks.check_float_moe(arguments)
-    return arguments.hidden.new_empty(arguments.hidden.shape)
+    given = FloatMoeArguments.read(args)
+    checks.check_float_moe(given)
+    return given.hidden.new_empty(given.hidden.shape)
 
 
 @torch.library.register_fake("fp4moe::float_moe_from_logits", lib=library)
 def _float_moe_from_logits_fake(*args):
-    arguments = FloatMoeFromLogitsArguments(*args)
-    checks.check_float_moe_from_logits(arguments)
-    return arguments.hidden.new_empty(arguments.hidden.shape)
+    given = FloatMoeFromLogitsArguments.read(args)
+    checks.check_float_moe_from_logits(given)
+    return given.hidden.new_empty(given.hidden.shape)
 
 
 def _nvfp4_moe(*args: Any) -> torch.Tensor:
-    given = MoeArguments(*args)
+    return _run(MoeArguments.read(args))
+
+
+def _run(given: MoeArguments) -> torch.Tensor:
     checks.check_moe(given)
-    hidden, ids = given.hidden, given.expert_ids
+    hidden, ids, weights, operands, settings = given
     if not ids.numel():
         return hidden.new_zeros(hidden.shape)
-    layer = _layer(
-        given.activation,
-        given.gated,
-        hidden.shape[1],
-        given.down_packed.shape[2] * 2,
-        given.num_experts,
-        ids.shape[1],
-        given.expert_offset,
-    )
-    return KERNELS[given.kernel](Call(hidden, ids, given.routing_weights, given.operands, layer))
+    layer = _layer(hidden.shape[1], operands.down_packed.shape[2] * 2, ids.shape[1], settings)
+    return KERNELS[settings.kernel](Call(hidden, ids, weights, operands, layer))
 
 
 def _nvfp4_moe_from_logits(*args: Any) -> torch.Tensor:
-    given = MoeFromLogitsArguments(*args)
+    return _run_from_logits(MoeFromLogitsArguments.read(args))
+
+
+def _run_from_logits(given: MoeFromLogitsArguments) -> torch.Tensor:
     checks.check_moe_from_logits(given)
-    hidden = given.hidden
+    hidden, logits, bias, operands, routing, settings = given
     if hidden.shape[0] == 0:
         return hidden.new_empty(hidden.shape)
-    layer = _layer(
-        given.activation,
-        given.gated,
-        hidden.shape[1],
-        given.down_packed.shape[2] * 2,
-        given.num_experts,
-        given.top_k,
-        given.expert_offset,
-    )
-    call = LogitsCall(
-        hidden, given.router_logits, given.routing_bias, given.routing, given.operands, layer
-    )
-    return KERNELS[given.kernel].from_logits(call)
+    layer = _layer(hidden.shape[1], operands.down_packed.shape[2] * 2, routing.top_k, settings)
+    call = LogitsCall(hidden, logits, bias, routing, operands, layer)
+    return KERNELS[settings.kernel].from_logits(call)
 
 
-# A call's layer, with the padded intermediate size: one object for all calls with its numbers.
-_layer = functools.lru_cache(maxsize=1024)(Layer)
+@functools.lru_cache(maxsize=1024)
+def _layer(hidden_size: int, intermediate_size: int, top_k: int, settings: Settings) -> Layer:
+    """Return a call's layer, with the padded intermediate size: one object for equal numbers."""
+    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "top_k": top_k}
+    return Layer.of(settings, **sizes)
 
 
 def _float_moe(*args: Any) -> torch.Tensor:
-    given = FloatMoeArguments(*args)
+    given = FloatMoeArguments.read(args)
     checks.check_float_moe(given)
-    operands = packed_now(given.weights, given.form, caller="float_moe")
-    tensors = (given.hidden, given.expert_ids, given.routing_weights, *operands)
-    return _nvfp4_moe(*tensors, *_float_settings(given))
+    hidden, ids, routing_weights, weights, form = given
+    operands = packed_now(weights, form, caller="float_moe")
+    settings = Settings.of_floats(weights, form)
+    return _run(MoeArguments(hidden, ids, routing_weights, operands, settings))
 
 
 def _float_moe_from_logits(*args: Any) -> torch.Tensor:
-    given = FloatMoeFromLogitsArguments(*args)
+    given = FloatMoeFromLogitsArguments.read(args)
     checks.check_float_moe_from_logits(given)
-    operands = packed_now(
-        given.weights, given.form, given.output_scale, caller="float_moe_from_logits"
+    hidden, logits, bias, output_scale, weights, routing, form = given
+    operands = packed_now(weights, form, output_scale, caller="float_moe_from_logits")
+    settings = Settings.of_floats(weights, form)
+    return _run_from_logits(
+        MoeFromLogitsArguments(hidden, logits, bias, operands, routing, settings)
     )
-    tensors = (given.hidden, given.router_logits, given.routing_bias, *operands)
-    return _nvfp4_moe_from_logits(*tensors, *given.routing, *_float_settings(given))
-
-
-def _float_settings(given: FloatMoeArguments | FloatMoeFromLogitsArguments) -> tuple:
-    form = given.form
-    return form.activation, form.gated, form.kernel, form.sizes(given.weights)[0], 0
 
 
 class _WithoutGradient(torch.autograd.Function):
@@ -254,15 +243,11 @@ for _name, _implementation in _IMPLEMENTATIONS.items():
 
 def nvfp4_moe_arguments(prepared: PreparedWeights, kernel: str) -> tuple:
     """Return nvfp4_moe's arguments behind routing_weights, for weights prepared for a kernel."""
-    return (*prepared.operands, *_settings(prepared.layer, kernel))
+    return *prepared.operands, *Settings.of_layer(prepared.layer, kernel)
 
 
 def nvfp4_moe_from_logits_arguments(
     prepared: PreparedWeights, routing: Routing, kernel: str
 ) -> tuple:
     """Return nvfp4_moe_from_logits' arguments behind routing_bias."""
-    return (*prepared.operands, *routing, *_settings(prepared.layer, kernel))
-
-
-def _settings(layer: Layer, kernel: str) -> tuple[str, bool, str, int, int]:
-    return layer.activation, layer.gated, kernel, layer.num_experts, layer.expert_offset
+    return *prepared.operands, *routing, *Settings.of_layer(prepared.layer, kernel)
