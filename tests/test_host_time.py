@@ -19,7 +19,7 @@ from fp4moe import fused_moe
 from fp4moe.errors import UnsupportedError
 from fp4moe.kernels import KERNELS, base, measured
 from fp4moe.kernels.reference import REFERENCE
-from fp4moe.module import RoutedExperts
+from fp4moe.routed import RoutedExperts
 
 
 def renormalised_qwen3_moe():

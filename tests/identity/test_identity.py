@@ -12,6 +12,7 @@ import weakref
 
 import pytest
 import torch
+from adapters import lora
 from identity_models import build, layers, ways
 from tiny_models import CapturingBackend, table_entries
 from torch import nn
@@ -298,24 +299,31 @@ class TestChangedWeights:
         model.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
         check(run(compiled), expected(other), "eager")
 
-    @pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
-    def test_adapters_merge_and_unmerge(self, name):
-        peft = pytest.importorskip("peft", reason="optional package")
-        settings = peft.LoraConfig(
-            r=4,
-            lora_alpha=64,
-            init_lora_weights=False,
-            target_modules=[],
-            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
-        )
+    @pytest.mark.parametrize("name", FAMILIES)
+    def test_adapters_merge_and_unload(self, name):
         model = build(name)
         compiled = torch.compile(model, **ways("eager", on_no_match="error"))
         before = run(compiled)
-        merged = peft.get_peft_model(model, settings).merge_and_unload()
+        merged = lora(model, lora_alpha=64).merge_and_unload()
         assert merged is model
         wanted = expected(model)
         assert not torch.equal(wanted, before)
         check(run(compiled), wanted, "eager")
+
+    @pytest.mark.parametrize("name", FAMILIES)
+    def test_adapters_merge_and_unmerge(self, name):
+        model = build(name)
+        compiled = torch.compile(model, **ways("eager", on_no_match="error"))
+        before = run(compiled)
+        wrapped = lora(model, lora_alpha=64)
+        wrapped.merge_adapter()
+        # unload() drops the adapters and leaves the weights as they are.
+        merged = expected(copy.deepcopy(wrapped).unload())
+        assert not torch.equal(merged, before)
+        check(run(compiled), merged, "eager")
+        wrapped.unmerge_adapter()
+        with wrapped.disable_adapter():
+            check(run(compiled), expected(copy.deepcopy(wrapped).unload()), "eager")
 
     def test_factor_per_expert(self):
         model = build("gemma4")

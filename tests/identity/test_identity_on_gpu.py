@@ -7,6 +7,7 @@ import gc
 
 import pytest
 import torch
+from adapters import lora
 from identity_models import build, layers, ways
 from tiny_models import Block, experts_class, routed
 from torch import nn
@@ -118,19 +119,11 @@ def test_merge_and_unmerge_under_cuda_graphs(way, name):
 
 
 def test_peft_under_cuda_graphs():
-    peft = pytest.importorskip("peft", reason="optional package")
-    settings = peft.LoraConfig(
-        r=4,
-        lora_alpha=64,
-        init_lora_weights=False,
-        target_modules=[],
-        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
-    )
     model = on_gpu("qwen3_moe")
     compiled = torch.compile(model, **with_cuda_graphs("backend"))
     for _ in range(4):
         run(compiled)
-    peft.get_peft_model(model, settings).merge_and_unload()
+    lora(model, lora_alpha=64).merge_and_unload()
     run(compiled)
     assert far(run(compiled), expected(model)) < SAME
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from adapters import lora
 from loop_models import MixtralOld, Model, OlmoeOld
 from tiny_models import enlarge_experts, fingerprint, gemma4, nemotron_h, qwen3_moe
 from torch import nn
@@ -28,16 +29,6 @@ def logits(model):
 
 def relative(actual, expected):
     return float((actual - expected).norm() / expected.norm())
-
-
-def lora(model, **options):
-    """Random adapters on both weights of every experts module."""
-    peft = pytest.importorskip("peft", reason="optional package")
-    first = "up_proj" if "NemotronH" in type(model).__name__ else "gate_up_proj"
-    targets = [f"experts.{first}", "experts.down_proj"]
-    options = {"target_modules": [], "target_parameters": targets} | options
-    config = peft.LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, **options)
-    return peft.get_peft_model(model, config).eval()
 
 
 @pytest.fixture(params=BUILDS)

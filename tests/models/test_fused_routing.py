@@ -37,7 +37,8 @@ from fp4moe.errors import UnsupportedError
 from fp4moe.kernels.reference import REFERENCE
 from fp4moe.models.replace import explain, replace_moe
 from fp4moe.models.routers import ROUTERS, LogitsRouter
-from fp4moe.module import FusedExperts, RoutedExperts
+from fp4moe.module import FusedExperts
+from fp4moe.routed import RoutedExperts
 from fp4moe.routing import route
 
 OPERATOR = torch.ops.fp4moe.nvfp4_moe_from_logits.default

@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
     {"kernels"},
     {"identity"},
     {"arguments", "checks", "ops"},
-    {"fused", "logical", "module"},
+    {"fused", "logical", "module", "routed"},
     {"models"},
     {"calibration", "pretrained"},
     {"passes"},

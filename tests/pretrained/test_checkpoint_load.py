@@ -222,7 +222,7 @@ def test_an_expert_lost_from_a_float_layer_is_refused(checkpoint, tmp_path):
 def test_routing_by_the_kernel(checkpoint):
     directory = checkpoint("modelopt gemma4")
     model, expected = load(directory, routing="fused"), load(directory)
-    routed = kinds(model, fp4moe.module.RoutedExperts)
+    routed = kinds(model, fp4moe.routed.RoutedExperts)
     assert len(routed) == 2 and not hasattr(routed[0], "is_transposed")
     assert makers.relative_error(makers.logits(model), makers.logits(expected)) < ROUNDING
     with pytest.raises(UnsupportedError, match="routing='fused' must find routers"):

@@ -26,8 +26,9 @@ from ..kernels import PreparedWeights
 from ..models.block import ACTIVATION_SCALES, Candidate
 from ..models.experts_module import is_experts_module
 from ..models.replace import find_candidates
-from ..module import FusedExperts, RoutedExperts
+from ..module import FusedExperts
 from ..precision import without_autocast
+from ..routed import RoutedExperts
 from ..routing import route
 from .ranges import Ranges
 

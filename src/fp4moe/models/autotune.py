@@ -28,8 +28,9 @@ from ..kernels.flashinfer.library import (
     set_flashinfer,
     tuning,
 )
-from ..module import FusedExperts, RoutedExperts
+from ..module import FusedExperts
 from ..padding import round_up
+from ..routed import RoutedExperts
 from ..version import __version__
 from .block import Candidate
 from .replace import asked_of, find_candidates

@@ -14,7 +14,8 @@ from torch import nn
 
 from ..checkpoint.plan import ExpertsPlan
 from ..errors import UnsupportedError
-from ..module import FusedExperts, RoutedExperts
+from ..module import FusedExperts
+from ..routed import RoutedExperts
 from .block import Candidate
 from .experts_module import STAMPS
 from .routers import plan_fused_routing

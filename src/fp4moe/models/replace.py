@@ -29,10 +29,11 @@ from ..kernels import (
     get_kernel,
     select_kernel,
 )
-from ..module import FusedExperts, RoutedExperts
+from ..module import FusedExperts
 from ..padding import round_up
 from ..progress import progress_bar
 from ..report import BlockReport, ModelReport
+from ..routed import RoutedExperts
 from .block import ON_META, Candidate, carry_hooks, stored_activation_scales, value_reasons
 from .experts_module import find_experts
 from .module_list import find_module_lists

@@ -14,7 +14,7 @@ import torch
 
 from ..experts import ExpertWeights
 from ..kernels import Routing, get_kernel
-from ..module import RoutedExperts
+from ..routed import RoutedExperts
 from ..routing import route
 from .selftest_subject import BF16_ROUNDING, Subject, bytes_or_floats
 

@@ -21,7 +21,7 @@ from fp4moe.kernels.flashinfer.library import (
     set_flashinfer,
 )
 from fp4moe.models.autotune import autotune, cache_stamp
-from fp4moe.module import RoutedExperts
+from fp4moe.routed import RoutedExperts
 
 pytest.importorskip("flashinfer.fused_moe", reason="needs flashinfer-python")
 ROUTED, FROM_LOGITS = "trtllm_fp4_block_scale_routed_moe", "trtllm_fp4_block_scale_moe"
