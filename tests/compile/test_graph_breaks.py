@@ -26,6 +26,7 @@ from transformers import CompileConfig
 import fp4moe
 import fp4moe.compile.backend
 from fp4moe.errors import UnsupportedError
+from fp4moe.kernels import Operands
 from fp4moe.passes.graph.show import show_graph
 
 expecttest = pytest.importorskip("expecttest", reason="optional package")
@@ -334,20 +335,7 @@ class TestEagerImplementation:
         assert isinstance(caught.value.inner_exception, UnsupportedError)
 
 
-# The packed operands of the operator, in the order of its schema.
-PACKED = ", ".join(
-    f"fp4moe_N_{name}"
-    for name in (
-        "gate_up_packed",
-        "gate_up_block_scale",
-        "gate_up_global_scale",
-        "down_packed",
-        "down_block_scale",
-        "down_global_scale",
-        "hidden_scale",
-        "intermediate_scale",
-    )
-)
+PACKED = ", ".join(f"fp4moe_N_{name}" for name in Operands._fields)
 
 
 def shown(name, dynamic):
