@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pathlib
 import sys
+import warnings
 
 import pytest
+
+with warnings.catch_warnings():
+    # While tests are collected warnings are errors; those of its packages are theirs.
+    warnings.simplefilter("ignore")
+    import flashinfer  # noqa: F401
 
 # The modules beside this file are imported by their plain names.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
