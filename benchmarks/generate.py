@@ -90,7 +90,11 @@ def peak_gib() -> float | None:
 @contextlib.contextmanager
 def without_looks() -> Iterator[None]:
     """Look at no float weight's values meanwhile."""
-    looks = {"read": lambda self, pairs: False, "look_again": lambda self: None}
+    looks = {
+        "read": lambda self, pairs: False,
+        "begin": lambda self: None,
+        "look_beside": lambda self: None,
+    }
     before = {name: getattr(ValueWatch, name) for name in looks}
     for name, nothing in looks.items():
         setattr(ValueWatch, name, nothing)

@@ -174,8 +174,30 @@ def test_a_look_waits_for_nothing():
     try:
         watch.read(())
         watch.look_again()
+        watch.begin()
+        watch.look_beside()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_look_beside_a_call_sees_what_stood_before_it_and_no_later_write():
+    tensor = torch.randn(64, 96, 64, device="cuda", dtype=torch.bfloat16)
+    mark, watch = Mark(tensor), ValueWatch()
+    watch.note([(tensor, mark)])
+    # About 0.1 s of work, beside which the look runs.
+    for _ in range(3):
+        watch.begin()
+        torch.cuda._sleep(100_000_000)
+        watch.look_beside()
+        assert not watch.read(())
+    watch.begin()
+    watch.look_beside()
+    # Behind the look, though the host does not wait for it.
+    tensor.data.add_(1)
+    assert not watch.read(())
+    watch.begin()
+    watch.look_beside()
+    assert watch.read(()) and mark.stale
 
 
 def test_released_memory_is_free():

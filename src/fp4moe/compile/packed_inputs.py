@@ -54,17 +54,23 @@ class WithPackedInputs:
 
     def __call__(self, *args: Any) -> Any:
         with self.lock:
-            entries = self._entries(args)
+            entries, watch = self._entries(args)
         packed: list[torch.Tensor] = []
         for entry, layer in zip(entries, self.layers, strict=True):
             packed += entry.operands(layer.scale(args), caller="backend")
-        return self.compiled(*[args[i] for i in self.kept], *packed)
+        inputs = [args[i] for i in self.kept] + packed
+        if watch is None:
+            return self.compiled(*inputs)
+        watch.begin()
+        outputs = self.compiled(*inputs)
+        watch.look_beside()
+        return outputs
 
-    def _entries(self, args: Sequence[Any]) -> list[PackedFloats]:
-        """The packed weights of all layers, after a look at the values of the float ones."""
+    def _entries(self, args: Sequence[Any]) -> tuple[list[PackedFloats], ValueWatch | None]:
+        """The packed weights of all layers, and what looks at the values of the float ones."""
         first = args[self.layers[0].first[0]]
         if capturing(first.device):
-            return self._find(args)
+            return self._find(args), None
         place = first.untyped_storage()._cdata
         model = self.models.get(place)
         if model is None:
@@ -75,8 +81,7 @@ class WithPackedInputs:
         if len(known) == len(self.layers):
             changed = model.watch.read(() if model.on_gpu else self._pairs(known, args))
             if not changed and _unchanged(model.seen, args):
-                model.watch.look_again()
-                return known
+                return known, model.watch
         found = self._find(args)
         for entry, layer in zip(found, self.layers, strict=True):
             # Made here, so that the watch sees the factors per expert, too.
@@ -87,8 +92,8 @@ class WithPackedInputs:
         model.entries = [weakref.ref(entry) for entry in found]
         model.seen = [_see(i, args[i]) for layer in self.layers for i in layer.positions]
         model.on_gpu = all(tensor.device.type == "cuda" for tensor, _mark in pairs)
-        model.watch.look(pairs)
-        return found
+        model.watch.note(pairs)
+        return found, model.watch
 
     def _find(self, args: Sequence[Any]) -> list[PackedFloats]:
         return [

@@ -7,6 +7,7 @@ back gets the old ones once.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Sequence
@@ -48,15 +49,8 @@ class ValueWatch:
 
     def look(self, pairs: Pairs) -> None:
         """Start a look at values on a GPU, behind what was launched before."""
-        on_gpu: dict[torch.device, list] = {}
-        for pair in pairs:
-            if pair[0].device.type == "cuda":
-                on_gpu.setdefault(pair[0].device, []).append(pair)
         with self._lock:
-            # Not those of devices whose tensors have been released, which have no memory any more.
-            self._tables = {d: self._tables.get(d) or _Table(d) for d in on_gpu}
-            for device, found in on_gpu.items():
-                self._tables[device].fill(found)
+            self._fill(pairs)
             self.look_again()
 
     def look_again(self) -> None:
@@ -64,6 +58,36 @@ class ValueWatch:
         with self._lock:
             for table in self._tables.values():
                 table.launch()
+
+    def note(self, pairs: Pairs) -> None:
+        """Note what `look_beside` looks at on a GPU."""
+        with self._lock:
+            self._fill(pairs)
+
+    def begin(self) -> None:
+        """Mark the point in the streams at which the next `look_beside` begins."""
+        with self._lock:
+            for table in self._tables.values():
+                table.begin()
+
+    def look_beside(self) -> None:
+        """Start a look beside what was launched since `begin`.
+
+        The launch takes the host no time in which the device would have nothing to do.
+        """
+        with self._lock:
+            for table in self._tables.values():
+                table.launch_beside()
+
+    def _fill(self, pairs: Pairs) -> None:
+        on_gpu: dict[torch.device, list] = {}
+        for pair in pairs:
+            if pair[0].device.type == "cuda":
+                on_gpu.setdefault(pair[0].device, []).append(pair)
+        # Not those of devices whose tensors have been released, which have no memory any more.
+        self._tables = {d: self._tables.get(d) or _Table(d) for d in on_gpu}
+        for device, found in on_gpu.items():
+            self._tables[device].fill(found)
 
 
 class _Table:
@@ -73,7 +97,7 @@ class _Table:
         self.device = device
         self.known: list[tuple[int, torch.Tensor]] = []
         self.ranges: list[tuple[Any, int, int]] = []
-        self.event = torch.cuda.Event()
+        self.event, self.begun = torch.cuda.Event(), torch.cuda.Event()
         self.pending = False
 
     def __del__(self) -> None:
@@ -86,8 +110,8 @@ class _Table:
         if not self.pending:
             return False
         self.pending = False
-        # The look stood at the beginning of the last call. Whoever waits here is a whole call ahead
-        # of the device, which has that call's work to do meanwhile.
+        # The look began with the last call. Whoever waits here is a whole call ahead of the device,
+        # which has that call's work to do meanwhile.
         if not self.event.query():
             self.event.synchronize()
         if not self.answers.any():
@@ -103,6 +127,8 @@ class _Table:
             a[0] == b[0] and a[1] is b[1] for a, b in zip(known, self.known, strict=True)
         ):
             return
+        if self.pending:
+            self.event.synchronize()
         rows: list[tuple[int, int]] = []
         self.known, self.ranges = known, []
         for tensor, mark in pairs:
@@ -117,6 +143,18 @@ class _Table:
             self.expected = torch.cat([mark.hashes for _tensor, mark in pairs])
             self.changed = torch.zeros(len(rows), dtype=torch.int32, device="cpu").pin_memory()
         self.answers = self.changed.numpy()
+
+    def begin(self) -> None:
+        self.begun.record(torch.cuda.current_stream(self.device))
+
+    def launch_beside(self) -> None:
+        """Compare on a stream of its own, behind what was launched before `begin`."""
+        beside, current = _side_stream(self.device), torch.cuda.current_stream(self.device)
+        beside.wait_event(self.begun)
+        with torch.cuda.stream(beside):
+            self.launch()
+        # Whoever writes the weights, or frees them, does so behind the look.
+        current.wait_event(self.event)
 
     def launch(self) -> None:
         """Compare on the device, behind what was launched before."""
@@ -134,3 +172,8 @@ class _Table:
             )
             self.event.record()
         self.pending = True
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
