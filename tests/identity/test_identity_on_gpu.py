@@ -27,6 +27,8 @@ pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
     pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
+    # Of Inductor, on the softmax of attention over few keys.
+    pytest.mark.filterwarnings(r"ignore:\s*Online softmax is disabled"),
 ]
 CUDA_GRAPHS = {"triton.cudagraphs": True}
 
@@ -210,8 +212,10 @@ def test_released_memory_is_free():
     inputs = [torch.randn(5, size, device="cuda"), *(x.cuda() for x in routed(5)[1:])]
     compiled = torch.compile(block, **ways("eager", release_weights=True))
     floats = sum(p.nbytes for p in block.parameters())
-    before = torch.cuda.memory_allocated()
     with torch.no_grad():
+        # The first products allocate cuBLAS's workspace, which stays.
+        block(*inputs)
+        before = torch.cuda.memory_allocated()
         compiled(*inputs)
     gc.collect()
     assert not any(p.untyped_storage().nbytes() for p in block.parameters())
