@@ -4,7 +4,7 @@
 #             lint wants them
 # make peers  what fp4moe hands to FlashInfer against what vLLM and SGLang do; downloads 400 MB once
 # make cubins   what FlashInfer's Blackwell kernels compute, read from their machine code: 458 MB to
-#             download and a quarter of an hour; not part of `make test`
+#             download and ten minutes; not part of `make test`
 #
 # PYTHON=python3.12 picks the interpreter of the environment, JOBS=4 the test processes.
 # pip keeps its own settings: PIP_FIND_LINKS or PIP_INDEX_URL choose which build of torch comes.

@@ -48,11 +48,11 @@ def words_of(tensor):
 
 
 def sampled_places(length):
-    """A sector of 8 words in each part of 1 to n sectors, 64 parts at most, none twice."""
+    """A run of 32 words in each part of 1 to n runs, 16 parts at most, none twice."""
     part = max(math.ceil(length / 512), 1)
-    for number in range(64):
+    for number in range(16):
         inside = (number * 2654435761 >> 8) % part
-        yield from range((number * part + inside) * 8, (number * part + inside + 1) * 8)
+        yield from range((number * part + inside) * 32, (number * part + inside + 1) * 32)
 
 
 def plain_sampled(tensor):
@@ -89,10 +89,10 @@ def plain_full(tensor):
 
 
 def tensors(dtype):
-    """By name: below a sector, around SAMPLES words, several slots, odd lengths, and views."""
+    """By name: below a run, around SAMPLES words, several slots, odd lengths, and views."""
     big = torch.randn(40, 21, 131).to(dtype)
     yield "one element", torch.randn(1).to(dtype)
-    yield "below a sector", torch.randn(5).to(dtype)
+    yield "below a run", torch.randn(5).to(dtype)
     yield "matrix", torch.randn(33, 65).to(dtype)
     yield "as many words as samples", torch.randn(SAMPLES * 4 // big.element_size()).to(dtype)
     yield "long", torch.randn(50_001).to(dtype)
@@ -122,7 +122,7 @@ def test_samples_are_distinct_and_all_words_where_there_are_no_more(length):
         assert sorted(places) == list(range(length))
     else:
         # All but the last of parts of equal size, the last one of which may be cut.
-        part = 8 * math.ceil(length / 512)
+        part = 32 * math.ceil(length / 512)
         assert {place // part for place in places} >= set(range(length // part))
         assert len(places) >= SAMPLES // 2
 

@@ -23,9 +23,9 @@ def compare_kernel(
     address = tl.load(table + 2 * slot)
     words = tl.load(table + 2 * slot + 1)
     sample = tl.arange(0, SAMPLES).to(tl.int64)
-    sector = sample // WORDS
+    run = sample // WORDS
     step = tl.maximum((words + SAMPLES - 1) // SAMPLES, 1)
-    place = (sector * step + sector * SPREAD // 256 % step) * WORDS + sample % WORDS
+    place = (run * step + run * SPREAD // 256 % step) * WORDS + sample % WORDS
     memory = address.to(tl.pointer_type(tl.int32))
     values = tl.load(memory + place, mask=place < words, other=0)
     found = tl.sum(values.to(tl.int64) * ((2 * sample + 1) * MULTIPLIER))
