@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from fp4moe.arguments import MoeArguments, Settings
 from fp4moe.identity.float_weights import FloatWeights, StoredForm
-from fp4moe.kernels import PreparedWeights
-from fp4moe.ops import nvfp4_moe_arguments
+from fp4moe.kernels import Operands, PreparedWeights
 
 from .find.region import Region
 from .graph.attributes import add_attribute
@@ -125,13 +125,13 @@ class _Maker:
             result = self.call(operator, hidden, ids, weights, *map(list, floats), *form)
         else:
             stem = f"fp4moe_{next(_numbers)}"
-            attributes = [
-                add_attribute(self.gm, self.output, f"{stem}_{name}", tensor)
-                for name, tensor in constants.operands._asdict().items()
-            ]
-            settings = nvfp4_moe_arguments(constants, form.kernel)[len(attributes) :]
-            operator = torch.ops.fp4moe.nvfp4_moe.default
-            result = self.call(operator, hidden, ids, weights, *attributes, *settings)
+            attributes: dict[str, Any] = {
+                name: add_attribute(self.gm, self.output, f"{stem}_{name}", tensor)
+                for name, tensor in constants.operands.named().items()
+            }
+            settings = Settings.of_layer(constants.layer, form.kernel)
+            given = MoeArguments(hidden, ids, weights, Operands(**attributes), settings)
+            result = self.call(given.operator, *given.flat())
         if weighting == "input" and self.top_k > 1:
             apart = self.reshape(result, [-1, self.top_k, self.width])
             result = self.call(aten.sum.dim_IntList, apart, [1])

@@ -35,8 +35,8 @@ __all__ = ["LiftedGraph", "PackedInput", "lift_packed"]
 
 FLOAT = torch.ops.fp4moe.float_moe.default
 FLOAT_FROM_LOGITS = torch.ops.fp4moe.float_moe_from_logits.default
-GIVEN = torch.ops.fp4moe.nvfp4_moe.default
-FROM_LOGITS = torch.ops.fp4moe.nvfp4_moe_from_logits.default
+# Numbers stand where the tensors would.
+FloatPositions: Any = FloatWeights
 # What dynamo and AOTAutograd ask of a graph beside its nodes.
 OF_DYNAMO = ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason")
 
@@ -47,16 +47,14 @@ class PackedInput:
 
     Attributes:
         path: dotted name of the module.
-        first, second, down: positions of the float weights among the original inputs.
+        floats: positions of the float weights among the original inputs.
         output_scale: position of the factor per expert, None without one.
         form: what the floats mean.
         unused: the positions among them that nothing else in the graph reads.
     """
 
     path: str
-    first: tuple[int, ...]
-    second: tuple[int, ...]
-    down: tuple[int, ...]
+    floats: FloatPositions
     output_scale: int | None
     form: StoredForm
     unused: tuple[int, ...] = ()
@@ -65,12 +63,11 @@ class PackedInput:
     def positions(self) -> tuple[int, ...]:
         """All positions."""
         scale = () if self.output_scale is None else (self.output_scale,)
-        return (*self.first, *self.second, *self.down, *scale)
+        return (*self.floats.flat(), *scale)
 
     def weights(self, inputs: Sequence[Any]) -> FloatWeights:
         """Pick the float weights out of the original inputs."""
-        groups = (self.first, self.second, self.down)
-        return FloatWeights(*(tuple(inputs[i] for i in group) for group in groups))
+        return FloatWeights(*(tuple(inputs[i] for i in group) for group in self.floats))
 
     def scale(self, inputs: Sequence[Any]) -> torch.Tensor | None:
         """Pick the factor per expert."""
@@ -120,7 +117,7 @@ def lift_packed(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> LiftedGrap
     )
     inputs = [value for i, value in enumerate(example_inputs) if i not in unused]
     for layer in layers:
-        inputs += _operands(layer, example_inputs)
+        inputs += _operands(layer, example_inputs).flat()
     for i in unused:
         graph.erase_node(before[i])
     kept = tuple(i for i in range(len(example_inputs)) if i not in unused)
@@ -178,23 +175,23 @@ class _Lifting:
         scale = scale if scale in self.places else None
         if not all(weight in self.places for group in groups for weight in group):
             return
-        first, second, down = (tuple(self.places[w] for w in group) for group in groups)
+        positions = FloatPositions(*(tuple(self.places[w] for w in group) for group in groups))
         place = None if scale is None else self.places[scale]
-        packed = PackedInput(innermost_module(node)[0], first, second, down, place, form)
+        packed = PackedInput(innermost_module(node)[0], positions, place, form)
         placeholders: Any = self._placeholders(packed)
+        # In the order of the fields, biases last.
         operands = Operands(*placeholders)
         settings = Settings.of_floats(packed.weights(self.values), form)
         with self.gm.graph.inserting_before(node):
             if isinstance(given, FloatMoeFromLogitsArguments):
                 logits, bias = given.router_logits, given.routing_bias
-                arguments = MoeFromLogitsArguments(
+                call: Any = MoeFromLogitsArguments(
                     given.hidden, logits, bias, operands, given.routing, settings
-                ).flat()
-                fused = self.gm.graph.call_function(FROM_LOGITS, arguments)
+                )
             else:
                 ids, weights = given.expert_ids, given.routing_weights
-                arguments = MoeArguments(given.hidden, ids, weights, operands, settings).flat()
-                fused = self.gm.graph.call_function(GIVEN, arguments)
+                call = MoeArguments(given.hidden, ids, weights, operands, settings)
+            fused = self.gm.graph.call_function(call.operator, call.flat())
         fused.meta.update(node.meta)
         node.replace_all_uses_with(fused)
         self.gm.graph.erase_node(node)
@@ -205,11 +202,11 @@ class _Lifting:
             if dataclasses.replace(layer.packed, path=packed.path) == packed:
                 return layer.nodes
         last = self.gm.graph.find_nodes(op="placeholder")[-1]
-        near = meta_value(self.placeholders[packed.down[0]])
+        near = meta_value(self.placeholders[packed.floats.down[0]])
         mode = getattr(near, "fake_mode", None)
         nodes: list[fx.Node] = []
         with self.gm.graph.inserting_after(last):
-            operands = _operands(packed, self.values)._asdict()
+            operands = _operands(packed, self.values).named()
             for name, tensor in reversed(operands.items()):
                 node = self.gm.graph.placeholder(f"fp4moe_{len(self.layers)}_{name}")
                 node.meta["example_value"] = _fake(mode, tensor)
@@ -263,9 +260,7 @@ def _seen_from(
     scale = packed.output_scale
     return dataclasses.replace(
         packed,
-        first=outside(packed.first),
-        second=outside(packed.second),
-        down=outside(packed.down),
+        floats=FloatPositions(*map(outside, packed.floats)),
         output_scale=None if scale is None else places[given[scale]],
     )
 

@@ -39,8 +39,7 @@ from .slice import RoutingSlice, cut_routing
 __all__ = ["fuse_routing"]
 
 logger = logging.getLogger("fp4moe")
-GIVEN = torch.ops.fp4moe.nvfp4_moe.default
-FROM_LOGITS = torch.ops.fp4moe.nvfp4_moe_from_logits.default
+GIVEN = (torch.ops.fp4moe.nvfp4_moe.default, torch.ops.fp4moe.moe.default)
 FLOAT = torch.ops.fp4moe.float_moe.default
 FLOAT_FROM_LOGITS = torch.ops.fp4moe.float_moe_from_logits.default
 NO_SHAPES = "the graph carries no shapes; capture it with torch.compile or torch.export"
@@ -67,7 +66,7 @@ def fuse_routing(
     flow = Flow(gm.graph)
     shapes = has_shapes(gm)
     matches, plans = [], []
-    for operator in [node for node in gm.graph.nodes if node.target in (GIVEN, FLOAT)]:
+    for operator in [node for node in gm.graph.nodes if node.target in (*GIVEN, FLOAT)]:
         found, form, why = _name(gm, flow, operator, known) if shapes else (None, None, NO_SHAPES)
         factors = None
         if found is not None and form is not None and not why:
@@ -124,6 +123,8 @@ def _scaled_down(
     if operator.target is FLOAT:
         return None, _factor_reason(values, found.vectors[form.output_scale])
     given = MoeArguments.read(operator.args)
+    if given.operands.down_bias is not None:
+        return None, "its experts have biases, which the factor per expert would not reach"
     operand: Any = given.operands.down_global_scale
     node = found.vectors[form.output_scale]
     tensors = [_stored(gm, values, n) for n in (operand, node)]
@@ -223,10 +224,10 @@ def _insert(
                 name = f"fp4moe_scaled_{unscaled.name}"
                 scaled = add_attribute(gm, operator, name, factors)
                 operands = operands._replace(down_global_scale=scaled)
-            arguments = MoeFromLogitsArguments(
+            call = MoeFromLogitsArguments(
                 packed.hidden, logits, bias, operands, form.routing, packed.settings
-            ).flat()
-            fused = gm.graph.call_function(FROM_LOGITS, arguments)
+            )
+            fused = gm.graph.call_function(call.operator, call.flat())
     fused.meta.update(operator.meta)
     operator.replace_all_uses_with(fused)
     gm.graph.erase_node(operator)

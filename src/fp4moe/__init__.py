@@ -10,7 +10,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from . import errors
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, Activation
 from .experts import ExpertWeights
 from .formats import NVFP4
 from .formats.nvfp4 import NVFP4Values, dequantize_nvfp4, quantize_nvfp4
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ACTIVATIONS",
     "NVFP4",
+    "Activation",
     "ExpertWeights",
     "FP8Linear",
     "FusedExperts",

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from .identity.float_weights import FloatWeights, StoredForm
 from .kernels import Layer, Operands, Routing
 
@@ -20,7 +22,16 @@ __all__ = [
     "Settings",
 ]
 
-OPERANDS, ROUTING = len(Operands._fields), len(Routing._fields)
+ROUTING, FLOATS = len(Routing._fields), len(FloatWeights._fields)
+# The operators for NVFP4 without biases, and those for all: their operands, in order.
+NVFP4_OPERANDS = Operands._fields[:-2]
+OPERANDS = (
+    *NVFP4_OPERANDS[:3],
+    "gate_up_bias",
+    *NVFP4_OPERANDS[3:6],
+    "down_bias",
+    *NVFP4_OPERANDS[6:],
+)
 
 
 class Settings(NamedTuple):
@@ -31,20 +42,53 @@ class Settings(NamedTuple):
     kernel: str
     num_experts: int
     expert_offset: int
+    # Of the operators for all formats the first.
+    format: str = "nvfp4"
 
     @classmethod
     def of_layer(cls, layer: Layer, kernel: str) -> Settings:
         """Return those of a layer that was prepared for a kernel."""
-        return cls(layer.activation, layer.gated, kernel, layer.num_experts, layer.expert_offset)
+        settings = layer.activation, layer.gated, kernel, layer.num_experts, layer.expert_offset
+        return cls(*settings, layer.format)
 
     @classmethod
     def of_floats(cls, weights: FloatWeights, form: StoredForm) -> Settings:
         """Return those of float weights, all experts of a layer."""
-        return cls(form.activation, form.gated, form.kernel, form.sizes(weights)[0], 0)
+        experts = form.sizes(weights)[0]
+        return cls(form.activation, form.gated, form.kernel, experts, 0, form.format)
+
+
+def _read_operands(args: Sequence[Any], between: int) -> tuple[Operands, Sequence[Any], Settings]:
+    """Return (operands, the `between` arguments behind them, settings) of either operator."""
+    names = NVFP4_OPERANDS if len(args) == len(NVFP4_OPERANDS) + between + 5 else OPERANDS
+    operands = dict(zip(names, args, strict=False))
+    middle, rest = args[len(names) :][:between], args[len(names) + between :]
+    if names is OPERANDS:
+        rest = (*rest[1:], rest[0])
+        # Nodes of a graph stand for biases that are there.
+        if all(_is_empty(operands[name]) for name in Operands._fields[-2:]):
+            operands = {name: operands[name] for name in NVFP4_OPERANDS}
+    return Operands(**operands), middle, Settings(*rest)
+
+
+def _is_empty(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.shape == (0,)
+
+
+def _flat(operands: Operands, middle: Sequence[Any], settings: Settings) -> tuple[Any, ...]:
+    if operands.gate_up_bias is None:
+        return *operands.flat(), *middle, *settings[:-1]
+    named = operands.named()
+    return *(named[name] for name in OPERANDS), *middle, settings.format, *settings[:-1]
+
+
+def _operator(operands: Operands, ending: str) -> Any:
+    name = "nvfp4_moe" if operands.gate_up_bias is None else "moe"
+    return getattr(torch.ops.fp4moe, name + ending).default
 
 
 class MoeArguments(NamedTuple):
-    """Of fp4moe::nvfp4_moe."""
+    """Of fp4moe::nvfp4_moe and fp4moe::moe."""
 
     hidden: Any
     expert_ids: Any
@@ -55,16 +99,21 @@ class MoeArguments(NamedTuple):
     @classmethod
     def read(cls, args: Sequence[Any]) -> MoeArguments:
         """Return the arguments of a call."""
-        hidden, ids, weights, *rest = args
-        return cls(hidden, ids, weights, Operands(*rest[:OPERANDS]), Settings(*rest[OPERANDS:]))
+        operands, _, settings = _read_operands(args[3:], 0)
+        return cls(*args[:3], operands, settings)
+
+    @property
+    def operator(self) -> Any:
+        """The operator that takes them: nvfp4_moe where that suffices."""
+        return _operator(self.operands, "")
 
     def flat(self) -> tuple[Any, ...]:
-        """Return them in the order of the schema."""
-        return *self[:-2], *self.operands, *self.settings
+        """Return them in the order of its schema."""
+        return *self[:-2], *_flat(self.operands, (), self.settings)
 
 
 class MoeFromLogitsArguments(NamedTuple):
-    """Of fp4moe::nvfp4_moe_from_logits."""
+    """Of fp4moe::nvfp4_moe_from_logits and fp4moe::moe_from_logits."""
 
     hidden: Any
     router_logits: Any
@@ -76,15 +125,17 @@ class MoeFromLogitsArguments(NamedTuple):
     @classmethod
     def read(cls, args: Sequence[Any]) -> MoeFromLogitsArguments:
         """Return the arguments of a call."""
-        hidden, logits, bias, *rest = args
-        operands, rest = Operands(*rest[:OPERANDS]), rest[OPERANDS:]
-        return cls(
-            hidden, logits, bias, operands, Routing(*rest[:ROUTING]), Settings(*rest[ROUTING:])
-        )
+        operands, routing, settings = _read_operands(args[3:], ROUTING)
+        return cls(*args[:3], operands, Routing(*routing), settings)
+
+    @property
+    def operator(self) -> Any:
+        """The operator that takes them: nvfp4_moe_from_logits where that suffices."""
+        return _operator(self.operands, "_from_logits")
 
     def flat(self) -> tuple[Any, ...]:
-        """Return them in the order of the schema."""
-        return *self[:-3], *self.operands, *self.routing, *self.settings
+        """Return them in the order of its schema."""
+        return *self[:-3], *_flat(self.operands, self.routing, self.settings)
 
 
 class FloatMoeArguments(NamedTuple):
@@ -99,9 +150,8 @@ class FloatMoeArguments(NamedTuple):
     @classmethod
     def read(cls, args: Sequence[Any]) -> FloatMoeArguments:
         """Return the arguments of a call."""
-        hidden, ids, routing_weights, first, second, down, *form = args
-        weights = FloatWeights(tuple(first), tuple(second), tuple(down))
-        return cls(hidden, ids, routing_weights, weights, StoredForm(*form))
+        weights = FloatWeights(*map(tuple, args[3 : 3 + FLOATS]))
+        return cls(*args[:3], weights, StoredForm(*args[3 + FLOATS :]))
 
     def flat(self) -> tuple[Any, ...]:
         """Return them in the order of the schema."""
@@ -122,10 +172,9 @@ class FloatMoeFromLogitsArguments(NamedTuple):
     @classmethod
     def read(cls, args: Sequence[Any]) -> FloatMoeFromLogitsArguments:
         """Return the arguments of a call."""
-        hidden, logits, bias, output_scale, first, second, down, *rest = args
-        weights = FloatWeights(tuple(first), tuple(second), tuple(down))
+        weights, rest = FloatWeights(*map(tuple, args[4 : 4 + FLOATS])), args[4 + FLOATS :]
         routing, form = Routing(*rest[:ROUTING]), StoredForm(*rest[ROUTING:])
-        return cls(hidden, logits, bias, output_scale, weights, routing, form)
+        return cls(*args[:4], weights, routing, form)
 
     def flat(self) -> tuple[Any, ...]:
         """Return them in the order of the schema."""

@@ -143,7 +143,7 @@ def _check_hidden(name, hidden) -> None:
 
 
 def _check_floats(name, hidden, weights: FloatWeights, form: StoredForm) -> None:
-    get_activation(form.activation, caller=name)
+    get_activation(form.activation, caller=name).check_gate(form.gated, caller=name)
     get_kernel(form.kernel)
     for argument, value, choices in (
         ("format", form.format, (NVFP4.name,)),
@@ -161,14 +161,21 @@ def _check_floats(name, hidden, weights: FloatWeights, form: StoredForm) -> None
     rows = intermediate * (2 if form.layout in GATE_UP_LAYOUTS else 1)
     up = (hidden_size, rows) if form.transposed else (rows, hidden_size)
     down = (intermediate, hidden_size) if form.down_transposed else (hidden_size, intermediate)
-    shapes = {"first": up, "down": down} | ({"second": up} if form.layout in SEPARATE else {})
-    if ("second" in shapes) != bool(weights.second):
-        rule = f"hold {'tensors' if 'second' in shapes else 'nothing'} for layout {form.layout!r}"
-        must(f"{name}: second", rule, len(weights.second), "Pass gate and up as the layout says.")
+    shapes: dict[str, tuple[int, ...]] = {"first": up, "down": down}
+    if form.layout in SEPARATE:
+        shapes["second"] = up
+    if weights.biased:
+        biases = {"first": (rows,), "second": (rows,), "down": (hidden_size,)}
+        shapes |= {f"{role}_bias": biases[role] for role in shapes}
+    for role in ("second", "first_bias", "second_bias", "down_bias"):
+        if (role in shapes) != bool(getattr(weights, role)):
+            rule = f"hold {'tensors' if role in shapes else 'nothing'} for layout {form.layout!r}"
+            got = len(getattr(weights, role))
+            must(f"{name}: {role}", rule, got, "Pass what the layout says, all biases or none.")
     dtype = weights.down[0].dtype
     for role, one in shapes.items():
         group = getattr(weights, role)
-        stacked = len(group) == 1 and group[0].ndim == 3
+        stacked = len(group) == 1 and group[0].ndim == len(one) + 1
         if not stacked and len(group) != experts:
             rule = f"hold one stacked tensor or {experts}, one an expert"
             must(f"{name}: {role}", rule, len(group), "Pass the weights of all experts.")
@@ -186,11 +193,14 @@ def _check_floats(name, hidden, weights: FloatWeights, form: StoredForm) -> None
 
 def _check_weights(name: str, given: MoeArguments | MoeFromLogitsArguments) -> None:
     gate_up_packed, gate_up_block_scale, gate_up_global_scale, *others = given.operands
-    down_packed, down_block_scale, down_global_scale, hidden_scale, intermediate_scale = others
+    down_packed, down_block_scale, down_global_scale, hidden_scale, *others = others
+    intermediate_scale, gate_up_bias, down_bias = others
     hidden = given.hidden
-    activation, gated, kernel, num_experts, expert_offset = given.settings
+    activation, gated, kernel, num_experts, expert_offset, format = given.settings
     if activation not in ACTIVATIONS:
-        get_activation(activation, caller=name)
+        get_activation(activation, caller=name).check_gate(gated, caller=name)
+    if format != NVFP4.name:
+        check_choice("format", format, (NVFP4.name,), caller=name)
     if kernel not in KERNELS:
         get_kernel(kernel)
     device, hidden_size = hidden.device, hidden.shape[1]
@@ -235,7 +245,15 @@ def _check_weights(name: str, given: MoeArguments | MoeFromLogitsArguments) -> N
         and device == gate_up_global_scale.device == down_packed.device
         and device == down_block_scale.device == down_global_scale.device
         and device == hidden_scale.device == intermediate_scale.device
+        and gate_up_bias is None
+        and down_bias is None
     ):
+        biases = (
+            ("gate_up_bias", gate_up_bias, torch.float32, (local, rows)),
+            ("down_bias", down_bias, torch.float32, (local, hidden_padded)),
+        )
+        empty = gate_up_packed.new_empty(0)
+        given_biases = [(n, empty if t is None else t, d, s) for n, t, d, s in biases]
         scales, packed = torch.float32, torch.uint8
         _fail_at_first(
             name,
@@ -258,6 +276,7 @@ def _check_weights(name: str, given: MoeArguments | MoeFromLogitsArguments) -> N
             ("down_global_scale", down_global_scale, scales, (local,)),
             ("hidden_scale", hidden_scale, scales, (1,)),
             ("intermediate_scale", intermediate_scale, scales, (local,)),
+            *(given_biases if gate_up_bias is not None or down_bias is not None else ()),
         )
 
 

@@ -8,12 +8,11 @@ Not handled here: kernel layouts (each kernel's `prepare`), checkpoints.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .activations import get_activation
+from .activations import Activation, get_activation
 from .errors import ShapeError, must
 from .formats.base import NVFP4
 from .formats.nvfp4 import NVFP4Values, dequantize_nvfp4
@@ -26,12 +25,15 @@ from .pack import (
     oriented,
     quantize_experts,
     split_gate_up,
+    stack_biases,
 )
 from .padding import pad_matrix, round_up, trim_matrix
+from .resize import resized, slice_intermediate
 
 __all__ = ["GATE_UP_LAYOUTS", "ExpertWeights", "split_gate_up"]
 
 _TENSORS = ("packed", "block_scale", "global_scale")
+_BIASES = ("gate_up.bias", "down.bias")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +47,7 @@ class ExpertWeights:
         gate_up: packed [L, M, Hp/2] uint8, block_scale [L, M, Hp/16] e4m3, global_scale [L]
             float32.
         down: packed [L, Hp, Ip/2], block_scale [L, Hp, Ip/16], global_scale [L].
-        activation: a name of `fp4moe.activations.ACTIVATIONS`, applied to gate (or to up when not
+        activation: text of an `fp4moe.Activation`, applied to gate (or to up when not
             gated).
         gated: whether gate_up has gate rows.
         hidden_size, intermediate_size: the sizes that the model means, without padding.
@@ -54,6 +56,8 @@ class ExpertWeights:
         hidden_scale: float32 [1], decode multiplier of the quantised input (ModelOpt's
             input_scale).
         intermediate_scale: float32 [L], the same for the input of down. 1.0 means uncalibrated.
+        gate_up_bias, down_bias: float32, as long as the rows of gate_up [L, M] and of down
+            [L, H]; None for a layer without biases.
     """
 
     gate_up: NVFP4Values
@@ -66,9 +70,13 @@ class ExpertWeights:
     expert_offset: int
     hidden_scale: torch.Tensor
     intermediate_scale: torch.Tensor
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        get_activation(self.activation, caller="ExpertWeights")
+        activation = get_activation(self.activation, caller="ExpertWeights")
+        activation.check_gate(self.gated, caller="ExpertWeights")
+        object.__setattr__(self, "activation", str(activation))
         if self.gate_up.packed.ndim != 3 or self.down.packed.ndim != 3:
             must(
                 "ExpertWeights: gate_up.packed and down.packed",
@@ -87,9 +95,18 @@ class ExpertWeights:
             "down.global_scale": (local,),
             "hidden_scale": (1,),
             "intermediate_scale": (local,),
+            "gate_up.bias": (local, rows),
+            "down.bias": (local, hidden),
         }
         dtypes = {"packed": torch.uint8, "block_scale": NVFP4.scale_dtype}
         device = self.gate_up.packed.device
+        if (self.gate_up_bias is None) != (self.down_bias is None):
+            must(
+                "ExpertWeights: gate_up_bias and down_bias",
+                "be given both or not at all",
+                f"{self.gate_up_bias} and {self.down_bias}",
+                "Pass zeros for the one that the layer lacks.",
+            )
         for name, tensor in self.tensors().items():
             dtype = dtypes.get(name.rpartition(".")[2], torch.float32)
             if (
@@ -124,6 +141,11 @@ class ExpertWeights:
         return self.gate_up.packed.shape[0]
 
     @property
+    def biased(self) -> bool:
+        """Whether gate, up and down have biases."""
+        return self.gate_up_bias is not None
+
+    @property
     def hidden_padded(self) -> int:
         """Hidden size with padding."""
         return self.gate_up.packed.shape[2] * 2
@@ -150,10 +172,13 @@ class ExpertWeights:
             for gemm in ("gate_up", "down")
             for part in _TENSORS
         }
-        return named | {
+        named |= {
             "hidden_scale": self.hidden_scale,
             "intermediate_scale": self.intermediate_scale,
         }
+        if self.gate_up_bias is not None and self.down_bias is not None:
+            named |= {"gate_up.bias": self.gate_up_bias, "down.bias": self.down_bias}
+        return named
 
     def operands(self) -> dict[str, torch.Tensor]:
         """Return the tensors as the operator takes them: block scales as bytes, dotless names."""
@@ -176,6 +201,7 @@ class ExpertWeights:
             self.num_experts,
             top_k,
             self.expert_offset,
+            biased=self.biased,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -193,6 +219,7 @@ class ExpertWeights:
         names = {f"{gemm}.{part}" for gemm in ("gate_up", "down") for part in _TENSORS}
         names |= {"hidden_scale", "intermediate_scale"}
         given = set(state) - {"metadata"}
+        names |= given & set(_BIASES)
         if given != names or metadata.pop("format", None) != NVFP4.name:
             raise ShapeError(
                 f"ExpertWeights.from_state_dict: state must hold {sorted(names)} and nvfp4 "
@@ -217,6 +244,8 @@ class ExpertWeights:
             down=down,
             hidden_scale=tensors["hidden_scale"],
             intermediate_scale=tensors["intermediate_scale"],
+            gate_up_bias=tensors.get("gate_up.bias"),
+            down_bias=tensors.get("down.bias"),
             **fields,
         )
 
@@ -228,9 +257,13 @@ class ExpertWeights:
         up: torch.Tensor | None = None,
         gate: torch.Tensor | None = None,
         gate_up: torch.Tensor | None = None,
-        activation: str,
+        activation: str | Activation,
         layout: str = "gate_up",
         transposed: bool = False,
+        gate_bias: torch.Tensor | None = None,
+        up_bias: torch.Tensor | None = None,
+        gate_up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
         hidden_scale: float = 1.0,
         intermediate_scale: float | torch.Tensor = 1.0,
         method: str = "max",
@@ -244,11 +277,13 @@ class ExpertWeights:
             up: [L, I, H]; with `gate` of the same shape the layer is gated.
             gate: [L, I, H] or None.
             gate_up: [L, 2 * I, H] instead of gate and up; `layout` says how its rows are ordered.
-            activation: a name of `fp4moe.activations.ACTIVATIONS`.
+            activation: an `fp4moe.Activation`, or its name or text.
             layout: "gate_up", "up_gate", "gate_up_interleaved" (row 0 gate, row 1 up, ...) or
                 "up_gate_interleaved".
             transposed: the weights are stored as [L, H, I] (up), [L, H, 2 * I] (gate_up) and [L, I,
                 H] (down).
+            gate_bias, up_bias: [L, I], any float dtype. gate_up_bias: [L, 2 * I] instead of them,
+                ordered as `layout` says. down_bias: [L, H]. Zero where the others are given.
             hidden_scale: decode multiplier of the quantised input in the W4A4 path; 1.0 =
                 uncalibrated.
             intermediate_scale: the same for the input of down, one float or [L].
@@ -264,15 +299,19 @@ class ExpertWeights:
             ShapeError: shapes, dtypes or devices disagree, or a value is inf or NaN; names the
                 argument.
         """
-        get_activation(activation, caller="ExpertWeights.quantize")
+        activation = get_activation(activation, caller="ExpertWeights.quantize")
         parts = gate_and_up(up, gate, gate_up, layout, transposed)
         down = oriented(down, transposed)
+        activation.check_gate(len(parts) == 2, caller="ExpertWeights.quantize")
         first, second = quantize_experts(parts, down, method)
         experts, intermediate, hidden = parts["up"].shape
+        biases = stack_biases(parts, down, gate_bias, up_bias, gate_up_bias, down_bias, layout)
         return cls(
             gate_up=first,
             down=second,
-            activation=activation,
+            gate_up_bias=biases[0],
+            down_bias=biases[1],
+            activation=str(activation),
             gated=len(parts) == 2,
             hidden_size=hidden,
             intermediate_size=intermediate,
@@ -285,7 +324,10 @@ class ExpertWeights:
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        """Return {"gate" (gated only), "up": [L, I, H], "down": [L, H, I]} without padding."""
+        """Return {"gate" (gated only), "up": [L, I, H], "down": [L, H, I]} without padding.
+
+        With biases also "gate_bias" (gated only), "up_bias": [L, I] and "down_bias": [L, H].
+        """
         rows = dequantize_nvfp4(self.gate_up, dtype)[..., : self.hidden_size]
         halves = dict(
             zip(
@@ -298,6 +340,12 @@ class ExpertWeights:
         named["down"] = dequantize_nvfp4(self.down, dtype)[
             :, : self.hidden_size, : self.intermediate_size
         ]
+        if self.gate_up_bias is None or self.down_bias is None:
+            return named
+        biases = self.gate_up_bias.to(dtype).split(self.intermediate_padded, 1)
+        for name, half in zip(halves, biases, strict=True):
+            named[f"{name}_bias"] = half[:, : self.intermediate_size]
+        named["down_bias"] = self.down_bias.to(dtype)[:, : self.hidden_size]
         return named
 
     def padded(
@@ -315,7 +363,7 @@ class ExpertWeights:
                 must(f"padded: {name}", f"be a multiple of {BLOCK}", multiple, "Round it up.")
         hidden = round_up(self.hidden_padded, hidden_multiple)
         intermediate = round_up(self.intermediate_padded, intermediate_multiple)
-        return self._resized(pad_matrix, hidden, intermediate)
+        return resized(self, pad_matrix, hidden, intermediate)
 
     def unpadded(self) -> ExpertWeights:
         """Undo `padded`: cut H and I to hidden_size and intermediate_size, rounded up to 16.
@@ -324,28 +372,7 @@ class ExpertWeights:
         """
         hidden = round_up(self.hidden_size, BLOCK)
         intermediate = round_up(self.intermediate_size, BLOCK)
-        return self._resized(trim_matrix, hidden, intermediate)
-
-    def _resized(
-        self, resize: Callable[..., torch.Tensor], hidden: int, intermediate: int
-    ) -> ExpertWeights:
-        if (hidden, intermediate) == (self.hidden_padded, self.intermediate_padded):
-            return self
-
-        def values(old: NVFP4Values, rows: int, columns: int, halves: int) -> NVFP4Values:
-            scale = old.block_scale.view(torch.uint8)
-            return NVFP4Values(
-                resize(old.packed, rows, NVFP4.packed_columns(columns), halves),
-                resize(scale, rows, NVFP4.scale_columns(columns), halves).view(NVFP4.scale_dtype),
-                old.global_scale,
-            )
-
-        halves = 1 + self.gated
-        return dataclasses.replace(
-            self,
-            gate_up=values(self.gate_up, halves * intermediate, hidden, halves),
-            down=values(self.down, hidden, intermediate, 1),
-        )
+        return resized(self, trim_matrix, hidden, intermediate)
 
     def slice_experts(self, start: int, stop: int) -> ExpertWeights:
         """Return local experts start..stop-1 as views; ids stay global through expert_offset."""
@@ -361,34 +388,17 @@ class ExpertWeights:
             gate_up=NVFP4Values(*(getattr(self.gate_up, p)[start:stop] for p in _TENSORS)),
             down=NVFP4Values(*(getattr(self.down, p)[start:stop] for p in _TENSORS)),
             intermediate_scale=self.intermediate_scale[start:stop],
+            gate_up_bias=None if self.gate_up_bias is None else self.gate_up_bias[start:stop],
+            down_bias=None if self.down_bias is None else self.down_bias[start:stop],
             expert_offset=self.expert_offset + start,
         )
 
     def slice_intermediate(self, start: int, stop: int) -> ExpertWeights:
-        """Return intermediate columns start..stop-1; the outputs of all slices sum to the whole."""
-        if not 0 <= start < stop <= self.intermediate_padded or start % BLOCK or stop % BLOCK:
-            must(
-                "slice_intermediate: start and stop",
-                f"be multiples of {BLOCK} with 0 <= start < stop <= {self.intermediate_padded}",
-                f"{start} and {stop}",
-                "Move them to a block boundary.",
-            )
+        """Return intermediate columns start..stop-1; the outputs of all slices sum to the whole.
 
-        def rows(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.unflatten(1, (1 + self.gated, -1))[:, :, start:stop].flatten(1, 2)
-
-        return dataclasses.replace(
-            self,
-            gate_up=NVFP4Values(
-                rows(self.gate_up.packed), rows(self.gate_up.block_scale), self.gate_up.global_scale
-            ),
-            down=NVFP4Values(
-                self.down.packed[..., start // 2 : stop // 2],
-                self.down.block_scale[..., start // BLOCK : stop // BLOCK],
-                self.down.global_scale,
-            ),
-            intermediate_size=max(1, min(stop, self.intermediate_size) - start),
-        )
+        The slice that starts at 0 keeps the bias of down, the others have zeros.
+        """
+        return slice_intermediate(self, start, stop)
 
     def to(self, device: torch.device | str) -> ExpertWeights:
         """Return the weights on another device."""

@@ -73,7 +73,8 @@ def fused_moe(
     top_k = expert_ids.shape[-1] if expert_ids.ndim else None
     name = _choose_once(weights, kernel, top_k, current_capability(hidden.device))
     arguments = _prepare_once(weights, name)
-    return torch.ops.fp4moe.nvfp4_moe.default(hidden, expert_ids, routing_weights, *arguments)
+    operator = torch.ops.fp4moe.moe if weights.biased else torch.ops.fp4moe.nvfp4_moe
+    return operator.default(hidden, expert_ids, routing_weights, *arguments)
 
 
 # Both die with the weights: by what a choice depends on, and by kernel.

@@ -28,12 +28,13 @@ class Layer:
     """One mixture-of-experts layer, before any tensor exists.
 
     Attributes:
-        activation: a name of `fp4moe.activations.ACTIVATIONS`.
+        activation: the canonical text of an `fp4moe.Activation`.
         gated: whether the layer has gate weights.
         hidden_size, intermediate_size: as the model means them; the operator knows them padded.
         num_experts, top_k: of the whole layer; top_k None where it is not known yet.
         expert_offset: global id of the first expert that is here.
         format: the number format of the weights.
+        biased: whether gate, up and down have biases.
     """
 
     activation: str
@@ -44,6 +45,7 @@ class Layer:
     top_k: int | None = None
     expert_offset: int = 0
     format: str = "nvfp4"
+    biased: bool = False
 
     @classmethod
     def of(cls, facts: object, **others: Any) -> Layer:
@@ -53,7 +55,7 @@ class Layer:
         return cls(**{**own, **others})
 
     def metadata(self) -> dict[str, Any]:
-        """Return what is saved beside the weights, as plain JSON values."""
+        """Return what is saved beside the tensors, as plain JSON values."""
         return {
             "format": self.format,
             "activation": self.activation,
@@ -66,8 +68,8 @@ class Layer:
 
     def __str__(self) -> str:
         return (
-            f"{'gated ' if self.gated else ''}{self.activation}, {self.num_experts} experts of "
-            f"{self.hidden_size} x {self.intermediate_size}"
+            f"{'gated ' if self.gated else ''}{self.activation}{' with biases' * self.biased}, "
+            f"{self.num_experts} experts of {self.hidden_size} x {self.intermediate_size}"
         )
 
     def on(self, capability: tuple[int, int] | None) -> str:

@@ -19,9 +19,9 @@ __all__ = ["Lent", "logical_tensor"]
 def logical_tensor(name: str) -> property:
     """Make the attribute of FusedExperts that shows a tensor of its state_dict."""
 
-    def get(self: Any) -> torch.Tensor:
+    def get(self: Any) -> torch.Tensor | None:
         tensors = self._logical(self.prepared)
-        return next(t for dotted, t in tensors.items() if dotted.replace(".", "_") == name)
+        return next((t for dotted, t in tensors.items() if dotted.replace(".", "_") == name), None)
 
     def refuse(self: Any, value: object) -> None:
         must(

@@ -63,6 +63,9 @@ class FusedExperts(PackedModule):
     prepared_down_global_scale: torch.Tensor
     prepared_hidden_scale: torch.Tensor
     prepared_intermediate_scale: torch.Tensor
+    # None without biases.
+    prepared_gate_up_bias: torch.Tensor
+    prepared_down_bias: torch.Tensor
 
     gate_up_packed = logical_tensor("gate_up_packed")
     gate_up_block_scale = logical_tensor("gate_up_block_scale")
@@ -72,6 +75,8 @@ class FusedExperts(PackedModule):
     down_global_scale = logical_tensor("down_global_scale")
     hidden_scale = logical_tensor("hidden_scale")
     intermediate_scale = logical_tensor("intermediate_scale")
+    gate_up_bias = logical_tensor("gate_up_bias")
+    down_bias = logical_tensor("down_bias")
 
     def __init__(
         self,
@@ -112,10 +117,11 @@ class FusedExperts(PackedModule):
             delattr(self, PREPARED + name)
         for name, tensor in prepared.tensors().items():
             self.register_buffer(PREPARED + name, tensor, persistent=False)
+        self.biased = prepared.layer.biased
         self._lent = Lent()
         self.layer = prepared.layer
         self._kept = tuple(prepared.kept)
-        self._arguments = self._operator_arguments(prepared)[len(prepared.operands) :]
+        self._arguments = self._operator_arguments(prepared)[len(prepared.operands.flat()) :]
 
     def _operator_arguments(self, prepared: PreparedWeights) -> tuple:
         return nvfp4_moe_arguments(prepared, self.kernel)
@@ -133,7 +139,7 @@ class FusedExperts(PackedModule):
     @property
     def nbytes(self) -> int:
         """Bytes of the packed weights and scales."""
-        return sum(tensor.nbytes for tensor in self.prepared.operands)
+        return sum(tensor.nbytes for tensor in self.prepared.operands.flat())
 
     @property
     def weights(self) -> ExpertWeights:
@@ -170,8 +176,12 @@ class FusedExperts(PackedModule):
     @property
     def prepared(self) -> PreparedWeights:
         """What the kernel reads."""
+        operands = Operands(*self._operands())
+        if self.biased:
+            biases = self.prepared_gate_up_bias, self.prepared_down_bias
+            operands = Operands(*operands[:-2], *biases)
         return PreparedWeights(
-            Operands(*self._operands()),
+            operands,
             {name: self.get_buffer(PREPARED + name) for name in self._kept},
             self.layer,
         )
@@ -182,6 +192,12 @@ class FusedExperts(PackedModule):
         """Apply the experts; see `fp4moe.fused_moe` for the arguments."""
         if not torch.compiler.is_compiling() and self._lent.marks:
             self._lent.check(self)
+        if self.biased:
+            first, rest = self._operands()[:3], self._operands()[3:]
+            biased = *first, self.prepared_gate_up_bias, *rest[:3], self.prepared_down_bias
+            return torch.ops.fp4moe.moe.default(
+                hidden_states, top_k_index, top_k_weights, *biased, *rest[3:], *self._arguments
+            )
         return torch.ops.fp4moe.nvfp4_moe.default(
             hidden_states, top_k_index, top_k_weights, *self._operands(), *self._arguments
         )
@@ -245,7 +261,7 @@ class FusedExperts(PackedModule):
         self._lent.check(self)
         logical = self._logical(self.prepared)
         logical = {name.replace(".", "_"): tensor for name, tensor in logical.items()}
-        self._lent = Lent(logical, self.prepared.operands)
+        self._lent = Lent(logical, self.prepared.operands.flat())
         for name, tensor in logical.items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
         destination[prefix + nn.modules.module._EXTRA_STATE_KEY_SUFFIX] = self.get_extra_state()

@@ -1,7 +1,8 @@
 """Every operator of fp4moe: schema, fake, dispatch. The table of contents of the package.
 
-    fp4moe::nvfp4_moe              the fused mixture of experts, ids and routing weights given
-    fp4moe::nvfp4_moe_from_logits  the same, and the kernel chooses the experts
+    fp4moe::moe                    the fused mixture of experts, ids and routing weights given
+    fp4moe::moe_from_logits        the same, and the kernel chooses the experts
+    fp4moe::nvfp4_moe, fp4moe::nvfp4_moe_from_logits   both for NVFP4 without biases
     fp4moe::float_moe              as nvfp4_moe, on float weights whose packed ones it looks up, or
                                    packs where it has not seen them; see fp4moe.identity
     fp4moe::float_moe_from_logits  the same, and the kernel chooses the experts
@@ -34,6 +35,7 @@ from .kernels import (
     Call,
     Layer,
     LogitsCall,
+    Operands,
     PreparedWeights,
     Routing,
 )
@@ -62,6 +64,17 @@ library.define(
     f"{WEIGHTS}{SETTINGS}) -> Tensor",
     tags=TAGS,
 )
+# biases are float32 [L, M] and [L, Hp], or [0] for none; activation is the text of an Activation.
+ALL_WEIGHTS = (
+    "Tensor gate_up_packed, Tensor gate_up_block_scale, Tensor gate_up_global_scale, "
+    "Tensor gate_up_bias, Tensor down_packed, Tensor down_block_scale, Tensor down_global_scale, "
+    "Tensor down_bias, Tensor hidden_scale, Tensor intermediate_scale, "
+)
+library.define(
+    "moe(Tensor hidden, Tensor expert_ids, Tensor routing_weights, "
+    f"{ALL_WEIGHTS}str format, {SETTINGS}) -> Tensor",
+    tags=TAGS,
+)
 library.define(
     # router_logits [T, E]; routing_bias [E], or [0] for none; routing_method of fp4moe.routing.
     "nvfp4_moe_from_logits(Tensor hidden, Tensor router_logits, Tensor routing_bias, "
@@ -69,9 +82,18 @@ library.define(
     f"float routing_scaling, {SETTINGS}) -> Tensor",
     tags=TAGS,
 )
+library.define(
+    "moe_from_logits(Tensor hidden, Tensor router_logits, Tensor routing_bias, "
+    f"{ALL_WEIGHTS}str routing_method, int top_k, int num_groups, int top_groups, "
+    f"float routing_scaling, str format, {SETTINGS}) -> Tensor",
+    tags=TAGS,
+)
 # Lists: a layer has one stacked tensor a role, or one for each expert; second may be empty. What
 # the settings mean: fp4moe.identity.float_weights.StoredForm. output_scale is [E], or [0] for none.
-FLOATS = "Tensor[] first, Tensor[] second, Tensor[] down, "
+FLOATS = (
+    "Tensor[] first, Tensor[] second, Tensor[] down, "
+    "Tensor[] first_bias, Tensor[] second_bias, Tensor[] down_bias, "
+)
 FORM = (
     "str format, str activation, str layout, bool transposed, bool down_transposed, str kernel, "
     "int hidden_alignment"
@@ -92,15 +114,17 @@ library.define(
 )
 
 
+@torch.library.register_fake("fp4moe::moe", lib=library)
 @torch.library.register_fake("fp4moe::nvfp4_moe", lib=library)
-def _nvfp4_moe_fake(*args):
+def _moe_fake(*args):
     given = MoeArguments.read(args)
     checks.check_moe(given)
     return given.hidden.new_empty(given.hidden.shape)
 
 
+@torch.library.register_fake("fp4moe::moe_from_logits", lib=library)
 @torch.library.register_fake("fp4moe::nvfp4_moe_from_logits", lib=library)
-def _nvfp4_moe_from_logits_fake(*args):
+def _moe_from_logits_fake(*args):
     given = MoeFromLogitsArguments.read(args)
     checks.check_moe_from_logits(given)
     return given.hidden.new_empty(given.hidden.shape)
@@ -120,7 +144,7 @@ def _float_moe_from_logits_fake(*args):
     return given.hidden.new_empty(given.hidden.shape)
 
 
-def _nvfp4_moe(*args: Any) -> torch.Tensor:
+def _moe(*args: Any) -> torch.Tensor:
     return _run(MoeArguments.read(args))
 
 
@@ -129,11 +153,11 @@ def _run(given: MoeArguments) -> torch.Tensor:
     hidden, ids, weights, operands, settings = given
     if not ids.numel():
         return hidden.new_zeros(hidden.shape)
-    layer = _layer(hidden.shape[1], operands.down_packed.shape[2] * 2, ids.shape[1], settings)
+    layer = _layer(hidden.shape[1], operands, ids.shape[1], settings)
     return KERNELS[settings.kernel](Call(hidden, ids, weights, operands, layer))
 
 
-def _nvfp4_moe_from_logits(*args: Any) -> torch.Tensor:
+def _moe_from_logits(*args: Any) -> torch.Tensor:
     return _run_from_logits(MoeFromLogitsArguments.read(args))
 
 
@@ -142,16 +166,23 @@ def _run_from_logits(given: MoeFromLogitsArguments) -> torch.Tensor:
     hidden, logits, bias, operands, routing, settings = given
     if hidden.shape[0] == 0:
         return hidden.new_empty(hidden.shape)
-    layer = _layer(hidden.shape[1], operands.down_packed.shape[2] * 2, routing.top_k, settings)
+    layer = _layer(hidden.shape[1], operands, routing.top_k, settings)
     call = LogitsCall(hidden, logits, bias, routing, operands, layer)
     return KERNELS[settings.kernel].from_logits(call)
 
 
+def _layer(hidden_size: int, operands: Operands, top_k: int, settings: Settings) -> Layer:
+    biased = operands.gate_up_bias is not None
+    return _cached_layer(hidden_size, operands.down_packed.shape[2] * 2, top_k, biased, settings)
+
+
 @functools.lru_cache(maxsize=1024)
-def _layer(hidden_size: int, intermediate_size: int, top_k: int, settings: Settings) -> Layer:
+def _cached_layer(
+    hidden_size: int, intermediate_size: int, top_k: int, biased: bool, settings: Settings
+) -> Layer:
     """Return a call's layer, with the padded intermediate size: one object for equal numbers."""
     sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "top_k": top_k}
-    return Layer.of(settings, **sizes)
+    return Layer.of(settings, biased=biased, **sizes)
 
 
 def _float_moe(*args: Any) -> torch.Tensor:
@@ -228,8 +259,10 @@ def _refuse_backward_fake(grad, like):
 
 
 _IMPLEMENTATIONS = {
-    "nvfp4_moe": _nvfp4_moe,
-    "nvfp4_moe_from_logits": _nvfp4_moe_from_logits,
+    "moe": _moe,
+    "moe_from_logits": _moe_from_logits,
+    "nvfp4_moe": _moe,
+    "nvfp4_moe_from_logits": _moe_from_logits,
     "float_moe": _float_moe,
     "float_moe_from_logits": _float_moe_from_logits,
 }
@@ -243,11 +276,14 @@ for _name, _implementation in _IMPLEMENTATIONS.items():
 
 def nvfp4_moe_arguments(prepared: PreparedWeights, kernel: str) -> tuple:
     """Return nvfp4_moe's arguments behind routing_weights, for weights prepared for a kernel."""
-    return *prepared.operands, *Settings.of_layer(prepared.layer, kernel)
+    settings = Settings.of_layer(prepared.layer, kernel)
+    return MoeArguments(None, None, None, prepared.operands, settings).flat()[3:]
 
 
 def nvfp4_moe_from_logits_arguments(
     prepared: PreparedWeights, routing: Routing, kernel: str
 ) -> tuple:
     """Return nvfp4_moe_from_logits' arguments behind routing_bias."""
-    return *prepared.operands, *routing, *Settings.of_layer(prepared.layer, kernel)
+    settings = Settings.of_layer(prepared.layer, kernel)
+    given = MoeFromLogitsArguments(None, None, None, prepared.operands, routing, settings)
+    return given.flat()[3:]

@@ -18,6 +18,7 @@ __all__ = [
     "oriented",
     "quantize_experts",
     "split_gate_up",
+    "stack_biases",
 ]
 
 BLOCK = NVFP4.block_size
@@ -151,6 +152,73 @@ def _check_float_weights(parts: dict[str, torch.Tensor], down: torch.Tensor) -> 
                 tensor.device,
                 "Move it there.",
             )
+
+
+def stack_biases(
+    parts: dict[str, torch.Tensor],
+    down: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    layout: str,
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """Return the float32 biases of both GEMMs, zero-padded as the weights; None without any.
+
+    Args:
+        parts, down: as for `quantize_experts`. gate_bias, up_bias: [L, I]. gate_up_bias: [L, 2 * I]
+            instead, in the order of layout. down_bias: [L, H].
+    """
+    experts, intermediate, hidden = parts["up"].shape
+    given: dict[str, torch.Tensor | None] = {
+        "gate_bias": gate_bias,
+        "up_bias": up_bias,
+        "gate_up_bias": gate_up_bias,
+        "down_bias": down_bias,
+    }
+    shapes = {
+        "gate_bias": (experts, intermediate) if "gate" in parts else None,
+        "up_bias": (experts, intermediate),
+        "gate_up_bias": (experts, 2 * intermediate) if "gate" in parts else None,
+        "down_bias": (experts, hidden),
+    }
+    found = {name: tensor for name, tensor in given.items() if tensor is not None}
+    if not found:
+        return None, None
+    if gate_up_bias is not None and (gate_bias is not None or up_bias is not None):
+        names = list(found)
+        rule = "be either gate_up_bias, or gate_bias and up_bias"
+        must("ExpertWeights.quantize: biases", rule, names, "Pass one of the two forms.")
+    for name, tensor in found.items():
+        shape = shapes[name]
+        if shape is None or tensor.shape != shape or not tensor.is_floating_point():
+            rule = f"be float {list(shape)}" if shape else "not be given without a gate"
+            got = f"{tensor.dtype} {list(tensor.shape)}"
+            must(f"ExpertWeights.quantize: {name}", rule, got, "Pass one value an output.")
+        if tensor.device != down.device:
+            rule = f"be on the device of down, {down.device}"
+            must(f"ExpertWeights.quantize: {name}", rule, tensor.device, "Move it there.")
+        if not tensor.is_meta and not bool(torch.isfinite(tensor.float()).all()):
+            rule, advice = "be finite in float32", "Find the layer that made it."
+            must(f"ExpertWeights.quantize: {name}", rule, "inf or NaN", advice)
+    if gate_up_bias is not None:
+        pair = split_gate_up(gate_up_bias[..., None], layout)
+        gate_bias, up_bias = (half[..., 0] for half in pair)
+    sizes = [round_up(intermediate, BLOCK)] * len(parts), round_up(hidden, BLOCK)
+    halves = [gate_bias, up_bias] if "gate" in parts else [up_bias]
+    first = [
+        _padded_bias(b, experts, n, down.device) for b, n in zip(halves, sizes[0], strict=True)
+    ]
+    return torch.cat(first, 1), _padded_bias(down_bias, experts, sizes[1], down.device)
+
+
+def _padded_bias(
+    bias: torch.Tensor | None, experts: int, size: int, device: torch.device
+) -> torch.Tensor:
+    out = torch.zeros(experts, size, dtype=torch.float32, device=device)
+    if bias is not None:
+        out[:, : bias.shape[1]] = bias
+    return out
 
 
 def _empty(experts: int, rows: int, columns: int, device: torch.device) -> NVFP4Values:

@@ -1,7 +1,8 @@
 """The definition of the operator, in plain torch and float32.
 
-    out[t] = sum_k routing_weights[t, k] * down[e](act(gate[e] x[t]) * up[e] x[t]),  e =
-    expert_ids[t, k]
+    out[t] = sum_k routing_weights[t, k] * (
+        down[e] combine(gate[e] x[t] + gate_bias[e], up[e] x[t] + up_bias[e]) + down_bias[e]
+    ),  e = expert_ids[t, k]
 
 `moe_definition` takes float weights, `reference` and `reference_w4a4` quantised ones. Each hit
 expert is computed once for all its tokens. Nothing is rounded between the two GEMMs, except by the
@@ -14,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from .activations import get_activation
+from .activations import Activation, get_activation
 from .errors import must
 from .experts import ExpertWeights
 from .formats.base import NVFP4
@@ -29,8 +30,8 @@ __all__ = [
     "sum_over_experts",
 ]
 
-# expert index -> (gate or None, up, down), float32 and without padding.
-LoadExpert = Callable[[int], tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]
+# expert index -> gate (gated only), up, down and their biases by name, float32 and without padding.
+LoadExpert = Callable[[int], dict[str, torch.Tensor]]
 
 
 def sum_over_experts(
@@ -68,27 +69,35 @@ def moe_definition(
     up: torch.Tensor,
     down: torch.Tensor,
     gate: torch.Tensor | None = None,
-    activation: str,
+    gate_bias: torch.Tensor | None = None,
+    up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    activation: str | Activation,
     expert_offset: int = 0,
 ) -> torch.Tensor:
     """Compute the layer from float weights.
 
     Args:
         hidden: [T, H]. expert_ids: [T, K] global ids. routing_weights: [T, K], used as given.
-        up, gate: [L, I, H]. down: [L, H, I].
-        activation: applied to gate, or to up where there is no gate.
+        up, gate: [L, I, H]. down: [L, H, I]. gate_bias, up_bias: [L, I]. down_bias: [L, H].
+        activation: an `fp4moe.Activation`, or its name or text.
         expert_offset: global id of expert 0 here; ids outside contribute nothing.
 
     Returns:
         [T, H] in the dtype of hidden, computed and summed in float32, cast once.
     """
 
-    def load(expert: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        return (
-            None if gate is None else gate[expert].float(),
-            up[expert].float(),
-            down[expert].float(),
-        )
+    parts = {
+        "gate": gate,
+        "up": up,
+        "down": down,
+        "gate_bias": gate_bias,
+        "up_bias": up_bias,
+        "down_bias": down_bias,
+    }
+
+    def load(expert: int) -> dict[str, torch.Tensor]:
+        return {name: part[expert].float() for name, part in parts.items() if part is not None}
 
     return _run(hidden, expert_ids, routing_weights, load, up.shape[0], expert_offset, activation)
 
@@ -187,9 +196,9 @@ def _to_e2m1(x: torch.Tensor) -> torch.Tensor:
 
 
 def _loader(weights: ExpertWeights) -> LoadExpert:
-    def load(expert: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    def load(expert: int) -> dict[str, torch.Tensor]:
         parts = weights.slice_experts(expert, expert + 1).dequantize()
-        return (parts["gate"][0] if "gate" in parts else None, parts["up"][0], parts["down"][0])
+        return {name: part[0] for name, part in parts.items()}
 
     return load
 
@@ -201,7 +210,7 @@ def _run(
     load: LoadExpert,
     local_experts: int,
     expert_offset: int,
-    activation: str,
+    activation: str | Activation,
     intermediate_scale: torch.Tensor | None = None,
     intermediate_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
@@ -216,7 +225,7 @@ def _run(
             f"{list(hidden.shape)}, {list(expert_ids.shape)} and {list(routing_weights.shape)}",
             "Flatten the tokens.",
         )
-    act = get_activation(activation, caller="reference").function
+    combine = get_activation(activation, caller="reference").combine
     in_epilogue = intermediate_dtype == torch.float32
     quantise = fake_quantize_intermediate if in_epilogue else fake_quantize_activation
     x = hidden.float()
@@ -224,14 +233,19 @@ def _run(
     def rounded(value: torch.Tensor) -> torch.Tensor:
         return value.to(intermediate_dtype).float()
 
+    def product(rows: torch.Tensor, part: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+        bias = part.get(f"{name}_bias")
+        return rows @ part[name].T if bias is None else rows @ part[name].T + bias
+
     def apply(expert: int, token: torch.Tensor | slice) -> torch.Tensor:
-        gate, up, down = load(expert)
-        rows = x[token]
-        first, second = rounded(rows @ up.T), None if gate is None else rounded(rows @ gate.T)
-        y = rounded(act(first) if second is None else act(second) * first)
+        part, rows = load(expert), x[token]
+        up = rounded(product(rows, part, "up"))
+        gate = rounded(product(rows, part, "gate")) if "gate" in part else None
+        y = rounded(combine(up, gate))
         if intermediate_scale is None:
-            return y @ down.T
-        return (quantise(y, intermediate_scale[expert]) @ down.T).bfloat16().float()
+            return product(y, part, "down")
+        quantised = quantise(y, intermediate_scale[expert])
+        return product(quantised, part, "down").bfloat16().float()
 
     # float32 is part of the definition.
     with without_autocast(hidden.device):

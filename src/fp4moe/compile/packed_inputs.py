@@ -57,7 +57,7 @@ class WithPackedInputs:
             entries, watch = self._entries(args)
         packed: list[torch.Tensor] = []
         for entry, layer in zip(entries, self.layers, strict=True):
-            packed += entry.operands(layer.scale(args), caller="backend")
+            packed += entry.operands(layer.scale(args), caller="backend").flat()
         inputs = [args[i] for i in self.kept] + packed
         if watch is None:
             return self.compiled(*inputs)
@@ -68,7 +68,7 @@ class WithPackedInputs:
 
     def _entries(self, args: Sequence[Any]) -> tuple[list[PackedFloats], ValueWatch | None]:
         """The packed weights of all layers, and what looks at the values of the float ones."""
-        first = args[self.layers[0].first[0]]
+        first = args[self.layers[0].floats.first[0]]
         if capturing(first.device):
             return self._find(args), None
         place = first.untyped_storage()._cdata
@@ -111,8 +111,7 @@ class WithPackedInputs:
 
     def _release(self, entry: PackedFloats, layer: PackedInput, args: Sequence[Any]) -> None:
         flat = layer.weights(args).flat()
-        places = (*layer.first, *layer.second, *layer.down)
-        for number, (place, weight) in enumerate(zip(places, flat, strict=True)):
+        for number, (place, weight) in enumerate(zip(layer.floats.flat(), flat, strict=True)):
             why = ""
             if place not in layer.unused:
                 why = "which the graph still uses"

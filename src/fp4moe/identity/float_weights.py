@@ -21,15 +21,24 @@ class FloatWeights(NamedTuple):
         first: gate_up, up, or one of gate and up.
         second: the other of gate and up where they are apart; else ().
         down: the down projection.
+        first_bias, second_bias, down_bias: their biases, [E, N] or E tensors [N]; () without.
     """
 
     first: tuple[torch.Tensor, ...]
     second: tuple[torch.Tensor, ...]
     down: tuple[torch.Tensor, ...]
+    first_bias: tuple[torch.Tensor, ...] = ()
+    second_bias: tuple[torch.Tensor, ...] = ()
+    down_bias: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def biased(self) -> bool:
+        """Whether there are biases."""
+        return bool(self.first_bias or self.second_bias or self.down_bias)
 
     def flat(self) -> tuple[torch.Tensor, ...]:
         """Return all tensors, in order."""
-        return (*self.first, *self.second, *self.down)
+        return tuple(tensor for group in self for tensor in group)
 
     def roles(self) -> dict[str, tuple[torch.Tensor, ...]]:
         """Return the tensors by role, without absent ones."""
@@ -41,7 +50,7 @@ class StoredForm(NamedTuple):
 
     Attributes:
         format: the number format.
-        activation: a name of `fp4moe.activations.ACTIVATIONS`.
+        activation: the text of an `fp4moe.Activation`.
         layout: a name of GATE_UP_LAYOUTS, one of SEPARATE, or "" without a gate.
         transposed: gate and up are stored [E, H, ...]. down_transposed: down is stored [E, I, H].
         kernel: whose layout. hidden_alignment: of the Blackwell kernel.
@@ -108,12 +117,19 @@ def _stacked(weights: dict[str, torch.Tensor], form: StoredForm) -> ExpertWeight
     first = weights["first"].mT if form.transposed else weights["first"]
     down = weights["down"].mT if form.down_transposed else weights["down"]
     named: dict[str, Any] = {"down": down, "activation": form.activation}
+    if "down_bias" in weights:
+        named["down_bias"] = weights["down_bias"]
     if "second" in weights:
         second = weights["second"].mT if form.transposed else weights["second"]
         pair = (first, second) if form.layout == SEPARATE[0] else (second, first)
         named |= {"gate": pair[0], "up": pair[1]}
-    elif form.gated:
-        named |= {"gate_up": first, "layout": form.layout}
-    else:
-        named |= {"up": first}
+        if "first_bias" in weights:
+            biases = weights["first_bias"], weights["second_bias"]
+            biases = biases if form.layout == SEPARATE[0] else biases[::-1]
+            named |= {"gate_bias": biases[0], "up_bias": biases[1]}
+        return ExpertWeights.quantize(**named)
+    name = "gate_up" if form.gated else "up"
+    named |= {name: first} | ({"layout": form.layout} if form.gated else {})
+    if "first_bias" in weights:
+        named[f"{name}_bias"] = weights["first_bias"]
     return ExpertWeights.quantize(**named)

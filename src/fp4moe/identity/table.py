@@ -142,12 +142,16 @@ class PackedFloats:
         with _lock, torch.inference_mode(False), torch.no_grad():
             plain = self.prepared.operands
             # With every kernel this operand multiplies an expert's output.
-            product = plain.down_global_scale * output_scale.detach().float()
+            factor = output_scale.detach().float()
+            scaled = {"down_global_scale": plain.down_global_scale * factor}
+            if plain.down_bias is not None:
+                scaled["down_bias"] = plain.down_bias * factor[:, None]
             if mark is None or operands is None:
-                mark, operands = Mark(output_scale), plain._replace(down_global_scale=product)
+                mark, operands = Mark(output_scale), plain._replace(**scaled)
                 self._scaled[key] = mark, operands
             else:
-                operands.down_global_scale.copy_(product)
+                for name, product in scaled.items():
+                    getattr(operands, name).copy_(product)
                 mark.take(output_scale)
             return operands
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from ..activations import get_activation
 from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
 from ..formats.base import NVFP4
@@ -34,9 +35,10 @@ __all__ = [
 
 
 class Operands(NamedTuple):
-    """The operator's weight tensors, in its order. Shapes are those of the padded weights.
+    """The operator's weight tensors. Shapes are those of the padded weights.
 
-    Packed codes and block scales are bytes. What the four scales mean is the kernel's choice.
+    Packed codes and block scales are bytes. What the four scales mean, and the order of the biases
+    [L, M] and [L, H], is the kernel's choice.
     """
 
     gate_up_packed: torch.Tensor
@@ -47,6 +49,17 @@ class Operands(NamedTuple):
     down_global_scale: torch.Tensor
     hidden_scale: torch.Tensor
     intermediate_scale: torch.Tensor
+    # None without biases, float32.
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that are there, by name."""
+        return {name: t for name, t in zip(self._fields, self, strict=True) if t is not None}
+
+    def flat(self) -> tuple[torch.Tensor, ...]:
+        """Return the tensors that are there."""
+        return self if self.gate_up_bias is not None else self[:-2]  # type: ignore[return-value]
 
 
 SCALES = ("gate_up_global_scale", "down_global_scale", "hidden_scale", "intermediate_scale")
@@ -73,12 +86,12 @@ class PreparedWeights:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return operands and kept tensors by name."""
-        return {**self.operands._asdict(), **self.kept}
+        return {**self.operands.named(), **self.kept}
 
     def replaced(self, tensors: dict[str, torch.Tensor]) -> PreparedWeights:
         """Return the same with other tensors of the same names, such as moved ones."""
         return PreparedWeights(
-            Operands(*(tensors[name] for name in Operands._fields)),
+            Operands(**{name: tensors[name] for name in self.operands.named()}),
             {name: tensors[name] for name in self.kept},
             self.layer,
         )
@@ -179,6 +192,9 @@ class Kernel:
     # Whether "auto" may choose it, whether it is `reference_w4a4` that it computes, and with which
     # intermediate_dtype.
     automatic: bool = True
+    # Whether it has biases, and every activation with alpha, beta and limit.
+    biases: bool = False
+    parameters: bool = False
     quantizes_activations: bool = False
     intermediate_dtype: torch.dtype = torch.bfloat16
     # Whether its scale operands are products, which hide the logical scales.
@@ -194,7 +210,9 @@ class Kernel:
 
     def activation_reasons(self, layer: Layer, ready: bool) -> list[str]:
         """Return why it lacks the activation; ready: whether device and package will do."""
-        return []
+        if self.parameters or get_activation(layer.activation).plain:
+            return []
+        return [f"it has no activation with parameters, got {layer.activation}"]
 
     def limit_reasons(self, layer: Layer) -> list[str]:
         """Return which other limits the layer exceeds."""
@@ -231,6 +249,7 @@ class Kernel:
         return [
             *reasons,
             *self.activation_reasons(layer, not reasons),
+            *(["it has no biases"] if layer.biased and not self.biases else ()),
             *self.limit_reasons(layer),
         ]
 
@@ -310,6 +329,14 @@ class Kernel:
         operands = self.scale_operands(logical, layer)
         hidden: tuple[str, ...] = SCALES if self.mixes_scales else ()
         if output_scale is not None:
+            if layer.biased:
+                must(
+                    f"{self.name}: output_scale",
+                    "be absent where the experts have biases",
+                    list(output_scale.shape),
+                    "Multiply the routing weights by it.",
+                    error=UnsupportedError,
+                )
             product = operands.down_global_scale * output_scale
             operands = operands._replace(down_global_scale=product)
             hidden = hidden or ("down_global_scale",)
@@ -335,6 +362,14 @@ class Kernel:
                 "be one that the kernel has",
                 f"{layer.activation}: {'; '.join(reasons)}",
                 "See fp4moe.why_not.",
+                error=UnsupportedError,
+            )
+        if operands.gate_up_bias is not None and not self.biases:
+            must(
+                f"{self.name}: gate_up_bias and down_bias",
+                "be absent, the kernel has no biases",
+                "biases",
+                "Prepare the weights for another kernel.",
                 error=UnsupportedError,
             )
         layout = self.layouts[layer.format]
@@ -378,6 +413,8 @@ def logical_weights(operands: Operands, layer: Layer) -> ExpertWeights:
         tensors[f"{gemm}.block_scale"] = tensors[f"{gemm}.block_scale"].view(NVFP4.scale_dtype)
     tensors["hidden_scale"] = operands.hidden_scale
     tensors["intermediate_scale"] = operands.intermediate_scale
+    if operands.gate_up_bias is not None and operands.down_bias is not None:
+        tensors |= {"gate_up.bias": operands.gate_up_bias, "down.bias": operands.down_bias}
     return ExpertWeights.from_tensors(tensors, layer.metadata())
 
 

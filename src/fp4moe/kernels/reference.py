@@ -22,6 +22,7 @@ class ReferenceKernel(Kernel):
 
     layouts: ClassVar = {NVFP4.name: logical_layout(NVFP4.block_size)}
     intermediate_dtype = torch.float32
+    biases = parameters = True
 
     def __init__(self, name: str, compute: Definition, automatic: bool):
         self.name = name

@@ -6,8 +6,9 @@ anything runs; a kernel that fails is never replaced by another.
 
 from __future__ import annotations
 
-from ..activations import get_activation
-from ..errors import UnsupportedError, must
+from ..activations import Activation, get_activation
+from ..errors import UnsupportedError, check_choice, must
+from ..formats.base import NVFP4
 from ..layer import Layer
 from .base import Kernel, current_capability
 from .flashinfer.cutlass import FLASHINFER_CUTLASS
@@ -73,7 +74,7 @@ def get_kernel(name: str) -> Kernel:
 def why_not(
     kernel: str,
     *,
-    activation: str,
+    activation: str | Activation,
     gated: bool,
     hidden_size: int,
     intermediate_size: int,
@@ -81,23 +82,28 @@ def why_not(
     top_k: int,
     capability: tuple[int, int] | None = None,
     padded: bool = True,
+    format: str = "nvfp4",
+    biased: bool = False,
 ) -> list[str]:
     """Return the reasons why a kernel cannot run such a layer; empty where it can.
 
     Args:
         kernel: "auto" (can any run it?) or a kernel's name.
-        activation: a name of `fp4moe.activations.ACTIVATIONS`.
+        activation: an `fp4moe.Activation`, or its name or text.
         gated: whether the layer has gate weights.
         hidden_size, intermediate_size, num_experts, top_k: of the layer.
         capability: CUDA compute capability; default that of the current device, None on a CPU.
         padded: whether zero padding of the weights is allowed; False asks for exactly this size.
+        format: the number format of the weights. biased: whether the experts have biases.
 
     Raises:
         UnsupportedError: no such kernel or activation. ShapeError: a size below 1, or top_k above
             num_experts.
     """
     check_kernel_name(kernel, caller="why_not")
-    get_activation(activation, caller="why_not")
+    activation = get_activation(activation, caller="why_not")
+    activation.check_gate(gated, caller="why_not")
+    check_choice("format", format, (NVFP4.name,), caller="why_not")
     sizes = {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
@@ -115,7 +121,8 @@ def why_not(
             "Pass experts per token.",
         )
     capability = current_capability() if capability is None else capability
-    layer = Layer(activation, gated, hidden_size, intermediate_size, num_experts, top_k)
+    sizes |= {"format": format, "biased": biased}
+    layer = Layer(str(activation), gated, **sizes)
     if kernel != "auto":
         return _reasons(kernel, layer, capability, padded)
     reasons = {name: _reasons(name, layer, capability, padded) for name in _candidates(kernel)}

@@ -127,7 +127,7 @@ def _distinct(model: nn.Module) -> list[FusedExperts]:
     kinds: dict[tuple, FusedExperts] = {}
     for module in model.modules():
         if isinstance(module, FusedExperts) and _is_tuned(module.kernel):
-            shapes = tuple(tuple(operand.shape) for operand in module.prepared.operands)
+            shapes = tuple(tuple(operand.shape) for operand in module.prepared.operands.flat())
             routing = module.routing if isinstance(module, RoutedExperts) else None
             kind = (module.kernel, module.metadata["activation"], shapes, routing, module.top_k)
             kinds.setdefault(kind, module)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..activations import ACTIVATIONS
+from ..activations import get_activation
 from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
 from ..formats.nvfp4 import NVFP4Values
@@ -108,7 +108,7 @@ def float32_result(
 ) -> torch.Tensor:
     """The layer in float32, expert by expert."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    act = ACTIVATIONS[weights.activation].function
+    act = get_activation(weights.activation).function
     for expert in ids.unique().tolist():
         token, slot = (ids == expert).nonzero(as_tuple=True)
         part = {k: v[0] for k, v in weights.slice_experts(expert, expert + 1).dequantize().items()}

@@ -87,7 +87,7 @@ class FlashInferKernel(Kernel):
     def check(self, call: Call | LogitsCall) -> None:
         """Raise what the library's launcher leaves unchecked; the operator has checked the rest."""
         super().check(call)
-        for name, tensor in zip(Operands._fields, call.operands, strict=True):
+        for name, tensor in call.operands.named().items():
             if not tensor.is_contiguous():
                 must(
                     f"{self.name}: {name}",
