@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fp4moe import fused_moe
-from fp4moe.activations import ACTIVATIONS
+from fp4moe.activations import ACTIVATIONS, PAIRED
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.experts import GATE_UP_LAYOUTS, ExpertWeights, split_gate_up
 from fp4moe.formats.nvfp4 import NVFP4Values, dequantize_nvfp4, quantize_nvfp4
@@ -663,7 +663,7 @@ def test_unknown_names():
     for kwargs, message in (
         (
             {"activation": "tanh"},
-            f"{Q}activation must be one of {', '.join(ACTIVATIONS)}; got 'tanh'. "
+            f"{Q}activation must be one of {', '.join((*ACTIVATIONS, *PAIRED))}; got 'tanh'. "
             "Pass one of these names.",
         ),
         (

@@ -59,6 +59,8 @@ def arguments(weights=WEIGHTS, kernel="reference"):
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
+        ("moe", MoeArguments),
+        ("moe_from_logits", MoeFromLogitsArguments),
         ("nvfp4_moe", MoeArguments),
         ("nvfp4_moe_from_logits", MoeFromLogitsArguments),
         ("float_moe", FloatMoeArguments),
@@ -72,10 +74,17 @@ def test_arguments_are_in_the_order_of_the_schema(name, arguments):
         for argument in schema.arguments
     ]
     given = arguments.read(args)
+    # What the schemas for NVFP4 without biases leave out.
+    absent = {"format": "nvfp4", "gate_up_bias": None, "down_bias": None}
     for part in given:
         for field, value in part._asdict().items() if isinstance(part, tuple) else ():
+            if field not in args and [field] not in args and field in absent:
+                assert value == absent[field]
+                continue
             # The fields of a routing are shorter: `method` is the schema's `routing_method`.
             assert (value[0] if isinstance(value, tuple) else value) in (field, f"routing_{field}")
+    if not name.startswith("float"):
+        assert given.operator is getattr(torch.ops.fp4moe, name).default
     plain = {field: value for field, value in given._asdict().items() if isinstance(value, str)}
     assert all(field == value for field, value in plain.items()) and "hidden" in plain
     assert list(given.flat()) == args
@@ -570,8 +579,8 @@ def test_refused(case):
     [
         (
             {"activation": "tanh"},
-            "nvfp4_moe: activation must be one of silu, gelu_tanh, gelu, relu2, relu, identity; "
-            "got 'tanh'. Pass one of these names.",
+            "nvfp4_moe: activation must be one of silu, gelu_tanh, gelu, relu2, relu, identity, "
+            "silu_step, silu_softcap; got 'tanh'. Pass one of these names.",
         ),
         (
             {"kernel": "nope"},

@@ -170,7 +170,7 @@ class _Layer:
             experts, _hidden, intermediate = form.sizes(weights)
             return cls(form.activation, form.gated, form.kernel, int(experts), int(intermediate))
         packed = MoeArguments.read(operator.args)
-        activation, gated, kernel, num_experts, _offset = packed.settings
+        activation, gated, kernel, num_experts, _offset, _format = packed.settings
         down: Any = packed.operands.down_packed
         return cls(activation, gated, kernel, num_experts, int(meta_value(down).shape[2]) * 2)
 

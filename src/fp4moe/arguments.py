@@ -99,8 +99,9 @@ class MoeArguments(NamedTuple):
     @classmethod
     def read(cls, args: Sequence[Any]) -> MoeArguments:
         """Return the arguments of a call."""
-        operands, _, settings = _read_operands(args[3:], 0)
-        return cls(*args[:3], operands, settings)
+        hidden, ids, weights, *rest = args
+        operands, _, settings = _read_operands(rest, 0)
+        return cls(hidden, ids, weights, operands, settings)
 
     @property
     def operator(self) -> Any:
@@ -125,8 +126,9 @@ class MoeFromLogitsArguments(NamedTuple):
     @classmethod
     def read(cls, args: Sequence[Any]) -> MoeFromLogitsArguments:
         """Return the arguments of a call."""
-        operands, routing, settings = _read_operands(args[3:], ROUTING)
-        return cls(*args[:3], operands, Routing(*routing), settings)
+        hidden, logits, bias, *rest = args
+        operands, routing, settings = _read_operands(rest, ROUTING)
+        return cls(hidden, logits, bias, operands, Routing(*routing), settings)
 
     @property
     def operator(self) -> Any:
@@ -150,8 +152,9 @@ class FloatMoeArguments(NamedTuple):
     @classmethod
     def read(cls, args: Sequence[Any]) -> FloatMoeArguments:
         """Return the arguments of a call."""
-        weights = FloatWeights(*map(tuple, args[3 : 3 + FLOATS]))
-        return cls(*args[:3], weights, StoredForm(*args[3 + FLOATS :]))
+        hidden, ids, routing_weights, *rest = args
+        weights = FloatWeights(*map(tuple, rest[:FLOATS]))
+        return cls(hidden, ids, routing_weights, weights, StoredForm(*rest[FLOATS:]))
 
     def flat(self) -> tuple[Any, ...]:
         """Return them in the order of the schema."""
@@ -172,9 +175,10 @@ class FloatMoeFromLogitsArguments(NamedTuple):
     @classmethod
     def read(cls, args: Sequence[Any]) -> FloatMoeFromLogitsArguments:
         """Return the arguments of a call."""
-        weights, rest = FloatWeights(*map(tuple, args[4 : 4 + FLOATS])), args[4 + FLOATS :]
+        hidden, logits, bias, output_scale, *rest = args
+        weights, rest = FloatWeights(*map(tuple, rest[:FLOATS])), rest[FLOATS:]
         routing, form = Routing(*rest[:ROUTING]), StoredForm(*rest[ROUTING:])
-        return cls(*args[:4], weights, routing, form)
+        return cls(hidden, logits, bias, output_scale, weights, routing, form)
 
     def flat(self) -> tuple[Any, ...]:
         """Return them in the order of the schema."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .activations import ACTIVATIONS, get_activation
@@ -30,9 +32,10 @@ def _describe(tensor: torch.Tensor) -> str:
 
 
 def check_moe(given: MoeArguments) -> None:
-    """Raise unless the arguments of `fp4moe::nvfp4_moe` fit together."""
-    _check_choice("nvfp4_moe", given.hidden, given.expert_ids, given.routing_weights)
-    _check_weights("nvfp4_moe", given)
+    """Raise unless the arguments of `fp4moe::nvfp4_moe` or `fp4moe::moe` fit together."""
+    name = "nvfp4_moe" if given.operands.gate_up_bias is None else "moe"
+    _check_choice(name, given.hidden, given.expert_ids, given.routing_weights)
+    _check_weights(name, given)
 
 
 def check_float_moe(given: FloatMoeArguments) -> None:
@@ -65,9 +68,10 @@ def _check_choice(name, hidden, expert_ids, routing_weights) -> None:
 
 
 def check_moe_from_logits(given: MoeFromLogitsArguments) -> None:
-    """Raise unless the arguments of `fp4moe::nvfp4_moe_from_logits` fit together."""
-    _check_logits("nvfp4_moe_from_logits", given, given.settings.num_experts)
-    _check_weights("nvfp4_moe_from_logits", given)
+    """Raise unless those of `nvfp4_moe_from_logits` or `moe_from_logits` fit together."""
+    name = "nvfp4_moe_from_logits" if given.operands.gate_up_bias is None else "moe_from_logits"
+    _check_logits(name, given, given.settings.num_experts)
+    _check_weights(name, given)
 
 
 def check_float_moe_from_logits(given: FloatMoeFromLogitsArguments) -> None:
@@ -170,8 +174,8 @@ def _check_floats(name, hidden, weights: FloatWeights, form: StoredForm) -> None
     for role in ("second", "first_bias", "second_bias", "down_bias"):
         if (role in shapes) != bool(getattr(weights, role)):
             rule = f"hold {'tensors' if role in shapes else 'nothing'} for layout {form.layout!r}"
-            got = len(getattr(weights, role))
-            must(f"{name}: {role}", rule, got, "Pass what the layout says, all biases or none.")
+            count = len(getattr(weights, role))
+            must(f"{name}: {role}", rule, count, "Pass what the layout says, all biases or none.")
     dtype = weights.down[0].dtype
     for role, one in shapes.items():
         group = getattr(weights, role)
@@ -192,7 +196,8 @@ def _check_floats(name, hidden, weights: FloatWeights, form: StoredForm) -> None
 
 
 def _check_weights(name: str, given: MoeArguments | MoeFromLogitsArguments) -> None:
-    gate_up_packed, gate_up_block_scale, gate_up_global_scale, *others = given.operands
+    operands: tuple[Any, ...] = given.operands
+    gate_up_packed, gate_up_block_scale, gate_up_global_scale, *others = operands
     down_packed, down_block_scale, down_global_scale, hidden_scale, *others = others
     intermediate_scale, gate_up_bias, down_bias = others
     hidden = given.hidden

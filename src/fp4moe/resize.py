@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -13,10 +13,10 @@ from .formats.base import NVFP4
 from .formats.nvfp4 import NVFP4Values
 from .pack import BLOCK
 
-if TYPE_CHECKING:
-    from .experts import ExpertWeights
-
 __all__ = ["resized", "slice_intermediate"]
+
+# fp4moe.experts imports this.
+ExpertWeights = Any
 
 
 def resized(

@@ -11,6 +11,7 @@ from fp4moe.identity.float_weights import FloatWeights, StoredForm
 from fp4moe.identity.table import find_packed
 from fp4moe.kernels import get_kernel
 from fp4moe.ops import nvfp4_moe_arguments
+from fp4moe.reference import moe_definition
 
 E, H, INNER, T, K = 4, 32, 16, 5, 2
 MOE = torch.ops.fp4moe.float_moe.default
@@ -31,7 +32,7 @@ def separate():
 
 
 def listed():
-    return FloatWeights(*(tuple(group[0].clone()) for group in separate()))
+    return FloatWeights(*(tuple(group[0].clone()) for group in separate() if group))
 
 
 FORMS = {
@@ -54,7 +55,7 @@ FORMS = {
 
 def logical(weights, form):
     """The same weights by ExpertWeights' own arguments, put together here."""
-    first, second, down = (torch.stack(group) if group else None for group in weights)
+    first, second, down, *_biases = (torch.stack(group) if group else None for group in weights)
     first = first[0] if first.ndim == 4 else first
     second = second[0] if second is not None and second.ndim == 4 else second
     down = down[0] if down.ndim == 4 else down
@@ -86,6 +87,46 @@ def test_numbers(name):
     assert expected.abs().max() > 0
 
 
+def with_biases(weights, form):
+    """The same with biases in the shapes of the weights' outputs."""
+    sizes = {"first": 2 * INNER if form.layout.startswith(("gate_up", "up_gate")) else INNER}
+    sizes |= {"second": INNER, "down": H}
+    biases = {}
+    for role in ("first", "second", "down"):
+        group = getattr(weights, role)
+        shape = (sizes[role],) if group and group[0].ndim == 2 else (E, sizes[role])
+        biases[f"{role}_bias"] = tuple(floats(*shape) for _ in group)
+    return weights._replace(**biases)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_numbers_with_biases(name):
+    make, form = FORMS[name]
+    if form.gated:
+        form = form._replace(activation="silu(alpha=1.702,beta=1,limit=0.5)")
+    inputs, weights = routed(), with_biases(make(), form)
+    plain = logical(weights, form)
+    first, second, down = (
+        None if not group else group[0] if group[0].ndim == 2 else torch.stack(group)
+        for group in weights[3:]
+    )
+    if form.layout == "gate, up":
+        gate, up = first, second
+    elif form.layout == "up, gate":
+        gate, up = second, first
+    elif form.layout == "gate_up":
+        gate, up = first.chunk(2, 1)
+    else:
+        gate, up = (first[:, 1::2], first[:, ::2]) if form.gated else (None, first)
+    parts = plain.dequantize() | {"up_bias": up, "down_bias": down}
+    parts |= {} if gate is None else {"gate_bias": gate}
+    expected = moe_definition(*inputs, **parts, activation=form.activation)
+    torch.testing.assert_close(MOE(*inputs, *map(list, weights), *form), expected)
+    without = MOE(*inputs, *map(list, make()), *form)
+    assert (expected - without).norm() > 0.1 * without.norm()
+    torch.library.opcheck(MOE, (*inputs, *map(list, weights), *form))
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_contract_with_torch(name):
     make, form = FORMS[name]
@@ -115,12 +156,13 @@ def test_contract_of_the_one_that_routes(scaled):
         ({"down": []}, "first and down must hold tensors"),
         ({"first": [torch.zeros(E, 2 * INNER, H, dtype=torch.int8)]}, "first must be float"),
         ({"first": [torch.zeros(2 * INNER, H)] * 3}, "first must hold one stacked tensor or 4"),
+        ({"down_bias": [torch.zeros(E, H)]}, "first_bias must hold tensors for layout 'gate_up'"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
     make, form = FORMS["gate_up"]
     weights = make()
-    names = ("hidden", "expert_ids", "routing_weights", "first", "second", "down")
+    names = ("hidden", "expert_ids", "routing_weights", *FloatWeights._fields)
     args = dict(zip(names, (*routed(), *map(list, weights)), strict=True)) | change
     with pytest.raises(ShapeError, match=f"^float_moe: {message}.* got "):
         MOE(*args.values(), *form)

@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"borrowed", "devices", "errors", "layer", "precision", "progress", "random_floats", "report"}
     | {"saving", "version"},
     {"activations", "formats", "padding", "routing"},
-    {"experts", "linear", "pack"},
+    {"experts", "linear", "pack", "resize"},
     {"checkpoint", "reference"},
     {"kernels"},
     {"identity"},

@@ -121,8 +121,7 @@ def why_not(
             "Pass experts per token.",
         )
     capability = current_capability() if capability is None else capability
-    sizes |= {"format": format, "biased": biased}
-    layer = Layer(str(activation), gated, **sizes)
+    layer = Layer(str(activation), gated, **sizes, format=format, biased=biased)
     if kernel != "auto":
         return _reasons(kernel, layer, capability, padded)
     reasons = {name: _reasons(name, layer, capability, padded) for name in _candidates(kernel)}
