@@ -13,11 +13,8 @@ from flashinfer_emulator import quantize_intermediate
 
 from fp4moe.experts import ExpertWeights
 from fp4moe.formats.nvfp4 import NVFP4Values, pack_codes
-from fp4moe.reference import (
-    fake_quantize_activation,
-    fake_quantize_intermediate,
-    reference_w4a4,
-)
+from fp4moe.formats.nvfp4_rounding import fake_quantize_activation, fake_quantize_intermediate
+from fp4moe.reference import reference_w4a4
 
 F = np.float32
 GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

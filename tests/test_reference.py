@@ -20,14 +20,8 @@ from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.experts import ExpertWeights
 from fp4moe.formats.nvfp4 import NVFP4Values, dequantize_nvfp4, pack_codes
-from fp4moe.reference import (
-    fake_quantize_activation,
-    fake_quantize_intermediate,
-    moe_definition,
-    reference,
-    reference_w4a4,
-    sum_over_experts,
-)
+from fp4moe.formats.nvfp4_rounding import fake_quantize_activation, fake_quantize_intermediate
+from fp4moe.reference import moe_definition, reference, reference_w4a4, sum_over_experts
 
 UNIT = 2.0**-24  # relative error of one float32 rounding
 GRID = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]

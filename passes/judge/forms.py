@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.experts import GATE_UP_LAYOUTS
-from fp4moe.formats.base import NVFP4
+from fp4moe.formats import NVFP4
 from fp4moe.identity.float_weights import SEPARATE, StoredForm
 
 __all__ = ["SEPARATE", "Form", "possible_forms"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,14 +15,13 @@ from .arguments import (
     MoeFromLogitsArguments,
 )
 from .errors import UnsupportedError, check_choice, must
-from .formats.base import NVFP4
+from .formats import FORMATS
 from .identity.float_weights import SEPARATE, FloatWeights, StoredForm
 from .kernels import FUSED_ROUTING_METHODS, HIDDEN_ALIGNMENTS, KERNELS, get_kernel
 from .pack import GATE_UP_LAYOUTS
 
 __all__ = ["check_float_moe", "check_float_moe_from_logits", "check_moe", "check_moe_from_logits"]
 
-BLOCK = NVFP4.block_size
 HIDDEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FLOAT_DTYPES = (*HIDDEN_DTYPES, torch.float64)
 ID_DTYPES = (torch.int32, torch.int64)
@@ -150,7 +150,7 @@ def _check_floats(name, hidden, weights: FloatWeights, form: StoredForm) -> None
     get_activation(form.activation, caller=name).check_gate(form.gated, caller=name)
     get_kernel(form.kernel)
     for argument, value, choices in (
-        ("format", form.format, (NVFP4.name,)),
+        ("format", form.format, FORMATS),
         ("layout", form.layout, ("", *GATE_UP_LAYOUTS, *SEPARATE)),
         ("hidden_alignment", form.hidden_alignment, HIDDEN_ALIGNMENTS),
     ):
@@ -197,15 +197,13 @@ def _check_floats(name, hidden, weights: FloatWeights, form: StoredForm) -> None
 
 def _check_weights(name: str, given: MoeArguments | MoeFromLogitsArguments) -> None:
     operands: tuple[Any, ...] = given.operands
-    gate_up_packed, gate_up_block_scale, gate_up_global_scale, *others = operands
-    down_packed, down_block_scale, down_global_scale, hidden_scale, *others = others
-    intermediate_scale, gate_up_bias, down_bias = others
+    gate_up_packed, down_packed = given.operands.gate_up_packed, given.operands.down_packed
     hidden = given.hidden
     activation, gated, kernel, num_experts, expert_offset, format = given.settings
     if activation not in ACTIVATIONS:
         get_activation(activation, caller=name).check_gate(gated, caller=name)
-    if format != NVFP4.name:
-        check_choice("format", format, (NVFP4.name,), caller=name)
+    if format not in FORMATS:
+        check_choice("format", format, FORMATS, caller=name)
     if kernel not in KERNELS:
         get_kernel(kernel)
     device, hidden_size = hidden.device, hidden.shape[1]
@@ -233,62 +231,37 @@ def _check_weights(name: str, given: MoeArguments | MoeFromLogitsArguments) -> N
             expert_offset,
             "Pass the global id of the first local expert.",
         )
-    rows = columns * 4 if gated else columns * 2
-    # One expression: this runs at every call of the operator.
-    if not (
-        gate_up_packed.shape == (local, rows, hidden_padded // 2)
-        and gate_up_block_scale.shape == (local, rows, hidden_padded // BLOCK)
-        and down_block_scale.shape == (local, hidden_padded, columns * 2 // BLOCK)
-        and (local,) == gate_up_global_scale.shape == down_global_scale.shape
-        and intermediate_scale.shape == (local,)
-        and hidden_scale.shape == (1,)
-        and torch.uint8 == gate_up_packed.dtype == gate_up_block_scale.dtype
-        and torch.uint8 == down_packed.dtype == down_block_scale.dtype
-        and torch.float32 == gate_up_global_scale.dtype == down_global_scale.dtype
-        and torch.float32 == hidden_scale.dtype == intermediate_scale.dtype
-        and device == gate_up_packed.device == gate_up_block_scale.device
-        and device == gate_up_global_scale.device == down_packed.device
-        and device == down_block_scale.device == down_global_scale.device
-        and device == hidden_scale.device == intermediate_scale.device
-        and gate_up_bias is None
-        and down_bias is None
-    ):
-        biases = (
-            ("gate_up_bias", gate_up_bias, torch.float32, (local, rows)),
-            ("down_bias", down_bias, torch.float32, (local, hidden_padded)),
-        )
-        empty = gate_up_packed.new_empty(0)
-        given_biases = [(n, empty if t is None else t, d, s) for n, t, d, s in biases]
-        scales, packed = torch.float32, torch.uint8
-        _fail_at_first(
-            name,
-            device,
-            ("gate_up_packed", gate_up_packed, packed, (local, rows, hidden_padded // 2)),
-            (
-                "gate_up_block_scale",
-                gate_up_block_scale,
-                packed,
-                (local, rows, hidden_padded // BLOCK),
-            ),
-            ("gate_up_global_scale", gate_up_global_scale, scales, (local,)),
-            ("down_packed", down_packed, packed, (local, hidden_padded, columns)),
-            (
-                "down_block_scale",
-                down_block_scale,
-                packed,
-                (local, hidden_padded, columns * 2 // BLOCK),
-            ),
-            ("down_global_scale", down_global_scale, scales, (local,)),
-            ("hidden_scale", hidden_scale, scales, (1,)),
-            ("intermediate_scale", intermediate_scale, scales, (local,)),
-            *(given_biases if gate_up_bias is not None or down_bias is not None else ()),
-        )
+    intermediate = FORMATS[format].elements(columns)
+    rows = intermediate * 2 if gated else intermediate
+    biased = operands[-1] is not None or operands[-2] is not None
+    sizes = local, rows, hidden_padded, intermediate
+    # A symbolic size cannot be a key.
+    find = _expected if all(isinstance(n, int) for n in sizes) else _expected.__wrapped__
+    expected = find(format, biased, *sizes)
+    for tensor, (part, dtype, shape) in zip(operands[: len(expected)], expected, strict=True):
+        if (
+            tensor is None
+            or tensor.shape != shape
+            or tensor.dtype != dtype
+            or tensor.device != device
+        ):
+            rule, got = f"be {dtype} {list(shape)} on {device}", "none"
+            got = got if tensor is None else _describe(tensor)
+            must(f"{name}: {part}", rule, got, "Use ExpertWeights.quantize and .to.")
 
 
-def _fail_at_first(caller: str, device: torch.device, *expected: tuple) -> None:
-    for name, tensor, dtype, shape in expected:
-        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
-            rule = f"be {dtype} {list(shape)} on {device}"
-            must(
-                f"{caller}: {name}", rule, _describe(tensor), "Use ExpertWeights.quantize and .to."
-            )
+@functools.lru_cache(maxsize=1024)
+def _expected(
+    format: str, biased: bool, local: int, rows: int, hidden: int, intermediate: int
+) -> tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]:
+    """Return (name, dtype, shape) of each operand, in order."""
+    sizes = {"gate_up": (local, rows, hidden), "down": (local, hidden, intermediate)}
+    found = [
+        (f"{gemm}_{part}", torch.uint8 if dtype.itemsize == 1 else dtype, shape)
+        for gemm, size in sizes.items()
+        for part, (dtype, shape) in FORMATS[format].shapes(*size).items()
+    ]
+    scales = {"hidden_scale": (1,), "intermediate_scale": (local,)}
+    biases = {"gate_up_bias": (local, rows), "down_bias": (local, hidden)} if biased else {}
+    found += [(name, torch.float32, shape) for name, shape in {**scales, **biases}.items()]
+    return tuple(found)

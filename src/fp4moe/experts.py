@@ -1,4 +1,4 @@
-"""ExpertWeights: the logical NVFP4 tensors of one mixture-of-experts layer.
+"""ExpertWeights: the logical quantised tensors of one mixture-of-experts layer.
 
 Decides: row order (gate first, then up), one global scale per expert and GEMM, exact zero padding,
 slicing.
@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from .activations import Activation, get_activation
-from .errors import ShapeError, must
-from .formats.base import NVFP4
-from .formats.nvfp4 import NVFP4Values, dequantize_nvfp4
+from .errors import ShapeError, check_choice, must
+from .formats import FORMATS, NVFP4, StoredMatrix, WeightFormat
+from .formats.base import SLOTS
 from .layer import Layer
 from .pack import (
-    BLOCK,
     GATE_UP_LAYOUTS,
     activation_scale,
     gate_and_up,
@@ -32,7 +31,7 @@ from .resize import resized, slice_intermediate
 
 __all__ = ["GATE_UP_LAYOUTS", "ExpertWeights", "split_gate_up"]
 
-_TENSORS = ("packed", "block_scale", "global_scale")
+_GEMMS = ("gate_up", "down")
 _BIASES = ("gate_up.bias", "down.bias")
 
 
@@ -56,12 +55,13 @@ class ExpertWeights:
         hidden_scale: float32 [1], decode multiplier of the quantised input (ModelOpt's
             input_scale).
         intermediate_scale: float32 [L], the same for the input of down. 1.0 means uncalibrated.
+        format: name of the number format of gate_up and down.
         gate_up_bias, down_bias: float32, as long as the rows of gate_up [L, M] and of down
             [L, H]; None for a layer without biases.
     """
 
-    gate_up: NVFP4Values
-    down: NVFP4Values
+    gate_up: StoredMatrix
+    down: StoredMatrix
     activation: str
     gated: bool
     hidden_size: int
@@ -72,8 +72,10 @@ class ExpertWeights:
     intermediate_scale: torch.Tensor
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+    format: str = NVFP4.name
 
     def __post_init__(self) -> None:
+        check_choice("format", self.format, FORMATS, caller="ExpertWeights")
         activation = get_activation(self.activation, caller="ExpertWeights")
         activation.check_gate(self.gated, caller="ExpertWeights")
         object.__setattr__(self, "activation", str(activation))
@@ -86,19 +88,18 @@ class ExpertWeights:
             )
         local, rows, _ = self.gate_up.packed.shape
         hidden, intermediate = self.hidden_padded, self.intermediate_padded
+        sizes = (local, (1 + self.gated) * intermediate, hidden), (local, hidden, intermediate)
         expected = {
-            "gate_up.packed": (local, (1 + self.gated) * intermediate, hidden // 2),
-            "gate_up.block_scale": (local, rows, hidden // BLOCK),
-            "gate_up.global_scale": (local,),
-            "down.packed": (local, hidden, intermediate // 2),
-            "down.block_scale": (local, hidden, intermediate // BLOCK),
-            "down.global_scale": (local,),
-            "hidden_scale": (1,),
-            "intermediate_scale": (local,),
-            "gate_up.bias": (local, rows),
-            "down.bias": (local, hidden),
+            f"{gemm}.{part}": found
+            for gemm, size in zip(_GEMMS, sizes, strict=True)
+            for part, found in self.number_format.shapes(*size).items()
         }
-        dtypes = {"packed": torch.uint8, "block_scale": NVFP4.scale_dtype}
+        expected |= {
+            "hidden_scale": (torch.float32, (1,)),
+            "intermediate_scale": (torch.float32, (local,)),
+            "gate_up.bias": (torch.float32, (local, rows)),
+            "down.bias": (torch.float32, (local, hidden)),
+        }
         device = self.gate_up.packed.device
         if (self.gate_up_bias is None) != (self.down_bias is None):
             must(
@@ -108,15 +109,11 @@ class ExpertWeights:
                 "Pass zeros for the one that the layer lacks.",
             )
         for name, tensor in self.tensors().items():
-            dtype = dtypes.get(name.rpartition(".")[2], torch.float32)
-            if (
-                tuple(tensor.shape) != expected[name]
-                or tensor.dtype != dtype
-                or tensor.device != device
-            ):
+            dtype, shape = expected[name]
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
                 must(
                     f"ExpertWeights: {name}",
-                    f"be {dtype} {list(expected[name])} on {device}",
+                    f"be {dtype} {list(shape)} on {device}",
                     f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}",
                     "Build it with ExpertWeights.quantize.",
                 )
@@ -136,6 +133,11 @@ class ExpertWeights:
             )
 
     @property
+    def number_format(self) -> WeightFormat:
+        """The number format of gate_up and down."""
+        return FORMATS[self.format]
+
+    @property
     def local_experts(self) -> int:
         """Number of experts whose weights are here (L)."""
         return self.gate_up.packed.shape[0]
@@ -148,12 +150,12 @@ class ExpertWeights:
     @property
     def hidden_padded(self) -> int:
         """Hidden size with padding."""
-        return self.gate_up.packed.shape[2] * 2
+        return self.number_format.elements(self.gate_up.packed.shape[2])
 
     @property
     def intermediate_padded(self) -> int:
         """Intermediate size with padding."""
-        return self.down.packed.shape[2] * 2
+        return self.number_format.elements(self.down.packed.shape[2])
 
     @property
     def device(self) -> torch.device:
@@ -168,9 +170,9 @@ class ExpertWeights:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors by dotted name, in a fixed order."""
         named = {
-            f"{gemm}.{part}": getattr(getattr(self, gemm), part)
-            for gemm in ("gate_up", "down")
-            for part in _TENSORS
+            f"{gemm}.{part}": tensor
+            for gemm in _GEMMS
+            for part, tensor in getattr(self, gemm).parts().items()
         }
         named |= {
             "hidden_scale": self.hidden_scale,
@@ -181,9 +183,9 @@ class ExpertWeights:
         return named
 
     def operands(self) -> dict[str, torch.Tensor]:
-        """Return the tensors as the operator takes them: block scales as bytes, dotless names."""
+        """Return the tensors as the operator takes them: 8-bit ones as bytes, dotless names."""
         return {
-            name.replace(".", "_"): t.view(torch.uint8) if t.dtype == NVFP4.scale_dtype else t
+            name.replace(".", "_"): t.view(torch.uint8) if t.dtype.itemsize == 1 else t
             for name, t in self.tensors().items()
         }
 
@@ -201,7 +203,8 @@ class ExpertWeights:
             self.num_experts,
             top_k,
             self.expert_offset,
-            biased=self.biased,
+            self.format,
+            self.biased,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -216,14 +219,14 @@ class ExpertWeights:
             ShapeError: a tensor or the metadata is missing, unexpected or does not fit.
         """
         metadata = dict(state.get("metadata", {}))
-        names = {f"{gemm}.{part}" for gemm in ("gate_up", "down") for part in _TENSORS}
+        names = {f"{gemm}.{part}" for gemm in _GEMMS for part in SLOTS}
         names |= {"hidden_scale", "intermediate_scale"}
         given = set(state) - {"metadata"}
         names |= given & set(_BIASES)
-        if given != names or metadata.pop("format", None) != NVFP4.name:
+        if given != names or metadata.get("format") not in FORMATS:
             raise ShapeError(
-                f"ExpertWeights.from_state_dict: state must hold {sorted(names)} and nvfp4 "
-                "metadata; missing "
+                f"ExpertWeights.from_state_dict: state must hold {sorted(names)} and metadata "
+                f"with a format of {', '.join(FORMATS)}; missing "
                 f"{sorted(names - given)}, unexpected {sorted(given - names)}, metadata "
                 f"{state.get('metadata')}. "
                 "Pass what ExpertWeights.state_dict returned."
@@ -235,10 +238,10 @@ class ExpertWeights:
         cls, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]
     ) -> ExpertWeights:
         """Build from `tensors()` and `metadata()` (its format entry is optional)."""
-        fields = {key: value for key, value in metadata.items() if key != "format"}
-        gate_up, down = (
-            NVFP4Values(*(tensors[f"{g}.{part}"] for part in _TENSORS)) for g in ("gate_up", "down")
-        )
+        fields = {"format": NVFP4.name, **metadata}
+        check_choice("format", fields["format"], FORMATS, caller="ExpertWeights.from_tensors")
+        container = FORMATS[fields["format"]].container
+        gate_up, down = (container(*(tensors[f"{g}.{part}"] for part in SLOTS)) for g in _GEMMS)
         return cls(
             gate_up=gate_up,
             down=down,
@@ -258,6 +261,7 @@ class ExpertWeights:
         gate: torch.Tensor | None = None,
         gate_up: torch.Tensor | None = None,
         activation: str | Activation,
+        format: str = NVFP4.name,
         layout: str = "gate_up",
         transposed: bool = False,
         gate_bias: torch.Tensor | None = None,
@@ -278,6 +282,7 @@ class ExpertWeights:
             gate: [L, I, H] or None.
             gate_up: [L, 2 * I, H] instead of gate and up; `layout` says how its rows are ordered.
             activation: an `fp4moe.Activation`, or its name or text.
+            format: a name of `fp4moe.formats.FORMATS`.
             layout: "gate_up", "up_gate", "gate_up_interleaved" (row 0 gate, row 1 up, ...) or
                 "up_gate_interleaved".
             transposed: the weights are stored as [L, H, I] (up), [L, H, 2 * I] (gate_up) and [L, I,
@@ -300,17 +305,20 @@ class ExpertWeights:
                 argument.
         """
         activation = get_activation(activation, caller="ExpertWeights.quantize")
+        check_choice("format", format, FORMATS, caller="ExpertWeights.quantize")
         parts = gate_and_up(up, gate, gate_up, layout, transposed)
         down = oriented(down, transposed)
         activation.check_gate(len(parts) == 2, caller="ExpertWeights.quantize")
-        first, second = quantize_experts(parts, down, method)
+        first, second = quantize_experts(FORMATS[format], parts, down, method)
         experts, intermediate, hidden = parts["up"].shape
-        biases = stack_biases(parts, down, gate_bias, up_bias, gate_up_bias, down_bias, layout)
+        given = (gate_bias, up_bias, gate_up_bias, down_bias)
+        biases = stack_biases(FORMATS[format], parts, down, *given, layout)
         return cls(
             gate_up=first,
             down=second,
             gate_up_bias=biases[0],
             down_bias=biases[1],
+            format=format,
             activation=str(activation),
             gated=len(parts) == 2,
             hidden_size=hidden,
@@ -328,7 +336,7 @@ class ExpertWeights:
 
         With biases also "gate_bias" (gated only), "up_bias": [L, I] and "down_bias": [L, H].
         """
-        rows = dequantize_nvfp4(self.gate_up, dtype)[..., : self.hidden_size]
+        rows = self.number_format.dequantize(self.gate_up, dtype)[..., : self.hidden_size]
         halves = dict(
             zip(
                 ("gate", "up") if self.gated else ("up",),
@@ -337,7 +345,7 @@ class ExpertWeights:
             )
         )
         named = {name: half[:, : self.intermediate_size] for name, half in halves.items()}
-        named["down"] = dequantize_nvfp4(self.down, dtype)[
+        named["down"] = self.number_format.dequantize(self.down, dtype)[
             :, : self.hidden_size, : self.intermediate_size
         ]
         if self.gate_up_bias is None or self.down_bias is None:
@@ -348,9 +356,7 @@ class ExpertWeights:
         named["down_bias"] = self.down_bias.to(dtype)[:, : self.hidden_size]
         return named
 
-    def padded(
-        self, *, hidden_multiple: int = BLOCK, intermediate_multiple: int = BLOCK
-    ) -> ExpertWeights:
+    def padded(self, *, hidden_multiple: int = 1, intermediate_multiple: int = 1) -> ExpertWeights:
         """Zero-pad H and I to multiples; exact, since padded codes and scales are zero.
 
         Gate and up are padded each on its own, so that their boundary stays in the middle.
@@ -359,8 +365,9 @@ class ExpertWeights:
             ("hidden_multiple", hidden_multiple),
             ("intermediate_multiple", intermediate_multiple),
         ):
-            if multiple < BLOCK or multiple % BLOCK:
-                must(f"padded: {name}", f"be a multiple of {BLOCK}", multiple, "Round it up.")
+            if multiple < 1 or (multiple > 1 and multiple % self.number_format.multiple):
+                rule = f"be a multiple of {self.number_format.multiple}"
+                must(f"padded: {name}", rule, multiple, "Round it up.")
         hidden = round_up(self.hidden_padded, hidden_multiple)
         intermediate = round_up(self.intermediate_padded, intermediate_multiple)
         return resized(self, pad_matrix, hidden, intermediate)
@@ -370,8 +377,9 @@ class ExpertWeights:
 
         What is cut off is taken to be zero and not looked at: the host does not wait for a device.
         """
-        hidden = round_up(self.hidden_size, BLOCK)
-        intermediate = round_up(self.intermediate_size, BLOCK)
+        multiple = self.number_format.multiple
+        hidden = round_up(self.hidden_size, multiple)
+        intermediate = round_up(self.intermediate_size, multiple)
         return resized(self, trim_matrix, hidden, intermediate)
 
     def slice_experts(self, start: int, stop: int) -> ExpertWeights:
@@ -383,10 +391,11 @@ class ExpertWeights:
                 f"{start} and {stop}",
                 "Pass local indices.",
             )
+        container = self.number_format.container
         return dataclasses.replace(
             self,
-            gate_up=NVFP4Values(*(getattr(self.gate_up, p)[start:stop] for p in _TENSORS)),
-            down=NVFP4Values(*(getattr(self.down, p)[start:stop] for p in _TENSORS)),
+            gate_up=container(*(part[start:stop] for part in self.gate_up.parts().values())),
+            down=container(*(part[start:stop] for part in self.down.parts().values())),
             intermediate_scale=self.intermediate_scale[start:stop],
             gate_up_bias=None if self.gate_up_bias is None else self.gate_up_bias[start:stop],
             down_bias=None if self.down_bias is None else self.down_bias[start:stop],

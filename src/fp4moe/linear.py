@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .errors import must
-from .formats.base import NVFP4
+from .formats import NVFP4
 from .saving import PackedModule
 
 __all__ = ["FP8Linear", "NVFP4Linear"]

@@ -29,6 +29,7 @@ from .arguments import (
     Settings,
 )
 from .errors import UnsupportedError, must
+from .formats import FORMATS
 from .identity.table import packed_now
 from .kernels import (
     KERNELS,
@@ -173,7 +174,8 @@ def _run_from_logits(given: MoeFromLogitsArguments) -> torch.Tensor:
 
 def _layer(hidden_size: int, operands: Operands, top_k: int, settings: Settings) -> Layer:
     biased = operands.gate_up_bias is not None
-    return _cached_layer(hidden_size, operands.down_packed.shape[2] * 2, top_k, biased, settings)
+    intermediate = FORMATS[settings.format].elements(operands.down_packed.shape[2])
+    return _cached_layer(hidden_size, intermediate, top_k, biased, settings)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,4 +1,4 @@
-"""Float expert weights to NVFP4 tensors, one expert at a time: what ExpertWeights.quantize does."""
+"""Float expert weights to quantised tensors, one expert at a time, for ExpertWeights.quantize."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from .errors import must
-from .formats.base import NVFP4
-from .formats.nvfp4 import NVFP4Values, nvfp4_global_scale, quantize_nvfp4
+from .formats import StoredMatrix, WeightFormat
 from .padding import round_up
 
 __all__ = [
-    "BLOCK",
     "GATE_UP_LAYOUTS",
     "activation_scale",
     "gate_and_up",
@@ -21,7 +19,6 @@ __all__ = [
     "stack_biases",
 ]
 
-BLOCK = NVFP4.block_size
 # How a stacked gate/up weight may order its 2 * intermediate_size output rows.
 GATE_UP_LAYOUTS = ("gate_up", "up_gate", "gate_up_interleaved", "up_gate_interleaved")
 
@@ -43,9 +40,9 @@ def split_gate_up(gate_up: torch.Tensor, layout: str) -> tuple[torch.Tensor, tor
 
 
 def quantize_experts(
-    parts: dict[str, torch.Tensor], down: torch.Tensor, method: str
-) -> tuple[NVFP4Values, NVFP4Values]:
-    """Return the NVFP4 tensors of both GEMMs; H and I zero-padded to blocks.
+    format: WeightFormat, parts: dict[str, torch.Tensor], down: torch.Tensor, method: str
+) -> tuple[StoredMatrix, StoredMatrix]:
+    """Return the quantised tensors of both GEMMs; H and I zero-padded to the format's multiple.
 
     Args:
         parts: {"gate" (gated only), "up"}, each [L, I, H]. down: [L, H, I].
@@ -53,16 +50,16 @@ def quantize_experts(
     """
     _check_float_weights(parts, down)
     experts, intermediate, hidden = parts["up"].shape
-    i_padded, h_padded = round_up(intermediate, BLOCK), round_up(hidden, BLOCK)
-    first = _empty(experts, len(parts) * i_padded, h_padded, down.device)
-    second = _empty(experts, h_padded, i_padded, down.device)
+    i_padded, h_padded = (round_up(size, format.multiple) for size in (intermediate, hidden))
+    first = format.zeros(experts, len(parts) * i_padded, h_padded, down.device)
+    second = format.zeros(experts, h_padded, i_padded, down.device)
     for expert in range(experts):
-        shared_scale = _global_scale(parts, expert)
+        shared_scale = _global_scale(format, parts, expert)
         for index, weight in enumerate(parts.values()):
             place = slice(index * i_padded, index * i_padded + i_padded)
-            _quantize_into(first, expert, place, weight[expert], shared_scale, method)
-        scale = _global_scale({"down": down}, expert)
-        _quantize_into(second, expert, slice(0, h_padded), down[expert], scale, method)
+            _quantize_into(format, first, expert, place, weight[expert], shared_scale, method)
+        scale = _global_scale(format, {"down": down}, expert)
+        _quantize_into(format, second, expert, slice(0, h_padded), down[expert], scale, method)
     return first, second
 
 
@@ -155,6 +152,7 @@ def _check_float_weights(parts: dict[str, torch.Tensor], down: torch.Tensor) -> 
 
 
 def stack_biases(
+    format: WeightFormat,
     parts: dict[str, torch.Tensor],
     down: torch.Tensor,
     gate_bias: torch.Tensor | None,
@@ -166,8 +164,8 @@ def stack_biases(
     """Return the float32 biases of both GEMMs, zero-padded as the weights; None without any.
 
     Args:
-        parts, down: as for `quantize_experts`. gate_bias, up_bias: [L, I]. gate_up_bias: [L, 2 * I]
-            instead, in the order of layout. down_bias: [L, H].
+        format, parts, down: as for `quantize_experts`. gate_bias, up_bias: [L, I].
+        gate_up_bias: [L, 2 * I] instead, in the order of layout. down_bias: [L, H].
     """
     experts, intermediate, hidden = parts["up"].shape
     given: dict[str, torch.Tensor | None] = {
@@ -204,12 +202,10 @@ def stack_biases(
     if gate_up_bias is not None:
         pair = split_gate_up(gate_up_bias[..., None], layout)
         gate_bias, up_bias = (half[..., 0] for half in pair)
-    sizes = [round_up(intermediate, BLOCK)] * len(parts), round_up(hidden, BLOCK)
+    i_padded, h_padded = (round_up(size, format.multiple) for size in (intermediate, hidden))
     halves = [gate_bias, up_bias] if "gate" in parts else [up_bias]
-    first = [
-        _padded_bias(b, experts, n, down.device) for b, n in zip(halves, sizes[0], strict=True)
-    ]
-    return torch.cat(first, 1), _padded_bias(down_bias, experts, sizes[1], down.device)
+    first = torch.cat([_padded_bias(half, experts, i_padded, down.device) for half in halves], 1)
+    return first, _padded_bias(down_bias, experts, h_padded, down.device)
 
 
 def _padded_bias(
@@ -221,18 +217,9 @@ def _padded_bias(
     return out
 
 
-def _empty(experts: int, rows: int, columns: int, device: torch.device) -> NVFP4Values:
-    # Zero bytes are zero codes and zero scales: what padding must hold.
-    return NVFP4Values(
-        torch.zeros(experts, rows, NVFP4.packed_columns(columns), dtype=torch.uint8, device=device),
-        torch.zeros(
-            experts, rows, NVFP4.scale_columns(columns), dtype=torch.uint8, device=device
-        ).view(NVFP4.scale_dtype),
-        torch.zeros(experts, dtype=torch.float32, device=device),
-    )
-
-
-def _global_scale(weights: dict[str, torch.Tensor], expert: int) -> torch.Tensor:
+def _global_scale(
+    format: WeightFormat, weights: dict[str, torch.Tensor], expert: int
+) -> torch.Tensor:
     # From the largest magnitude of all of them: an all-zero gate must not bring its scale of 1.
     ends = {name: torch.stack(torch.aminmax(w[expert])).float() for name, w in weights.items()}
     for name, pair in ends.items():
@@ -243,25 +230,28 @@ def _global_scale(weights: dict[str, torch.Tensor], expert: int) -> torch.Tensor
                 f"values from {float(pair[0])} to {float(pair[1])}",
                 "Find the layer that made them.",
             )
-    return nvfp4_global_scale(torch.stack(list(ends.values())))
+    return format.global_scale(torch.stack(list(ends.values())))
 
 
 def _quantize_into(
-    out: NVFP4Values,
+    format: WeightFormat,
+    out: StoredMatrix,
     expert: int,
     place: slice,
     weight: torch.Tensor,
     global_scale: torch.Tensor,
     method: str,
 ) -> None:
-    columns = round_up(weight.shape[1], BLOCK)
+    columns = round_up(weight.shape[1], format.multiple)
     if columns != weight.shape[1]:
         weight = F.pad(weight, (0, columns - weight.shape[1]))
-    values = quantize_nvfp4(weight, global_scale, method)
+    values = format.quantize(weight, global_scale, method).parts()
     rows = slice(place.start, place.start + weight.shape[0])
-    out.packed[expert, rows] = values.packed
-    out.block_scale.view(torch.uint8)[expert, rows] = values.block_scale.view(torch.uint8)
-    out.global_scale[expert] = values.global_scale
+    for (name, whole), part in zip(out.parts().items(), format.parts, strict=True):
+        # Float8 has no assignment to a slice everywhere; its bytes do.
+        plain = torch.uint8 if part.dtype.itemsize == 1 else part.dtype
+        where = (expert, rows) if part.columns else expert
+        whole.view(plain)[where] = values[name].view(plain)
 
 
 def activation_scale(

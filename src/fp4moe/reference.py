@@ -18,12 +18,9 @@ import torch
 from .activations import Activation, get_activation
 from .errors import must
 from .experts import ExpertWeights
-from .formats.base import NVFP4
 from .precision import without_autocast
 
 __all__ = [
-    "fake_quantize_activation",
-    "fake_quantize_intermediate",
     "moe_definition",
     "reference",
     "reference_w4a4",
@@ -134,65 +131,26 @@ def reference_w4a4(
     The input is rounded to bfloat16 and quantised with `hidden_scale`, the intermediate with
     `intermediate_scale`; each expert's output is rounded to bfloat16 before the weighted sum in
     float32. `intermediate_dtype` is what gate, up and then the intermediate are rounded to before
-    it is quantised: float32 in TRT-LLM-Gen, which quantises by `fake_quantize_intermediate`,
-    bfloat16 in CUTLASS, which does by `fake_quantize_activation`. Else as `reference`. Source:
+    it is quantised: float32 in TRT-LLM-Gen, which quantises by the format's `round_intermediate`,
+    bfloat16 in CUTLASS, which does by its `round_activation`. Else as `reference`. Source:
     FlashInfer 0.7.2, fp4_quantize and the CUTLASS activation kernel; the machine code of
     TRT-LLM-Gen.
     """
-    x = fake_quantize_activation(hidden.to(torch.bfloat16).float(), weights.hidden_scale)
+    rounded = hidden.to(torch.bfloat16).float()
+    x = weights.number_format.round_activation(rounded, weights.hidden_scale)
     args = (_loader(weights), weights.local_experts, weights.expert_offset, weights.activation)
-    quantise = (weights.intermediate_scale, intermediate_dtype)
-    return _run(x, expert_ids, routing_weights, *args, *quantise).to(hidden.dtype)
-
-
-def fake_quantize_activation(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Round float32 x [..., K] to NVFP4 as FlashInfer's fp4_quantize does.
-
-    `scale` is the decode multiplier (ModelOpt's input_scale). Block scale = e4m3(amax / 6 / scale),
-    saturated at 448; a block whose scale rounds to 0 becomes 0. It differs from the weights'
-    quantiser, which never writes scale 0.
-    """
-    blocks = _blocks(x)
-    block_scale = _to_e4m3(blocks.abs().amax(-1, keepdim=True) / scale * (1.0 / NVFP4.element_max))
-    reciprocal = torch.where(block_scale > 0, 1.0 / (block_scale * scale), 0.0)
-    element = _to_e2m1(blocks * reciprocal)
-    return (element * (block_scale * scale)).flatten(-2)[..., : x.shape[-1]]
-
-
-def fake_quantize_intermediate(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Round float32 x [..., K] to NVFP4 as the first GEMM of TRT-LLM-Gen does with its output.
-
-    `scale` is the decode multiplier. It differs from `fake_quantize_activation` in the order of the
-    float32 operations only, hence in ties: block scale = e4m3((amax * (1 / scale)) * (1 / 6)),
-    element = e2m1((x * (1 / block scale)) * (1 / scale)). The machine code of flashinfer-cubin
-    0.6.13 says so (tests/blackwell/machine_code).
-    """
-    # The kernel's factor also holds the scales of up and of the input, which are in x here.
-    encode = 1.0 / scale
-    blocks = _blocks(x)
-    block_scale = _to_e4m3(blocks.abs().amax(-1, keepdim=True) * encode * (1.0 / NVFP4.element_max))
-    # Exact; the hardware's MUFU.RCP is approximate.
-    reciprocal = torch.where(block_scale > 0, 1.0 / block_scale, 0.0)
-    element = _to_e2m1(blocks * reciprocal * encode)
-    return (element * (block_scale * scale)).flatten(-2)[..., : x.shape[-1]]
-
-
-def _blocks(x: torch.Tensor) -> torch.Tensor:
-    padding = -x.shape[-1] % NVFP4.block_size
-    return torch.nn.functional.pad(x, (0, padding)).unflatten(-1, (-1, NVFP4.block_size))
-
-
-def _to_e4m3(x: torch.Tensor) -> torch.Tensor:
-    return x.clamp(max=NVFP4.scale_max).to(NVFP4.scale_dtype).float()
-
-
-def _to_e2m1(x: torch.Tensor) -> torch.Tensor:
-    magnitude = x.abs()
-    # Spacing of the E2M1 grid: 0.5 below 2, 1 below 4, 2 above; round() goes to the even code at a
-    # tie.
-    step = torch.full_like(magnitude, 2.0)
-    step = step.masked_fill(magnitude < 4, 1.0).masked_fill(magnitude < 2, 0.5)
-    return ((magnitude / step).round() * step).clamp(max=NVFP4.element_max).copysign(x)
+    format = weights.number_format
+    in_epilogue = intermediate_dtype == torch.float32
+    quantise = format.round_intermediate if in_epilogue else format.round_activation
+    return _run(
+        x,
+        expert_ids,
+        routing_weights,
+        *args,
+        weights.intermediate_scale,
+        intermediate_dtype,
+        quantise,
+    ).to(hidden.dtype)
 
 
 def _loader(weights: ExpertWeights) -> LoadExpert:
@@ -213,6 +171,7 @@ def _run(
     activation: str | Activation,
     intermediate_scale: torch.Tensor | None = None,
     intermediate_dtype: torch.dtype = torch.float32,
+    quantise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     if (
         hidden.ndim != 2
@@ -226,8 +185,6 @@ def _run(
             "Flatten the tokens.",
         )
     combine = get_activation(activation, caller="reference").combine
-    in_epilogue = intermediate_dtype == torch.float32
-    quantise = fake_quantize_intermediate if in_epilogue else fake_quantize_activation
     x = hidden.float()
 
     def rounded(value: torch.Tensor) -> torch.Tensor:
@@ -242,7 +199,7 @@ def _run(
         up = rounded(product(rows, part, "up"))
         gate = rounded(product(rows, part, "gate")) if "gate" in part else None
         y = rounded(combine(up, gate))
-        if intermediate_scale is None:
+        if intermediate_scale is None or quantise is None:
             return product(y, part, "down")
         quantised = quantise(y, intermediate_scale[expert])
         return product(quantised, part, "down").bfloat16().float()

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from .errors import must
-from .formats.base import NVFP4
-from .formats.nvfp4 import NVFP4Values
-from .pack import BLOCK
+from .formats import StoredMatrix
 
 __all__ = ["resized", "slice_intermediate"]
 
@@ -26,13 +24,17 @@ def resized(
     if (hidden, intermediate) == (weights.hidden_padded, weights.intermediate_padded):
         return weights
 
-    def values(old: NVFP4Values, rows: int, columns: int, halves: int) -> NVFP4Values:
-        scale = old.block_scale.view(torch.uint8)
-        return NVFP4Values(
-            resize(old.packed, rows, NVFP4.packed_columns(columns), halves),
-            resize(scale, rows, NVFP4.scale_columns(columns), halves).view(NVFP4.scale_dtype),
-            old.global_scale,
-        )
+    format = weights.number_format
+
+    def matrix(old: StoredMatrix, rows: int, columns: int, halves: int) -> StoredMatrix:
+        shapes = format.shapes(weights.local_experts, rows, columns)
+        parts = old.parts()
+        for name, (dtype, shape) in shapes.items():
+            if len(shape) == 3:
+                size = dtype.itemsize
+                found = resize(parts[name].view(torch.uint8), rows, shape[2] * size, halves)
+                parts[name] = found.view(dtype)
+        return format.container(**parts)
 
     def bias(old: torch.Tensor | None, rows: int, halves: int) -> torch.Tensor | None:
         if old is None:
@@ -44,8 +46,8 @@ def resized(
     halves = 1 + weights.gated
     return dataclasses.replace(
         weights,
-        gate_up=values(weights.gate_up, halves * intermediate, hidden, halves),
-        down=values(weights.down, hidden, intermediate, 1),
+        gate_up=matrix(weights.gate_up, halves * intermediate, hidden, halves),
+        down=matrix(weights.down, hidden, intermediate, 1),
         gate_up_bias=bias(weights.gate_up_bias, halves * intermediate, halves),
         down_bias=bias(weights.down_bias, hidden, 1),
     )
@@ -53,10 +55,12 @@ def resized(
 
 def slice_intermediate(weights: ExpertWeights, start: int, stop: int) -> ExpertWeights:
     """Return intermediate columns start..stop-1; only the first slice keeps the bias of down."""
-    if not 0 <= start < stop <= weights.intermediate_padded or start % BLOCK or stop % BLOCK:
+    format = weights.number_format
+    multiple = format.multiple
+    if not 0 <= start < stop <= weights.intermediate_padded or start % multiple or stop % multiple:
         must(
             "slice_intermediate: start and stop",
-            f"be multiples of {BLOCK} with 0 <= start < stop <= {weights.intermediate_padded}",
+            f"be multiples of {multiple} with 0 <= start < stop <= {weights.intermediate_padded}",
             f"{start} and {stop}",
             "Move them to a block boundary.",
         )
@@ -64,15 +68,16 @@ def slice_intermediate(weights: ExpertWeights, start: int, stop: int) -> ExpertW
     def rows(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.unflatten(1, (1 + weights.gated, -1))[:, :, start:stop].flatten(1, 2)
 
-    first, down, down_bias = weights.gate_up, weights.down, weights.down_bias
+    first, down = weights.gate_up.parts(), weights.down.parts()
+    for name, part in zip(first, format.parts, strict=True):
+        if part.columns:
+            first[name] = rows(first[name])
+            down[name] = down[name][..., start // part.columns : stop // part.columns]
+    down_bias = weights.down_bias
     return dataclasses.replace(
         weights,
-        gate_up=NVFP4Values(rows(first.packed), rows(first.block_scale), first.global_scale),
-        down=NVFP4Values(
-            down.packed[..., start // 2 : stop // 2],
-            down.block_scale[..., start // BLOCK : stop // BLOCK],
-            down.global_scale,
-        ),
+        gate_up=format.container(**first),
+        down=format.container(**down),
         gate_up_bias=None if weights.gate_up_bias is None else rows(weights.gate_up_bias),
         down_bias=torch.zeros_like(down_bias) if down_bias is not None and start else down_bias,
         intermediate_size=max(1, min(stop, weights.intermediate_size) - start),

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fp4moe.errors import ShapeError, UnsupportedError
+from fp4moe.formats import NVFP4
 from fp4moe.formats import nvfp4 as quantize
-from fp4moe.formats.base import NVFP4
 from fp4moe.formats.nvfp4 import (
     NVFP4Values,
     dequantize_nvfp4,

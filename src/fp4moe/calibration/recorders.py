@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from ..activations import get_activation
 from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
-from ..formats.base import NVFP4
+from ..formats import NVFP4
 from ..fused import tensor_versions
 from ..kernels import PreparedWeights
 from ..models.block import ACTIVATION_SCALES, Candidate

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, UnsupportedError, must
-from ..formats.base import NVFP4
+from ..formats import NVFP4
 from ..version import __version__
 from .header import Spec, name_keys
 from .mtp import mtp_module

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from ..errors import CheckpointError, must
-from ..formats.base import NVFP4
+from ..formats import NVFP4
 from .header import Spec
 from .naming import FLOATS, OTHER, Convention, Matrix, form_words, listed, name_keys
 

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import CheckpointError, ShapeError
 from ..experts import ExpertWeights
-from ..formats.base import NVFP4
+from ..formats import NVFP4
 from ..formats.nvfp4 import NVFP4Values
 from ..linear import FP8Linear, NVFP4Linear
 from .files import CheckpointFiles

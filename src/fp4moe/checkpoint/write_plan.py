@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from ..errors import must
-from ..formats.base import NVFP4
+from ..formats import NVFP4
 from .files import WEIGHTS, CheckpointFiles
 from .header import Spec, name_keys
 from .modelopt_writer import Experts, Part

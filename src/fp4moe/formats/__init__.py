@@ -1,5 +1,8 @@
 """Number formats of stored weights, one file each."""
 
-from .base import NVFP4, BlockScaledFormat
+from .base import BlockScaledFormat, Part, StoredMatrix, WeightFormat
+from .nvfp4 import NVFP4
 
-__all__ = ["NVFP4", "BlockScaledFormat"]
+__all__ = ["FORMATS", "NVFP4", "BlockScaledFormat", "Part", "StoredMatrix", "WeightFormat"]
+
+FORMATS: dict[str, WeightFormat] = {NVFP4.name: NVFP4}

@@ -1,24 +1,127 @@
-"""Block-scaled number formats as data: the single source of their constants.
+"""What a number format of stored weights is: its constants, its parts, and how it quantises.
 
-value = element code x block scale x global scale. Only a format's name crosses an operator's
-schema.
+A stored matrix [E, N, K] consists of three tensors at most: codes, block scales, global scale. Only
+a format's name crosses an operator's schema.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["NVFP4", "BlockScaledFormat"]
+__all__ = ["BlockScaledFormat", "Part", "StoredMatrix", "WeightFormat"]
+
+SLOTS = ("packed", "block_scale", "global_scale")
+
+
+class Part(NamedTuple):
+    """One tensor of a stored matrix.
+
+    Attributes:
+        dtype: of the tensor; one of 8 bits crosses an operator as uint8.
+        columns: elements of the contraction axis that one entry covers; None: all of them, and all
+            rows, one entry a matrix.
+    """
+
+    dtype: torch.dtype
+    columns: int | None
+
+    def shape(self, experts: int, rows: int, columns: int) -> tuple[int, ...]:
+        """Return its shape for a stored matrix [experts, rows, columns]."""
+        return (experts,) if self.columns is None else (experts, rows, columns // self.columns)
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockScaledFormat:
-    """One block-scaled format.
+class StoredMatrix:
+    """The tensors of one matrix, or of one an expert; an absent part has size 0.
+
+    A plain container, so that an unsupported torch operation fails loudly.
+    """
+
+    packed: torch.Tensor
+    block_scale: torch.Tensor
+    global_scale: torch.Tensor
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """Return the tensors by name."""
+        return {name: getattr(self, name) for name in SLOTS}
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFormat:
+    """A number format of weights; each has one file here.
 
     Attributes:
         name: what the format is called in schemas and reports.
+        parts: of SLOTS, in order. multiple: what both sizes of a stored matrix are multiples of.
+    """
+
+    name: str
+    parts: tuple[Part, Part, Part]
+    multiple: int
+
+    def shapes(
+        self, experts: int, rows: int, columns: int
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return (dtype, shape) of each part of a stored matrix [experts, rows, columns]."""
+        named = zip(SLOTS, self.parts, strict=True)
+        return {name: (part.dtype, part.shape(experts, rows, columns)) for name, part in named}
+
+    def part(self, name: str) -> Part:
+        """Return the part of that name."""
+        return self.parts[SLOTS.index(name)]
+
+    def elements(self, packed_columns: int) -> int:
+        """Return the elements in a row of so many columns of codes."""
+        return packed_columns * (self.parts[0].columns or 1)
+
+    @property
+    def container(self) -> type[StoredMatrix]:
+        """The class of stored matrices."""
+        return StoredMatrix
+
+    def zeros(
+        self, experts: int, rows: int, columns: int, device: torch.device | None = None
+    ) -> StoredMatrix:
+        """Return a matrix of zeros: zero bytes are zero codes and zero scales."""
+        parts = {
+            name: torch.zeros(shape, dtype=torch.uint8, device=device).view(dtype)
+            if dtype.itemsize == 1
+            else torch.zeros(shape, dtype=dtype, device=device)
+            for name, (dtype, shape) in self.shapes(experts, rows, columns).items()
+        }
+        return self.container(**parts)
+
+    def global_scale(self, extremes: torch.Tensor) -> torch.Tensor:
+        """Return the global scale of values whose smallest and largest ones are among these."""
+        raise NotImplementedError
+
+    def quantize(
+        self, weight: torch.Tensor, global_scale: torch.Tensor, method: str
+    ) -> StoredMatrix:
+        """Quantise one matrix [rows, columns] whose columns are a multiple of `multiple`."""
+        raise NotImplementedError
+
+    def dequantize(self, stored: StoredMatrix, dtype: torch.dtype) -> torch.Tensor:
+        """Return the matrices [..., rows, columns]."""
+        raise NotImplementedError
+
+    def round_activation(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Round float32 x [..., K] as kernels of this format round their input."""
+        raise NotImplementedError
+
+    def round_intermediate(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Round float32 x [..., K] as a first GEMM does that quantises its own output."""
+        return self.round_activation(x, scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockScaledFormat(WeightFormat):
+    """value = element code x block scale x global scale.
+
+    Attributes:
         grid: the non-negative element values by code; the sign is the next higher bit.
         element_bits: bits of one element, its sign included.
         block_size: elements that share one block scale, along the contraction axis.
@@ -27,7 +130,6 @@ class BlockScaledFormat:
         scale_max: largest block scale.
     """
 
-    name: str
     grid: tuple[float, ...]
     element_bits: int
     block_size: int
@@ -52,15 +154,3 @@ class BlockScaledFormat:
     def scale_columns(self, columns: int) -> int:
         """Block scales that `columns` elements need."""
         return columns // self.block_size
-
-
-# E2M1 elements, E4M3 block scales (subnormal minimum 2^-9), one float32 global scale per tensor.
-NVFP4 = BlockScaledFormat(
-    name="nvfp4",
-    grid=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
-    element_bits=4,
-    block_size=16,
-    scale_dtype=torch.float8_e4m3fn,
-    scale_min=2.0**-9,
-    scale_max=448.0,
-)

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..errors import UnsupportedError, must
-from .base import NVFP4
+from .base import BlockScaledFormat, Part, StoredMatrix
 
 __all__ = [
+    "NVFP4",
     "NVFP4Values",
     "dequantize_nvfp4",
     "nvfp4_global_scale",
@@ -42,8 +43,8 @@ ROUND, ROUND_BITS = 1.5 * 2.0**23, 0x4B400000
 
 
 @dataclasses.dataclass(frozen=True)
-class NVFP4Values:
-    """An NVFP4 tensor; a plain container, so that an unsupported torch operation fails loudly.
+class NVFP4Values(StoredMatrix):
+    """An NVFP4 tensor.
 
     Attributes:
         packed: [..., K / 2] uint8, two codes a byte, low nibble = even element.
@@ -51,9 +52,46 @@ class NVFP4Values:
         global_scale: float32 decode multiplier, 0-d or one per leading index.
     """
 
-    packed: torch.Tensor
-    block_scale: torch.Tensor
-    global_scale: torch.Tensor
+
+@dataclasses.dataclass(frozen=True)
+class _NVFP4(BlockScaledFormat):
+    container = NVFP4Values
+
+    def global_scale(self, extremes: torch.Tensor) -> torch.Tensor:
+        return nvfp4_global_scale(extremes)
+
+    def quantize(
+        self, weight: torch.Tensor, global_scale: torch.Tensor, method: str
+    ) -> StoredMatrix:
+        return quantize_nvfp4(weight, global_scale, method)
+
+    def dequantize(self, stored: StoredMatrix, dtype: torch.dtype) -> torch.Tensor:
+        return dequantize_nvfp4(stored, dtype)
+
+    def round_activation(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        # It imports this file.
+        from .nvfp4_rounding import fake_quantize_activation
+
+        return fake_quantize_activation(x, scale)
+
+    def round_intermediate(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        from .nvfp4_rounding import fake_quantize_intermediate
+
+        return fake_quantize_intermediate(x, scale)
+
+
+# E2M1 elements, E4M3 block scales (subnormal minimum 2^-9), one float32 global scale per tensor.
+NVFP4 = _NVFP4(
+    name="nvfp4",
+    parts=(Part(torch.uint8, 2), Part(torch.float8_e4m3fn, 16), Part(torch.float32, None)),
+    multiple=16,
+    grid=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+    element_bits=4,
+    block_size=16,
+    scale_dtype=torch.float8_e4m3fn,
+    scale_min=2.0**-9,
+    scale_max=448.0,
+)
 
 
 def quantize_nvfp4(
@@ -125,7 +163,7 @@ def quantize_nvfp4(
     return NVFP4Values(packed, scale, g)
 
 
-def dequantize_nvfp4(q: NVFP4Values, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def dequantize_nvfp4(q: StoredMatrix, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Decode `q`: e2m1 x (block_scale x global_scale) in float32, then one cast.
 
     Args:

@@ -15,7 +15,7 @@ import torch
 from ..activations import get_activation
 from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
-from ..formats.base import NVFP4
+from ..formats import FORMATS
 from ..layer import HIDDEN_ALIGNMENTS, Layer, Routing, capability_name
 from ..routing import route
 from .devices import Devices
@@ -244,6 +244,8 @@ class Kernel:
         Args:
             capability: of the device, None on a CPU.
         """
+        if layer.format not in self.layouts:
+            return [f"it has no layout for {layer.format}, only for {', '.join(self.layouts)}"]
         reasons = self.devices.reasons(capability) if self.devices else []
         reasons = reasons or list(self.package_reasons())
         return [
@@ -376,7 +378,7 @@ class Kernel:
         if layout.apply is None:
             return
         _, hidden_padded, columns = operands.down_packed.shape
-        sizes = hidden_padded, columns * 2
+        sizes = hidden_padded, FORMATS[layer.format].elements(columns)
         multiples = layout.multiples(layer, HIDDEN_ALIGNMENTS[0])
         for what, size, multiple in zip(("hidden", "intermediate"), sizes, multiples, strict=True):
             if size % multiple:
@@ -409,8 +411,9 @@ def logical_weights(operands: Operands, layer: Layer) -> ExpertWeights:
         for gemm in ("gate_up", "down")
         for part in ("packed", "block_scale", "global_scale")
     }
-    for gemm in ("gate_up", "down"):
-        tensors[f"{gemm}.block_scale"] = tensors[f"{gemm}.block_scale"].view(NVFP4.scale_dtype)
+    for name, tensor in tensors.items():
+        dtype = FORMATS[layer.format].part(name.rpartition(".")[2]).dtype
+        tensors[name] = tensor if tensor.dtype == dtype else tensor.view(dtype)
     tensors["hidden_scale"] = operands.hidden_scale
     tensors["intermediate_scale"] = operands.intermediate_scale
     if operands.gate_up_bias is not None and operands.down_bias is not None:

@@ -9,7 +9,7 @@ import torch
 
 from .. import reference as definition
 from ..experts import ExpertWeights
-from ..formats.base import NVFP4
+from ..formats import FORMATS
 from .base import Call, Kernel, logical_layout, logical_weights
 
 __all__ = ["REFERENCE", "REFERENCE_W4A4", "ReferenceKernel"]
@@ -20,7 +20,7 @@ Definition = Callable[[torch.Tensor, ExpertWeights, torch.Tensor, torch.Tensor],
 class ReferenceKernel(Kernel):
     """A definition of `fp4moe.reference` behind the operator: any device, size and activation."""
 
-    layouts: ClassVar = {NVFP4.name: logical_layout(NVFP4.block_size)}
+    layouts: ClassVar = {name: logical_layout(f.multiple) for name, f in FORMATS.items()}
     intermediate_dtype = torch.float32
     biases = parameters = True
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..activations import Activation, get_activation
 from ..errors import UnsupportedError, check_choice, must
-from ..formats.base import NVFP4
+from ..formats import FORMATS
 from ..layer import Layer
 from .base import Kernel, current_capability
 from .flashinfer.cutlass import FLASHINFER_CUTLASS
@@ -103,7 +103,7 @@ def why_not(
     check_kernel_name(kernel, caller="why_not")
     activation = get_activation(activation, caller="why_not")
     activation.check_gate(gated, caller="why_not")
-    check_choice("format", format, (NVFP4.name,), caller="why_not")
+    check_choice("format", format, FORMATS, caller="why_not")
     sizes = {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import CheckpointError, UnsupportedError, must
 from ..experts import ExpertWeights
-from ..formats.base import NVFP4
+from ..formats import NVFP4
 from ..formats.nvfp4 import NVFP4Values
 from ..kernels import choose_kernel, current_capability
 from ..kernels.flashinfer.library import (

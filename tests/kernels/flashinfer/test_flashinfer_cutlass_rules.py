@@ -29,6 +29,7 @@ from fp4moe.activations import ACTIVATIONS as OURS
 from fp4moe.activations import get_activation
 from fp4moe.experts import ExpertWeights
 from fp4moe.formats.nvfp4 import NVFP4Values
+from fp4moe.formats.nvfp4_rounding import fake_quantize_activation
 from fp4moe.kernels import Layer
 from fp4moe.kernels.flashinfer.cutlass import (
     FLASHINFER_CUTLASS,
@@ -38,7 +39,7 @@ from fp4moe.kernels.flashinfer.cutlass import (
     enum_name,
     size_multiples,
 )
-from fp4moe.reference import fake_quantize_activation, reference_w4a4
+from fp4moe.reference import reference_w4a4
 
 KINDS = [(name, True) for name in GATED] + [(name, False) for name in UNGATED]
 INSTALLED = importlib.util.find_spec("flashinfer") is not None

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 
 from ...errors import UnsupportedError, must
-from ...formats.base import NVFP4
+from ...formats import NVFP4
 from ...layer import Layer, Routing
 from ..base import Call, LogitsCall
 from ..devices import Devices

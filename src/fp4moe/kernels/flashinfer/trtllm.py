@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...errors import UnsupportedError, must
-from ...formats.base import NVFP4
+from ...formats import NVFP4
 from ...layer import Layer, Routing
 from ..base import Call, LogitsCall, Operands
 from ..devices import Devices

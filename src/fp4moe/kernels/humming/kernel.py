@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from ...formats.base import NVFP4
+from ...formats import NVFP4
 from ...layer import Layer
 from ..base import (
     Call,

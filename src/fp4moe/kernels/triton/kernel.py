@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ...formats.base import NVFP4
+from ...formats import NVFP4
 from ...layer import Layer
 from ..base import Call, Kernel, Layout, LogitsCall, current_capability, each_matrix
 from ..devices import Devices
