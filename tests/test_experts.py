@@ -610,8 +610,8 @@ REFUSED = {
         lambda: ExpertWeights.from_state_dict(quantized().tensors()),
         "ExpertWeights.from_state_dict: state must hold ['down.block_scale', "
         "'down.global_scale', 'down.packed', 'gate_up.block_scale', 'gate_up.global_scale', "
-        "'gate_up.packed', 'hidden_scale', 'intermediate_scale'] and metadata with a format of nvfp4; missing [], "
-        "unexpected [], metadata None. Pass what ExpertWeights.state_dict returned.",
+        "'gate_up.packed', 'hidden_scale', 'intermediate_scale'] and metadata with a "
+        "format of nvfp4; missing [], unexpected [], metadata None. Pass what ExpertWeights.state_dict returned.",
     ),
 }
 

@@ -12,8 +12,8 @@ import torch
 from flashinfer_emulator import quantize_intermediate
 
 from fp4moe.experts import ExpertWeights
+from fp4moe.formats import NVFP4
 from fp4moe.formats.nvfp4 import NVFP4Values, pack_codes
-from fp4moe.formats.nvfp4_rounding import fake_quantize_activation, fake_quantize_intermediate
 from fp4moe.reference import reference_w4a4
 
 F = np.float32
@@ -70,7 +70,7 @@ def test_bit_for_bit(scale):
     values[0], values[1, 16:32] = 0, -0.0
     values[2:20] = values[2:20].mul(8).round() / 8  # ties
     want = dequantised(values.numpy(), scale)
-    got = fake_quantize_intermediate(values, torch.tensor([scale]))
+    got = NVFP4.round_intermediate(values, torch.tensor([scale]))
     assert got.numpy().tobytes() == want.tobytes()
 
 
@@ -91,7 +91,7 @@ def test_a_block_on_paper():
     x = torch.tensor([[3.0, 0.125, 0.375, 0.625, -0.875, 1.25, -1.75, 2.5] + [0.0] * 8])
     # 6, 0.25, 0.75, 1.25, -1.75, 2.5, -3.5, 5 times the step 2 / 4; ties go to the even code.
     want = [[3.0, 0.0, 0.5, 0.5, -1.0, 1.0, -2.0, 2.0] + [0.0] * 8]
-    assert fake_quantize_intermediate(x, torch.tensor([0.25])).tolist() == want
+    assert NVFP4.round_intermediate(x, torch.tensor([0.25])).tolist() == want
 
 
 THIRD = torch.tensor([1.0 / 3.0])
@@ -103,9 +103,9 @@ def test_the_order_decides_a_tie():
     x = torch.tensor([[2.5, 0.3125] + [0.0] * 14])
     step = 1.25 * THIRD
     want = [[6.0, 1.0] + [0.0] * 14]
-    assert torch.equal(fake_quantize_intermediate(x, THIRD), torch.tensor(want) * step)
+    assert torch.equal(NVFP4.round_intermediate(x, THIRD), torch.tensor(want) * step)
     want[0][1] = 0.5
-    assert torch.equal(fake_quantize_activation(x, THIRD), torch.tensor(want) * step)
+    assert torch.equal(NVFP4.round_activation(x, THIRD), torch.tensor(want) * step)
 
 
 def matrix(rows, columns, codes):

@@ -19,8 +19,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.experts import ExpertWeights
+from fp4moe.formats import NVFP4
 from fp4moe.formats.nvfp4 import NVFP4Values, dequantize_nvfp4, pack_codes
-from fp4moe.formats.nvfp4_rounding import fake_quantize_activation, fake_quantize_intermediate
 from fp4moe.reference import moe_definition, reference, reference_w4a4, sum_over_experts
 
 UNIT = 2.0**-24  # relative error of one float32 rounding
@@ -369,7 +369,7 @@ def nearest(values, table):
 
 
 def emulate(x, scale, intermediate=False):
-    """fake_quantize_activation (or _intermediate) of float32 x [N, K], one block at a time."""
+    """NVFP4.round_activation (or _intermediate) of float32 x [N, K], one block at a time."""
     out = torch.empty_like(x)
     for start in range(0, x.shape[1], 16):
         block = x[:, start : start + 16]
@@ -395,19 +395,19 @@ def test_the_tables_of_the_emulation():
 def test_a_block_on_paper():
     # amax 2, scale 1: 2 / 6 = 0.333 -> e4m3 0.34375; 1 / 0.34375 = 2.9 -> 3, 2 -> 5.8 -> 6.
     x = torch.tensor([[1.0, 2.0, -0.05, -0.5] + [0.0] * 12])
-    got = fake_quantize_activation(x, torch.tensor([1.0]))
+    got = NVFP4.round_activation(x, torch.tensor([1.0]))
     assert got.tolist() == [[1.03125, 2.0625, 0.0, -0.515625] + [0.0] * 12]
     # amax 6, scale 1: the block scale is 1 and ties go to the even code.
     x = torch.tensor([[6.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -5.0, -2.5, -0.25] + [0.0] * 5])
     want = [[6.0, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, -4.0, -2.0, 0.0] + [0.0] * 5]
-    assert fake_quantize_activation(x, torch.tensor([1.0])).tolist() == want
+    assert NVFP4.round_activation(x, torch.tensor([1.0])).tolist() == want
 
 
 def test_the_block_scale_is_a_product():
     # amax x fl(1/6) is 1.1875, a tie that goes to 1.25; amax / 6 would be just below it, 1.125.
     x = torch.zeros(1, 16)
     x[0, 0] = torch.nextafter(torch.tensor(7.125), torch.tensor(0.0))
-    assert fake_quantize_activation(x, torch.tensor([1.0]))[0, 0] == 6 * 1.25
+    assert NVFP4.round_activation(x, torch.tensor([1.0]))[0, 0] == 6 * 1.25
     assert (x[0, 0] / 6).to(torch.float8_e4m3fn).item() == 1.125
 
 
@@ -429,12 +429,12 @@ def activations(columns):
 def test_activation_quantiser_bit_for_bit(columns, scale):
     scale = torch.tensor([scale])
     for name, x in activations(columns):
-        got = fake_quantize_activation(x, scale)
+        got = NVFP4.round_activation(x, scale)
         assert torch.equal(got, emulate(x, scale)), name
-        other = fake_quantize_intermediate(x, scale)
+        other = NVFP4.round_intermediate(x, scale)
         assert torch.equal(other, emulate(x, scale, intermediate=True)), name
         # Any leading axes.
-        assert torch.equal(fake_quantize_activation(x.view(2, 3, 4, -1), scale).view_as(x), got)
+        assert torch.equal(NVFP4.round_activation(x.view(2, 3, 4, -1), scale).view_as(x), got)
 
 
 def test_scales_that_underflow_and_saturate():
@@ -446,7 +446,7 @@ def test_scales_that_underflow_and_saturate():
     # 448 * 6 * 0.5 = 1344 is the largest value; the rest of that block keeps its step.
     x[2] = torch.linspace(-1e9, 1e9, 16)
     x[3, 0], x[3, 1] = math.inf, 600.0
-    got = fake_quantize_activation(x, scale)
+    got = NVFP4.round_activation(x, scale)
     assert got[0].eq(0).all()
     assert got[1].tolist() == [0, 0, 0, 2.0**-9 * 6 * 0.5 / 2] + [0] * 12
     assert got[2].tolist() == [-1344.0] * 8 + [1344.0] * 8
@@ -458,7 +458,7 @@ def test_activation_quantiser_keeps_its_error_bound():
     """Half a step of the grid and half a step of e4m3: where nothing saturates or underflows."""
     x = torch.randn(512, 64)
     scale = x.abs().max() / (6 * 448)
-    error = (fake_quantize_activation(x, scale) - x).unflatten(1, (-1, 16)).abs().amax(-1)
+    error = (NVFP4.round_activation(x, scale) - x).unflatten(1, (-1, 16)).abs().amax(-1)
     amax = x.unflatten(1, (-1, 16)).abs().amax(-1)
     # A step of 2 of 6 at most, scaled by (1 + 1/16), or the top clipped by 1/16.
     assert (error <= amax / 6 * (1 + 2.0**-4) * (1 + 1e-6)).all()
@@ -472,7 +472,7 @@ def test_modelopt_quantises_activations_alike(scale):
         "modelopt.torch.quantization.qtensor.nvfp4_tensor", reason="optional package"
     ).NVFP4QTensor
     x = torch.randn(256, 128)
-    ours = fake_quantize_activation(x, torch.tensor([scale]))
+    ours = NVFP4.round_activation(x, torch.tensor([scale]))
     q, block_scale, double = NVFP4QTensor.quantize(
         x.clone(), 16, weights_scaling_factor_2=torch.tensor(scale)
     )

@@ -124,8 +124,8 @@ def test_unknown_activation():
     with pytest.raises(UnsupportedError) as error:
         why_not("reference", **LAYER | {"activation": "swiglu"})
     assert str(error.value) == (
-        "why_not: activation must be one of silu, gelu_tanh, gelu, relu2, relu, identity; got "
-        "'swiglu'. Pass one of these names."
+        "why_not: activation must be one of silu, gelu_tanh, gelu, relu2, relu, identity, "
+        "silu_step, silu_softcap; got 'swiglu'. Pass one of these names."
     )
 
 

@@ -34,6 +34,7 @@ EAGER = {
     "padding",
     "precision",
     "reference",
+    "resize",
     "routing",
     "saving",
     "version",

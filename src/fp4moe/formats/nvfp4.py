@@ -16,6 +16,7 @@ import torch
 
 from ..errors import UnsupportedError, must
 from .base import BlockScaledFormat, Part, StoredMatrix
+from .nvfp4_rounding import round_activation, round_intermediate
 
 __all__ = [
     "NVFP4",
@@ -69,15 +70,10 @@ class _NVFP4(BlockScaledFormat):
         return dequantize_nvfp4(stored, dtype)
 
     def round_activation(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        # It imports this file.
-        from .nvfp4_rounding import fake_quantize_activation
-
-        return fake_quantize_activation(x, scale)
+        return round_activation(self, x, scale)
 
     def round_intermediate(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        from .nvfp4_rounding import fake_quantize_intermediate
-
-        return fake_quantize_intermediate(x, scale)
+        return round_intermediate(self, x, scale)
 
 
 # E2M1 elements, E4M3 block scales (subnormal minimum 2^-9), one float32 global scale per tensor.

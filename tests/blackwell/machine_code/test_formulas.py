@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fp4moe.kernels.flashinfer.rows import gate_up_row_index
-from fp4moe.reference import fake_quantize_intermediate
+from fp4moe.formats import NVFP4
 
 from . import formulas
 from .values import E2M1, E4M3, nearest
@@ -55,7 +55,7 @@ def test_the_quantiser_of_the_reference(scale: float) -> None:
     block_scale = E4M3[nearest(wanted, E4M3)].astype(F)
     element = np.copysign(E2M1[nearest(outputs, E2M1)], outputs).astype(F)
     got = torch.from_numpy((element * (block_scale * F(scale))).T)
-    assert torch.equal(got, fake_quantize_intermediate(x, torch.tensor(scale)))
+    assert torch.equal(got, NVFP4.round_intermediate(x, torch.tensor(scale)))
     assert block_scale.min() == 0 and block_scale.max() == 448  # both ends are among them
 
 

@@ -28,8 +28,8 @@ from flashinfer_cutlass_emulator import (
 from fp4moe.activations import ACTIVATIONS as OURS
 from fp4moe.activations import get_activation
 from fp4moe.experts import ExpertWeights
+from fp4moe.formats import NVFP4
 from fp4moe.formats.nvfp4 import NVFP4Values
-from fp4moe.formats.nvfp4_rounding import fake_quantize_activation
 from fp4moe.kernels import Layer
 from fp4moe.kernels.flashinfer.cutlass import (
     FLASHINFER_CUTLASS,
@@ -147,13 +147,13 @@ def test_emulator_rounds_where_the_kernel_does(dtype: torch.dtype) -> None:
     call["input"] = call["input"].to(dtype)
     result = stand_in(newer=True)(**call)[0]
     parts = weights.dequantize()
-    x = fake_quantize_activation(call["input"].float(), weights.hidden_scale)
+    x = NVFP4.round_activation(call["input"].float(), weights.hidden_scale)
     wanted = torch.zeros(TOKENS, HIDDEN)
     for token, slot in (call["token_selected_experts"] >= 0).nonzero().tolist():
         expert = call["token_selected_experts"][token, slot]
         gate, up = ((parts[name][expert] @ x[token]).to(dtype).float() for name in ("gate", "up"))
         y = (torch.nn.functional.silu(gate) * up).to(dtype).float()
-        y = fake_quantize_activation(y, weights.intermediate_scale[expert])
+        y = NVFP4.round_activation(y, weights.intermediate_scale[expert])
         y = (parts["down"][expert] @ y).to(dtype).float()
         wanted[token] += y * call["token_final_scales"][token, slot]
     assert error(result, wanted.to(dtype)) < 2**-9
@@ -256,7 +256,7 @@ def test_quantiser_is_that_of_the_definition() -> None:
     x[1, :8] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])  # ties at scale 1
     x[1, 8:16] = 0
     scale = torch.tensor(2.0**-7)
-    assert torch.equal(quantize(x, 1 / scale) * scale, fake_quantize_activation(x, scale))
+    assert torch.equal(quantize(x, 1 / scale) * scale, NVFP4.round_activation(x, scale))
 
 
 def replaced(index: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
