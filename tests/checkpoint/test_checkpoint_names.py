@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fp4moe.errors import CheckpointError
+from fp4moe.testing import relative_error
 
 
 def move(tensors, pattern, to):
@@ -155,7 +156,7 @@ def test_the_size_beside_a_packed_weight_is_left_out(tmp_path, name):
     model = files.load(made.write(tmp_path / "packed", tensors, None, config))
     expected = made.expected(tmp_path / "float")
     # 1 / (1 / x) in float32 is x or a neighbour of it; the rest as in test_checkpoint_scales.py.
-    assert files.relative_error(files.logits(model), expected) < 5e-6
+    assert relative_error(files.logits(model), expected) < 5e-6
     alone = {k: v for k, v in tensors.items() if not k.endswith("3.up_proj.weight_packed")}
     with pytest.raises(CheckpointError, match=r"unexpected \d+ .*3\.up_proj\.weight_shape"):
         files.load(made.write(tmp_path / "alone", alone, None, config))
