@@ -23,6 +23,7 @@ from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.kernels import get_kernel
 from fp4moe.ops import nvfp4_moe_arguments
 from fp4moe.reference import moe_definition, reference, reference_w4a4
+from fp4moe.testing import make_layer
 
 OP = torch.ops.fp4moe.nvfp4_moe.default
 REFUSE = torch.ops.fp4moe.refuse_backward.default
@@ -31,16 +32,9 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 L, I, H, K = 6, 32, 48, 3  # noqa: E741
 
 
-def expert_weights(gated=True, activation="silu", local=L, seed=1, **kwargs):
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-
-    named = {"up": randn(local, I, H), "down": randn(local, H, I)}
-    if gated:
-        named["gate"] = randn(local, I, H)
-    return ExpertWeights.quantize(**named, activation=activation, **kwargs)
+def expert_weights(gated=True, activation="silu", **kwargs):
+    generator = torch.Generator().manual_seed(1)
+    return make_layer(L, H, I, activation, gated, generator=generator, **kwargs)
 
 
 WEIGHTS = expert_weights()

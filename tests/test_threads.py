@@ -20,6 +20,7 @@ from fp4moe.experts import ExpertWeights
 from fp4moe.kernels.flashinfer import library as flashinfer_library
 from fp4moe.passes.graph.execute import undisturbed
 from fp4moe.precision import float32_as_written
+from fp4moe.testing import float_weights
 
 IDS = torch.randint(1, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
@@ -166,14 +167,12 @@ def test_four_threads_at_the_first_call_of_a_compiled_model(
 @pytest.mark.parametrize("kernel", ["auto", "reference"])
 @pytest.mark.parametrize("gated", [True, False])
 def test_four_threads_at_the_first_fused_moe(gated, kernel, hasty):
-    first, down = torch.randn(8, 96 if gated else 48, 64) / 8, torch.randn(8, 64, 48) / 7
-    gate, up = first.chunk(2, 1) if gated else (None, first)
-    activation = "silu" if gated else "relu2"
+    named, activation = float_weights(8, 64, 48, gated), "silu" if gated else "relu2"
     hidden, ids = torch.randn(5, 64), torch.rand(5, 8).argsort(1)[:, :2].contiguous()
     routing = torch.rand(5, 2)
 
     def make():
-        return ExpertWeights.quantize(gate=gate, up=up, down=down, activation=activation)
+        return ExpertWeights.quantize(**named, activation=activation)
 
     expected = fp4moe.fused_moe(hidden, make(), ids, routing, kernel=kernel)
     weights = make()

@@ -39,11 +39,12 @@ def float_weights(
         by the root of the contracted size. Each expert's matrices have a size of their own, 0.5 to
         1.5: a scale of the wrong expert shows.
     """
-    common: dict[str, Any] = {"dtype": torch.float32, "device": device, "generator": generator}
 
     def normal(rows: int, columns: int) -> torch.Tensor:
-        size = torch.rand(experts, 1, 1, **common) + 0.5
-        return (torch.randn(experts, rows, columns, **common) * size / columns**0.5).to(dtype)
+        one, shape = (experts, 1, 1), (experts, rows, columns)
+        size = 0.5 + torch.rand(one, generator=generator, dtype=torch.float32, device=device)
+        values = torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
+        return (values * size / columns**0.5).to(dtype)
 
     named = {
         "up": normal(intermediate_size, hidden_size),
@@ -103,7 +104,7 @@ def random_codes(layer: Layer, device: torch.device | str = "cpu", seed: int = 0
             "Round them up, or use make_layer, which pads.",
         )
     generator = torch.Generator(device).manual_seed(seed)
-    floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    ones = torch.ones(layer.num_experts, dtype=torch.float32, device=device)
 
     def draw(low: int, high: int, rows: int, columns: int) -> torch.Tensor:
         shape = (layer.num_experts, rows, columns)
@@ -114,7 +115,7 @@ def random_codes(layer: Layer, device: torch.device | str = "cpu", seed: int = 0
     def values(rows: int, columns: int) -> NVFP4Values:
         # Block scales of 0.5 to 2, in steps of E4M3.
         scale = draw(0x30, 0x41, rows, NVFP4.scale_columns(columns)).view(NVFP4.scale_dtype)
-        factor = torch.full((layer.num_experts,), columns**-0.5 / 3, **floats)
+        factor = ones.new_full((layer.num_experts,), columns**-0.5 / 3)
         return NVFP4Values(draw(0, 256, rows, NVFP4.packed_columns(columns)), scale, factor)
 
     return ExpertWeights(
@@ -126,8 +127,8 @@ def random_codes(layer: Layer, device: torch.device | str = "cpu", seed: int = 0
         intermediate_size=layer.intermediate_size,
         num_experts=layer.num_experts,
         expert_offset=layer.expert_offset,
-        hidden_scale=torch.ones(1, **floats),
-        intermediate_scale=torch.ones(layer.num_experts, **floats),
+        hidden_scale=ones[:1].clone(),
+        intermediate_scale=ones,
     )
 
 

@@ -14,10 +14,9 @@ import pytest
 import torch
 from flashinfer_emulator import emulate_fp4_quantize, emulate_moe, emulate_routed_moe, route
 
-from fp4moe.experts import ExpertWeights
 from fp4moe.formats.nvfp4 import NVFP4Values
 from fp4moe.reference import reference_w4a4
-from fp4moe.testing import relative_error
+from fp4moe.testing import make_layer, relative_error
 
 try:
     VERSION = importlib.metadata.version("flashinfer-python")
@@ -85,17 +84,14 @@ def make(case, intermediate_scale=None):
     """Return (weights, hidden, ids, routing weights) of a case; weights hold local experts."""
     activation, hidden, intermediate, experts, top_k, tokens, first, local = case
     gated = activation != "relu2"
-
-    def random(*shape):
-        return torch.randn(*shape) / shape[-1] ** 0.5
-
     if intermediate_scale is None:
         intermediate_scale = torch.rand(local) * 0.008 + 0.002
-    weights = ExpertWeights.quantize(
-        up=random(local, intermediate, hidden),
-        gate=random(local, intermediate, hidden) if gated else None,
-        down=random(local, hidden, intermediate),
-        activation=activation,
+    weights = make_layer(
+        local,
+        hidden,
+        intermediate,
+        activation,
+        gated,
         hidden_scale=0.037,
         intermediate_scale=intermediate_scale,
         num_experts=experts,
