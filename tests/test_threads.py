@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import sys
 import threading
 
 import pytest
@@ -24,15 +23,6 @@ from fp4moe.testing import float_weights
 
 IDS = torch.randint(1, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def hasty():
-    """Let threads take turns after 10 us."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(before)
 
 
 def together(*functions):

@@ -72,7 +72,7 @@ def make_layer(
         dtype: of the float weights before they are quantised.
         **options: further arguments of `ExpertWeights.quantize`.
     """
-    named = float_weights(
+    named: dict[str, Any] = float_weights(
         experts,
         hidden_size,
         intermediate_size,

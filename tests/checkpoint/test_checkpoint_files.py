@@ -20,6 +20,8 @@ from fp4moe.checkpoint.files import CheckpointFiles
 from fp4moe.errors import CheckpointError
 
 hypothesis = pytest.importorskip("hypothesis", reason="optional package")
+from fuzzing import fuzz  # noqa: E402
+
 st = hypothesis.strategies
 
 TENSORS = {
@@ -29,12 +31,7 @@ TENSORS = {
     "empty": torch.empty(0, 7, dtype=torch.int64),
     "mask": torch.tensor([True, False]),
 }
-FUZZ = hypothesis.settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
+FUZZ = fuzz(150)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),

@@ -18,6 +18,8 @@ from fp4moe.errors import CheckpointError
 from fp4moe.testing import relative_error
 
 hypothesis = pytest.importorskip("hypothesis", reason="optional package")
+from fuzzing import fuzz  # noqa: E402
+
 st = hypothesis.strategies
 
 E4M3 = torch.float8_e4m3fn
@@ -341,13 +343,7 @@ EDIT = st.tuples(
 )
 
 
-@hypothesis.settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
+@fuzz(40)
 @hypothesis.given(st.lists(EDIT, min_size=1, max_size=2))
 def test_edited_key_sets_are_refused_or_equal(nemotron, tmp_path_factory, edits):
     swapped = []
@@ -379,13 +375,7 @@ def test_edited_key_sets_are_refused_or_equal(nemotron, tmp_path_factory, edits)
 JSON = st.sampled_from([None, 0, 17, -1.5, "", "NVFP4", "x" * 300, [], [1], {}, {"a": []}, True])
 
 
-@hypothesis.settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
+@fuzz(40)
 @hypothesis.given(st.lists(st.tuples(st.integers(0, 1000), JSON), min_size=1, max_size=2))
 def test_edited_quantisation_configurations_are_refused_or_equal(nemotron, tmp_path_factory, edits):
     directory = pathlib.Path(tmp_path_factory.mktemp("edited"))

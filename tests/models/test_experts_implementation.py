@@ -119,17 +119,8 @@ def logits(model):
 BUILDS = {"gemma4": gemma4, "nemotron_h": nemotron_h, "qwen3_moe": qwen3_moe}
 
 
-@pytest.fixture
-def eager_threads():
-    """Let threads change places at nearly every instruction."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(interval)
-
-
 @pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
-def test_four_threads_at_a_first_call_and_at_the_first_call_back(name, eager_threads):
+def test_four_threads_at_a_first_call_and_at_the_first_call_back(name, hasty):
     model = enlarge_experts(BUILDS[name]())
     expected = logits(fp4moe.replace_moe(copy.deepcopy(model), progress=False))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:

@@ -17,6 +17,8 @@ from fp4moe.tools import cli_quantize
 from fp4moe.tools.cli import main
 
 hypothesis = pytest.importorskip("hypothesis", reason="optional package")
+from fuzzing import fuzz  # noqa: E402
+
 st = hypothesis.strategies
 
 
@@ -68,12 +70,7 @@ REFUSED = ["selftest", "--tokens", "-3"]
 
 
 @hypothesis.given(data=st.data())
-@hypothesis.settings(
-    max_examples=400,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
+@fuzz(400)
 def test_no_command_line_ends_in_a_traceback(data, folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -101,12 +98,7 @@ CONFIGS = st.fixed_dictionaries(
 
 @pytest.mark.filterwarnings("ignore")  # torch's, of tensors without elements
 @hypothesis.given(config=CONFIGS)
-@hypothesis.settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
+@fuzz(300)
 def test_no_configuration_ends_in_a_traceback(config, tmp_path):
     small = {"vocab_size": 32, "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
     (tmp_path / "config.json").write_text(json.dumps(small | config))

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
+from refusals import assert_refused
 
-from fp4moe.errors import ShapeError
 from fp4moe.kernels.flashinfer.block_scales import deinterleave_128x4, interleave_128x4
 from fp4moe.kernels.flashinfer.rows import (
     down_row_index,
@@ -456,10 +456,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
-    call, message = REFUSED[case]
-    with pytest.raises(ShapeError) as error:
-        call()
-    assert str(error.value) == message
+    assert_refused(*REFUSED[case])
 
 
 @pytest.mark.gpu
