@@ -226,6 +226,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transposed", [False, True])
 def test_quantising_streams_one_expert_at_a_time(transposed):
     extra = {}

@@ -87,12 +87,14 @@ def test_schema():
     assert str(REFUSE._schema) == "fp4moe::refuse_backward(Tensor grad, Tensor like) -> Tensor"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 def test_opcheck(activation, gated):
     opcheck(OP, (*routed(5), *arguments(expert_weights(gated, activation))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 63])
 @pytest.mark.parametrize("kernel", DEFINITIONS)
@@ -112,6 +114,7 @@ def test_refuse_backward():
     assert not REFUSE._schema.is_mutable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", DEFINITIONS)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 63, 257])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -316,6 +319,7 @@ def compiled_with(backend):
     return (lambda f: f) if backend is None else torch.compile(backend=backend, fullgraph=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "leaf, backend",
     [(leaf, b) for leaf in ("hidden", "routing_weights") for b in (None, "eager", "aot_eager")]
@@ -360,6 +364,7 @@ def test_other_gradients_flow_past_the_operator(backend, fresh_dynamo):
 # Compilers.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend, dtype",
     [("eager", torch.float32), ("aot_eager", torch.bfloat16), ("inductor", torch.bfloat16)],
@@ -413,6 +418,7 @@ class Layer(torch.nn.Module):
         return x - OP(x * 2, ids, routing, *tensors, *self.fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", DEFINITIONS)
 def test_export_save_and_load(kernel, tmp_path, fresh_dynamo):
     layer = Layer(WEIGHTS, kernel)

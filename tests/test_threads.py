@@ -119,6 +119,7 @@ def run(model, given):
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_four_threads_replace_four_models(name, hasty, float32_settings):
     build, given = MODELS[name]
@@ -133,6 +134,7 @@ def test_four_threads_replace_four_models(name, hasty, float32_settings):
         assert torch.equal(torch.get_rng_state(), random)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ["given", "fused"])
 @pytest.mark.parametrize("build", [qwen3_moe, gemma4])
 def test_four_threads_at_the_first_call_of_a_compiled_model(

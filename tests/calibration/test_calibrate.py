@@ -280,6 +280,7 @@ def test_experts_that_route_themselves():
         torch.testing.assert_close(one.intermediate_ranges, other.intermediate_ranges, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_compiled_model_is_calibrated_in_eager_and_sees_the_scales_without_recompiling():
     model = enlarge_experts(qwen3_moe())

@@ -360,6 +360,7 @@ def test_fuzzed_bytes(tmp_path, edits, cut):
     check_like_the_library(tmp_path, bytes(data[:cut]))
 
 
+@pytest.mark.slow
 @FUZZ
 @hypothesis.given(
     key=st.sampled_from([*TENSORS, "new", "__metadata__"]),

@@ -107,6 +107,7 @@ def to_compressed(directory, target):
     return target
 
 
+@pytest.mark.slow
 def test_both_scale_conventions_give_equal_experts(gemma, tmp_path):
     compressed = to_compressed(gemma, tmp_path / "compressed")
     # Codes and block scales bit for bit; 1 / (1 / x) in float32 is x or a neighbour of it.
@@ -343,6 +344,7 @@ EDIT = st.tuples(
 )
 
 
+@pytest.mark.slow
 @fuzz(40)
 @hypothesis.given(st.lists(EDIT, min_size=1, max_size=2))
 def test_edited_key_sets_are_refused_or_equal(nemotron, tmp_path_factory, edits):

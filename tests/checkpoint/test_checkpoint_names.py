@@ -41,6 +41,7 @@ COUNTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), COUNTED)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_prediction_layers_behind_the_last_are_left_out(tmp_path, name, count, layers, caplog):
@@ -76,6 +77,7 @@ def test_a_count_inside_text_config(tmp_path):
         files.load(made.write(tmp_path / "wrong", made.tensors | more))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "nemotron_h", "gemma4", "deepseek_v3"])
 @pytest.mark.parametrize("prefix", ["mtp.layers.0.", "model.mtp.layers.0.", "model.mtp_layers.3."])
 def test_prediction_layers_by_name_are_left_out(tmp_path, name, prefix, caplog):
@@ -170,6 +172,7 @@ PREFIXES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "nemotron_h", "gemma4", "glm4_moe"])
 @pytest.mark.parametrize("where", PREFIXES)
 def test_a_prefix_that_differs_is_told_with_its_cure(tmp_path, name, where):

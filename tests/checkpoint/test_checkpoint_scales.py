@@ -108,6 +108,7 @@ def largest(tensors, path, projections):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gemma4", "nemotron_h"])
 @pytest.mark.parametrize("value", [None, 0.0, torch.inf], ids=["missing", "0", "inf"])
 @pytest.mark.parametrize("kernel", ["reference", "reference_w4a4"])

@@ -98,6 +98,7 @@ def exported(request, tmp_path_factory) -> Iterator[tuple[pathlib.Path, pathlib.
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_modelopt_writes_the_same_tensors(exported, tmp_path):
     source, theirs = exported
     assert (source / INDEX).exists(), "the model must be in several files"

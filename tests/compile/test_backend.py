@@ -330,6 +330,7 @@ class TestGradients:
             gradients, torch.autograd.grad(expected.sum(), weights), rtol=1e-5, atol=1e-5
         )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
     @pytest.mark.parametrize("place, name", [(0, "hidden states"), (2, "routing weights")])
     def test_inputs_that_need_a_gradient_are_left(self, inner, place, name):
@@ -374,6 +375,7 @@ def move(block):
 
 
 class TestChangedWeights:
+    @pytest.mark.slow
     @pytest.mark.parametrize("change", [change_in_place, load, load_and_assign, move])
     def test_the_next_call_uses_them(self, change):
         block = Block(Gated)
@@ -444,6 +446,7 @@ def logits(model):
 
 
 class TestDtypes:
+    @pytest.mark.slow
     def test_bfloat16_model(self):
         model = keep_layers(enlarge_experts(gemma4(dtype=torch.bfloat16)), 0)
         plain = CapturingBackend()
@@ -480,6 +483,7 @@ class TestDtypes:
         assert torch.equal(actual, run(replaced(block), *routed(5)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build, layers", [(gemma4, (0,)), (nemotron_h, (1, 2))])
 def test_inductor(build, layers):
     model = keep_layers(enlarge_experts(build()), *layers)

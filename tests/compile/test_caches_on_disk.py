@@ -27,6 +27,7 @@ print(json.dumps({**hits, "error": relative_error(out, want)}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["backend", "pass"])
 def test_a_second_process_hits(way, tmp_path):
     settings = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}

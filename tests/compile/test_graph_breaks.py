@@ -122,6 +122,7 @@ def counters():
     torch._dynamo.utils.counters.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counters")
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize("grad_mode", GRAD_MODES)
@@ -151,6 +152,7 @@ def test_backend(name, implementation, grad_mode, shapes):
 
 
 # After replace_moe nobody asks for the implementation: one graph must serve both.
+@pytest.mark.slow
 @pytest.mark.usefixtures("counters")
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize("grad_mode", GRAD_MODES)
@@ -173,6 +175,7 @@ def test_replaced_with_either_implementation(name, grad_mode, shapes):
     check_graph(inner.graphs[0], blocks=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_matrix_can_fail(name):
     # What the cases above look for is there without fp4moe, and the experts move the logits.
@@ -187,6 +190,7 @@ def test_the_matrix_can_fail(name):
         assert relative_error(expected(name, 5), actual) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counters")
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_models_of_two_blocks(name):
@@ -204,6 +208,7 @@ def test_whole_models_of_two_blocks(name):
     check_graph(inner.graphs[0], blocks=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, whole", [("gemma4", False), ("nemotron_h", True)])
 def test_three_lengths_compile_twice_and_pack_once(name, whole):
     inner = CapturingBackend()
@@ -228,6 +233,7 @@ def test_three_lengths_compile_twice_and_pack_once(name, whole):
     assert first == second and len(first) == 8 * blocks
 
 
+@pytest.mark.slow
 def test_marked_dynamic_compiles_once_for_three_lengths():
     inner = CapturingBackend()
     compiled = torch.compile(
@@ -261,6 +267,7 @@ def seen_tokens(graph_module):
 
 
 # generate() runs the prefill in eager, unless it comes in chunks: then they are compiled too.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "nemotron_h"])
 def test_generate_compiles_prefill_and_decode(name):
     prompt = tokens(8)
@@ -281,6 +288,7 @@ def test_generate_compiles_prefill_and_decode(name):
     assert all(keywords == {"mode": "reduce-overhead"} for keywords in inner.keywords)
 
 
+@pytest.mark.slow
 def test_generate_takes_options_in_place_of_a_mode():
     prompt = tokens(8)
     inner = CapturingBackend()
@@ -298,6 +306,7 @@ class TestEagerImplementation:
     def not_yet_warned(self, monkeypatch):
         monkeypatch.setattr(fp4moe.compile.backend, "_warned_eager", False)
 
+    @pytest.mark.slow
     def test_warns_once_with_the_fix(self):
         inner = CapturingBackend()
         model = float_model("qwen3_moe", "eager")
@@ -313,6 +322,7 @@ class TestEagerImplementation:
         assert "must not be 'eager', whose loop breaks the graph" in ours[0]
         assert "set_experts_implementation('grouped_mm') before compiling" in ours[0]
 
+    @pytest.mark.slow
     def test_can_be_an_error(self):
         compiled = torch.compile(
             float_model("qwen3_moe", "eager"),
@@ -362,6 +372,7 @@ nvfp4_moe_default: f32[10, 64] = fp4moe.nvfp4_moe.default(
     <packed experts>, gelu_tanh, True, reference, 8, 0)""",
         )
 
+    @pytest.mark.slow
     def test_nemotron_h(self):
         assert_expected_inline(
             shown("nemotron_h", dynamic=False),
@@ -371,6 +382,7 @@ nvfp4_moe_default: f32[10, 64] = fp4moe.nvfp4_moe.default(
     <packed experts>, relu2, False, reference, 8, 0)""",
         )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["gemma4", "nemotron_h"])
     def test_a_dynamic_length_changes_the_shape_alone(self, name):
         static = shown(name, dynamic=False)

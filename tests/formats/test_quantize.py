@@ -120,6 +120,7 @@ def tensors():
     yield "few bits", (normal * 4).round() / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ndim", [2, 3])
 def test_bit_equal_to_modelopt(dtype, ndim):
@@ -383,6 +384,7 @@ STRIDES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("chunk", [1, 7])
 @pytest.mark.parametrize("method", ["max", "mse"])
@@ -448,6 +450,7 @@ class AllocatedBytes(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["max", "mse"])
 @pytest.mark.parametrize("view", ["contiguous", "transposed"])
 def test_scratch_is_bounded(monkeypatch, method, view):

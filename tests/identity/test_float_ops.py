@@ -86,6 +86,7 @@ def test_numbers(name):
     assert expected.abs().max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_contract_with_torch(name):
     make, form = FORMS[name]

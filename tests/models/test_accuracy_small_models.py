@@ -40,6 +40,7 @@ def reports(request, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_the_models_have_learnt(reports):
     text = b"\n".join(standard_library_text())
     rivals = [8 * len(f(text)) / len(text) for f in (lambda t: zlib.compress(t, 9), lzma.compress)]

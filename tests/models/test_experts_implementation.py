@@ -55,6 +55,7 @@ def test_a_model_can_be_switched_to_it():
     assert sum(isinstance(m, FusedExperts) for m in model.modules()) == 2
 
 
+@pytest.mark.slow
 def test_after_one_eager_call_it_compiles_without_a_break(fresh_dynamo):
     model = gemma4("fp4moe")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -63,6 +64,7 @@ def test_after_one_eager_call_it_compiles_without_a_break(fresh_dynamo):
         assert torch.equal(compiled(IDS).logits, expected)
 
 
+@pytest.mark.slow
 def test_a_first_call_under_compile_packs_at_a_break_or_says_what_to_do(fresh_dynamo):
     model = gemma4("fp4moe")
     with torch.no_grad():
@@ -86,6 +88,7 @@ def test_experts_that_cannot_be_fused_are_refused_by_name():
     assert experts.gate_up_proj.shape == (8, 96, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["fp4moe, transformers", "transformers, fp4moe"])
 def test_importing_registers_nothing_with_transformers(order):
     code = (
@@ -119,6 +122,7 @@ def logits(model):
 BUILDS = {"gemma4": gemma4, "nemotron_h": nemotron_h, "qwen3_moe": qwen3_moe}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
 def test_four_threads_at_a_first_call_and_at_the_first_call_back(name, hasty):
     model = enlarge_experts(BUILDS[name]())
@@ -134,6 +138,7 @@ def test_four_threads_at_a_first_call_and_at_the_first_call_back(name, hasty):
             assert all(torch.equal(result, first) for result in others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_there_and_back_again(name, dtype, caplog):
@@ -231,6 +236,7 @@ def test_calibrated_ranges_survive_the_way_back():
         assert hidden.tolist() == [0.5] and inner.tolist() == [0.25] * 8
 
 
+@pytest.mark.slow
 def test_a_compiled_model_goes_back_at_a_break(fresh_dynamo):
     model = enlarge_experts(gemma4("fp4moe"))
     packed = logits(model)

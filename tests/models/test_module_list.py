@@ -90,6 +90,7 @@ def test_autocast_around_it_refuses_nothing(make):
         replaced(make)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", STYLES)
 @torch.no_grad()
 def test_replaced_model_computes_the_dequantised_weights(make):
@@ -111,6 +112,7 @@ def test_replaced_model_computes_the_dequantised_weights(make):
     assert tensor(model.blocks[0](x[:, :0])).shape == (1, 0, H)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("make", STYLES)
 @torch.no_grad()
@@ -150,6 +152,7 @@ def test_router_and_shared_parts_stay_as_they_were(make):
     assert all(isinstance(getattr(block, name), FusedExperts) for block in model.blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", STYLES)
 @torch.no_grad()
 def test_copies_compute_the_same(make):
@@ -162,6 +165,7 @@ def test_copies_compute_the_same(make):
     assert torch.equal(other(x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", STYLES)
 @torch.no_grad()
 def test_compiles_to_one_operator_per_block(make, fresh_dynamo):
@@ -177,6 +181,7 @@ def test_compiles_to_one_operator_per_block(make, fresh_dynamo):
     assert counts == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", STYLES)
 def test_explain_before_and_after(make):
     model = make_model(make)
@@ -203,6 +208,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forms(make, dtype):
@@ -382,6 +388,7 @@ NEAR_MISSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEAR_MISSES)
 def test_near_misses_are_refused_and_unchanged(name):
     make, reason = NEAR_MISSES[name]

@@ -189,6 +189,7 @@ def check_refused(model, reason, count, **options):
     assert fingerprint(model) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", LAST_ONLY, ids=lambda spoil: spoil.__name__)
 def test_one_impossible_layer_leaves_the_whole_model_alone(spoil):
     model = qwen3_moe()
@@ -510,6 +511,7 @@ MEMORY = """
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_stays_below_a_layer_and_the_rest_is_given_back():
     command = [sys.executable, "-c", textwrap.dedent(MEMORY)]
     # glibc then gives every large tensor back as soon as it is freed.

@@ -291,6 +291,7 @@ def on_grid(block):
     return block
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("what", AROUND)
 def test_what_stands_around_a_layer_stays(what, implementation):
@@ -312,6 +313,7 @@ def test_what_stands_around_a_layer_stays(what, implementation):
 
 
 class TestNearMisses:
+    @pytest.mark.slow
     @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
     @pytest.mark.parametrize("what", NEAR)
     def test_is_left_with_its_reason(self, what, implementation):
@@ -438,6 +440,7 @@ def float_output(block):
 
 
 class TestForms:
+    @pytest.mark.slow
     @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
     @pytest.mark.parametrize("form", FORMS)
     def test_is_told_from_its_numbers(self, form, implementation):
@@ -459,6 +462,7 @@ class TestForms:
         # Float32 sums of 64 and 48 terms in another order: sqrt(64) * 2^-24 each, five-fold.
         assert relative_error(actual, before) < 5e-6
 
+    @pytest.mark.slow
     def test_square_weights(self):
         # H = I: shapes tell nothing about transposition.
         class Square(Plain):
@@ -546,6 +550,7 @@ class TestWithoutVerification:
         report, _, _ = rewrite(Block(experts), tokens, verify=False)
         assert report.blocks[0].form == "gated (gate_up) silu"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("form", FORMS)
     def test_forms_are_told_all_the_same(self, form):
         report, _, _ = rewrite(Block(form_class(form)), verify=False)
@@ -648,6 +653,7 @@ class TestVerification:
             rows = drawn[role].flatten(0, 1)
             assert torch.unique(rows, dim=0).shape == rows.shape
 
+    @pytest.mark.slow
     def test_structure_is_verified_once(self, monkeypatch):
         class Four(nn.Module):
             def __init__(self):

@@ -72,6 +72,7 @@ def kinds(model, kind):
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_logits_equal_independent_dequantisation(checkpoint, registered, name):
     directory = checkpoint(name)
@@ -131,6 +132,7 @@ def test_the_rest_is_loaded_as_transformers_does(checkpoint, tmp_path, name):
         model.save_pretrained(tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_loaded_model_compiles_without_a_break(checkpoint, fresh_dynamo):
     model = load(checkpoint("modelopt nemotron"))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -139,6 +141,7 @@ def test_loaded_model_compiles_without_a_break(checkpoint, fresh_dynamo):
         assert relative_error(compiled(ids).logits, makers.logits(model)) < ROUNDING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "nemotron_h_latent", "qwen3_moe", "gemma4_multimodal"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_float_checkpoints_are_quantised_as_replace_moe_does(tmp_path, name, dtype):
@@ -405,6 +408,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoints_are_refused_with_the_keys(checkpoint, tmp_path, registered, damage):
     change, kind, key = DAMAGES[damage]
@@ -484,6 +488,7 @@ print(status("VmHWM") - before - held)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
 def test_peak_memory_is_below_the_largest_shard_and_one_layer(tmp_path):
     config = transformers.Qwen3MoeConfig(

@@ -69,6 +69,7 @@ WORDS = ["reference", "auto", "max", "mse", "nano", "cpu", "cuda", "cuda:9", "fo
 REFUSED = ["selftest", "--tokens", "-3"]
 
 
+@pytest.mark.slow
 @hypothesis.given(data=st.data())
 @fuzz(400)
 def test_no_command_line_ends_in_a_traceback(data, folder, monkeypatch, tmp_path):
@@ -96,6 +97,7 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's, of tensors without elements
 @hypothesis.given(config=CONFIGS)
 @fuzz(300)
@@ -138,6 +140,7 @@ def test_one_line_and_code_2(arguments, said, folder, tmp_path, monkeypatch, cap
     assert said in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["selftest", "--device", "cuda:99"], ["explain", "a/b/c"]])
 def test_a_process_prints_no_traceback(arguments):
     command = [sys.executable, "-m", "fp4moe", *arguments]

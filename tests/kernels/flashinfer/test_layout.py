@@ -332,6 +332,7 @@ print(status("VmHWM") - before, out.nbytes)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
 @pytest.mark.parametrize(
     "name", "permute,permute strided,interleave,interleave rest,deinterleave,pad,trim".split(",")

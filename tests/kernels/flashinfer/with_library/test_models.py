@@ -88,6 +88,7 @@ def test_replaced(emulated, name, hidden_alignment):
     assert {row.padded_sizes[0] % hidden_alignment for row in rows} == {0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("way", ["replace_moe", "backend"])
 def test_compiled_without_a_break(emulated, name, way):
@@ -110,6 +111,7 @@ def test_compiled_without_a_break(emulated, name, way):
         assert {node.args[13] for node in nodes} == {"flashinfer_trtllm"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "nemotron_h"])
 def test_fused_routing(emulated, name):
     model, ids = build(name), torch.randint(0, 32, (2, 5))
@@ -144,6 +146,7 @@ def test_readme(emulated, tmp_path, monkeypatch):
     fp4moe.set_flashinfer()
 
 
+@pytest.mark.slow
 def test_the_report_names_the_kernel(emulated):
     model, reports = build("gemma4"), []
     from fp4moe.passes import rewrite_moe

@@ -63,6 +63,7 @@ def blackwell(claim):
     claim((10, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden_alignment", [128, 256, 512])
 @pytest.mark.parametrize("hidden, intermediate", SIZES)
 @pytest.mark.parametrize("activation, gated", FORMS)
@@ -78,6 +79,7 @@ def test_numbers(emulated, activation, gated, hidden, intermediate, hidden_align
 
 
 # Gemma4-26B-A4B, and Nemotron-3-Nano at the three hidden sizes: real widths, few experts.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "hidden, intermediate, form, hidden_alignment",
     [(2816, 704, FORMS[1], 256)] + [(2688, 1856, FORMS[2], a) for a in (128, 256, 512)],
@@ -404,6 +406,7 @@ def test_what_the_library_cannot_route(routing, experts, text):
 # Refusals.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "epilogue, activation, gated",
     [("swiglu", *FORMS[0]), ("geglu", *FORMS[1]), ("relu2", *FORMS[2])],
@@ -581,6 +584,7 @@ def test_compiled_without_a_break(emulated, fresh_dynamo):
     assert [n.target for n in graph.graph.nodes if n.op == "call_function"].count(OP) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden, intermediate", SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_fake_agrees(emulated, hidden, intermediate, dtype):
