@@ -15,13 +15,12 @@ from collections.abc import Callable
 import pytest
 import safetensors.torch
 import torch
+from fuzzing import fuzz
 
 from fp4moe.checkpoint.files import CheckpointFiles
 from fp4moe.errors import CheckpointError
 
 hypothesis = pytest.importorskip("hypothesis", reason="optional package")
-from fuzzing import fuzz  # noqa: E402
-
 st = hypothesis.strategies
 
 TENSORS = {

@@ -10,6 +10,7 @@ import shutil
 import checkpoint_makers as makers
 import pytest
 import torch
+from fuzzing import fuzz
 
 import fp4moe
 from fp4moe.checkpoint.compressed_tensors import compressed_convention
@@ -18,8 +19,6 @@ from fp4moe.errors import CheckpointError
 from fp4moe.testing import relative_error
 
 hypothesis = pytest.importorskip("hypothesis", reason="optional package")
-from fuzzing import fuzz  # noqa: E402
-
 st = hypothesis.strategies
 
 E4M3 = torch.float8_e4m3fn

@@ -1,12 +1,14 @@
-"""How hypothesis runs here. Import this behind `pytest.importorskip("hypothesis")`."""
+"""How hypothesis runs here."""
 
 from __future__ import annotations
 
-import hypothesis
+from typing import Any
 
 
-def fuzz(max_examples: int) -> hypothesis.settings:
-    """The same examples in every run, however slow; fixtures stay from one to the next."""
+def fuzz(max_examples: int) -> Any:
+    """Settings: the same examples in every run, however slow; fixtures stay for all of them."""
+    import hypothesis
+
     return hypothesis.settings(
         max_examples=max_examples,
         deadline=None,

@@ -9,6 +9,7 @@ import sys
 import pytest
 import tiny_models
 import torch
+from fuzzing import fuzz
 from huggingface_hub import constants
 
 import fp4moe
@@ -17,8 +18,6 @@ from fp4moe.tools import cli_quantize
 from fp4moe.tools.cli import main
 
 hypothesis = pytest.importorskip("hypothesis", reason="optional package")
-from fuzzing import fuzz  # noqa: E402
-
 st = hypothesis.strategies
 
 
