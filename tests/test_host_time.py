@@ -180,6 +180,7 @@ def test_modes_leave_nothing_behind(kernel, flipped):  # noqa: F811
     assert flipped.calls["prepare"] == prepared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ["given", "fused"])
 @pytest.mark.parametrize("name", MODELS)
 def test_calibration_undoes_a_layout_once(name, routing, flipped):  # noqa: F811

@@ -80,6 +80,7 @@ def test_route_by_hand():
     torch.testing.assert_close(weights, torch.tensor([[0.75, 0.25]]), rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("routing, bias", [(SOFTMAX, NONE), (SIGMOID, torch.zeros(E))])
 def test_opcheck(dtype, routing, bias):

@@ -46,6 +46,7 @@ FURTHER = ["model.layers.2.", "mtp.layers.0.", "model.mtp.layers.0.", "model.mtp
 FURTHER += ["model.mtp_block.0."]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["glm4_moe", "minimax_m2"])
 @pytest.mark.parametrize("further", FURTHER)
 def test_further_layers_stay_as_they_are(name, further, tmp_path):
@@ -138,6 +139,7 @@ except fp4moe.errors.CheckpointError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_while_the_first_is_at_work(source, tmp_path):
     target = str(tmp_path / "out")
     with partial_run.locked(target + ".partial", target):
@@ -221,6 +223,7 @@ def bpe():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer), texts[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "one word", "blanks", "short"])
 @pytest.mark.parametrize("first", [1, 64, 512])
 def test_a_long_text_gives_the_same_tokens_without_being_read(kind, first):

@@ -52,6 +52,7 @@ class Noting(CustomGraphPass):
         return self.name
 
 
+@pytest.mark.slow
 class TestNumbers:
     @pytest.mark.parametrize("name, routing", [("gemma4", "given"), ("nemotron_h", "fused")])
     def test_a_layer(self, name, routing):

@@ -39,12 +39,9 @@ from fp4moe.models.module_list_block import FusedMoeBlock
 from fp4moe.models.replace import explain, replace_moe
 from fp4moe.module import FusedExperts
 from fp4moe.reference import moe_definition
+from fp4moe.testing import relative_error
 
 STYLES += [NemotronRemote, NemotronLatent, Plain, PlainSigmoid]
-
-
-def relative(actual, expected):
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 def experts_name(block):
@@ -93,6 +90,7 @@ def test_autocast_around_it_refuses_nothing(make):
         replaced(make)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", STYLES)
 @torch.no_grad()
 def test_replaced_model_computes_the_dequantised_weights(make):
@@ -101,19 +99,20 @@ def test_replaced_model_computes_the_dequantised_weights(make):
     assert all(type(block) is FusedMoeBlock for block in model.blocks)
     for x in (torch.randn(2, 4, H), torch.randn(1, 1, H), torch.randn(1, 70, H)):
         loose = tensor(original.blocks[0](x))
-        assert relative(tensor(model.blocks[0](x)), loose) < 0.3
+        assert relative_error(tensor(model.blocks[0](x)), loose) < 0.3
     exact = load_dequantised(original, model)
     for x in (torch.randn(2, 4, H), torch.randn(1, 1, H), torch.randn(1, 70, H)):
-        assert relative(model(x), exact(x)) < 1e-5
+        assert relative_error(model(x), exact(x)) < 1e-5
     result, expected = model.blocks[0](x), exact.blocks[0](x)
     assert isinstance(result, tuple) == isinstance(expected, tuple)
     if isinstance(result, tuple):
         assert torch.equal(result[1], expected[1])
     flat = tensor(model.blocks[0](x.reshape(-1, H)))
-    assert relative(flat, tensor(result).reshape(-1, H)) < 1e-6
+    assert relative_error(flat, tensor(result).reshape(-1, H)) < 1e-6
     assert tensor(model.blocks[0](x[:, :0])).shape == (1, 0, H)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("make", STYLES)
 @torch.no_grad()
@@ -123,7 +122,7 @@ def test_half_precision(make, dtype):
     x = torch.randn(2, 4, H, dtype=dtype)
     result = tensor(model.blocks[0](x))
     assert result.dtype == dtype
-    assert relative(result, tensor(load_dequantised(original, model).blocks[0](x))) < 0.03
+    assert relative_error(result, tensor(load_dequantised(original, model).blocks[0](x))) < 0.03
 
 
 @pytest.mark.parametrize("make", STYLES)
@@ -153,6 +152,7 @@ def test_router_and_shared_parts_stay_as_they_were(make):
     assert all(isinstance(getattr(block, name), FusedExperts) for block in model.blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", STYLES)
 @torch.no_grad()
 def test_copies_compute_the_same(make):
@@ -165,6 +165,7 @@ def test_copies_compute_the_same(make):
     assert torch.equal(other(x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", STYLES)
 @torch.no_grad()
 def test_compiles_to_one_operator_per_block(make, fresh_dynamo):
@@ -176,10 +177,11 @@ def test_compiles_to_one_operator_per_block(make, fresh_dynamo):
         return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
 
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    assert relative(compiled(x), model(x)) < 1e-6
+    assert relative_error(compiled(x), model(x)) < 1e-6
     assert counts == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", STYLES)
 def test_explain_before_and_after(make):
     model = make_model(make)
@@ -206,6 +208,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forms(make, dtype):
@@ -385,6 +388,7 @@ NEAR_MISSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEAR_MISSES)
 def test_near_misses_are_refused_and_unchanged(name):
     make, reason = NEAR_MISSES[name]
@@ -471,9 +475,9 @@ def test_gate_and_up_by_what_they_do_and_not_by_name():
     original = make_model(only(lambda i: Swapped()))
     model = replace_moe(copy.deepcopy(original), kernel="reference", progress=False)
     x = torch.randn(1, 70, H)
-    assert relative(model.blocks[0](x)[0], original.blocks[0](x)[0]) < 0.3
+    assert relative_error(model.blocks[0](x)[0], original.blocks[0](x)[0]) < 0.3
     gate = model.blocks[0].experts.weights.dequantize()["gate"][0]
-    assert relative(gate, original.blocks[0].experts[0].up_proj.weight) < 0.2
+    assert relative_error(gate, original.blocks[0].experts[0].up_proj.weight) < 0.2
 
 
 def test_meta_weights_are_described_and_refused():

@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     | {"saving", "version"},
     {"activations", "formats", "padding", "routing"},
     {"experts", "linear", "pack", "resize"},
-    {"checkpoint", "reference"},
+    {"checkpoint", "reference", "testing"},
     {"kernels"},
     {"identity"},
     {"arguments", "checks", "ops"},

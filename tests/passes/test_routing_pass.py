@@ -176,6 +176,7 @@ FUSED = {
 
 
 class TestFused:
+    @pytest.mark.slow
     @pytest.mark.parametrize("dynamic", [None, True])
     @pytest.mark.parametrize("name", FUSED)
     def test_method_and_numbers(self, name, dynamic):
@@ -285,6 +286,7 @@ LEFT = {
 
 
 class TestLeft:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", LEFT)
     def test_named_or_not_and_unchanged(self, name, caplog):
         choose, method, reason = LEFT[name]
@@ -337,6 +339,7 @@ def test_every_kernel_takes_the_factors_as_a_scale_of_down(name):
 
 
 class TestModels:
+    @pytest.mark.slow
     @pytest.mark.parametrize("make", [gemma4, nemotron_h])
     def test_backend(self, make):
         model = enlarge_experts(make()).requires_grad_(False)
@@ -352,6 +355,7 @@ class TestModels:
         assert targets.count(FROM_LOGITS) == 2 and GIVEN not in targets
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("decomposed", [False, True])
     @pytest.mark.parametrize("name", ["gemma4", "nemotron_h", "qwen3_moe"])
     def test_exported(self, name, decomposed):
@@ -380,6 +384,7 @@ class TestModels:
         # One more rounding of weights to bfloat16 in neither: they differ in float32 only.
         torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("fake", [False, True])
     @pytest.mark.parametrize("name", ["gemma4", "nemotron_h"])
     def test_rewrite_moe(self, name, fake):

@@ -206,6 +206,19 @@ def gemma4_multimodal(implementation="grouped_mm", dtype=torch.float32):
     return finish(Gemma4ForConditionalGeneration, config, implementation, dtype)
 
 
+def generate(model, prompt, **options):
+    """Six greedy tokens after the prompt, with a static cache."""
+    return model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        cache_implementation="static",
+        **options,
+    )
+
+
 def enlarge_experts(model):
     """Give stamped experts weights of unit gain, so that they show in the logits; returns it."""
     generator = torch.Generator().manual_seed(1)

@@ -108,6 +108,7 @@ def test_a_wrong_layout_fails_everywhere(change, monkeypatch):
     assert failed(run(monkeypatch, kernel)) == ALL | more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scale, change",
     # hidden_scale, the last, is one value: nothing is shared.
@@ -249,6 +250,7 @@ class ScaleNotRestored(Variant):
         return super().restore(PreparedWeights(prepared.operands, kept, prepared.layer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kernel, rows",
     [
@@ -398,6 +400,7 @@ def test_the_operators_are_what_runs():
     assert {"fp4moe.nvfp4_moe.default", "fp4moe.nvfp4_moe_from_logits.default"} <= names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["reference", "reference_w4a4"])
 def test_the_reference_kernels_pass(kernel):
     out = io.StringIO()

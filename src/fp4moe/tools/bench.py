@@ -25,12 +25,12 @@ import torch
 from ..activations import get_activation
 from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
-from ..formats.nvfp4 import NVFP4Values
 from ..kernels import KERNELS, Layer, choose_kernel, current_capability, measured
 from ..module import FusedExperts
+from ..testing import random_codes, relative_error
 from .selftest import LAYERS
 
-__all__ = ["SHAPES", "TOKENS", "add_parser", "graph_us", "random_weights", "run"]
+__all__ = ["SHAPES", "TOKENS", "add_parser", "graph_us", "run"]
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 BANDWIDTH, OPERATIONS = 4.3e12, 790e12
@@ -58,37 +58,6 @@ def top_k(shape: Layer) -> int:
 def weights_per_expert(shape: Layer) -> int:
     """Return how many weights an expert has."""
     return (3 if shape.gated else 2) * shape.hidden_size * shape.intermediate_size
-
-
-def random_weights(shape: Layer) -> ExpertWeights:
-    """Return random codes and block scales; global scales keep values near 1."""
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def values(rows: int, columns: int) -> NVFP4Values:
-        def draw(low: int, high: int, count: int) -> torch.Tensor:
-            size = (shape.num_experts, rows, count)
-            return torch.randint(
-                low, high, size, dtype=torch.uint8, device="cuda", generator=generator
-            )
-
-        scale = draw(0x30, 0x41, columns // 16).view(torch.float8_e4m3fn)
-        factor = torch.full(
-            (shape.num_experts,), columns**-0.5 / 3, dtype=torch.float32, device="cuda"
-        )
-        return NVFP4Values(draw(0, 256, columns // 2), scale, factor)
-
-    return ExpertWeights(
-        gate_up=values((1 + shape.gated) * shape.intermediate_size, shape.hidden_size),
-        down=values(shape.hidden_size, shape.intermediate_size),
-        activation=shape.activation,
-        gated=shape.gated,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_experts=shape.num_experts,
-        expert_offset=0,
-        hidden_scale=torch.ones(1, dtype=torch.float32, device="cuda"),
-        intermediate_scale=torch.ones(shape.num_experts, dtype=torch.float32, device="cuda"),
-    )
 
 
 def routing(shape: Layer, tokens: int, seed: int, skew: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,7 +182,7 @@ def measure(
     name: str, kernels: list[str], all_tokens: list[int], skew: float, peers: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each contender and number of tokens; `wrong` where a result is."""
-    shape, weights = SHAPES[name], random_weights(SHAPES[name])
+    shape, weights = SHAPES[name], random_codes(SHAPES[name], "cuda")
     cases = {}
     for tokens in all_tokens:
         generator = torch.Generator("cuda").manual_seed(1)
@@ -234,7 +203,7 @@ def measure(
             floor = max(size / BANDWIDTH, operations / OPERATIONS) * 1e6
             with torch.no_grad():
                 got, again = (call(x, *routings[0]) for _ in range(2))
-                error = ((got.float() - expected).norm() / expected.norm()).item()
+                error = relative_error(got, expected)
                 row = {"shape": name, "kernel": kernel, "tokens": tokens, "error": error}
                 # Hugging Face rounds more often, and its sums are atomic: only ours must be equal.
                 ours = kernel not in PEERS

@@ -16,6 +16,7 @@ from ..experts import ExpertWeights
 from ..kernels import Routing, get_kernel
 from ..routed import RoutedExperts
 from ..routing import route
+from ..testing import relative_error
 from .selftest_subject import BF16_ROUNDING, Subject, bytes_or_floats
 
 __all__ = ["FAILED", "NOT_SUPPORTED", "OK", "SKIPPED", "Check", "Outcome", "checks"]
@@ -153,7 +154,7 @@ def exchanged(subject: Subject) -> Outcome:
     other = ExpertWeights.from_tensors(tensors, weights.metadata())
     inputs = subject.inputs(subject.probe, seed=4)
     expected = subject.expected(other, *inputs)
-    distance = relative_rms(subject.module(*inputs), expected)
+    distance = relative_error(subject.module(*inputs), expected)
     if not distance > 2 * subject.limit:
         return Outcome(FAILED, distance, 2 * subject.limit, "computes the exchanged layer")
     return compare(subject.fused(other)(*inputs), expected, subject.limit)
@@ -171,7 +172,7 @@ def scale_followed(subject: Subject, name: str) -> Outcome:
     expected = subject.expected(other, *inputs)
     outcome = compare(subject.fused(other)(*inputs), expected, subject.limit)
     if name.endswith("global_scale") or subject.quantizes_activations:
-        change = relative_rms(subject.expected(weights, *inputs), expected)
+        change = relative_error(subject.expected(weights, *inputs), expected)
         if not change > 2 * subject.limit:
             return Outcome(FAILED, change, 2 * subject.limit, "the change does not show: no test")
     return outcome
@@ -268,11 +269,6 @@ def cuda_graph(subject: Subject) -> Outcome:
         old.copy_(new)
     graph.replay()
     return compare(out, eager, SAME_KERNEL)
-
-
-def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return |actual - expected| / |expected| over all elements."""
-    return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
 def compare(actual: torch.Tensor, expected: torch.Tensor, limit: float) -> Outcome:

@@ -39,6 +39,7 @@ from fp4moe.kernels.flashinfer.cutlass import (
     size_multiples,
 )
 from fp4moe.reference import fake_quantize_activation, reference_w4a4
+from fp4moe.testing import relative_error
 
 KINDS = [(name, True) for name in GATED] + [(name, False) for name in UNGATED]
 INSTALLED = importlib.util.find_spec("flashinfer") is not None
@@ -122,20 +123,15 @@ def expected(weights: ExpertWeights, call: dict[str, Any]) -> torch.Tensor:
     return reference_w4a4(call["input"], weights, ids, call["token_final_scales"])
 
 
-def error(result: torch.Tensor, wanted: torch.Tensor) -> float:
-    result, wanted = result.float(), wanted.float()
-    return float((result - wanted).norm() / wanted.norm())
-
-
 @pytest.mark.parametrize(("activation", "gated"), KINDS)
 def test_emulator_computes_the_w4a4_definition(activation: str, gated: bool) -> None:
     weights = make_weights(activation, gated)
     call = make_call(weights)
     wanted = expected(weights, call)
     # Only exp and tanh may differ, by an ulp, which rarely moves a code.
-    assert error(emulate_cutlass_moe(round_between=False, **call), wanted) < 2**-9
+    assert relative_error(emulate_cutlass_moe(round_between=False, **call), wanted) < 2**-9
     result = stand_in(newer=True)(**call)[0]
-    assert 0 < error(result, wanted) < ROUNDING_LIMIT
+    assert 0 < relative_error(result, wanted) < ROUNDING_LIMIT
     assert not wanted[4].any() and not result[4].any()
 
 
@@ -155,7 +151,7 @@ def test_emulator_rounds_where_the_kernel_does(dtype: torch.dtype) -> None:
         y = fake_quantize_activation(y, weights.intermediate_scale[expert])
         y = (parts["down"][expert] @ y).to(dtype).float()
         wanted[token] += y * call["token_final_scales"][token, slot]
-    assert error(result, wanted.to(dtype)) < 2**-9
+    assert relative_error(result, wanted.to(dtype)) < 2**-9
 
 
 MUTATIONS: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -196,7 +192,10 @@ def test_emulator_notices(mutation: str) -> None:
     call = make_call(weights)
     wanted = expected(weights, call)
     MUTATIONS[mutation](call)
-    assert not error(emulate_cutlass_moe(round_between=False, **call), wanted) < ROUNDING_LIMIT
+    assert (
+        not relative_error(emulate_cutlass_moe(round_between=False, **call), wanted)
+        < ROUNDING_LIMIT
+    )
 
 
 def test_one_intermediate_scale_serves_all_experts() -> None:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from flashinfer_emulator import emulate_fp4_quantize, emulate_moe, emulate_routed_moe, route
 
-from fp4moe.experts import ExpertWeights
 from fp4moe.formats.nvfp4 import NVFP4Values
 from fp4moe.reference import reference_w4a4
+from fp4moe.testing import make_layer, relative_error
 
 try:
     VERSION = importlib.metadata.version("flashinfer-python")
@@ -84,17 +84,14 @@ def make(case, intermediate_scale=None):
     """Return (weights, hidden, ids, routing weights) of a case; weights hold local experts."""
     activation, hidden, intermediate, experts, top_k, tokens, first, local = case
     gated = activation != "relu2"
-
-    def random(*shape):
-        return torch.randn(*shape) / shape[-1] ** 0.5
-
     if intermediate_scale is None:
         intermediate_scale = torch.rand(local) * 0.008 + 0.002
-    weights = ExpertWeights.quantize(
-        up=random(local, intermediate, hidden),
-        gate=random(local, intermediate, hidden) if gated else None,
-        down=random(local, hidden, intermediate),
-        activation=activation,
+    weights = make_layer(
+        local,
+        hidden,
+        intermediate,
+        activation,
+        gated,
         hidden_scale=0.037,
         intermediate_scale=intermediate_scale,
         num_experts=experts,
@@ -136,10 +133,6 @@ def call_of(features, weights, x, ids, routing_weights, **prepared):
     return call | dict.fromkeys(empty) | newer
 
 
-def relative_rms(got, want):
-    return float((got - want).norm() / want.norm())
-
-
 def assert_agrees(got, want):
     """Accept float32 rounding: one bfloat16 step here and there, and one crossed FP4 tie.
 
@@ -154,7 +147,7 @@ def assert_agrees(got, want):
     beyond = ((got - want).abs() > step).any(1)
     differing = (got != want).float().mean(1) > 2.0**-6
     assert int((beyond | differing).sum()) <= (len(want) > 1)
-    assert relative_rms(got, want) < 0.1
+    assert relative_error(got, want) < 0.1
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -206,7 +199,7 @@ def test_mistakes_show(features, mistake):
     prepared, changes = MISTAKES[mistake]
     call = call_of(features, weights, x, ids, routing_weights, **prepared)
     (got,) = emulate_routed_moe(**(call | {k: change(call[k]) for k, change in changes.items()}))
-    assert relative_rms(got[:, : x.shape[1]].float(), want) > 0.3
+    assert relative_error(got[:, : x.shape[1]].float(), want) > 0.3
 
 
 def test_by_hand(features):

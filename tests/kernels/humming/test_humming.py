@@ -10,8 +10,8 @@ import pathlib
 import pytest
 import torch
 
+from fp4moe import testing
 from fp4moe.errors import ShapeError, UnsupportedError
-from fp4moe.experts import ExpertWeights
 from fp4moe.kernels import base
 from fp4moe.kernels.humming import library as humming_library
 from fp4moe.kernels.humming.kernel import HUMMING
@@ -35,14 +35,9 @@ with_package = pytest.mark.skipif(
 HOPPER, HEADERS = (9, 0), ("cuda_runtime.h", "nvrtc.h", "cccl/cuda/std/cstdint")
 
 
-def make_weights(gated=True, experts=5, hidden=200, intermediate=72, device="cpu", **options):
-    shape = (experts, intermediate, hidden)
-    parts = {"up": torch.randn(shape, device=device) / hidden**0.5}
-    if gated:
-        parts["gate"] = torch.randn(shape, device=device) / hidden**0.5
-    down = torch.randn(experts, hidden, intermediate, device=device) / intermediate**0.5
-    options = {"activation": "gelu_tanh" if gated else "relu2", **options}
-    return ExpertWeights.quantize(down=down, **parts, **options)
+def make_weights(gated=True, experts=5, hidden=200, intermediate=72, device="cpu"):
+    activation = "gelu_tanh" if gated else "relu2"
+    return testing.make_layer(experts, hidden, intermediate, activation, gated, device=device)
 
 
 def make_layer(**changes):
