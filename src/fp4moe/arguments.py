@@ -13,6 +13,7 @@ from .identity.float_weights import FloatWeights, StoredForm
 from .kernels import Layer, Operands, Routing
 
 __all__ = [
+    "ChooseArguments",
     "FloatMoeArguments",
     "FloatMoeFromLogitsArguments",
     "MoeArguments",
@@ -41,6 +42,20 @@ class Settings(NamedTuple):
     def of_floats(cls, weights: FloatWeights, form: StoredForm) -> Settings:
         """Return those of float weights, all experts of a layer."""
         return cls(form.activation, form.gated, form.kernel, form.sizes(weights)[0], 0)
+
+
+class ChooseArguments(NamedTuple):
+    """Of fp4moe::choose_experts."""
+
+    router_logits: Any
+    routing_bias: Any
+    output_scale: Any
+    routing: Routing
+
+    @classmethod
+    def read(cls, args: Sequence[Any]) -> ChooseArguments:
+        """Return the arguments of a call."""
+        return cls(*args[:3], Routing(*args[3:]))
 
 
 class MoeArguments(NamedTuple):

@@ -16,7 +16,7 @@ from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
 from ..formats.base import NVFP4
 from ..layer import HIDDEN_ALIGNMENTS, Layer, Routing, capability_name
-from ..routing import route
+from .choose import choose_experts
 from .devices import Devices
 
 __all__ = [
@@ -211,14 +211,11 @@ class Kernel:
     def warm_up(self, prepared: PreparedWeights) -> None:
         """Load what the first call would, which may be one under capture."""
 
-    def choose_experts(self, call: LogitsCall) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (expert_ids, routing_weights)."""
-        with torch.no_grad():
-            return route(call.router_logits, call.routing_bias, call.routing)
-
     def run_from_logits(self, call: LogitsCall) -> torch.Tensor:
         """Choose the experts, then `run`."""
-        return self.run(call.given(*self.choose_experts(call)))
+        unscaled = call.router_logits.new_empty(0)
+        chosen = choose_experts(call.router_logits, call.routing_bias, call.routing, unscaled)
+        return self.run(call.given(*chosen))
 
     def reasons_not_to_run(self, layer: Layer, capability: tuple[int, int] | None) -> list[str]:
         """Return why it cannot run such a layer, padded; empty where it can.
@@ -248,18 +245,11 @@ class Kernel:
         """Return the multiples that hidden and intermediate size are padded to."""
         return self.layouts[layer.format].multiples(layer, hidden_alignment)
 
-    def prepare(
-        self,
-        weights: ExpertWeights,
-        *,
-        hidden_alignment: int,
-        output_scale: torch.Tensor | None = None,
-    ) -> PreparedWeights:
+    def prepare(self, weights: ExpertWeights, *, hidden_alignment: int) -> PreparedWeights:
         """Pad the weights and lay them out; on a CUDA device warm up, too.
 
         Args:
             hidden_alignment: what the Blackwell kernel pads the hidden size to.
-            output_scale: [L], multiplies each expert's output.
         """
         layer = weights.layer()
         apply = self.layouts[layer.format].apply
@@ -268,7 +258,7 @@ class Kernel:
             weights = weights.unpadded().padded(
                 hidden_multiple=multiples[0], intermediate_multiple=multiples[1]
             )
-        operands, kept = self._with_scales(Operands(**weights.operands()), layer, output_scale)
+        operands, kept = self._with_scales(Operands(**weights.operands()), layer)
         prepared = PreparedWeights(
             operands if apply is None else apply(operands, layer), kept, layer
         )
@@ -289,30 +279,24 @@ class Kernel:
         prepared: PreparedWeights,
         hidden_scale: torch.Tensor,
         intermediate_scale: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Return the tensors of `prepared` that change with the scales of the activations.
 
         Args:
             hidden_scale: float32 [1]. intermediate_scale: float32 [L].
-            output_scale: as given to `prepare`.
         """
         logical = _logical_scales(prepared)._replace(
             hidden_scale=hidden_scale, intermediate_scale=intermediate_scale
         )
-        operands, kept = self._with_scales(logical, prepared.layer, output_scale)
+        operands, kept = self._with_scales(logical, prepared.layer)
         return {**{name: getattr(operands, name) for name in SCALES}, **kept}
 
     def _with_scales(
-        self, logical: Operands, layer: Layer, output_scale: torch.Tensor | None
+        self, logical: Operands, layer: Layer
     ) -> tuple[Operands, dict[str, torch.Tensor]]:
         """Return the operands with their scales, and the logical scales that these hide."""
         operands = self.scale_operands(logical, layer)
-        hidden: tuple[str, ...] = SCALES if self.mixes_scales else ()
-        if output_scale is not None:
-            product = operands.down_global_scale * output_scale
-            operands = operands._replace(down_global_scale=product)
-            hidden = hidden or ("down_global_scale",)
+        hidden = SCALES if self.mixes_scales else ()
         return operands, {f"logical_{name}": getattr(logical, name) for name in hidden}
 
     def __call__(self, call: Call) -> torch.Tensor:
