@@ -153,7 +153,7 @@ def _check_logits(
         must(f"{name}: top_groups and top_k", rule, got, "Pass the model's own.")
     if not first.device == router_logits.device == routing_bias.device:
         got = f"{router_logits.device} and {routing_bias.device}"
-        rule = f"be on the same device, {first.device}"
+        rule = f"be on one device, {first.device}"
         must(f"{name}: router_logits and routing_bias", rule, got, "Move them there.")
 
 

@@ -168,8 +168,11 @@ def _run_from_logits(given: MoeFromLogitsArguments) -> torch.Tensor:
     if hidden.shape[0] == 0:
         return hidden.new_empty(hidden.shape)
     layer = _layer(hidden.shape[1], operands.down_packed.shape[2] * 2, routing.top_k, settings)
-    call = LogitsCall(hidden, logits, bias, routing, operands, layer)
-    return KERNELS[settings.kernel].from_logits(call)
+    kernel = KERNELS[settings.kernel]
+    if kernel.routes:
+        return kernel.from_logits(LogitsCall(hidden, logits, bias, routing, operands, layer))
+    chosen = choose_experts(logits, bias, routing, logits.new_empty(0))
+    return kernel(Call(hidden, *chosen, operands, layer))
 
 
 @functools.lru_cache(maxsize=1024)

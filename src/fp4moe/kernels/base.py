@@ -16,7 +16,6 @@ from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
 from ..formats.base import NVFP4
 from ..layer import HIDDEN_ALIGNMENTS, Layer, Routing, capability_name
-from .choose import choose_experts
 from .devices import Devices
 
 __all__ = [
@@ -106,7 +105,7 @@ class Call(NamedTuple):
 
 
 class LogitsCall(NamedTuple):
-    """Checked arguments of a kernel that chooses the experts.
+    """Checked arguments of a kernel that chooses the experts itself.
 
     Attributes:
         hidden: [T, H], T > 0. router_logits: [T, E]. routing_bias: [E], or [0] for none.
@@ -119,10 +118,6 @@ class LogitsCall(NamedTuple):
     routing: Routing
     operands: Operands
     layer: Layer
-
-    def given(self, expert_ids: torch.Tensor, routing_weights: torch.Tensor) -> Call:
-        """Return the call with these experts."""
-        return Call(self.hidden, expert_ids, routing_weights, self.operands, self.layer)
 
 
 Change = Callable[[Operands, Layer], Operands]
@@ -181,6 +176,8 @@ class Kernel:
     automatic: bool = True
     quantizes_activations: bool = False
     intermediate_dtype: torch.dtype = torch.bfloat16
+    # Whether it can choose the experts itself, in `run_from_logits`.
+    routes: bool = False
     # Whether its scale operands are products, which hide the logical scales.
     mixes_scales: bool = False
 
@@ -201,7 +198,7 @@ class Kernel:
         return []
 
     def reasons_not_to_route(self, layer: Layer, routing: Routing) -> list[str]:
-        """Return why it cannot choose the experts by itself."""
+        """Return why it cannot run behind logits; where it does not route, choose_experts does."""
         return []
 
     def scale_operands(self, operands: Operands, layer: Layer) -> Operands:
@@ -212,10 +209,8 @@ class Kernel:
         """Load what the first call would, which may be one under capture."""
 
     def run_from_logits(self, call: LogitsCall) -> torch.Tensor:
-        """Choose the experts, then `run`."""
-        unscaled = call.router_logits.new_empty(0)
-        chosen = choose_experts(call.router_logits, call.routing_bias, call.routing, unscaled)
-        return self.run(call.given(*chosen))
+        """Compute [T, H] of hidden's dtype; only where it `routes`."""
+        raise NotImplementedError
 
     def reasons_not_to_run(self, layer: Layer, capability: tuple[int, int] | None) -> list[str]:
         """Return why it cannot run such a layer, padded; empty where it can.

@@ -6,6 +6,7 @@ import torch
 
 from ..layer import Routing
 from ..routing import route
+from .base import current_capability
 
 __all__ = ["choose_experts"]
 
@@ -33,7 +34,6 @@ def choose_experts(
 
 
 def _runs_triton(tensor: torch.Tensor) -> bool:
-    from .base import current_capability
     from .triton.kernel import TRITON, has_triton, interpreted
 
     if not has_triton():
