@@ -55,7 +55,8 @@ class ChooseArguments(NamedTuple):
     @classmethod
     def read(cls, args: Sequence[Any]) -> ChooseArguments:
         """Return the arguments of a call."""
-        return cls(*args[:3], Routing(*args[3:]))
+        logits, bias, output_scale, *routing = args
+        return cls(logits, bias, output_scale, Routing(*routing))
 
 
 class MoeArguments(NamedTuple):

@@ -237,7 +237,8 @@ class _WithRoutingGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _ids, gradient):
-        to_logits, to_scale = route_gradients(gradient, *ctx.saved_tensors, ctx.routing)
+        logits, scale, ids = ctx.saved_tensors
+        to_logits, to_scale = route_gradients(gradient, logits, scale, ids, ctx.routing)
         return None, to_logits, None, to_scale, *[None] * len(ctx.routing)
 
 

@@ -270,7 +270,7 @@ def _fused_row(path: str, module: FusedExperts, router: FusedRouter | None) -> B
         activation=meta["activation"],
         gated=meta["gated"],
         num_experts=meta["num_experts"],
-        top_k=module.top_k,
+        top_k=router.routing.top_k if router else None,
         hidden_size=meta["hidden_size"],
         intermediate_size=meta["intermediate_size"],
         padded_sizes=(prepared.down_packed.shape[1], prepared.down_packed.shape[2] * 2),

@@ -156,20 +156,21 @@ class FusedRouter(nn.Module):
 
 
 @functools.cache
-def _derived(kind: type[nn.Module]) -> type[FusedRouter]:
+def _derived(kind: Any) -> type[FusedRouter]:
     own = {"kind": kind, "form": ROUTERS[kind.__name__], "__module__": __name__}
     return type(f"Fused{kind.__name__}", (FusedRouter, kind), own)
 
 
-def _blank(kind: type[nn.Module]) -> FusedRouter:
+def _blank(kind: Any) -> FusedRouter:
     derived = _derived(kind)
     return derived.__new__(derived)
 
 
 def fuse_router(router: Any, routing: Routing) -> None:
     """Let a router of a class in ROUTERS choose by the operator, in place."""
+    kind: Any = type(router)
     if not isinstance(router, FusedRouter):
-        router.__class__ = _derived(type(router))
+        router.__class__ = _derived(kind)
     router.routing = routing
 
 
