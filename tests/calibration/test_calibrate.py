@@ -270,7 +270,7 @@ def test_a_list_of_expert_mlps():
     assert torch.equal(scales, torch.tensor([found.hidden_scale, *found.intermediate_scale]))
 
 
-def test_experts_that_route_themselves():
+def test_experts_behind_fused_routers():
     given, fused = enlarge_experts(gemma4()), enlarge_experts(gemma4())
     fp4moe.replace_moe(given, progress=False)
     fp4moe.replace_moe(fused, progress=False, routing="fused")

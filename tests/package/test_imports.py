@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
     {"kernels"},
     {"identity"},
     {"arguments", "checks", "ops"},
-    {"fused", "logical", "module", "routed"},
+    {"fused", "logical", "module"},
     {"models"},
     {"calibration", "pretrained"},
     {"passes"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import math
 
@@ -327,12 +328,14 @@ class TestLeft:
 
 @pytest.mark.parametrize("name", sorted(set(KERNELS) - {"humming"}))
 def test_every_kernel_takes_the_factors_as_a_scale_of_down(name):
-    # The pass relies on it: what a kernel makes of the factors is this product of one operand.
-    weights, factors = layer(256, 128, EXPERTS), 1 + 0.3 * seeded(EXPERTS)
+    # The pass relies on it: what a kernel makes of weights of down that are multiplied is the
+    # product of one operand. Powers of two, for it may stand elsewhere in a product.
+    weights, factors = layer(256, 128, EXPERTS), 2.0 ** torch.arange(EXPERTS)
+    down = dataclasses.replace(weights.down, global_scale=weights.down.global_scale * factors)
     kernel = KERNELS[name]
     plain, scaled = (
-        kernel.prepare(weights, hidden_alignment=256, output_scale=scale).operands._asdict()
-        for scale in (None, factors)
+        kernel.prepare(given, hidden_alignment=256).operands._asdict()
+        for given in (weights, dataclasses.replace(weights, down=down))
     )
     plain["down_global_scale"] = plain["down_global_scale"] * factors
     assert all(torch.equal(plain[key], scaled[key]) for key in plain)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import fp4moe
 from fp4moe.errors import CheckpointError, UnsupportedError
+from fp4moe.models.routers import FusedRouter
 from fp4moe.testing import relative_error
 
 # Both sides compute the same products in float32; the tools divide by a scale where fp4moe
@@ -223,14 +224,21 @@ def test_an_expert_lost_from_a_float_layer_is_refused(checkpoint, tmp_path):
         load(directory)
 
 
-def test_routing_by_the_kernel(checkpoint):
-    directory = checkpoint("modelopt gemma4")
+@pytest.mark.parametrize("name", ["modelopt gemma4", "modelopt nemotron"])
+def test_routers_that_choose_in_one_launch(checkpoint, name):
+    directory = checkpoint(name)
     model, expected = load(directory, routing="fused"), load(directory)
-    routed = kinds(model, fp4moe.routed.RoutedExperts)
-    assert len(routed) == 2 and not hasattr(routed[0], "is_transposed")
+    assert len(kinds(model, FusedRouter)) == len(kinds(model, fp4moe.FusedExperts)) == 2
     assert relative_error(makers.logits(model), makers.logits(expected)) < ROUNDING
-    with pytest.raises(UnsupportedError, match="routing='fused' must find routers"):
-        load(checkpoint("modelopt qwen3"), routing="fused", output_router_logits=True)
+    assert model.state_dict().keys() == expected.state_dict().keys()
+
+
+def test_routers_that_are_not_known_are_refused(checkpoint):
+    with pytest.raises(UnsupportedError) as raised:
+        load(checkpoint("modelopt qwen3"), routing="fused", norm_topk_prob=False)
+    text = str(raised.value)
+    assert text.startswith("from_pretrained: routing='fused' must find routers that it knows; got ")
+    assert "mlp.experts: its router Qwen3MoeTopKRouter has norm_topk_prob=False" in text
 
 
 def test_options_reach_the_experts(checkpoint):

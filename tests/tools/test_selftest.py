@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fp4moe import ops
 from fp4moe.errors import ShapeError, UnsupportedError
-from fp4moe.kernels import KERNELS, PreparedWeights
+from fp4moe.kernels import KERNELS, Call, PreparedWeights
 from fp4moe.kernels.reference import ReferenceKernel
 from fp4moe.module import FusedExperts
 from fp4moe.reference import moe_definition, reference_w4a4
+from fp4moe.routing import route
 from fp4moe.tools import selftest_checks
 from fp4moe.tools.cli import main
 from fp4moe.tools.selftest import LAYERS, default_layers, run_selftest, selftest
@@ -40,12 +42,9 @@ class Variant(ReferenceKernel):
     def change(self, operands):
         return operands
 
-    def prepare(self, weights, *, hidden_alignment, output_scale=None):
-        logical = super().prepare(weights, hidden_alignment=hidden_alignment)
-        right = super().prepare(
-            weights, hidden_alignment=hidden_alignment, output_scale=output_scale
-        )
-        kept = {f"logical_{name}": t for name, t in logical.operands._asdict().items()}
+    def prepare(self, weights, *, hidden_alignment):
+        right = super().prepare(weights, hidden_alignment=hidden_alignment)
+        kept = {f"logical_{name}": t for name, t in right.operands._asdict().items()}
         return PreparedWeights(self.change(right.operands), kept, right.layer)
 
     def restore(self, prepared):
@@ -201,32 +200,40 @@ class AlwaysBfloat16(Variant):
         return super().run(call._replace(hidden=call.hidden.bfloat16()))
 
 
-class OutputScaleIgnored(Variant):
-    def prepare(self, weights, *, hidden_alignment, output_scale=None):
-        return super().prepare(weights, hidden_alignment=hidden_alignment)
+class Routing(Variant):
+    """A kernel that chooses the experts itself."""
+
+    routes = True
+
+    def run_from_logits(self, call):
+        ids, weights = self.choose(call)
+        return self.run(Call(call.hidden, ids, weights, call.operands, call.layer))
+
+    def choose(self, call):
+        return route(call.router_logits, call.routing_bias, call.routing)
 
 
-class BiasInTheWeights(Variant):
-    def choose_experts(self, call):
-        ids, weights = super().choose_experts(call)
+class BiasInTheWeights(Routing):
+    def choose(self, call):
+        ids, weights = super().choose(call)
         if call.routing_bias.numel():
             weights = (torch.sigmoid(call.router_logits) + call.routing_bias).gather(1, ids)
             weights = weights / weights.sum(1, keepdim=True) * call.routing.scaling
         return ids, weights
 
 
-class ScalingIgnored(Variant):
-    def choose_experts(self, call):
-        return super().choose_experts(call._replace(routing=call.routing._replace(scaling=1.0)))
+class ScalingIgnored(Routing):
+    def choose(self, call):
+        return super().choose(call._replace(routing=call.routing._replace(scaling=1.0)))
 
 
-class NegativeLogitsLost(Variant):
+class NegativeLogitsLost(Routing):
     """A kernel that starts its search for the largest logits at zero."""
 
-    def choose_experts(self, call):
+    def choose(self, call):
         if call.routing.method == "softmax_topk":
             call = call._replace(router_logits=call.router_logits.relu())
-        return super().choose_experts(call)
+        return super().choose(call)
 
 
 class NotRestored(Variant):
@@ -257,17 +264,17 @@ class ScaleNotRestored(Variant):
         (OffsetIgnored, {"expert halves"}),
         (MinusOneWraps, {"ids without expert", "expert halves", "one expert for all"}),
         (EndWraps, {"ids without expert"}),
-        (WeightsIgnored, {*ALL, "softmax_topk fused"}),
+        (WeightsIgnored, ALL),
         (TokenDropped, {*ALL, "finite, not zero"}),
         (TokenNotANumber, {*ALL, *SAME, "finite, not zero"}),
         (TokenOfAnother, ALL),
         (Zeros, {*ALL, "finite, not zero"}),
         (StridesIgnored, {"float32, strided"}),
         (AlwaysBfloat16, {"float16", "float32, strided"}),
-        (OutputScaleIgnored, {"softmax_topk fused"}),
         (BiasInTheWeights, {"sigmoid_topk fused"}),
         (ScalingIgnored, {"sigmoid_topk fused"}),
         (NegativeLogitsLost, {"softmax_topk fused"}),
+        (Routing, set()),
         (NotRestored, {"weights restored"}),
         (ScaleNotRestored, {"weights restored"}),
         (Variant, set()),
@@ -276,6 +283,14 @@ class ScaleNotRestored(Variant):
 def test_a_broken_kernel_fails_in_these_rows(kernel, rows, monkeypatch):
     report = run(monkeypatch, kernel())
     assert failed(report) == rows
+
+
+def test_an_operator_that_forgets_the_output_scale_fails(monkeypatch):
+    def forgets(logits, bias, routing, output_scale):
+        return route(logits, bias, routing)
+
+    monkeypatch.setattr(ops, "choose_experts", forgets)
+    assert failed(run(monkeypatch, Variant())) == {"softmax_topk fused"}
 
 
 class Bfloat16Weights(ReferenceKernel):

@@ -28,8 +28,6 @@ from ..models.experts_module import is_experts_module
 from ..models.replace import find_candidates
 from ..module import FusedExperts
 from ..precision import without_autocast
-from ..routed import RoutedExperts
-from ..routing import route
 from .ranges import Ranges
 
 __all__ = ["BlockRanges", "Recorder", "make_recorders"]
@@ -125,7 +123,7 @@ class Recorder:
 
 
 class _FusedRecorder(Recorder):
-    """FusedExperts and RoutedExperts."""
+    """FusedExperts."""
 
     module: FusedExperts
     _logical: tuple[PreparedWeights, list[tuple[int, int]], ExpertWeights] | None = None
@@ -143,14 +141,8 @@ class _FusedRecorder(Recorder):
         return [self.module.register_forward_pre_hook(self._before, with_kwargs=True)]
 
     def _before(self, module: nn.Module, args: Sequence, kwargs: dict[str, Any]) -> None:
-        if isinstance(self.module, RoutedExperts):
-            names = ("hidden_states", "router_logits", "routing_bias")
-            hidden, logits, bias = _positional(names, args, kwargs)
-            with torch.no_grad():
-                ids, _ = route(logits, bias, self.module.routing)
-        else:
-            names = ("hidden_states", "top_k_index", "top_k_weights")
-            hidden, ids, _ = _positional(names, args, kwargs)
+        names = ("hidden_states", "top_k_index", "top_k_weights")
+        hidden, ids, _ = _positional(names, args, kwargs)
         weights = self.weights()
         activation = get_activation(weights.activation).function
 

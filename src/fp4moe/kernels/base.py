@@ -17,7 +17,6 @@ from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
 from ..formats.base import NVFP4
 from ..layer import HIDDEN_ALIGNMENTS, Layer, Routing, capability_name
-from ..routing import route
 from .devices import Devices
 
 __all__ = [
@@ -119,7 +118,7 @@ class Call(NamedTuple):
 
 
 class LogitsCall(NamedTuple):
-    """Checked arguments of a kernel that chooses the experts.
+    """Checked arguments of a kernel that chooses the experts itself.
 
     Attributes:
         hidden: [T, H], T > 0. router_logits: [T, E]. routing_bias: [E], or [0] for none.
@@ -132,10 +131,6 @@ class LogitsCall(NamedTuple):
     routing: Routing
     operands: Operands
     layer: Layer
-
-    def given(self, expert_ids: torch.Tensor, routing_weights: torch.Tensor) -> Call:
-        """Return the call with these experts."""
-        return Call(self.hidden, expert_ids, routing_weights, self.operands, self.layer)
 
 
 Change = Callable[[Operands, Layer], Operands]
@@ -197,6 +192,8 @@ class Kernel:
     parameters: bool = False
     quantizes_activations: bool = False
     intermediate_dtype: torch.dtype = torch.bfloat16
+    # Whether it can choose the experts itself, in `run_from_logits`.
+    routes: bool = False
     # Whether its scale operands are products, which hide the logical scales.
     mixes_scales: bool = False
 
@@ -219,7 +216,7 @@ class Kernel:
         return []
 
     def reasons_not_to_route(self, layer: Layer, routing: Routing) -> list[str]:
-        """Return why it cannot choose the experts by itself."""
+        """Return why it cannot run behind logits; where it does not route, choose_experts does."""
         return []
 
     def scale_operands(self, operands: Operands, layer: Layer) -> Operands:
@@ -229,14 +226,9 @@ class Kernel:
     def warm_up(self, prepared: PreparedWeights) -> None:
         """Load what the first call would, which may be one under capture."""
 
-    def choose_experts(self, call: LogitsCall) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (expert_ids, routing_weights)."""
-        with torch.no_grad():
-            return route(call.router_logits, call.routing_bias, call.routing)
-
     def run_from_logits(self, call: LogitsCall) -> torch.Tensor:
-        """Choose the experts, then `run`."""
-        return self.run(call.given(*self.choose_experts(call)))
+        """Compute [T, H] of hidden's dtype; only where it `routes`."""
+        raise NotImplementedError
 
     def reasons_not_to_run(self, layer: Layer, capability: tuple[int, int] | None) -> list[str]:
         """Return why it cannot run such a layer, padded; empty where it can.
@@ -267,18 +259,11 @@ class Kernel:
         """Return the multiples that hidden and intermediate size are padded to."""
         return self.layouts[layer.format].multiples(layer, hidden_alignment)
 
-    def prepare(
-        self,
-        weights: ExpertWeights,
-        *,
-        hidden_alignment: int,
-        output_scale: torch.Tensor | None = None,
-    ) -> PreparedWeights:
+    def prepare(self, weights: ExpertWeights, *, hidden_alignment: int) -> PreparedWeights:
         """Pad the weights and lay them out; on a CUDA device warm up, too.
 
         Args:
             hidden_alignment: what the Blackwell kernel pads the hidden size to.
-            output_scale: [L], multiplies each expert's output.
         """
         layer = weights.layer()
         apply = self.layouts[layer.format].apply
@@ -287,7 +272,7 @@ class Kernel:
             weights = weights.unpadded().padded(
                 hidden_multiple=multiples[0], intermediate_multiple=multiples[1]
             )
-        operands, kept = self._with_scales(Operands(**weights.operands()), layer, output_scale)
+        operands, kept = self._with_scales(Operands(**weights.operands()), layer)
         prepared = PreparedWeights(
             operands if apply is None else apply(operands, layer), kept, layer
         )
@@ -308,38 +293,24 @@ class Kernel:
         prepared: PreparedWeights,
         hidden_scale: torch.Tensor,
         intermediate_scale: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Return the tensors of `prepared` that change with the scales of the activations.
 
         Args:
             hidden_scale: float32 [1]. intermediate_scale: float32 [L].
-            output_scale: as given to `prepare`.
         """
         logical = _logical_scales(prepared)._replace(
             hidden_scale=hidden_scale, intermediate_scale=intermediate_scale
         )
-        operands, kept = self._with_scales(logical, prepared.layer, output_scale)
+        operands, kept = self._with_scales(logical, prepared.layer)
         return {**{name: getattr(operands, name) for name in SCALES}, **kept}
 
     def _with_scales(
-        self, logical: Operands, layer: Layer, output_scale: torch.Tensor | None
+        self, logical: Operands, layer: Layer
     ) -> tuple[Operands, dict[str, torch.Tensor]]:
         """Return the operands with their scales, and the logical scales that these hide."""
         operands = self.scale_operands(logical, layer)
-        hidden: tuple[str, ...] = SCALES if self.mixes_scales else ()
-        if output_scale is not None:
-            if layer.biased:
-                must(
-                    f"{self.name}: output_scale",
-                    "be absent where the experts have biases",
-                    list(output_scale.shape),
-                    "Multiply the routing weights by it.",
-                    error=UnsupportedError,
-                )
-            product = operands.down_global_scale * output_scale
-            operands = operands._replace(down_global_scale=product)
-            hidden = hidden or ("down_global_scale",)
+        hidden = SCALES if self.mixes_scales else ()
         return operands, {f"logical_{name}": getattr(logical, name) for name in hidden}
 
     def __call__(self, call: Call) -> torch.Tensor:

@@ -29,7 +29,6 @@ from ..kernels.flashinfer.library import (
 )
 from ..module import FusedExperts
 from ..padding import round_up
-from ..routed import RoutedExperts
 from ..testing import random_codes
 from ..version import __version__
 from .block import Candidate
@@ -128,8 +127,7 @@ def _distinct(model: nn.Module) -> list[FusedExperts]:
     for module in model.modules():
         if isinstance(module, FusedExperts) and _is_tuned(module.kernel):
             shapes = tuple(tuple(operand.shape) for operand in module.prepared.operands.flat())
-            routing = module.routing if isinstance(module, RoutedExperts) else None
-            kind = (module.kernel, module.metadata["activation"], shapes, routing, module.top_k)
+            kind = (module.kernel, module.metadata["activation"], shapes, module.top_k)
             kinds.setdefault(kind, module)
     return list(kinds.values())
 
@@ -168,10 +166,6 @@ def _run(layer: FusedExperts, tokens: int) -> None:
         dtype=torch.bfloat16,
     )
     scores = torch.rand(tokens, experts, generator=generator, dtype=torch.float32, device=device)
-    if isinstance(layer, RoutedExperts):
-        bias = scores.new_zeros(experts if layer.routing.method == "sigmoid_topk" else 0)
-        layer(hidden, scores, bias)
-        return
     assert layer.top_k is not None
     weights, ids = scores.topk(layer.top_k, dim=-1)
     layer(hidden, ids, weights)

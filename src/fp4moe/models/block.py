@@ -31,6 +31,7 @@ __all__ = [
     "runs_own_forward",
     "storage_reasons",
     "stored_activation_scales",
+    "tensor_reasons",
     "value_reasons",
 ]
 
@@ -87,8 +88,8 @@ def stored_activation_scales(module: nn.Module) -> dict[str, torch.Tensor]:
     return {} if scales is None else {"hidden_scale": scales[0], "intermediate_scale": scales[1]}
 
 
-def storage_reasons(module: nn.Module, parameters: dict[str, torch.Tensor]) -> list[str]:
-    """Return why these weights cannot be read or replaced: where and how they are stored."""
+def tensor_reasons(parameters: dict[str, torch.Tensor]) -> list[str]:
+    """Return why these weights cannot be read: where and how they are stored."""
     reasons = []
     for name, parameter in parameters.items():
         if isinstance(parameter, (nn.UninitializedParameter, nn.UninitializedBuffer)):
@@ -114,6 +115,12 @@ def storage_reasons(module: nn.Module, parameters: dict[str, torch.Tensor]) -> l
         reasons.append(
             f"its weights are on several devices ({', '.join(sorted(devices))}); move them to one"
         )
+    return reasons
+
+
+def storage_reasons(module: nn.Module, parameters: dict[str, torch.Tensor]) -> list[str]:
+    """Return why a module with these weights cannot be replaced: storage, and its hooks."""
+    reasons = tensor_reasons(parameters)
     for part in module.modules():
         hooks = list(_accelerate_hooks(part))
         if any(getattr(hook, "offload", False) for hook in hooks):

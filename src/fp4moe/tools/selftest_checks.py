@@ -1,4 +1,4 @@
-"""What `fp4moe selftest` checks of one layer, through FusedExperts and RoutedExperts.
+"""What `fp4moe selftest` checks of one layer, through FusedExperts and the operators that route.
 
 A check compares with the definition in fp4moe.reference, or with the same kernel called in another
 way. The layer is made so that each of the four scales shows in the output.
@@ -14,7 +14,7 @@ import torch
 
 from ..experts import ExpertWeights
 from ..kernels import Routing, get_kernel
-from ..routed import RoutedExperts
+from ..ops import nvfp4_moe_from_logits_arguments
 from ..routing import route
 from ..testing import relative_error
 from .selftest_subject import BF16_ROUNDING, Subject, bytes_or_floats
@@ -189,17 +189,13 @@ def other_dtype(subject: Subject, dtype: torch.dtype) -> Outcome:
 
 
 def fused_routing(subject: Subject, method: str, seed: int = 7) -> Outcome:
-    """Compare the kernel's own choice of experts with the same choice given to it.
+    """Compare choices of experts with torch's: choose_experts', and the kernel's own if it has one.
 
     softmax_topk comes with an output scale and, for every second token, negative logits only;
     sigmoid_topk with a bias and a scaling factor.
     """
     softmax, weights = method == "softmax_topk", subject.weights
     routing = Routing(method, subject.top_k, scaling=1.0 if softmax else 2.5)
-    layer = weights.layer(subject.top_k)
-    reasons = get_kernel(subject.kernel).reasons_not_to_route(layer, routing)
-    if reasons:
-        return Outcome(NOT_SUPPORTED, note="; ".join(reasons))
     generator = subject.generator(seed)
     uniform = functools.partial(
         torch.rand, generator=generator, dtype=torch.float32, device=weights.device
@@ -208,20 +204,19 @@ def fused_routing(subject: Subject, method: str, seed: int = 7) -> Outcome:
     logits = clear_logits(subject, bias, generator)
     if softmax:
         logits[1::2] -= logits[1::2].amax(1, keepdim=True) + 1
-    scale = uniform(weights.num_experts) + 0.5 if softmax else None
-    fused = RoutedExperts(
-        weights,
-        routing,
-        subject.kernel,
-        hidden_alignment=subject.hidden_alignment,
-        output_scale=scale,
-    )
-    expert_ids, routing_weights = route(logits, bias, routing)
-    if scale is not None:
-        routing_weights = routing_weights * scale[expert_ids]
-    hidden = subject.hidden[: subject.probe]
-    given = subject.module(hidden, expert_ids, routing_weights)
-    return compare(fused(hidden, logits, bias), given, SAME_KERNEL)
+    scale = uniform(weights.num_experts if softmax else 0) + 0.5
+    hidden, module = subject.hidden[: subject.probe], subject.module
+    chosen = torch.ops.fp4moe.choose_experts.default(logits, bias, scale, *routing)
+    expected = module(hidden, *route(logits, bias, routing, scale))
+    outcome = compare(module(hidden, *chosen), expected, SAME_KERNEL)
+    reasons = get_kernel(subject.kernel).reasons_not_to_route(weights.layer(subject.top_k), routing)
+    if outcome.verdict == FAILED:
+        return outcome
+    if reasons:
+        return Outcome(NOT_SUPPORTED, note="; ".join(reasons))
+    arguments = nvfp4_moe_from_logits_arguments(module.prepared, routing, module.kernel)
+    inside = torch.ops.fp4moe.nvfp4_moe_from_logits.default(hidden, logits, bias, *arguments)
+    return compare(inside, module(hidden, *route(logits, bias, routing)), SAME_KERNEL)
 
 
 def clear_logits(subject: Subject, bias: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -171,18 +171,14 @@ def test_scales_lie_where_the_library_reads_them(rows, blocks):
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("scaled", [True, False])
-def test_restore_undoes_prepare(gated, scaled):
+def test_restore_undoes_prepare(gated):
     weights = make_weights(gated, experts=3, hidden=24, intermediate=208)
-    scale = torch.rand(3) if scaled else None
-    prepared = HUMMING.prepare(weights, hidden_alignment=256, output_scale=scale)
+    prepared = HUMMING.prepare(weights, hidden_alignment=256)
     assert prepared.operands.down_packed.shape == (3, 128, 128)
     restored = HUMMING.restore(prepared)
     assert restored.metadata() == weights.metadata()
     for name, tensor in weights.unpadded().tensors().items():
         assert torch.equal(restored.tensors()[name].view(torch.uint8), tensor.view(torch.uint8))
-    if scaled:
-        assert torch.equal(prepared.operands.down_global_scale, weights.down.global_scale * scale)
 
 
 def test_restore_works_on_shapes_alone():

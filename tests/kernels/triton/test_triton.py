@@ -25,12 +25,12 @@ from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import UnsupportedError
 from fp4moe.formats.nvfp4 import NVFP4Values, dequantize_nvfp4
 from fp4moe.identity import fingerprint
-from fp4moe.kernels import LogitsCall
 from fp4moe.kernels.measured import SHIPPED, choose_tiles, read
 from fp4moe.kernels.triton.kernel import TRITON, run_with
 from fp4moe.kernels.triton.layout import from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
 from fp4moe.kernels.triton.tiles import Config, Tile
 from fp4moe.layer import Layer, Routing
+from fp4moe.ops import nvfp4_moe_from_logits_arguments
 from fp4moe.reference import reference
 from fp4moe.routing import route, softmax_topk
 
@@ -108,10 +108,8 @@ def test_the_layout_has_an_exact_inverse(shape):
 @pytest.mark.parametrize("gated", [True, False])
 def test_restore_undoes_prepare(gated):
     weights = layer(2, 80, 48, "silu", gated)
-    scale = torch.tensor([0.3, 0.7])
-    prepared = TRITON.prepare(weights, hidden_alignment=256, output_scale=scale)
+    prepared = TRITON.prepare(weights, hidden_alignment=256)
     assert prepared.operands.down_packed.shape == (2, 128, 32)
-    assert torch.equal(prepared.operands.down_global_scale, weights.down.global_scale * scale)
     back = TRITON.restore(prepared)
     assert back.metadata() == weights.metadata()
     for name, tensor in weights.tensors().items():
@@ -311,14 +309,15 @@ def compare_choices(routing, experts, device, tokens):
     """Distinct logits in strided rows: the ids of `fp4moe.routing`, and its weights."""
     from fp4moe.kernels.triton.choose import choose_experts
 
+    scales = [torch.empty(0), torch.linspace(0.5, 2, experts)]
     generator = torch.Generator().manual_seed(experts)
     rows = [torch.randperm(experts, generator=generator) for _ in range(tokens)]
     # Exact in bfloat16, as whole numbers below 256 are.
     logits = torch.nn.functional.pad((torch.stack(rows) - experts // 2) / 32, (0, 5))
     bias = torch.linspace(-0.7, 0.3, experts)[rows[0]]
     biases = [bias[:0], bias] if routing.method == "sigmoid_topk" else [bias[:0]]
-    for dtype, bias in itertools.product((torch.float32, torch.bfloat16), biases):
-        args = (logits.to(device, dtype)[:, :experts], bias.to(device), routing)
+    for dtype, bias, scale in itertools.product((torch.float32, torch.bfloat16), biases, scales):
+        args = (logits.to(device, dtype)[:, :experts], bias.to(device), routing, scale.to(device))
         ids, weights = choose_experts(*args)
         expected_ids, expected = route(*args)
         assert torch.equal(ids, expected_ids)
@@ -350,14 +349,15 @@ def test_chosen_by_hand():
     scores = torch.tensor([[0.9, 0.8, 0.99, 0.1, 0.8, 0.85]])
     bias = torch.tensor([0, 0, 0, 0, 0, 0.06])
     logits = torch.log(scores / (1 - scores))
-    ids, weights = choose_experts(logits, bias, Routing("sigmoid_topk", 3, 3, 2, 2.0))
+    none = torch.empty(0)
+    ids, weights = choose_experts(logits, bias, Routing("sigmoid_topk", 3, 3, 2, 2.0), none)
     assert ids.tolist() == [[5, 0, 1]]
     total = 0.85 + 0.9 + 0.8
     expected = torch.tensor([[0.85, 0.9, 0.8]]) * 2 / total
     torch.testing.assert_close(weights, expected, rtol=1e-6, atol=0)
     # Among equals the lowest; one logit of minus infinity among the chosen gives a weight of 0.
     logits = torch.tensor([[1.0, 2.0, 2.0, 1.0], [-torch.inf, -torch.inf, 0.0, -torch.inf]])
-    ids, weights = choose_experts(logits, torch.empty(0), Routing("softmax_topk", 2))
+    ids, weights = choose_experts(logits, none, Routing("softmax_topk", 2), none)
     assert ids.tolist() == [[1, 2], [2, 0]]
     assert weights.tolist() == [[0.5, 0.5], [1.0, 0.0]]
 
@@ -365,13 +365,12 @@ def test_chosen_by_hand():
 @interpreted
 def test_from_logits_is_the_choice_and_then_the_experts(poisoned_empty):
     weights = layer(4, 64, 64, "silu", True)
-    scale = torch.tensor([0.5, 1.0, 2.0, 3.0])
-    prepared = TRITON.prepare(weights, hidden_alignment=256, output_scale=scale)
+    prepared = TRITON.prepare(weights, hidden_alignment=256)
     hidden, logits = torch.randn(3, 64).bfloat16(), torch.randn(3, 4)
     routing, none = Routing("softmax_topk", 2), torch.empty(0)
-    weights_and_layer = (prepared.operands, prepared.layer)
-    got = TRITON.from_logits(LogitsCall(hidden, logits, none, routing, *weights_and_layer))
-    ids, routing_weights = softmax_topk(logits, 2, renormalize=True, per_expert_scale=scale)
+    arguments = nvfp4_moe_from_logits_arguments(prepared, routing, TRITON.name)
+    got = torch.ops.fp4moe.nvfp4_moe_from_logits.default(hidden, logits, none, *arguments)
+    ids, routing_weights = softmax_topk(logits, 2, renormalize=True)
     assert relative(got, reference(hidden.float(), weights, ids, routing_weights)) < CUT
 
 
@@ -491,9 +490,17 @@ def variants():
     rows = {"GATED": True, "ACTIVATION": "silu", "COLUMNS": 1024}
     yield triton_activation.activate_kernel, rows, 4, {}
     choice = {"GROUPS": 8, "GROUP_EXPERTS": 32, "TOP_GROUPS": 4, "TOP_K": 8, "TOP_K_PADDED": 8}
-    yield triton_choice.choose_experts_kernel, choice | {"SIGMOID": True, "BIASED": True}, 1, {}
+    yield (
+        triton_choice.choose_experts_kernel,
+        choice | {"SIGMOID": True, "BIASED": True, "SCALED": False},
+        1,
+        {},
+    )
     choice |= {"GROUPS": 1, "GROUP_EXPERTS": 128, "TOP_GROUPS": 0, "SIGMOID": False}
-    yield triton_choice.choose_experts_kernel, choice | {"BIASED": False}, 1, {}
+    choice |= {"SIGMOID": True, "BIASED": True, "SCALED": False}
+    yield triton_choice.choose_experts_kernel, choice, 1, {}
+    choice |= {"GROUPS": 1, "GROUP_EXPERTS": 128, "TOP_GROUPS": 0, "SIGMOID": False}
+    yield triton_choice.choose_experts_kernel, choice | {"BIASED": False, "SCALED": True}, 1, {}
     names = ("SAMPLES", "WORDS", "SPREAD", "MULTIPLIER")
     yield triton_fingerprint.compare_kernel, {n: getattr(fingerprint, n) for n in names}, 4, {}
 

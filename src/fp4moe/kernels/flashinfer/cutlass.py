@@ -12,10 +12,9 @@ from typing import ClassVar
 
 import torch
 
-from ...errors import UnsupportedError, must
 from ...formats.base import NVFP4
-from ...layer import Layer, Routing
-from ..base import Call, LogitsCall
+from ...layer import Layer
+from ..base import Call
 from ..devices import Devices
 from .library import activation_names, flashinfer_settings, library
 from .rows import up_gate_index
@@ -96,20 +95,6 @@ class FlashInferCutlass(FlashInferKernel):
         """Return why the kernel cannot compute the activation."""
         names = activation_names() if ready else None
         return activation_reasons(layer.activation, layer.gated, names)
-
-    def reasons_not_to_route(self, layer: Layer, routing: Routing) -> list[str]:
-        """Return that it cannot."""
-        return ["the CUTLASS experts take ids and weights, they do not route"]
-
-    def from_logits(self, call: LogitsCall) -> torch.Tensor:
-        """Raise: it cannot route."""
-        must(
-            f"{self.name}: routing",
-            "be 'given'",
-            "'fused'",
-            "Route outside and call nvfp4_moe.",
-            error=UnsupportedError,
-        )
 
     def run(self, call: Call) -> torch.Tensor:
         """Call cutlass_fused_moe on the local experts; ids are made local here."""

@@ -62,6 +62,7 @@ class FlashInferTrtllm(FlashInferKernel):
     devices = Devices(((10, 0), (10, 3)))
     layouts: ClassVar = {NVFP4.name: row_layout(_multiples, _row_order)}
     intermediate_dtype = torch.float32
+    routes = True
 
     def activation_reasons(self, layer: Layer, ready: bool) -> list[str]:
         """Return why no kernel computes the activation."""

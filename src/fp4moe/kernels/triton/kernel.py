@@ -16,7 +16,7 @@ import torch
 
 from ...formats.base import NVFP4
 from ...layer import Layer
-from ..base import Call, Kernel, Layout, LogitsCall, current_capability, each_matrix
+from ..base import Call, Kernel, Layout, current_capability, each_matrix
 from ..devices import Devices
 from ..measured import choose_tiles
 from .layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
@@ -76,13 +76,6 @@ class TritonKernel(Kernel):
             local, call.expert_ids.numel(),
         )  # fmt: skip
         return run_with(config, call)
-
-    def choose_experts(self, call: LogitsCall) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose the experts in one launch."""
-        from .choose import choose_experts
-
-        with torch.cuda.device_of(call.hidden):
-            return choose_experts(call.router_logits, call.routing_bias, call.routing)
 
 
 @functools.cache

@@ -15,11 +15,12 @@ from fused_layers import LAYER, layer, tokens
 
 from fp4moe import FusedExperts, why_not
 from fp4moe.errors import UnsupportedError
-from fp4moe.kernels import Layer, Routing, get_kernel
+from fp4moe.kernels import Routing, get_kernel
 from fp4moe.kernels.flashinfer.cutlass import merge_repeated, sorts_in_one_block
 from fp4moe.kernels.flashinfer.library import library
-from fp4moe.ops import nvfp4_moe_arguments
+from fp4moe.ops import nvfp4_moe_arguments, nvfp4_moe_from_logits_arguments
 from fp4moe.reference import moe_definition, reference_w4a4
+from fp4moe.routing import route
 from fp4moe.testing import relative_error
 
 pytest.importorskip("flashinfer", reason="needs flashinfer-python")
@@ -99,6 +100,16 @@ def test_with_the_kernels_roundings(emulated, activation, gated):
     assert relative_error(got, reference_w4a4(call[0], weights, *call[1:])) > LIMIT
 
 
+def test_from_logits_chooses_outside_of_the_library(exact):
+    weights, routing = layer(experts=8), Routing("softmax_topk", 2)
+    x, logits = tokens(5, weights)[0], torch.randn(5, 8)
+    prepared = CUTLASS.prepare(weights, hidden_alignment=256)
+    arguments = nvfp4_moe_from_logits_arguments(prepared, routing, CUTLASS.name)
+    got = torch.ops.fp4moe.nvfp4_moe_from_logits.default(x, logits, torch.empty(0), *arguments)
+    want = reference_w4a4(x, weights, *route(logits, torch.empty(0), routing))
+    assert relative_error(got, want) < LIMIT
+
+
 def test_windows_dtypes_and_no_tokens(exact):
     weights = layer(num_experts=9, expert_offset=3)
     x, ids, routing = tokens(7, weights, top_k=4)
@@ -115,8 +126,7 @@ def test_windows_dtypes_and_no_tokens(exact):
 @pytest.mark.parametrize("gated", [True, False])
 def test_restore_is_exact(gated):
     weights = layer(272, 40, gated=gated, activation="silu", num_experts=5, expert_offset=1)
-    scale = torch.tensor([2.0, 0.1, 1.0, 3.0])
-    prepared = CUTLASS.prepare(weights, hidden_alignment=256, output_scale=scale)
+    prepared = CUTLASS.prepare(weights, hidden_alignment=256)
     back = CUTLASS.restore(prepared)
     assert back.metadata() == weights.metadata()
     for name, tensor in weights.tensors().items():
@@ -163,10 +173,6 @@ def test_choice_and_refusals(claim):
     assert reason == "needs compute capability 12.0, 12.1, 10.0 or 10.3, got 9.0"
     (reason,) = why_not("flashinfer_cutlass", **erf | {"activation": "relu2"})
     assert reason.startswith("activation must be one of silu, gelu_tanh, gelu with a gate")
-    spec = Layer("silu", True, 256, 64, 8, 2)
-    assert CUTLASS.reasons_not_to_route(spec, Routing("softmax_topk", 2)) == [
-        "the CUTLASS experts take ids and weights, they do not route"
-    ]
     # What TRT-LLM-Gen lacks on SM100 goes here by itself; what it has does not.
     assert FusedExperts(layer()).kernel == "flashinfer_cutlass"
     claim((10, 0))

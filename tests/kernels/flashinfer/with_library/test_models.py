@@ -17,12 +17,12 @@ import fp4moe
 from fp4moe.kernels.flashinfer.library import library
 from fp4moe.passes.report import RewriteReport
 from fp4moe.reference import reference_w4a4
-from fp4moe.routing import route
 from fp4moe.testing import relative_error
 
 pytest.importorskip("flashinfer.fused_moe", reason="needs flashinfer-python")
 
 OPERATOR = torch.ops.fp4moe.nvfp4_moe.default
+CHOOSE = torch.ops.fp4moe.choose_experts.default
 FROM_LOGITS = torch.ops.fp4moe.nvfp4_moe_from_logits.default
 MODELS = {"gemma4": gemma4, "nemotron_h": nemotron_h, "nemotron_h_latent": nemotron_h_latent}
 ROUTED, LOGITS = "trtllm_fp4_block_scale_routed_moe", "trtllm_fp4_block_scale_moe"
@@ -118,20 +118,27 @@ def test_fused_routing(emulated, name):
     fused, capture = replaced(model, routing="fused"), CapturingBackend()
     seen = watch(fused)
     run(fused, ids)
-    for module, (x, logits, bias), out in seen:
-        expert_ids, weights = route(logits, bias, module.routing)
-        weights = weights * module.output_scale[expert_ids]
+    for module, (x, expert_ids, routing), out in seen:
+        routing = routing if library().float32_weights else routing.bfloat16().float()
         assert (
-            relative_error(out, reference_w4a4(x, module.weights, expert_ids, weights))
+            relative_error(out, reference_w4a4(x, module.weights, expert_ids, routing))
             < BLOCK_LIMIT
         )
-    assert len(emulated.of(LOGITS)) == len(seen) == blocks(fused)
+    assert len(emulated.of(ROUTED)) == len(seen) == blocks(fused)
+    # Two operators in a graph, until the pass lets the library choose.
     fused = replaced(model, routing="fused")
     compiled = torch.compile(fused, backend=capture, fullgraph=True)
     assert relative_error(run(compiled, ids), run(fused, ids)) < MODEL_LIMIT
-    (graph,) = capture.graphs
-    nodes = [n for n in graph.graph.nodes if n.target is FROM_LOGITS]
-    assert len(nodes) == blocks(fused)
+    torch._dynamo.reset()
+    own = {"inner_backend": capture, "on_no_match": "error", "routing": "fused"}
+    compiled = torch.compile(fused, backend=fp4moe.backend, options=own, fullgraph=True)
+    assert relative_error(run(compiled, ids), run(fused, ids)) < MODEL_LIMIT
+    counts = [
+        [sum(n.target is target for n in graph.graph.nodes) for target in (CHOOSE, FROM_LOGITS)]
+        for graph in capture.graphs
+    ]
+    assert counts == [[blocks(fused), 0], [0, blocks(fused)]]
+    assert len(emulated.of(LOGITS)) == blocks(fused)
 
 
 def test_readme(emulated, tmp_path, monkeypatch):

@@ -166,8 +166,7 @@ def test_expert_and_tensor_shards_sum_to_the_whole(emulated):
 @pytest.mark.parametrize("hidden_alignment", [128, 512])
 def test_restore_is_exact(activation, gated, hidden_alignment):
     weights = layer(272, 40, activation=activation, gated=gated, num_experts=9, expert_offset=3)
-    scale = torch.tensor([0.3, 1.7, 2.0, 0.9])
-    prepared = TRTLLM.prepare(weights, hidden_alignment=hidden_alignment, output_scale=scale)
+    prepared = TRTLLM.prepare(weights, hidden_alignment=hidden_alignment)
     back = TRTLLM.restore(prepared)
     assert back.metadata() == weights.metadata()
     for name, tensor in weights.tensors().items():
@@ -186,12 +185,10 @@ def test_scale_operands_by_hand():
             hidden_scale=torch.tensor([2.0]),
             intermediate_scale=torch.tensor([4.0]),
         )
-        operands = TRTLLM.prepare(
-            weights, hidden_alignment=128, output_scale=torch.tensor([7.0])
-        ).operands
+        operands = TRTLLM.prepare(weights, hidden_alignment=128).operands
         assert operands.gate_up_global_scale.tolist() == [6.0]  # output1_scale_gate_scalar
         assert operands.intermediate_scale.tolist() == [first]  # output1_scale_scalar
-        assert operands.down_global_scale.tolist() == [4.0 * 5 * 7]  # output2_scale_scalar
+        assert operands.down_global_scale.tolist() == [4.0 * 5]  # output2_scale_scalar
         assert operands.hidden_scale.tolist() == [0.5]
 
 
@@ -375,7 +372,10 @@ def test_fused_routing_is_given_routing(emulated, name):
     # Distinct bfloat16 numbers: neither ties nor the rounding of a bias choose.
     logits = torch.stack([torch.randperm(8) for _ in range(9)]).float() / 2 - 2
     bias = torch.linspace(-0.05, 0.05, biased).bfloat16().float()
-    prepared = TRTLLM.prepare(weights, hidden_alignment=256, output_scale=output_scale)
+    prepared = TRTLLM.prepare(weights, hidden_alignment=256)
+    # A factor per expert, as the pass hands it to packed weights.
+    scaled = {"down_global_scale": prepared.operands.down_global_scale * output_scale}
+    prepared = prepared.replaced({**prepared.tensors(), **scaled})
     arguments = nvfp4_moe_from_logits_arguments(prepared, routing, TRTLLM.name)
     got = OP_FROM_LOGITS(x, logits, bias, *arguments)
     ids, routing_weights = route(logits, bias, routing)
