@@ -236,6 +236,63 @@ class NegativeLogitsLost(Routing):
         return super().choose(call)
 
 
+BIASED = {"activation": "silu(alpha=1.702,beta=1,limit=1)", "gated": True, "biased": True, **SIZES}
+STEP = {"activation": "silu_step(limit=1)", "gated": True, **SIZES}
+SOFTCAP = {"activation": "silu_softcap(alpha=2,beta=2)", "gated": True, **SIZES}
+
+
+class OtherActivation(Variant):
+    def __init__(self, activation):
+        super().__init__()
+        self.other = activation
+
+    def run(self, call):
+        layer = dataclasses.replace(call.layer, activation=self.other)
+        return super().run(call._replace(layer=layer))
+
+
+class DownBiasUnweighted(Variant):
+    def run(self, call):
+        bias = call.operands.down_bias
+        call = call._replace(operands=call.operands._replace(down_bias=bias * 0))
+        local = call.expert_ids - call.layer.expert_offset
+        inside = (local >= 0) & (local < len(bias))
+        added = torch.where(inside[..., None], bias[local.clamp(0, len(bias) - 1)], 0.0).sum(1)
+        out = super().run(call).float() + added[:, : call.hidden.shape[1]]
+        return out.to(call.hidden.dtype)
+
+
+def with_biases(change):
+    kernel = Variant()
+    kernel.change = lambda o: o._replace(**change(o)) if o.gate_up_bias is not None else o
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sizes"),
+    [
+        (OtherActivation("silu(alpha=1.702,beta=1)"), BIASED),
+        (OtherActivation("silu(alpha=1.702,limit=1)"), BIASED),
+        (OtherActivation("silu(beta=1,limit=1)"), BIASED),
+        (OtherActivation("silu(alpha=1.702,beta=1,limit=2)"), BIASED),
+        (with_biases(lambda o: {"gate_up_bias": o.gate_up_bias * 0}), BIASED),
+        (with_biases(lambda o: {"gate_up_bias": o.gate_up_bias.roll(48, 1)}), BIASED),
+        (with_biases(lambda o: {"gate_up_bias": o.gate_up_bias.roll(1, 0)}), BIASED),
+        (with_biases(lambda o: {"down_bias": o.down_bias * 0}), BIASED),
+        (with_biases(lambda o: {"down_bias": o.down_bias.roll(1, 0)}), BIASED),
+        (DownBiasUnweighted(), BIASED),
+        (OtherActivation("silu(limit=1)"), STEP),
+        (OtherActivation("silu"), STEP),
+        (OtherActivation("silu"), SOFTCAP),
+        (OtherActivation("silu_softcap(alpha=2,beta=4)"), SOFTCAP),
+        (OtherActivation("silu_softcap(alpha=4,beta=2)"), SOFTCAP),
+    ],
+)
+def test_wrong_parameters_and_biases_fail_in_numbers(kernel, sizes, monkeypatch):
+    report = run(monkeypatch, kernel, {"layer": sizes})
+    assert {(r.check, r.tokens) for r in report.failures} >= {("numbers", 1), ("numbers", 33)}
+
+
 class NotRestored(Variant):
     def restore(self, prepared):
         return super().restore(
@@ -426,9 +483,10 @@ def test_the_reference_kernels_pass(kernel):
     limit = "0.05" if kernel == "reference_w4a4" else "0.018"
     pattern = rf"relu2, not gated +numbers +65 +0 +{limit} +ok +worst token 0"
     assert sum(bool(re.fullmatch(pattern, line)) for line in lines) == 1
-    skipped = 12 + 6 + 1  # CUDA graphs, layers without gate, one with exchangeable halves
+    # CUDA graphs, layers without gate, one with exchangeable halves, fused routing with biases.
+    skipped = 13 + 6 + 1 + 2
     ok = re.fullmatch(
-        rf"{kernel} on cpu: (\d+) ok, 0 FAILED, 0 not supported, 19 skipped", lines[-1]
+        rf"{kernel} on cpu: (\d+) ok, 0 FAILED, 0 not supported, 22 skipped", lines[-1]
     )
     assert int(ok[1]) + skipped == len(lines) - 3
 
