@@ -20,6 +20,7 @@ def layer(
     num_experts=None,
     expert_offset=0,
     seed=0,
+    biased=False,
 ) -> ExpertWeights:
     """Random experts whose four scales all differ from 1 and from expert to expert."""
     generator = torch.Generator().manual_seed(seed)
@@ -34,6 +35,10 @@ def layer(
     }
     if gated:
         named["gate"] = randn(experts, intermediate, hidden)
+    if biased:
+        rows = {"gate_bias": intermediate, "up_bias": intermediate, "down_bias": hidden}
+        for name in rows if gated else ("up_bias", "down_bias"):
+            named[name] = torch.randn(experts, rows[name], generator=generator) / 2
     return ExpertWeights.quantize(
         **named,
         activation=activation,

@@ -18,6 +18,7 @@ import pytest
 import torch
 from flashinfer_cutlass_emulator import (
     ACTIVATIONS,
+    PAIRED,
     CallError,
     check_cutlass_call,
     emulate_cutlass_moe,
@@ -33,17 +34,22 @@ from fp4moe.kernels import Layer
 from fp4moe.kernels.flashinfer.cutlass import (
     FLASHINFER_CUTLASS,
     GATED,
+    PARAMETERS,
     UNGATED,
     activation_reasons,
     enum_name,
     size_multiples,
 )
+from fp4moe.kernels.flashinfer.library import FlashInfer
 from fp4moe.reference import fake_quantize_activation, reference_w4a4
 
-KINDS = [(name, True) for name in GATED] + [(name, False) for name in UNGATED]
+KINDS = [(name, True) for name in GATED if name in OURS] + [(name, False) for name in UNGATED]
+# Every parameter of each that has some.
+PARAMETERISED = ["silu(alpha=1.702,beta=1,limit=7)", "silu(limit=10)", "silu_step(limit=7)"]
+PARAMETERISED += ["silu_softcap(alpha=4,beta=25)"]
 INSTALLED = importlib.util.find_spec("flashinfer") is not None
 OLDER_NAMES = frozenset("Gelu Relu Silu Swiglu Geglu SwigluBias Relu2 Identity".split())
-Kind = enum.Enum("Kind", list(ACTIVATIONS))  # type: ignore[misc]
+Kind = enum.Enum("Kind", list(dict.fromkeys((*ACTIVATIONS, *PAIRED))))  # type: ignore[misc]
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOKENS, TOP_K = 96, 128, 3, 7, 2
 
@@ -298,7 +304,12 @@ VIOLATIONS: list[tuple[Callable, str]] = [
     (replaced(4, lambda s: s[:, :96].contiguous()), "quant_scales[4] must be [3, 128, 2]"),
     (replaced(4, lambda s: torch.full_like(s, -1)), "quant_scales[4] must not hold NaN"),
     (set_to("output", lambda o: torch.empty(7, 64).bfloat16()), "no narrower one"),
-    (set_to("swiglu_alpha", lambda a: torch.ones(3)), "swiglu_alpha must be None"),
+    (set_to("swiglu_alpha", lambda a: torch.ones(1)), "swiglu_alpha must be float32 [3]"),
+    (set_to("swiglu_beta", lambda a: torch.ones(3).half()), "swiglu_beta must be float32 [3]"),
+    (set_to("swiglu_limit", lambda a: torch.zeros(3)), "swiglu_limit must be above 0"),
+    (set_to("swiglu_limit", lambda a: torch.ones(3) / 0), "swiglu_limit must be finite"),
+    (set_to("situ_beta", lambda a: torch.ones(3)), "situ_beta must be None for Swiglu"),
+    (set_to("fc1_expert_biases", lambda b: torch.ones(3, 256)), "both there or neither"),
     (set_to("use_w4_group_scaling", lambda a: True), "use_w4_group_scaling must be False"),
     (set_to("ep_rank", lambda r: 1), "ep_rank must lie in 0..0; got 1"),
 ]
@@ -361,8 +372,10 @@ def test_stand_in_has_the_parameters_of_the_library(library: Any) -> None:
 @pytest.mark.skipif(not INSTALLED, reason="needs flashinfer-python")
 def test_names_are_those_of_the_library(library: Any) -> None:
     names = frozenset(member.name for member in library.core.ActivationType)
-    assert {*GATED.values(), *UNGATED.values()} - names <= {"GegluTanh"}
-    assert activation_reasons("silu", True, names) == []
+    assert {*GATED.values(), *UNGATED.values()} - names <= {"GegluTanh", "Situ"}
+    known = set(inspect.signature(library.cutlass_fused_moe).parameters)
+    wanted = {argument for names in PARAMETERS.values() for argument in names.values()}
+    assert wanted - known == (set() if "Situ" in names else {"situ_beta", "situ_linear_beta"})
 
 
 @pytest.mark.parametrize(("activation", "gated"), KINDS)
@@ -374,23 +387,43 @@ def test_enum_member_computes_our_activation(activation: str, gated: bool) -> No
     assert emulated_gated is gated
 
 
+def known_to_have(names: frozenset[str], *arguments: str) -> FlashInfer:
+    swiglu = "swiglu_alpha", "swiglu_beta", "swiglu_limit"
+    functions = {"cutlass_fused_moe": frozenset((*swiglu, *arguments))}
+    return FlashInfer("0", None, False, False, functions, names)
+
+
 def test_reasons() -> None:
     assert FLASHINFER_CUTLASS.devices.listed == ((12, 0), (12, 1), (10, 0), (10, 3))
     for activation in OURS:
         for gated in (True, False):
             refused = activation_reasons(activation, gated, None)
             assert bool(refused) != ((activation, gated) in KINDS)
-    assert activation_reasons("relu2", True, None) == [
-        "activation must be one of silu, gelu_tanh, gelu with a gate, got relu2"
+    text = "activation must be one of silu, gelu_tanh, gelu, silu_step, silu_softcap with a gate, "
+    text += "with alpha, beta or limit only silu, silu_step, silu_softcap, got "
+    for refused_text in ("relu2", "gelu(limit=7)", "relu(beta=1)"):
+        assert activation_reasons(refused_text, True, None) == [text + refused_text]
+    assert activation_reasons("silu(alpha=1.702)", False, None) == [
+        "activation must be one of relu2, relu, silu, gelu, identity without a gate, got "
+        "silu(alpha=1.702)"
     ]
+    assert all(activation_reasons(text, True, None) == [] for text in PARAMETERISED)
     assert activation_reasons("gelu_tanh", False, None) == [
         "activation must be one of relu2, relu, silu, gelu, identity without a gate, got gelu_tanh"
     ]
-    assert activation_reasons("gelu_tanh", True, OLDER_NAMES) == [
-        "the installed FlashInfer has no ActivationType.GegluTanh, which gelu_tanh with a gate "
-        "needs: install a newer flashinfer-python"
+    advice = "with a gate needs: install a newer flashinfer-python"
+    older, situ = known_to_have(OLDER_NAMES), PARAMETERISED[3]
+    assert activation_reasons("gelu_tanh", True, older) == [
+        f"the installed FlashInfer has no ActivationType.GegluTanh, which gelu_tanh {advice}"
     ]
-    assert activation_reasons("gelu_tanh", True, OLDER_NAMES | {"GegluTanh"}) == []
+    assert activation_reasons("gelu_tanh", True, known_to_have(OLDER_NAMES | {"GegluTanh"})) == []
+    assert activation_reasons(situ, True, older) == [
+        f"the installed FlashInfer has no {what}, which {situ} {advice}"
+        for what in ("ActivationType.Situ", "argument situ_beta", "argument situ_linear_beta")
+    ]
+    assert activation_reasons(PARAMETERISED[0], True, older) == []
+    newer = known_to_have(OLDER_NAMES | {"Situ"}, "situ_beta", "situ_linear_beta")
+    assert activation_reasons(situ, True, newer) == []
 
 
 def test_sizes_matter_only_without_padding() -> None:
