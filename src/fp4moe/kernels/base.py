@@ -150,7 +150,8 @@ class Layout(NamedTuple):
         multiples: what hidden and intermediate size are padded to; takes the layer and the
             Blackwell kernel's hidden_alignment.
         apply, undo: from the logical order to this one and back, exact inverses that leave the four
-            scales and the values of the biases alone. None: the kernel reads the logical tensors as they are.
+            scales and the values of the biases alone. None: the kernel reads the logical tensors as
+            they are.
     """
 
     multiples: Callable[[Layer, int], tuple[int, int]]

@@ -59,6 +59,15 @@ HIDDEN, INTERMEDIATE, EXPERTS, TOKENS, TOP_K = 96, 128, 3, 7, 2
 ROUNDING_LIMIT = 0.125
 
 
+def biases(gated: bool) -> dict[str, torch.Tensor]:
+    """Random biases beyond what bfloat16 holds."""
+    rows = (1 + gated) * INTERMEDIATE
+    return {
+        "gate_up_bias": torch.randn(EXPERTS, rows),
+        "down_bias": torch.randn(EXPERTS, HIDDEN) / 4,
+    }
+
+
 def make_weights(activation: str, gated: bool, **changes: Any) -> ExpertWeights:
     def values(rows: int, columns: int, global_scale: list[float]) -> NVFP4Values:
         steps = torch.tensor([0.25, 0.5, 0.75, 1.0])
@@ -120,6 +129,13 @@ def make_call(weights: ExpertWeights, **changes: Any) -> dict[str, Any]:
         ],
         "activation_type": Kind[str(enum_name(weights.activation, weights.gated))],
     }
+    found = get_activation(weights.activation)
+    for name, argument in {} if found.plain else PARAMETERS[found.name].items():
+        call[argument] = torch.full((EXPERTS,), getattr(found, name))
+    if weights.gate_up_bias is not None and weights.down_bias is not None:
+        rows = up_first(weights.gate_up_bias)
+        call |= {"fc1_expert_biases": rows.bfloat16()}
+        call |= {"fc2_expert_biases": weights.down_bias.bfloat16()}
     return call | changes
 
 
@@ -145,11 +161,41 @@ def test_emulator_computes_the_w4a4_definition(activation: str, gated: bool) -> 
     assert not wanted[4].any() and not result[4].any()
 
 
+@pytest.mark.parametrize(("activation", "gated"), [(t, True) for t in PARAMETERISED] + KINDS)
+def test_parameters_and_biases(activation: str, gated: bool) -> None:
+    """Where the kernel rounds, and where it adds biases, the definition does, too."""
+    weights = make_weights(activation.replace("limit=7", "limit=0.5"), gated, **biases(gated))
+    call = make_call(weights)
+    ids = call["token_selected_experts"] + weights.expert_offset
+    args = call["input"], weights, ids, call["token_final_scales"]
+    wanted = reference_w4a4(*args, intermediate_dtype=torch.bfloat16)
+    # As above.
+    assert error(stand_in(newer=True)(**call)[0], wanted) < 2**-9
+    # One rounding after the bias is another number.
+    assert error(stand_in(newer=True)(**call)[0], reference_w4a4(*args)) > 2**-9
+
+
+@pytest.mark.parametrize("name", ["swiglu_alpha", "swiglu_beta", "swiglu_limit", "biases"])
+def test_emulator_reads_parameters_and_biases(name: str) -> None:
+    text = "silu(alpha=1.702,beta=1,limit=0.5)"
+    weights = make_weights(text, True, **biases(True))
+    call = make_call(weights)
+    wanted = stand_in(newer=True)(**call)[0]
+    left_out = ("fc1_expert_biases", "fc2_expert_biases") if name == "biases" else (name,)
+    assert error(stand_in(newer=True)(**(call | dict.fromkeys(left_out)))[0], wanted) > 0.05
+    # The kernels of the others do not read what is theirs, so that the check refuses it.
+    with pytest.raises(CallError, match="it is not read"):
+        stand_in(newer=True)(
+            **(make_call(make_weights("gelu", True)) | {"swiglu_limit": torch.ones(EXPERTS)})
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_emulator_rounds_where_the_kernel_does(dtype: torch.dtype) -> None:
-    weights = make_weights("silu", gated=True)
+    weights = make_weights("silu", gated=True, **biases(True))
     call = make_call(weights, output_dtype=dtype)
-    call["input"] = call["input"].to(dtype)
+    names = ("input", "fc1_expert_biases", "fc2_expert_biases")
+    call |= {name: call[name].to(dtype) for name in names}
     result = stand_in(newer=True)(**call)[0]
     parts = weights.dequantize()
     x = fake_quantize_activation(call["input"].float(), weights.hidden_scale)
@@ -157,9 +203,12 @@ def test_emulator_rounds_where_the_kernel_does(dtype: torch.dtype) -> None:
     for token, slot in (call["token_selected_experts"] >= 0).nonzero().tolist():
         expert = call["token_selected_experts"][token, slot]
         gate, up = ((parts[name][expert] @ x[token]).to(dtype).float() for name in ("gate", "up"))
+        up_bias, gate_bias = call["fc1_expert_biases"][expert].float().chunk(2)
+        gate, up = gate + gate_bias, up + up_bias
         y = (torch.nn.functional.silu(gate) * up).to(dtype).float()
         y = fake_quantize_activation(y, weights.intermediate_scale[expert])
         y = (parts["down"][expert] @ y).to(dtype).float()
+        y += call["fc2_expert_biases"][expert].float()
         wanted[token] += y * call["token_final_scales"][token, slot]
     assert error(result, wanted.to(dtype)) < 2**-9
 

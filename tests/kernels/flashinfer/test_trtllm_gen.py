@@ -138,7 +138,8 @@ def test_only_silu_has_parameters():
         assert size_multiples(text, True, 128, format) == size_multiples("silu", True, 128, format)
     # 0.6.13's entry for it has no such arguments.
     assert reasons(text, True, 2880, 2880, "fp8_per_tensor") == [
-        f"no fp8_per_tensor kernel for gated {text}; there are kernels for gated silu, ungated relu2"
+        f"no fp8_per_tensor kernel for gated {text}; "
+        "there are kernels for gated silu, ungated relu2"
     ]
     refused = ("gelu_tanh(limit=7)", "gelu(beta=1)", "silu_step(limit=7)")
     for other in (*refused, "silu_softcap(alpha=4,beta=25)"):

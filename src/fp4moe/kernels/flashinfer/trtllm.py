@@ -39,7 +39,8 @@ GIVEN_ROUTING = "Renormalize"
 ROUTING_NAMES = {"softmax_topk": "RenormalizeNaive", "sigmoid_topk": "DeepSeekV3"}
 # The launch grid has at most 65535 rows of one tile, which is 64 tokens or more at this size.
 GRID_ROWS, SMALLEST_LARGE_TILE, MOST_TOKENS = 65535, 64, 1 << 18
-# Below this product of scales no bias is representable: weights of 0 have scales of 2^-149.
+# Below this product of scales a bias divided by it may be infinite. The least of a real layer is
+# about 2^-33: weights up to 1e-3, an input up to 1, each over 2688.
 SMALLEST_SCALE = 2.0**-100
 # The finalize kernel writes rows of 16 bytes, unchecked in 0.6.13.
 OUTPUT_MULTIPLE = 8
@@ -92,7 +93,7 @@ class FlashInferTrtllm(FlashInferKernel):
         """Return scales and biases; the output of gate stays raw until the epilogue multiplies it.
 
         Raises:
-            UnsupportedError: an expert has a bias beside weights that are all 0.
+            UnsupportedError: an expert has a bias, but a scale that is next to 0.
         """
         scaled = super().scale_operands(operands, layer)
         if scaled.gate_up_bias is not None and scaled.down_bias is not None:
@@ -207,7 +208,7 @@ def _raw_bias(name: str, bias: torch.Tensor, scale: torch.Tensor) -> torch.Tenso
     if bool((bias[too_small] != 0).any()):
         must(
             f"flashinfer_trtllm: {name}",
-            "be 0 where all weights of the expert are 0",
+            f"be 0 where the expert's scales multiply to less than {SMALLEST_SCALE:.1g}",
             f"others for local experts {too_small.nonzero()[:, 0].tolist()}",
             "Use another kernel.",
             error=UnsupportedError,
