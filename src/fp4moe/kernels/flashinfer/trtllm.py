@@ -39,7 +39,7 @@ GIVEN_ROUTING = "Renormalize"
 ROUTING_NAMES = {"softmax_topk": "RenormalizeNaive", "sigmoid_topk": "DeepSeekV3"}
 # The launch grid has at most 65535 rows of one tile, which is 64 tokens or more at this size.
 GRID_ROWS, SMALLEST_LARGE_TILE, MOST_TOKENS = 65535, 64, 1 << 18
-# Below this product of scales a bias divided by it may be infinite. The least of a real layer is
+# What is divided by a product of scales may be infinite below this. The least of a real layer is
 # about 2^-33: weights up to 1e-3, an input up to 1, each over 2688.
 SMALLEST_SCALE = 2.0**-100
 # The finalize kernel writes rows of 16 bytes, unchecked in 0.6.13.
@@ -93,15 +93,17 @@ class FlashInferTrtllm(FlashInferKernel):
         """Return scales and biases; the output of gate stays raw until the epilogue multiplies it.
 
         Raises:
-            UnsupportedError: an expert has a bias, but a scale that is next to 0.
+            UnsupportedError: biases, beta or limit, and a scale next to 0.
         """
         scaled = super().scale_operands(operands, layer)
-        if scaled.gate_up_bias is not None and scaled.down_bias is not None:
-            first, second = scaled.gate_up_global_scale, scaled.down_global_scale
-            scaled = scaled._replace(
-                gate_up_bias=_raw_bias("gate_up_bias", scaled.gate_up_bias, first),
-                down_bias=_raw_bias("down_bias", scaled.down_bias, second),
-            )
+        first, second = scaled.gate_up_global_scale, scaled.down_global_scale
+        biases = scaled.gate_up_bias, scaled.down_bias
+        if biases[0] is not None and biases[1] is not None:
+            _check_divisors(gate_up_global_scale=first, down_global_scale=second)
+            raw = biases[0] / first.unsqueeze(1), biases[1] / second.unsqueeze(1)
+            scaled = scaled._replace(gate_up_bias=raw[0], down_bias=raw[1])
+        elif not get_activation(layer.activation).plain:
+            _check_divisors(gate_up_global_scale=first)
         if not layer.gated:
             return scaled
         product = scaled.intermediate_scale * scaled.gate_up_global_scale
@@ -202,18 +204,18 @@ class FlashInferTrtllm(FlashInferKernel):
         return output[:, :hidden_size].to(hidden.dtype).contiguous()
 
 
-def _raw_bias(name: str, bias: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return bias [L, N] in units of raw accumulators, which the scale [L] multiplies later."""
-    too_small = scale < SMALLEST_SCALE
-    if bool((bias[too_small] != 0).any()):
-        must(
-            f"flashinfer_trtllm: {name}",
-            f"be 0 where the expert's scales multiply to less than {SMALLEST_SCALE:.1g}",
-            f"others for local experts {too_small.nonzero()[:, 0].tolist()}",
-            "Use another kernel.",
-            error=UnsupportedError,
-        )
-    return bias / scale.clamp(min=SMALLEST_SCALE).unsqueeze(1)
+def _check_divisors(**products: torch.Tensor) -> None:
+    """Raise where a product of scales [L] is next to 0: biases, beta or limit are divided by it."""
+    for name, product in products.items():
+        too_small = product < SMALLEST_SCALE
+        if bool(too_small.any()):
+            must(
+                f"flashinfer_trtllm: {name} times that of the activations",
+                f"be at least {SMALLEST_SCALE:.1g} where biases, beta or limit are divided by it",
+                f"less for local experts {too_small.nonzero()[:, 0].tolist()}",
+                "Use another kernel.",
+                error=UnsupportedError,
+            )
 
 
 def _parameters(operands: Operands, layer: Layer) -> dict[str, torch.Tensor | None]:
@@ -228,13 +230,10 @@ def _parameters(operands: Operands, layer: Layer) -> dict[str, torch.Tensor | No
     scale = operands.gate_up_global_scale
     if activation.alpha != 1:
         found["gemm1_alpha"] = torch.full_like(scale, activation.alpha)
-    if activation.beta or activation.limit:
-        # Where it is smaller, gate is 0 and with it the output.
-        raw = scale.clamp(min=SMALLEST_SCALE).reciprocal()
-        if activation.beta:
-            found["gemm1_beta"] = raw * activation.beta
-        if activation.limit:
-            found["gemm1_clamp_limit"] = raw * activation.limit
+    if activation.beta:
+        found["gemm1_beta"] = torch.full_like(scale, activation.beta).div_(scale)
+    if activation.limit:
+        found["gemm1_clamp_limit"] = torch.full_like(scale, activation.limit).div_(scale)
     return found
 
 

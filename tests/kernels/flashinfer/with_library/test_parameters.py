@@ -310,21 +310,16 @@ def test_a_prepared_layer_of_another_activation_is_refused(emulated, name):
     assert emulated.calls == []
 
 
-def test_scales_next_to_zero(emulated):
-    """No bias can be divided by them; without one, beta and limit stay finite."""
-    weights = layer(activation=OPENAI, biased=True)
-    scale = weights.gate_up.global_scale.clone()
-    scale[1] = 2.0**-149
-    tiny = dataclasses.replace(weights.gate_up, global_scale=scale)
-    with_bias = dataclasses.replace(weights, gate_up=tiny)
-    weights = dataclasses.replace(with_bias, gate_up_bias=None, down_bias=None)
-    call = tokens(9, weights)
-    got = run(TRTLLM.name, weights, call)
-    assert got.isfinite().all()
-    assert error(got, expected(TRTLLM.name, weights, call)) < LIMIT
+@pytest.mark.parametrize("biased", [False, True])
+def test_scales_next_to_zero_are_refused(biased):
+    weights = layer(activation=OPENAI, biased=biased)
+    weights.gate_up.global_scale[1] = 2.0**-149
     with pytest.raises(UnsupportedError) as refusal:
-        TRTLLM.prepare(with_bias, hidden_alignment=256)
+        TRTLLM.prepare(weights, hidden_alignment=256)
     assert str(refusal.value) == (
-        "flashinfer_trtllm: gate_up_bias must be 0 where the expert's scales multiply to less than "
-        "8e-31; got others for local experts [1]. Use another kernel."
+        "flashinfer_trtllm: gate_up_global_scale times that of the activations must be at least "
+        "8e-31 where biases, beta or limit are divided by it; got less for local experts [1]. Use "
+        "another kernel."
     )
+    without = {"activation": "silu", "gate_up_bias": None, "down_bias": None}
+    TRTLLM.prepare(dataclasses.replace(weights, **without), hidden_alignment=256)
