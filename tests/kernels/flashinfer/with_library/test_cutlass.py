@@ -161,7 +161,7 @@ def test_choice_and_refusals(claim):
     (reason,) = why_not("flashinfer_cutlass", **erf | {"capability": (9, 0)})
     assert reason == "needs compute capability 12.0, 12.1, 10.0 or 10.3, got 9.0"
     (reason,) = why_not("flashinfer_cutlass", **erf | {"activation": "relu2"})
-    assert reason.startswith("activation must be one of silu, gelu_tanh, gelu with a gate")
+    assert reason.startswith("activation must be one of silu, gelu_tanh, gelu, silu_step, ")
     spec = Layer("silu", True, 256, 64, 8, 2)
     assert CUTLASS.reasons_not_to_route(spec, Routing("softmax_topk", 2)) == [
         "the CUTLASS experts take ids and weights, they do not route"
