@@ -25,6 +25,7 @@ def float_weights(
     intermediate_size: int,
     gated: bool = True,
     *,
+    biased: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
@@ -37,7 +38,7 @@ def float_weights(
     Returns:
         {"up": [L, I, H], "down": [L, H, I], "gate" (gated only): [L, I, H]} of that dtype, divided
         by the root of the contracted size. Each expert's matrices have a size of their own, 0.5 to
-        1.5: a scale of the wrong expert shows.
+        1.5: a scale of the wrong expert shows. Biased: also "up_bias", "down_bias" and "gate_bias".
     """
 
     def normal(rows: int, columns: int) -> torch.Tensor:
@@ -50,7 +51,16 @@ def float_weights(
         "up": normal(intermediate_size, hidden_size),
         "down": normal(hidden_size, intermediate_size),
     }
-    return named | ({"gate": normal(intermediate_size, hidden_size)} if gated else {})
+    if gated:
+        named["gate"] = normal(intermediate_size, hidden_size)
+    if biased:
+        sizes = {"gate": intermediate_size, "up": intermediate_size, "down": hidden_size}
+        for name in [name for name in sizes if name in named]:
+            values = torch.randn(
+                experts, sizes[name], generator=generator, dtype=torch.float32, device=device
+            )
+            named[f"{name}_bias"] = (values / 2).to(dtype)
+    return named
 
 
 def make_layer(
@@ -60,6 +70,7 @@ def make_layer(
     activation: str = "silu",
     gated: bool = True,
     *,
+    biased: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
@@ -77,6 +88,7 @@ def make_layer(
         hidden_size,
         intermediate_size,
         gated,
+        biased=biased,
         dtype=dtype,
         device=device,
         generator=generator,

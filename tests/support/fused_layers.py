@@ -21,6 +21,7 @@ def layer(
     num_experts=None,
     expert_offset=0,
     seed=0,
+    biased=False,
 ) -> ExpertWeights:
     """Random experts whose four scales all differ from 1 and from expert to expert."""
     return make_layer(
@@ -29,6 +30,7 @@ def layer(
         intermediate,
         activation,
         gated,
+        biased=biased,
         generator=torch.Generator().manual_seed(seed),
         hidden_scale=4.5 / 2688,
         intermediate_scale=torch.linspace(0.5, 2.0, experts) * 3 / 2688,

@@ -62,6 +62,7 @@ class Operands(NamedTuple):
 
 
 SCALES = ("gate_up_global_scale", "down_global_scale", "hidden_scale", "intermediate_scale")
+BIASES = ("gate_up_bias", "down_bias")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,7 +71,8 @@ class PreparedWeights:
 
     Attributes:
         operands: what the operator takes.
-        kept: logical scales, as `logical_<operand>`, that cannot be recovered from the operands.
+        kept: logical scales and biases, as `logical_<operand>`, that cannot be recovered from the
+            operands; biases in the order of the operands.
         layer: sizes as the model means them.
     """
 
@@ -143,7 +145,8 @@ class Layout(NamedTuple):
         multiples: what hidden and intermediate size are padded to; takes the layer and the
             Blackwell kernel's hidden_alignment.
         apply, undo: from the logical order to this one and back, exact inverses that leave the four
-            scales alone. None: the kernel reads the logical tensors as they are.
+            scales and the values of the biases alone. None: the kernel reads the logical tensors as
+            they are.
     """
 
     multiples: Callable[[Layer, int], tuple[int, int]]
@@ -220,7 +223,7 @@ class Kernel:
         return []
 
     def scale_operands(self, operands: Operands, layer: Layer) -> Operands:
-        """Return what the four scales of the logical operands become."""
+        """Return what the four scales, and the values of the biases, become."""
         return operands
 
     def warm_up(self, prepared: PreparedWeights) -> None:
@@ -272,10 +275,9 @@ class Kernel:
             weights = weights.unpadded().padded(
                 hidden_multiple=multiples[0], intermediate_multiple=multiples[1]
             )
-        operands, kept = self._with_scales(Operands(**weights.operands()), layer)
-        prepared = PreparedWeights(
-            operands if apply is None else apply(operands, layer), kept, layer
-        )
+        operands = Operands(**weights.operands())
+        operands = operands if apply is None else apply(operands, layer)
+        prepared = PreparedWeights(*self._with_scales(operands, layer), layer)
         if weights.device.type == "cuda":
             self.warm_up(prepared)
         return prepared
@@ -303,14 +305,16 @@ class Kernel:
             hidden_scale=hidden_scale, intermediate_scale=intermediate_scale
         )
         operands, kept = self._with_scales(logical, prepared.layer)
-        return {**{name: getattr(operands, name) for name in SCALES}, **kept}
+        names = (*SCALES, *(name for name in BIASES if f"logical_{name}" in kept))
+        return {**{name: getattr(operands, name) for name in names}, **kept}
 
     def _with_scales(
         self, logical: Operands, layer: Layer
     ) -> tuple[Operands, dict[str, torch.Tensor]]:
-        """Return the operands with their scales, and the logical scales that these hide."""
+        """Return the operands with their scales, and the logical tensors that these hide."""
         operands = self.scale_operands(logical, layer)
-        hidden = SCALES if self.mixes_scales else ()
+        hidden: tuple[str, ...] = SCALES if self.mixes_scales else ()
+        hidden += tuple(n for n in BIASES if getattr(operands, n) is not getattr(logical, n))
         return operands, {f"logical_{name}": getattr(logical, name) for name in hidden}
 
     def __call__(self, call: Call) -> torch.Tensor:
@@ -390,7 +394,7 @@ def logical_weights(operands: Operands, layer: Layer) -> ExpertWeights:
 
 
 def _logical_scales(prepared: PreparedWeights) -> Operands:
-    """Return the operands with the logical scales put back."""
+    """Return the operands with the logical scales and biases put back."""
     kept = {name.removeprefix("logical_"): tensor for name, tensor in prepared.kept.items()}
     return prepared.operands._replace(**kept)
 

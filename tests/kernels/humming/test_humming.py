@@ -42,12 +42,8 @@ def make_weights(
     gated=True, experts=5, hidden=200, intermediate=72, device="cpu", biased=False, **options
 ):
     activation = options.pop("activation", "gelu_tanh" if gated else "relu2")
-    if biased:
-        sizes = {"up_bias": intermediate, "down_bias": hidden}
-        sizes |= {"gate_bias": intermediate} if gated else {}
-        options |= {k: torch.randn(experts, n, device=device) / 2 for k, n in sizes.items()}
     shape = experts, hidden, intermediate
-    return testing.make_layer(*shape, activation, gated, device=device, **options)
+    return testing.make_layer(*shape, activation, gated, biased=biased, device=device, **options)
 
 
 def make_layer(**changes):

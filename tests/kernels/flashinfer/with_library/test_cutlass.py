@@ -172,7 +172,7 @@ def test_choice_and_refusals(claim):
     (reason,) = why_not("flashinfer_cutlass", **erf | {"capability": (9, 0)})
     assert reason == "needs compute capability 12.0, 12.1, 10.0 or 10.3, got 9.0"
     (reason,) = why_not("flashinfer_cutlass", **erf | {"activation": "relu2"})
-    assert reason.startswith("activation must be one of silu, gelu_tanh, gelu with a gate")
+    assert reason.startswith("activation must be one of silu, gelu_tanh, gelu, silu_step, ")
     # What TRT-LLM-Gen lacks on SM100 goes here by itself; what it has does not.
     assert FusedExperts(layer()).kernel == "flashinfer_cutlass"
     claim((10, 0))
