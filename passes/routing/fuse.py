@@ -159,6 +159,7 @@ class _Layer:
     kernel: str
     num_experts: int
     intermediate_size: int
+    biased: bool
 
     @classmethod
     def of(cls, operator: fx.Node) -> _Layer:
@@ -168,11 +169,14 @@ class _Layer:
             groups: Any = given.weights
             weights = FloatWeights(*(tuple(map(meta_value, group)) for group in groups))
             experts, _hidden, intermediate = form.sizes(weights)
-            return cls(form.activation, form.gated, form.kernel, int(experts), int(intermediate))
+            sizes = int(experts), int(intermediate)
+            return cls(form.activation, form.gated, form.kernel, *sizes, weights.biased)
         packed = MoeArguments.read(operator.args)
-        activation, gated, kernel, num_experts, _offset = packed.settings
         down: Any = packed.operands.down_packed
-        return cls(activation, gated, kernel, num_experts, int(meta_value(down).shape[2]) * 2)
+        biased = packed.operands.down_bias is not None
+        intermediate = int(meta_value(down).shape[2]) * 2
+        activation, gated, kernel, experts, *_others = packed.settings
+        return cls(activation, gated, kernel, experts, intermediate, biased)
 
 
 def _kernel_reason(operator: fx.Node, form: RoutingForm) -> str:
