@@ -329,7 +329,7 @@ def test_every_kernel_takes_the_factors_as_a_scale_of_down(name):
     weights, factors = layer(256, 128, EXPERTS), 1 + 0.3 * seeded(EXPERTS)
     kernel = KERNELS[name]
     plain, scaled = (
-        kernel.prepare(weights, hidden_alignment=256, output_scale=scale).operands._asdict()
+        kernel.prepare(weights, hidden_alignment=256, output_scale=scale).operands.named()
         for scale in (None, factors)
     )
     plain["down_global_scale"] = plain["down_global_scale"] * factors
