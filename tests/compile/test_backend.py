@@ -39,6 +39,13 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 Gated = experts_class()
 
 
+class Odd(experts_class()):
+    """Clamped as no known activation is."""
+
+    def _apply_gate(self, both):
+        return super()._apply_gate(both).clamp(-0.1, 0.1)
+
+
 def compiled(model, **options):
     """Compile for fp4moe; the graph runs as it is unless an inner backend is given."""
     options = {"inner_backend": CapturingBackend(), **options}
@@ -179,10 +186,10 @@ class TestNoMatch:
         class Both(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.good, self.biased = Block(Gated), Block(experts_class(has_bias=True))
+                self.good, self.odd = Block(Gated), Block(Odd)
 
             def forward(self, hidden, ids, weights):
-                return self.biased(self.good(hidden, ids, weights), ids, weights)
+                return self.odd(self.good(hidden, ids, weights), ids, weights)
 
         inner = CapturingBackend()
         with caplog.at_level(logging.WARNING, logger="fp4moe"):
@@ -190,13 +197,13 @@ class TestNoMatch:
         assert len(operators(inner.graphs[0])) == 1
         (record,) = [r for r in caplog.records if r.name == "fp4moe"]
         assert record.getMessage().startswith(
-            "fp4moe.backend: biased.experts is left as it is: it reads "
+            "fp4moe.backend: odd.experts is left as it is: its numbers fit no known form; "
         )
         assert not recwarn.list
 
     def test_the_reason_is_in_the_warning(self):
-        block = Block(experts_class(has_bias=True))
-        with pytest.warns(UserWarning, match="experts: it reads .*; a bias or a scale"):
+        block = Block(Odd)
+        with pytest.warns(UserWarning, match=r"closest is gated \(gate_up\) silu.* relative error"):
             actual = run(compiled(block), *routed(5))
         assert torch.equal(actual, run(block, *routed(5)))
 

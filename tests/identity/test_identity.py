@@ -191,7 +191,7 @@ class TestLifetime:
             weakref.ref(tensor)
             for layer in layers(first)
             for entry in table_entries(layer.mlp.experts.down_proj)
-            for tensor in entry.prepared.operands
+            for tensor in entry.prepared.operands.flat()
         ]
         assert len(operands) == 16
         del first, model

@@ -334,7 +334,7 @@ def test_every_kernel_takes_the_factors_as_a_scale_of_down(name):
     down = dataclasses.replace(weights.down, global_scale=weights.down.global_scale * factors)
     kernel = KERNELS[name]
     plain, scaled = (
-        kernel.prepare(given, hidden_alignment=256).operands._asdict()
+        kernel.prepare(given, hidden_alignment=256).operands.named()
         for given in (weights, dataclasses.replace(weights, down=down))
     )
     plain["down_global_scale"] = plain["down_global_scale"] * factors
