@@ -11,7 +11,7 @@ import dataclasses
 import dis
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,16 +31,21 @@ from ..precision import float32_as_written
 from ..random_floats import random_normal, random_uniform
 from ..reference import moe_definition
 
+if TYPE_CHECKING:
+    from .storage import Storage
+
 __all__ = [
     "ACTIVATION_SCALES",
     "MERGE",
     "Candidate",
     "carry_hooks",
     "named_activation",
+    "relative_error",
     "runs_own_forward",
     "storage_reasons",
     "stored_activation_scales",
     "value_reasons",
+    "verify_against_definition",
 ]
 
 # Where `calibrate` leaves (hidden_scale [1], intermediate_scale [L]) with a float module.
@@ -63,6 +68,7 @@ class Candidate:
         module: that module.
         parameters: its expert weights by dotted name below `path`.
         reasons: why it cannot be replaced; empty where it can.
+        storage: how the module keeps stacked experts; None for a list of them.
         activation, gated, biased, num_experts, top_k, hidden_size, intermediate_size: None where unknown.
         quantize: packs the weights ("max" or "mse").
         build: makes the module that takes its place out of the fused experts.
@@ -74,6 +80,7 @@ class Candidate:
     module: nn.Module
     parameters: dict[str, torch.Tensor]
     reasons: list[str] = dataclasses.field(default_factory=list)
+    storage: Storage | None = None
     activation: str | None = None
     gated: bool | None = None
     biased: bool = False

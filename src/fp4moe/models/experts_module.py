@@ -124,7 +124,7 @@ def describe_experts(path: str, module: Any, config: Any = None) -> Candidate:
     for _, name in storage.biases:
         if isinstance(bias := getattr(module, name, None), torch.Tensor):
             parameters[name] = bias
-    candidate.biased = bool(storage.biases)
+    candidate.storage, candidate.biased = storage, bool(storage.biases)
     candidate.hidden_size, candidate.intermediate_size = storage.sizes(parameters[storage.first])
     reasons += storage_reasons(module, parameters)
     if not runs_own_forward(module):

@@ -120,7 +120,7 @@ def make_subject(
     hidden = normal(max(64, *tokens), sizes["hidden_size"]).bfloat16()
     # Not the amax itself: bfloat16 inputs would then often lie on a rounding boundary.
     hidden_scale = 1.03 * float(hidden.abs().max()) / 2688
-    act = get_activation(sizes["activation"]).function
+    combine = get_activation(sizes["activation"]).combine
     x, parts = hidden[:64].float(), []
     for expert in range(sizes["num_experts"]):
         shape = (sizes["intermediate_size"], sizes["hidden_size"])
@@ -128,7 +128,7 @@ def make_subject(
         gain = 2.0 ** (expert % 5 / 2 - 1) * shape[1] ** -0.5
         matrices = {name: normal(shape) * gain for name in ("up", "gate")[: 1 + sizes["gated"]]}
         up = x @ matrices["up"].T
-        y = act(x @ matrices["gate"].T) * up if sizes["gated"] else act(up)
+        y = combine(up, x @ matrices["gate"].T if sizes["gated"] else None)
         # Outputs are alike in size: a wrong expert shows whichever it is.
         gain = 2.0 ** (expert % 3 / 2 - 0.5) * shape[0] ** -0.5 / float(y.square().mean().sqrt())
         down = normal(shape[::-1]) * gain
