@@ -189,8 +189,8 @@ FAMILIES = {
     "solar_open": ("SolarOpenForCausalLM", DEEPSEEK),
     "step3p7": (
         "Step3p7TextModel",
-        {**LOCAL, **SPARSE, "share_expert_dim": 48, "sliding_window": 32}
-        | {"swiglu_limits": [0.0, 1.5]},
+        {**LOCAL, **SPARSE, "n_routed_experts": 8, "share_expert_dim": 48}
+        | {"sliding_window": 32, "swiglu_limits": [0.0, 1.5]},
     ),
     "zaya": ("ZayaForCausalLM", EXPERTS | {"num_experts_per_tok": 1, "router_hidden_size": 32}),
 }

@@ -27,7 +27,7 @@ from ..checkpoint.read import read_experts, read_linear
 from ..checks import HIDDEN_DTYPES
 from ..errors import CheckpointError, UnsupportedError, must
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, Layer, choose_kernel, current_capability
-from ..models.experts_module import is_experts_module
+from ..models.experts_module import is_stacked_experts
 from ..models.loaded_routing import fuse_routing
 from ..module import FusedExperts
 from ..padding import round_up
@@ -156,8 +156,8 @@ class Loading:
         experts: dict[str, ExpertsFacts] = {}
         refused: dict[str, list[str]] = {}
         for path, module in model.named_modules():
-            if is_experts_module(module):
-                facts, reasons = describe_on_meta(path, module)
+            if is_stacked_experts(module):
+                facts, reasons = describe_on_meta(path, module, model.config)
                 if facts is not None:
                     # What any device would be asked to run; the device itself is known later.
                     asked = Layer.of(facts), current_capability()
