@@ -163,9 +163,7 @@ def make_plan(shapes: Mapping[str, Spec], convention: Convention, model: Model) 
             continue
         if (stack := _stack_elsewhere(key, shapes, model)) is not None:
             path, projection = stack
-            _add(
-                experts[path].setdefault((None, projection), Matrix()), "weight", key, problems
-            )
+            _add(experts[path].setdefault((None, projection), Matrix()), "weight", key, problems)
             continue
         module, _, leaf = name.rpartition(".")
         if module in model.linears and leaf in convention.parts:

@@ -69,7 +69,8 @@ class Candidate:
         parameters: its expert weights by dotted name below `path`.
         reasons: why it cannot be replaced; empty where it can.
         storage: how the module keeps stacked experts; None for a list of them.
-        activation, gated, biased, num_experts, top_k, hidden_size, intermediate_size: None where unknown.
+        activation, gated, num_experts, top_k, hidden_size, intermediate_size: None where unknown.
+        biased: whether gate, up or down has a bias.
         quantize: packs the weights ("max" or "mse").
         build: makes the module that takes its place out of the fused experts.
         verify: runs the float block against the definition and returns the reasons where they

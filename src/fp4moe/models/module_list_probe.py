@@ -283,7 +283,9 @@ def find_form(
         )
     best = next(iter(fitting))
     # Forms that are equal in exact arithmetic (top_k = 1 renormalised, ...) count as one.
-    others = [g for g, result in fitting.items() if relative_error(result, fitting[best]) > limit / 10]
+    others = [
+        g for g, result in fitting.items() if relative_error(result, fitting[best]) > limit / 10
+    ]
     if others:
         return None, f"its numbers cannot tell {best} from {others[0]}"
     return best, ""
