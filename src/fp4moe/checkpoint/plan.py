@@ -111,6 +111,7 @@ class Model:
         optional: names of `plain` that need not be in the checkpoint, such as tied ones.
         name: key -> its name in the model, without merging.
         merged: key -> (name in the model, whether several keys make one tensor).
+        further: key -> names of other tensors that it is cut into.
         may_skip: whether a key without a place is no error.
         quantize: whether float experts are packed; otherwise they are plain.
     """
@@ -121,6 +122,7 @@ class Model:
     optional: Collection[str]
     name: Callable[[str], str]
     merged: Callable[[str], tuple[str, bool]]
+    further: Callable[[str], list[str]]
     may_skip: Callable[[str], bool]
     quantize: bool
 
@@ -296,6 +298,8 @@ def _place_rest(
             others = plan.plain.setdefault(name, [])
             others.append(key)
             if merged:
+                for part in model.further(key):
+                    plan.plain.setdefault(part, []).append(key)
                 continue
             if len(others) > 1:
                 problems.duplicated |= set(others)

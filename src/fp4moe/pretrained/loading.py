@@ -180,6 +180,7 @@ class Loading:
             optional=optional_names(model),
             name=names.name,
             merged=names.merged,
+            further=names.further,
             may_skip=may_skip(model),
             quantize=self.quantize,
         )
