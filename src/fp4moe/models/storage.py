@@ -2,7 +2,7 @@
 
 Read off the stamps of `use_experts_implementation`. A class without them (transformers' step3p7, or
 a user's own) is known by the names of its parameters, and its own forward says the rest: it runs on
-one tiny expert whose output shows what it does with gate and up.
+tiny experts whose output shows what it does with gate and up.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["STAMPS", "Storage", "holds_experts", "is_stamped", "possible_storage
 
 # What `use_experts_implementation` sets on every instance.
 STAMPS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-# Of the tiny expert; unlike, so that another orientation fails.
+# Of tiny experts; unlike, so that another orientation fails.
 HIDDEN, INNER = 3, 2
 Parts = Mapping[str, torch.Tensor]
 
@@ -176,9 +176,11 @@ def probe_forward(module: Any, storage: Storage) -> tuple[str | None, str]:
     Raises:
         Exception: whatever the module's code raises.
     """
+    # All of them are there, since a loop may look at experts that are not chosen.
+    experts = module._parameters[storage.first].shape[0]
     tensors = {
         name: torch.zeros(shape, dtype=torch.float32, device="cpu")
-        for name, shape in storage.shapes(1, HIDDEN, INNER).items()
+        for name, shape in storage.shapes(experts, HIDDEN, INNER).items()
     }
     parts = storage.split(tensors)
     # Every gate is the first hidden value, every up the second; the first of INNER comes out.
