@@ -223,6 +223,30 @@ def test_transposed_experts():
     torch.testing.assert_close(list(report.blocks[0].intermediate_ranges), expected, **CLOSE)
 
 
+def clamped_gate(self, gate_up):
+    gate, up = gate_up[..., ::2].clamp(max=1.5), gate_up[..., 1::2].clamp(-1.5, 1.5)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_biased_experts_with_a_clamp(fused):
+    experts = experts_class(is_transposed=True, is_concatenated=False, has_bias=True)
+    experts._apply_gate = clamped_gate
+    block = Block(experts)
+    first, bias = block.experts.gate_up_proj.mT, block.experts.gate_up_proj_bias
+    if fused:
+        fp4moe.replace_moe(block, kernel="reference", progress=False)
+        parts = block.experts.weights.dequantize()
+        first = torch.stack((parts["gate"], parts["up"]), 2).flatten(1, 2)
+    hidden, ids, routing = routed(40)
+    with fp4moe.calibrate(block) as report:
+        block(hidden, ids, routing)
+    inner = clamped_gate(None, torch.einsum("th,erh->ter", hidden, first) + bias)
+    hit = (ids.unsqueeze(2) == torch.arange(8)).any(1).unsqueeze(2)
+    expected = torch.where(hit, inner, 0.0).abs().amax((0, 2)).tolist()
+    torch.testing.assert_close(list(report.blocks[0].intermediate_ranges), expected, **CLOSE)
+
+
 class ListExpert(nn.Module):
     def __init__(self):
         super().__init__()
@@ -330,8 +354,8 @@ def test_what_cannot_be_calibrated_is_refused():
         calibrated(model)
     with pytest.raises(UnsupportedError, match="got Linear with none"):
         calibrated(nn.Linear(2, 2))
-    with pytest.raises(UnsupportedError, match="experts have biases"):
-        calibrated(Block(experts_class(has_bias=True)))
+    with pytest.raises(UnsupportedError, match="a norm behind each expert"):
+        calibrated(Block(experts_class(has_post_expert_norm=True)))
     block = Block(experts_class())
     for value, message in ((float("nan"), "largest input of nan"), (0.0, "largest input of 0")):
         with pytest.raises(ShapeError, match=message), fp4moe.calibrate(block):

@@ -27,7 +27,7 @@ from ..checkpoint.read import read_experts, read_linear
 from ..checks import HIDDEN_DTYPES
 from ..errors import CheckpointError, UnsupportedError, must
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, Layer, choose_kernel, current_capability
-from ..models.experts_module import is_experts_module
+from ..models.experts_module import is_stacked_experts
 from ..models.routers import fuse_router
 from ..models.routing_plan import plan_fused_routing
 from ..module import FusedExperts
@@ -157,8 +157,8 @@ class Loading:
         experts: dict[str, ExpertsFacts] = {}
         refused: dict[str, list[str]] = {}
         for path, module in model.named_modules():
-            if is_experts_module(module):
-                facts, reasons = describe_on_meta(path, module)
+            if is_stacked_experts(module):
+                facts, reasons = describe_on_meta(path, module, model.config)
                 if facts is not None:
                     # What any device would be asked to run; the device itself is known later.
                     asked = Layer.of(facts), current_capability()
@@ -181,6 +181,7 @@ class Loading:
             optional=optional_names(model),
             name=names.name,
             merged=names.merged,
+            further=names.further,
             may_skip=may_skip(model),
             quantize=self.quantize,
         )

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..activations import get_activation
 from ..errors import UnsupportedError, must
@@ -77,14 +78,17 @@ def float32_result(
 ) -> torch.Tensor:
     """The layer in float32, expert by expert."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    act = get_activation(weights.activation).function
+    combine = get_activation(weights.activation).combine
     for expert in ids.unique().tolist():
         token, slot = (ids == expert).nonzero(as_tuple=True)
         part = {k: v[0] for k, v in weights.slice_experts(expert, expert + 1).dequantize().items()}
         rows = x[token].float()
-        y = rows @ part["up"].T
-        y = act(rows @ part["gate"].T) * y if weights.gated else act(y)
-        out.index_add_(0, token, (y @ part["down"].T) * routing_weights[token, slot, None])
+        gate, up, down = (part.get(name) for name in ("gate", "up", "down"))
+        assert up is not None and down is not None
+        gate_rows = None if gate is None else F.linear(rows, gate, part.get("gate_bias"))
+        y = combine(F.linear(rows, up, part.get("up_bias")), gate_rows)
+        y = F.linear(y, down, part.get("down_bias"))
+        out.index_add_(0, token, y * routing_weights[token, slot, None])
     return out
 
 
