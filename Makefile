@@ -1,5 +1,6 @@
 # make demo   run both examples, from a fresh clone on
 # make test   lint, types and tests, from a fresh clone on; what CI runs
+# make quick  the tests that are not marked slow, of every folder, in under two minutes on two cores
 # make lint | types | bench | flashinfer | tensorrt   one part of it; `make format` rewrites files as
 #             lint wants them
 # make peers  what fp4moe hands to FlashInfer against what vLLM and SGLang do; downloads 400 MB once
@@ -34,7 +35,7 @@ PEERS := build/peers
 # The compiled TRT-LLM-Gen kernels, the last that are on PyPI.
 CUBINS := build/cubins
 
-.PHONY: demo test lint format types bench flashinfer tensorrt peers cubins
+.PHONY: demo test quick lint format types bench flashinfer tensorrt peers cubins
 
 demo: $(READY)
 	$(BIN)/python examples/gemma4_compile.py
@@ -44,6 +45,10 @@ demo: $(READY)
 # longest tests come last, so that a process that is done takes some of the others'.
 test: lint types flashinfer tensorrt
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+quick: $(READY)
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest \
+		-m "not slow and not gpu" -n $(JOBS) --dist worksteal
 
 flashinfer: $(OTHER)/ready
 	PYTHONPATH=$(OTHER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels/flashinfer

@@ -22,6 +22,7 @@ from machine import cpu_name
 from fp4moe import ExpertWeights, FusedExperts, fused_moe
 from fp4moe.kernels import get_kernel
 from fp4moe.ops import nvfp4_moe_arguments
+from fp4moe.testing import make_layer
 
 OP = torch.ops.fp4moe.nvfp4_moe.default
 LIBRARY = torch.library.Library("fp4moe_bench", "DEF")
@@ -91,12 +92,7 @@ def main() -> int:
     device = torch.device(args.device)
     torch.manual_seed(0)
 
-    weights = ExpertWeights.quantize(
-        up=torch.randn(EXPERTS, INTERMEDIATE, HIDDEN),
-        gate=torch.randn(EXPERTS, INTERMEDIATE, HIDDEN),
-        down=torch.randn(EXPERTS, HIDDEN, INTERMEDIATE),
-        activation="silu",
-    ).to(device)
+    weights = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, device=device)
     prepared = get_kernel("reference").prepare(weights, hidden_alignment=256)
 
     def call_arguments(tokens: int) -> tuple:

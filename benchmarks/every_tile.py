@@ -8,9 +8,9 @@ import sys
 
 import torch
 
-from fp4moe import ExpertWeights
 from fp4moe.kernels.measured import SHIPPED, read
 from fp4moe.kernels.triton.kernel import TRITON, run_with
+from fp4moe.testing import make_layer
 
 TOKENS = (1, 37, 700)
 
@@ -21,15 +21,8 @@ def main() -> None:
     part, parts = map(int, sys.argv[1].split("/")) if sys.argv[1:] else (1, 1)
     configs = configs[part - 1 :: parts]
     for activation, gated in (("gelu_tanh", True), ("relu2", False)):
-        up, gate = torch.randn(2, 5, 208, 336, device="cuda")
-        weights = ExpertWeights.quantize(
-            up=up,
-            gate=gate if gated else None,
-            down=torch.randn(5, 336, 208, device="cuda"),
-            activation=activation,
-            num_experts=8,
-            expert_offset=2,
-        )
+        window = {"num_experts": 8, "expert_offset": 2}
+        weights = make_layer(5, 336, 208, activation, gated, device="cuda", **window)
         prepared = TRITON.prepare(weights, hidden_alignment=256)
         for config in configs:
             for tokens in TOKENS:

@@ -41,6 +41,7 @@ from generate_models import SIZES, build
 import fp4moe
 from fp4moe.identity.value_watch import ValueWatch
 from fp4moe.models.replace import find_candidates
+from fp4moe.testing import relative_error
 
 SETTINGS = ("huggingface", "replace_moe", "fused", "backend")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,11 +54,6 @@ LAYER = 0.25
 # Of the logits. All layers at a twentieth of the width, on a CPU: other roundings change them by
 # 0.01 to 0.07, NVFP4 by 0.04 to 0.09, experts that give nothing by 0.19 to 0.28.
 LOGITS = 0.15
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative RMS error; NaN where a value is."""
-    return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
 def within(what: str, error: float, limit: float) -> float:
@@ -168,7 +164,7 @@ class Run:
         bf16 = logits_of(self.model, ids)
         packed = self.replace(ids)
         logits = logits_of(self.model, ids)
-        self.check("logits against bf16", relative(logits, bf16), LOGITS)
+        self.check("logits against bf16", relative_error(logits, bf16), LOGITS)
         self.bytes = held_bytes(self.model)
         if setting == "backend":
             del self.model
@@ -178,7 +174,7 @@ class Run:
             # The same operator on the same bytes, and nothing else compiled.
             as_it_is = Backend(args.kernel, "eager")
             other = logits_of(torch.compile(self.model, backend=as_it_is), ids)
-            self.check("logits against replace_moe", relative(other, logits), LOGITS)
+            self.check("logits against replace_moe", relative_error(other, logits), LOGITS)
             as_it_is.require(self.blocks)
 
     def ids(self, batch: int, length: int) -> torch.Tensor:
@@ -212,7 +208,8 @@ class Run:
         if routing == "given":
             with torch.no_grad():
                 errors = [
-                    relative(layer(*seen[path][0]), seen[path][1]) for path, layer in layers.items()
+                    relative_error(layer(*seen[path][0]), seen[path][1])
+                    for path, layer in layers.items()
                 ]
             self.check("worst layer against bf16", max(errors), LAYER)
         return sum(layer.nbytes for layer in layers.values())
@@ -246,7 +243,7 @@ class Run:
             self.backend.require(self.blocks)
         # The backend's own eager mode is bf16.
         expected = logits_of(self.model, out.sequences[:CHECKED, :-1])
-        return within("decoded logits", relative(out.logits[-1][:CHECKED], expected), LOGITS)
+        return within("decoded logits", relative_error(out.logits[-1][:CHECKED], expected), LOGITS)
 
     def measure(self, batch: int) -> dict[str, Any]:
         """Warm up, check and time one batch; return its row."""

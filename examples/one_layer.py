@@ -20,6 +20,7 @@ import fp4moe
 from fp4moe.models.replace import find_candidates
 from fp4moe.reference import moe_definition, reference, reference_w4a4
 from fp4moe.report import format_bytes, format_table
+from fp4moe.testing import relative_error
 
 PROMPT_TOKENS = 12
 NEW_TOKENS = 6
@@ -76,11 +77,6 @@ def generate(model: torch.nn.Module, ids: torch.Tensor, **options: Any) -> list[
     return out[0, ids.shape[1] :].tolist()
 
 
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative RMS error."""
-    return float((actual.float() - expected.float()).norm() / expected.float().norm())
-
-
 def layer_errors(candidate: Any, inputs: tuple, weights: fp4moe.ExpertWeights) -> dict[str, float]:
     """Errors of the layer's output on real inputs against its float weights in float32."""
     stacked, down = (w.detach() for w in candidate.parameters.values())
@@ -88,8 +84,8 @@ def layer_errors(candidate: Any, inputs: tuple, weights: fp4moe.ExpertWeights) -
     exact = moe_definition(*inputs, up=up, down=down, gate=gate, activation=weights.activation)
     hidden, ids, routing = inputs
     return {
-        "W4A16 (kernel reference)": relative(reference(hidden, weights, ids, routing), exact),
-        "W4A4 (kernel reference_w4a4)": relative(
+        "W4A16 (kernel reference)": relative_error(reference(hidden, weights, ids, routing), exact),
+        "W4A4 (kernel reference_w4a4)": relative_error(
             reference_w4a4(hidden, weights, ids, routing), exact
         ),
     }
@@ -157,7 +153,7 @@ def run(model: torch.nn.Module) -> None:
     )
     for name, error in errors.items():
         print(f"  {name}: {error:.4f}")
-    error = relative(logits, float_logits)
+    error = relative_error(logits, float_logits)
     print(f"relative RMS error of the logits, replaced against bf16: {error:.4f}")
     print(
         f"expert weights: {format_bytes(before.nbytes)} -> {format_bytes(after.nbytes)}, "
@@ -167,6 +163,6 @@ def run(model: torch.nn.Module) -> None:
     print(f"tokens, compiled with fp4moe.backend:  {compiled_tokens}")
     print(f"tokens, replace_moe in eager:          {replaced_tokens}")
     # Both run the same operator on the same bytes; what is left is bf16 rounding elsewhere (2^-8).
-    if not (difference := relative(compiled_logits, logits)) < 2**-6:
+    if not (difference := relative_error(compiled_logits, logits)) < 2**-6:
         raise SystemExit(f"logits of the backend and of replace_moe differ by {difference:.2g}")
     print(f"done in {time.time() - started:.0f} s on {device}")

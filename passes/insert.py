@@ -1,7 +1,8 @@
 """Put the operator in the place of a region, with the metadata that compilers read.
 
 The operator takes the float weights and finds the packed ones itself (`float_moe`), or, in a
-program that owns its weights, packed ones that become attributes of the graph (`nvfp4_moe`).
+program that owns its weights, packed ones that become attributes of the graph (`nvfp4_moe`, or
+`moe` where there are biases).
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from .graph.dataflow import meta_value, result_node
 __all__ = ["FUSED_OPERATORS", "insert_operator", "output_sizes"]
 
 FUSED_OPERATORS = tuple(
-    getattr(torch.ops.fp4moe, f"{kind}_moe{end}").default
-    for kind in ("nvfp4", "float")
+    getattr(torch.ops.fp4moe, f"{kind}moe{end}").default
+    for kind in ("", "nvfp4_", "float_")
     for end in ("", "_from_logits")
 )
 aten = torch.ops.aten
@@ -141,9 +142,8 @@ class _Maker:
 
     def floats(self) -> FloatWeights:
         """The nodes of the float weights, of this graph."""
-        roles = self.region.weights
-        groups = (roles["first"], roles.get("second", ()), roles["down"])
-        return FloatWeights(*(tuple(map(self.own, group)) for group in groups))
+        roles: Any = {role: tuple(map(self.own, n)) for role, n in self.region.weights.items()}
+        return FloatWeights(**{"second": (), **roles})
 
     def own(self, node: fx.Node) -> Any:
         """The node; or where a copy was searched, whose modules are functions, one like it."""

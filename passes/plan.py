@@ -120,7 +120,7 @@ class Planner:
         if not region.weights:
             return plan
         weights = {r: tuple(map(self._real, nodes)) for r, nodes in region.weights.items()}
-        floats = FloatWeights(weights["first"], weights.get("second", ()), weights["down"])
+        floats = FloatWeights(**{"second": (), **weights})
         if not plan.reasons:
             plan.reasons += _weight_reasons(floats.flat(), real=self.constants)
         if not plan.reasons:
@@ -237,6 +237,22 @@ def _form_reasons(region: Region, verdict: Verdict) -> list[str]:
         reasons.append(verdict.reason)
     if output_sizes(region) is None:
         reasons.append("the sizes of its output do not come from its input")
+    reasons += _bias_reasons(region)
+    return reasons
+
+
+def _bias_reasons(region: Region) -> list[str]:
+    """Why its biases are not those of the operator, which has all or none."""
+    matrices = [role for role in region.weights if role not in region.biases]
+    without = [role for role in matrices if f"{role}_bias" not in region.biases]
+    dtypes = {meta_value(node).dtype for node in region.weight_nodes()}
+    reasons = []
+    if region.biases and without:
+        names = ", ".join(f"{n.name}" for role in without for n in region.weights[role][:1])
+        reasons.append(f"it has biases, but none behind {names}; the operator takes all or none")
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(map(str, dtypes)))
+        reasons.append(f"its weights and biases have several dtypes, {names}; cast them to one")
     return reasons
 
 

@@ -3,7 +3,8 @@
 Before: the nodes of a block, however it is written (sort and grouped_mm, bmm on gathered weights, a
 loop over experts, ...).
 After:  one fp4moe.float_moe on the same float weights, whose packed ones it finds when it runs; in
-a program that owns its weights, packed ones as attributes and one fp4moe.nvfp4_moe.
+a program that owns its weights, packed ones as attributes and one fp4moe.nvfp4_moe, or fp4moe.moe
+where there are biases.
 Kept: routing unless asked, placeholders, size nodes that others use. Not handled: weights that are
 computed in the graph, training.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -69,6 +70,15 @@ def float32_products(request: pytest.FixtureRequest, float32_settings: None) -> 
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     else:
         torch.backends.fp32_precision = "tf32"
+
+
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Let threads take turns after 10 us."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
 
 
 @pytest.fixture

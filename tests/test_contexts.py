@@ -238,6 +238,7 @@ def check(setting, entry, name):
     assert_same(content(result), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("name", ["qwen3_moe", "nemotron_h"])
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -246,6 +247,7 @@ def test_the_defaults_do_not_matter(setting, entry, name):
     check(setting, entry, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.parametrize("entry", ["replace_moe", "explain"])
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -253,6 +255,7 @@ def test_the_defaults_do_not_matter_to_experts_in_a_module_list(setting, entry, 
     check(setting, entry, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "nemotron_h"])
 @pytest.mark.parametrize("entry", COMPILED)
 @pytest.mark.parametrize("setting", SETTINGS)

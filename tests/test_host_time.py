@@ -19,7 +19,7 @@ from fp4moe import fused_moe
 from fp4moe.errors import UnsupportedError
 from fp4moe.kernels import KERNELS, base, measured
 from fp4moe.kernels.reference import REFERENCE
-from fp4moe.routed import RoutedExperts
+from fp4moe.models.routers import FusedRouter
 
 
 def renormalised_qwen3_moe():
@@ -180,6 +180,7 @@ def test_modes_leave_nothing_behind(kernel, flipped):  # noqa: F811
     assert flipped.calls["prepare"] == prepared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ["given", "fused"])
 @pytest.mark.parametrize("name", MODELS)
 def test_calibration_undoes_a_layout_once(name, routing, flipped):  # noqa: F811
@@ -187,7 +188,7 @@ def test_calibration_undoes_a_layout_once(name, routing, flipped):  # noqa: F811
     for kernel in ("flipped", "reference"):
         model = fp4moe.replace_moe(MODELS[name](), kernel=kernel, routing=routing, progress=False)
         blocks = [m for m in model.modules() if isinstance(m, fp4moe.FusedExperts)]
-        assert [isinstance(block, RoutedExperts) for block in blocks] == [routing == "fused"] * 2
+        assert sum(isinstance(m, FusedRouter) for m in model.modules()) == 2 * (routing == "fused")
         flipped.calls.clear()
         with fp4moe.calibrate(model) as report, torch.no_grad():
             for batch in (IDS, IDS + 40, IDS + 80):
@@ -216,7 +217,7 @@ def test_from_pretrained_lays_weights_out_once(name, routing, flipped, tmp_path)
     assert flipped.calls["prepare"] == 2 and flipped.calls["restore"] == 0
     experts = [m for m in model.modules() if isinstance(m, fp4moe.FusedExperts)]
     assert [m.kernel for m in experts] == ["flipped"] * 2
-    assert [type(m) is RoutedExperts for m in experts] == [routing == "fused"] * 2
+    assert sum(isinstance(m, FusedRouter) for m in model.modules()) == 2 * (routing == "fused")
     plain = fp4moe.from_pretrained(tmp_path, kernel="reference", **options)
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, plain(IDS).logits)

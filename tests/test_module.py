@@ -11,8 +11,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from fp4moe import ExpertWeights, FusedExperts, fused_moe
+from fp4moe import FusedExperts, fused_moe
 from fp4moe.errors import ShapeError, UnsupportedError
+from fp4moe.testing import make_layer
 
 L, I, H, K = 4, 32, 48, 2  # noqa: E741
 KEYS = [
@@ -29,12 +30,8 @@ KEYS = [
 BUFFERS = [f"prepared_{key}" for key in KEYS[:-1]]
 
 
-def expert_weights(gated=True, activation="silu", local=L, intermediate=I, hidden=H, **kwargs):
-    named = {"up": torch.randn(local, intermediate, hidden)}
-    named["down"] = torch.randn(local, hidden, intermediate)
-    if gated:
-        named["gate"] = torch.randn(local, intermediate, hidden)
-    return ExpertWeights.quantize(**named, activation=activation, **kwargs)
+def expert_weights(gated=True, activation="silu", hidden=H, **kwargs):
+    return make_layer(L, hidden, I, activation, gated, **kwargs)
 
 
 def routed(tokens=9, dtype=torch.float32):

@@ -74,6 +74,7 @@ WANTED = {
 CASES = [(call, name) for call in WANTED for name in BUILDS if (call, name) != (evaluate, "gemma4")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("call", "name"), CASES, ids=lambda x: getattr(x, "__name__", x))
 @pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "log"])
 def test_bars_are_for_terminals(call, name, terminal, folder, tmp_path, monkeypatch):
@@ -95,6 +96,7 @@ def test_bars_are_for_terminals(call, name, terminal, folder, tmp_path, monkeypa
         assert "\r" not in shown and "%" not in shown, shown
 
 
+@pytest.mark.slow
 def test_a_process_whose_stderr_is_a_file():
     code = "import fp4moe, tiny_models; fp4moe.replace_moe(tiny_models.qwen3_moe())"
     done = subprocess.run(

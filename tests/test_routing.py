@@ -351,6 +351,7 @@ def test_strided_logits_stay_as_they_are(call: Callable[[torch.Tensor], Routed])
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
+@pytest.mark.slow
 @every_call
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiles_into_one_graph(call: Callable[[torch.Tensor], Routed]) -> None:

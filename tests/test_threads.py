@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import sys
 import threading
 
 import pytest
@@ -20,18 +19,10 @@ from fp4moe.experts import ExpertWeights
 from fp4moe.kernels.flashinfer import library as flashinfer_library
 from fp4moe.passes.graph.execute import undisturbed
 from fp4moe.precision import float32_as_written
+from fp4moe.testing import float_weights
 
 IDS = torch.randint(1, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def hasty():
-    """Let threads take turns after 10 us."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(before)
 
 
 def together(*functions):
@@ -128,6 +119,7 @@ def run(model, given):
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_four_threads_replace_four_models(name, hasty, float32_settings):
     build, given = MODELS[name]
@@ -142,6 +134,7 @@ def test_four_threads_replace_four_models(name, hasty, float32_settings):
         assert torch.equal(torch.get_rng_state(), random)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ["given", "fused"])
 @pytest.mark.parametrize("build", [qwen3_moe, gemma4])
 def test_four_threads_at_the_first_call_of_a_compiled_model(
@@ -166,14 +159,12 @@ def test_four_threads_at_the_first_call_of_a_compiled_model(
 @pytest.mark.parametrize("kernel", ["auto", "reference"])
 @pytest.mark.parametrize("gated", [True, False])
 def test_four_threads_at_the_first_fused_moe(gated, kernel, hasty):
-    first, down = torch.randn(8, 96 if gated else 48, 64) / 8, torch.randn(8, 64, 48) / 7
-    gate, up = first.chunk(2, 1) if gated else (None, first)
-    activation = "silu" if gated else "relu2"
+    named, activation = float_weights(8, 64, 48, gated), "silu" if gated else "relu2"
     hidden, ids = torch.randn(5, 64), torch.rand(5, 8).argsort(1)[:, :2].contiguous()
     routing = torch.rand(5, 2)
 
     def make():
-        return ExpertWeights.quantize(gate=gate, up=up, down=down, activation=activation)
+        return ExpertWeights.quantize(**named, activation=activation)
 
     expected = fp4moe.fused_moe(hidden, make(), ids, routing, kernel=kernel)
     weights = make()

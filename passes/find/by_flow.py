@@ -30,6 +30,7 @@ __all__ = ["propose_regions"]
 
 # How many places behind the selection are tried as output.
 TRIED_OUTPUTS = 8
+LOOK_UPS = ("getitem", "index", "index_select", "embedding")
 
 
 def propose_regions(
@@ -169,15 +170,21 @@ def _is_output(node: fx.Node, tokens: int) -> bool:
 def _is_selection(
     flow: Flow, node: fx.Node, shape: tuple[int, ...], parameters: Set[fx.Node]
 ) -> bool:
-    """Whether it is integers [..., K] that were not computed from other integers."""
+    """Whether it is integers [..., K] that were not computed from others, or were looked up."""
     if len(shape) < 2 or 0 in shape or node in parameters or node.op == "get_attr":
         return False
     if meta_value(node).dtype not in (torch.int64, torch.int32):
         return False
     if node.op == "placeholder":
         return True
-    sources = [tensor for read in flow.reads[node] for tensor in _tensors_behind(flow, read)]
-    return bool(sources) and all(meta_value(source).is_floating_point() for source in sources)
+    reads = flow.reads[node]
+    sources = [tensor for read in reads for tensor in _tensors_behind(flow, read)]
+    if bool(sources) and all(meta_value(source).is_floating_point() for source in sources):
+        return True
+    # A router may know each token's experts: integers [V, K], looked up.
+    table = hinted_shape(reads[0]) if len(reads) == 2 else None
+    stored = table is not None and reads[0].op in ("placeholder", "get_attr")
+    return stored and table == (table[0], shape[-1]) and operation_name(node) in LOOK_UPS
 
 
 def _used_columns(

@@ -232,6 +232,8 @@ class _Closure:
                     waiting.append(read)
         return sorted(support, key=self.flow.index.__getitem__)
 
-    def _first_use(self, node: fx.Node) -> int:
-        """Return the place in the graph of the first node inside that reads it."""
-        return min(self.flow.index[r] for r in self.flow.readers[node] if r in self.inside)
+    def _first_use(self, node: fx.Node) -> tuple[int, int]:
+        """Return the place in the graph of the first node inside that reads it, and where there."""
+        index = self.flow.index
+        first = min((r for r in self.flow.readers[node] if r in self.inside), key=index.__getitem__)
+        return index[first], self.flow.reads[first].index(node)

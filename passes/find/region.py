@@ -25,9 +25,10 @@ class Region:
         dense: whether routing_weights has a column for each expert, zero where not chosen.
         weights: the sources of "first" (gate_up, up, or one of gate and up), "second" (the other of
             gate and up, where they are apart) and "down"; one stacked tensor [E, ...], or E of 2
-            axes in the order of the experts. Empty where the roles could not be told.
+            axes in the order of the experts. Then their biases, "first_bias" and so on, [E, N] or
+            E of [N]. Empty where the roles could not be told.
         computed_weights: nodes that change the values of a weight before it is multiplied.
-        extras: other float sources: biases, scales, norms.
+        extras: other float sources: scales, norms.
         numbers: Python numbers that it reads and that may differ from call to call.
         output: the tensor that leaves it.
         aliases: nodes that are the same memory as output once it is computed.
@@ -63,12 +64,16 @@ class Region:
         """Return all sources of its expert weights."""
         return tuple(node for nodes in self.weights.values() for node in nodes)
 
-    def weight_shape(self, role: str) -> tuple[int, int, int]:
-        """Return [E, rows, columns] of the weights in that role."""
+    def weight_shape(self, role: str) -> tuple[int, ...]:
+        """Return [E, rows, columns] of the weights in that role, [E, N] of biases."""
         nodes = self.weights[role]
         shape = hinted_shape(nodes[0]) or ()
-        experts, rows, columns = shape if len(shape) == 3 else (len(nodes), *shape)
-        return experts, rows, columns
+        return shape if len(nodes) == 1 else (len(nodes), *shape)
+
+    @property
+    def biases(self) -> dict[str, tuple[fx.Node, ...]]:
+        """The weights that are biases, by role."""
+        return {role: nodes for role, nodes in self.weights.items() if role.endswith("_bias")}
 
 
 def innermost_module(node: fx.Node) -> tuple[str, str]:

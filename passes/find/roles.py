@@ -2,6 +2,7 @@
 
 Down is the weight that is multiplied with values that already depend on another weight. Stacked
 weights have three axes; lists have one source of two axes for each expert, in the order of use.
+A bias has one axis less, and meets the hidden states in or behind the product of its weight.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def find_weights(
             return None
     if axes == 3 and len({shapes[nodes[0]][0] for nodes in weights.values()}) > 1:
         return None
+    others = [source for source in sources if len(shapes[source]) == axes - 1]
+    weights |= _biases(flow, inside, hidden, weights, others)
     used = {node for nodes in weights.values() for node in nodes}
     return weights, tuple(source for source in sources if source not in used)
 
@@ -125,3 +128,52 @@ def _by_expert(first: list[Product], down: list[Product], ratio: int) -> list[tu
     apart = len(first) == 2 and len(first[0][0]) == experts
     left, right = (firsts[:experts], firsts[experts:]) if apart else (firsts[::2], firsts[1::2])
     return list(zip(left, right, strict=True))
+
+
+def _biases(
+    flow: Flow, inside: set[fx.Node], hidden: fx.Node, weights: Weights, sources: list[fx.Node]
+) -> Weights:
+    """Roles of those sources that may be biases: one for each weight of a role, as long as it."""
+    met = _meetings(flow, inside, hidden, weights, sources) if sources else {}
+    found: Weights = {}
+    for role, own in weights.items():
+        biases = [source for source in sources if source in met and met[source][0] == role]
+        if len(biases) != len(own):
+            continue
+        by_weight = {w: bias for bias in biases if len(met[bias][1]) == 1 for w in met[bias][1]}
+        # Stacked in the graph, all meet all; the order of their use is that of the experts.
+        by_weight = by_weight or dict(zip(own, biases, strict=True))
+        *experts, rows, columns = hinted_shape(own[0]) or ()
+        lengths = {(*experts, rows), (*experts, columns)}
+        if set(by_weight) == set(own) and {hinted_shape(bias) for bias in biases} <= lengths:
+            found[f"{role}_bias"] = tuple(by_weight[weight] for weight in own)
+    return found
+
+
+def _meetings(
+    flow: Flow, inside: set[fx.Node], hidden: fx.Node, weights: Weights, sources: list[fx.Node]
+) -> dict[fx.Node, tuple[str, frozenset[fx.Node]]]:
+    """Where each source meets the hidden states: (role, the weights of that role behind it)."""
+    roles = {weight: role for role, nodes in weights.items() for weight in nodes}
+    behind: dict[fx.Node, frozenset[fx.Node]] = {weight: frozenset([weight]) for weight in roles}
+    waiting: dict[fx.Node, frozenset[fx.Node]] = {s: frozenset([s]) for s in sources}
+    from_hidden = {hidden}
+    met: dict[fx.Node, tuple[str, frozenset[fx.Node]]] = {}
+    for node in sorted(inside, key=flow.index.__getitem__):
+        reads = flow.reads[node]
+        behind[node] = frozenset().union(*(behind.get(read, frozenset()) for read in reads))
+        carried = frozenset().union(*(waiting.get(read, frozenset()) for read in reads))
+        if from_hidden.isdisjoint(reads):
+            waiting[node] = carried
+            continue
+        from_hidden.add(node)
+        by_role = {role: frozenset(w for w in behind[node] if roles[w] == role) for role in weights}
+        # The last product says whose it is; gate and up at once are none.
+        last = [role for role in by_role if by_role[role] and role != "down"]
+        role = "down" if by_role["down"] else last[0] if len(last) == 1 else ""
+        for source in carried:
+            # Met again, as by each expert's slice of a stacked one, it must be the same.
+            same = source not in met or met[source][0] == role
+            others = met[source][1] if source in met else frozenset()
+            met[source] = (role if same else "", by_role.get(role, frozenset()) | others)
+    return met

@@ -10,20 +10,25 @@ from collections.abc import Iterator
 
 import torch
 
+from fp4moe.activations import FAR
 from fp4moe.random_floats import random_normal, random_uniform
 
 from ..find.region import Region
 from ..graph.dataflow import elements, hinted_shape, meta_value
 
 __all__ = ["Probes", "compared_tokens", "make_probes", "region_weighting"]
-__all__ += ["checking_rounds", "telling_rounds"]
+__all__ += ["FARTHEST_INPUTS", "checking_rounds", "telling_rounds"]
 
 # Rows of the output that are compared.
 COMPARED_TOKENS = 16
 # Distance of two experts' windows; odd, so that rows of different experts never coincide.
 EXPERT_SHIFT = 97
-# Of the last run: standard deviation 72 before the activation. Published clamps are at 7 to 20.
+# Standard deviation 72 before the activation. Published clamps are at 7 to 20.
 LARGE = 48.0
+# Standard deviation 10,000, where limits of any use show.
+FARTHEST = FAR / 1.5
+
+FARTHEST_INPUTS = "on inputs that reach 10,000 before the activation"
 
 Probes = dict[str, torch.Tensor]
 
@@ -54,6 +59,9 @@ def make_probes(region: Region) -> Probes:
         # Small, so that the form without them comes closest.
         probes[f"extra {i}"] = 0.1 * random_normal(generator, hinted_shape(extra) or ())
     for role in region.weights:
+        if role in region.biases:
+            probes[role] = random_normal(generator, region.weight_shape(role))
+            continue
         experts, rows, columns = region.weight_shape(role)
         buffer = random_normal(generator, (EXPERT_SHIFT * (experts - 1) + rows * columns,))
         # Standard deviation 1.5 before the activation, where its forms differ most.
@@ -61,7 +69,8 @@ def make_probes(region: Region) -> Probes:
         # as_strided windows survive .to(device) only by a copy; the buffer is moved instead.
         shape = (experts, rows, columns)
         probes[role] = buffer.to(device).as_strided(shape, (EXPERT_SHIFT, columns, 1))
-    return {n: p if n in region.weights else p.to(device) for n, p in probes.items()}
+    moved = region.weights.keys() - region.biases.keys()
+    return {n: p if n in moved else p.to(device) for n, p in probes.items()}
 
 
 def compared_tokens(probes: Probes) -> torch.Tensor:
@@ -108,6 +117,7 @@ def telling_rounds(probes: Probes) -> Iterator[tuple[str, Probes]]:
 def checking_rounds(probes: Probes) -> Iterator[tuple[str, Probes]]:
     """Yield (how they are drawn, probes) where clamps, capacities and odd experts show."""
     yield "on large inputs of which all choose the same experts", large_and_skewed(probes)
+    yield FARTHEST_INPUTS, probes | {"hidden": probes["hidden"] * FARTHEST}
     for others in other_experts(probes):
         yield "on experts not chosen before", others
 

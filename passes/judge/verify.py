@@ -2,8 +2,9 @@
 
 The region runs in float32 on random tokens and random weights of its own sizes, and is compared
 with the plain definition under every form; exactly one must fit. It fits again on large
-inputs whose tokens all choose the same experts, where clamps and limited capacities show, and with
-every expert.
+inputs whose tokens all choose the same experts, where clamps and limited capacities show, on larger
+ones still, and with every expert. Where no activation without parameters fits, one with parameters
+is read off the region (read.py) and has to fit in the same way.
 """
 
 from __future__ import annotations
@@ -11,33 +12,35 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import fx
 
-from fp4moe.activations import ACTIVATIONS
+from fp4moe.activations import get_activation
 from fp4moe.experts import split_gate_up
-from fp4moe.random_floats import random_normal
 
 from ..find.region import Region
-from ..graph.dataflow import hinted_shape, meta_value, result_node
-from ..graph.execute import run_in_float32, undisturbed
+from ..graph.dataflow import meta_value
+from ..graph.execute import undisturbed
 from .forms import SEPARATE, Form, possible_forms
 from .probes import (
+    FARTHEST_INPUTS,
     Probes,
     checking_rounds,
     compared_tokens,
     make_probes,
-    region_weighting,
     telling_rounds,
 )
+from .read import read_forms
+from .run import compute, dense_reason
 
 __all__ = ["Verdict", "judge_region"]
 
 # Relative RMS limit. Float32 sums of H terms err by about sqrt(H) * 2^-24 = 3e-6 at H = 2816; the
 # closest pair of forms, the two GELUs, differ by about 3e-4.
 LIMIT = 3e-5
+BIASES = ("first_bias", "second_bias", "down_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +75,58 @@ def judge_region(gm: fx.GraphModule, region: Region, verify: bool = True) -> Ver
                 f"weights {' and '.join(shapes)} fit no gated or plain form for hidden size "
                 f"{probes['hidden'].shape[-1]}",
             )
+        asked = _Asked(gm, region, probes, verify)
+        verdict = asked.judge(forms)
+        if verdict.closest is not None and verdict.error > LIMIT and not region.extras:
+            read = read_forms(gm, region, probes, asked.by_error(forms))
+            if read:
+                verdict = asked.judge(read)
+        form = verdict.form
+        why = dense_reason(gm, region, probes) if form is not None and region.dense else ""
+        if not why:
+            return verdict
+        return dataclasses.replace(verdict, form=None, reason=f"{why}; its numbers fit {form}")
+
+
+class _Asked:
+    """A region and what it answered: each round of probes runs once.
+
+    Args:
+        gm, region, verify: as of `judge_region`. probes: of the first round.
+    """
+
+    def __init__(self, gm: fx.GraphModule, region: Region, probes: Probes, verify: bool):
+        self.gm, self.region = gm, region
         checks = checking_rounds(probes) if verify else ()
-        for how, asked in itertools.chain(telling_rounds(probes), checks):
+        self._rounds = itertools.chain(telling_rounds(probes), checks)
+        self._answers: list[tuple[str, Probes, torch.Tensor | None, str]] = []
+
+    def answers(self) -> Iterator[tuple[str, Probes, torch.Tensor | None, str]]:
+        """Yield (how probes are drawn, they, the region's output or None, why there is none)."""
+        yield from self._answers
+        for how, probes in self._rounds:
+            answer = how, probes, *compute(self.gm, self.region, probes)
+            self._answers.append(answer)
+            yield answer
+
+    def by_error(self, forms: list[Form]) -> list[Form]:
+        """Return the forms, on ordinary inputs the closest first."""
+        _how, probes, actual, _why = next(self.answers())
+        assert actual is not None
+        errors = _errors(forms, probes, actual)
+        return sorted(forms, key=lambda form: _or_inf(errors[form]))
+
+    def judge(self, forms: list[Form]) -> Verdict:
+        """Return what all rounds say about these forms."""
+        for how, probes, actual, why in self.answers():
             if "negative" in how and len(forms) == 1:
                 continue
-            actual, why = _compute(gm, region, asked)
             if actual is None:
                 return Verdict(None, why)
-            errors = _errors(forms, asked, actual)
+            if how == FARTHEST_INPUTS and any(map(_saturates, forms)):
+                # Nothing is left to see, and sums of 10,000 hide what is below a limit.
+                continue
+            errors = _errors(forms, probes, actual)
             closest = min(forms, key=lambda form: _or_inf(errors[form]))
             forms = [form for form in forms if errors[form] <= LIMIT]
             if not forms:
@@ -93,63 +140,16 @@ def judge_region(gm: fx.GraphModule, region: Region, verify: bool = True) -> Ver
         if len(forms) > 1:
             fitting = "; ".join(map(str, forms))
             return Verdict(None, f"it fits more than one form: {fitting}", forms[0], 0.0)
-        why = _dense_reason(gm, region, probes) if region.dense else ""
-        why = f"{why}; its numbers fit {forms[0]}" if why else ""
-        return Verdict(None if why else forms[0], why, forms[0], errors[forms[0]])
+        return Verdict(forms[0], "", forms[0], errors[forms[0]])
+
+
+def _saturates(form: Form) -> bool:
+    activation = get_activation(form.activation)
+    return bool(activation.limit) or activation.name == "silu_softcap"
 
 
 def _or_inf(error: float) -> float:
     return math.inf if math.isnan(error) else error
-
-
-def _compute(gm: fx.GraphModule, region: Region, probes: Probes) -> tuple[torch.Tensor | None, str]:
-    """Run the region; return its output as [T, H], or None and why not."""
-    assert region.output is not None
-    given = probes | {r: probes[r].clone() for r in ("hidden", "expert_ids")}
-    if "routing_weights" in given:
-        given["routing_weights"] = region_weighting(region, probes)
-    values: dict[fx.Node, Any] = dict.fromkeys(region.numbers, 1.0)
-    for role, node in region.inputs().items():
-        name, _, number = role.partition(" ")
-        stacked = given[role if name == "extra" else name]
-        values[node] = stacked[int(number)] if number and name != "extra" else stacked
-    versions = {role: given[role]._version for role in given}
-    try:
-        (actual,) = run_in_float32(gm, region.nodes, values, result_node(region.output))
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        return None, f"it does not run by itself on random numbers: {error}"
-    changed = [role for role in given if given[role]._version != versions[role]]
-    if changed:
-        return None, f"it changes its input {', '.join(changed)} in place"
-    width = probes["hidden"].shape[-1]
-    if actual.numel() != probes["hidden"].numel() or actual.shape[-1] != width:
-        return None, f"it returns {list(actual.shape)} for {list(probes['hidden'].shape)}"
-    return actual.reshape(-1, width), ""
-
-
-def _dense_reason(gm: fx.GraphModule, region: Region, probes: Probes) -> str:
-    """Why the dense weighting may weigh experts that were not chosen; "" where it cannot."""
-    assert region.routing_weights is not None and region.expert_ids is not None
-    if region.routing_weights not in region.support:
-        return "its dense weighting does not come from the selection of experts"
-    generator = torch.Generator("cpu").manual_seed(1)
-    values: dict[fx.Node, Any] = {region.expert_ids: probes["expert_ids"]}
-    inside = set(region.support)
-    for node in region.support:
-        for read in node.all_input_nodes:
-            shape = hinted_shape(read)
-            if read in inside or read in values or shape is None:
-                continue
-            if meta_value(read).is_floating_point():
-                random = random_normal(generator, shape)
-                values[read] = random.to(meta_value(read).device)
-    try:
-        (dense,) = run_in_float32(gm, region.support, values, region.routing_weights)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        return f"its dense weighting does not run by itself on random numbers: {error}"
-    ids = probes["expert_ids"].reshape(-1, probes["expert_ids"].shape[-1]).long()
-    rest = dense.reshape(ids.shape[0], -1).scatter(1, ids, 0.0)
-    return "" if not rest.any() else "its dense weighting weighs experts that were not selected"
 
 
 def _forms(probes: Probes, region: Region) -> list[Form]:
@@ -160,6 +160,7 @@ def _forms(probes: Probes, region: Region) -> list[Form]:
             probes["hidden"].shape[-1],
             apart="second" in region.weights,
             weighted=region.routing_weights is not None,
+            biases=[(role, region.weight_shape(role)[-1]) for role in region.biases],
         )
     )
 
@@ -167,7 +168,7 @@ def _forms(probes: Probes, region: Region) -> list[Form]:
 def _errors(forms: list[Form], probes: Probes, actual: torch.Tensor) -> dict[Form, float]:
     """Relative RMS error of the region against the definition, written out pair by pair.
 
-    Without weights in between, first(w * x) is w * first(x): both weightings share one product.
+    Without its bias first(w * x) is w * first(x): both weightings share one product.
     """
     count = actual.shape[0]
     picked = compared_tokens(probes)
@@ -180,6 +181,7 @@ def _errors(forms: list[Form], probes: Probes, actual: torch.Tensor) -> dict[For
     for token, experts in enumerate(ids):
         for slot, expert in enumerate(experts):
             products: dict[tuple[str, bool], torch.Tensor] = {}
+            biases = {role: probes[role][expert] for role in BIASES if role in probes}
             for role in ("first", "second"):
                 for transposed in {form.transposed for form in forms} if role in probes else ():
                     weight = probes[role][expert]
@@ -188,27 +190,38 @@ def _errors(forms: list[Form], probes: Probes, actual: torch.Tensor) -> dict[For
             weight = weights[token, slot]
             for down_transposed in {form.down_transposed for form in forms}:
                 places = [i for i, f in enumerate(forms) if f.down_transposed == down_transposed]
-                inner = torch.stack([_inner(forms[i], products, weight) for i in places])
+                inner = [_inner(forms[i], products, biases, weight) for i in places]
                 down = probes["down"][expert]
-                expected[places, token] += inner @ (down if down_transposed else down.T)
+                result = torch.stack(inner) @ (down if down_transposed else down.T)
+                if "down_bias" in biases:
+                    ones = torch.ones_like(weight)
+                    factors = [weight if forms[i].weighting == "output" else ones for i in places]
+                    result = result + torch.stack(factors)[:, None] * biases["down_bias"]
+                expected[places, token] += result
     errors = (actual[picked] - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
     return dict(zip(forms, errors.tolist(), strict=True))
 
 
 def _inner(
-    form: Form, products: dict[tuple[str, bool], torch.Tensor], weight: torch.Tensor
+    form: Form,
+    products: dict[tuple[str, bool], torch.Tensor],
+    biases: dict[str, torch.Tensor],
+    weight: torch.Tensor,
 ) -> torch.Tensor:
     """What the down projection takes, [I], weighted."""
-    act = ACTIVATIONS[form.activation].function
+    activation = get_activation(form.activation)
     scale = weight if form.weighting == "input" else torch.ones_like(weight)
-    first = products["first", form.transposed] * scale
+    first, *others = (
+        products[role, form.transposed] * scale + biases.get(f"{role}_bias", 0.0)
+        for role in ("first", "second")
+        if (role, form.transposed) in products
+    )
     if form.layout is None:
-        inner = act(first)
+        inner = activation.combine(first)
     elif form.layout in SEPARATE:
-        pair = first, products["second", form.transposed] * scale
-        gate, up = pair if form.layout == SEPARATE[0] else pair[::-1]
-        inner = act(gate) * up
+        gate, up = (first, *others) if form.layout == SEPARATE[0] else (*others, first)
+        inner = activation.combine(up, gate)
     else:
-        gate, up = split_gate_up(first.unsqueeze(-1), form.layout)
-        inner = act(gate.squeeze(-1)) * up.squeeze(-1)
+        gate, up = (half.squeeze(-1) for half in split_gate_up(first.unsqueeze(-1), form.layout))
+        inner = activation.combine(up, gate)
     return inner if form.weighting == "input" else inner * weight

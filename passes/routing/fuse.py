@@ -1,6 +1,7 @@
 """Name the routing in front of each fused operator and, on request, hand it to the kernel.
 
-Before: logits [T, E] -> softmax or sigmoid, top-k, sum, div, ... -> float_moe or nvfp4_moe.
+Before: logits [T, E] -> softmax or sigmoid, top-k, sum, div, ... -> float_moe or nvfp4_moe; or
+        choose_experts instead, where a model's routers are fused.
 After:  logits [T, E] -> float_moe_from_logits or nvfp4_moe_from_logits. A factor per expert
 (Gemma4) goes with the float weights, or into the global scales of the packed down projection.
 Structure proposes (slice.py), numbers decide (forms.py). Not handled: logits that
@@ -42,6 +43,8 @@ logger = logging.getLogger("fp4moe")
 GIVEN = (torch.ops.fp4moe.nvfp4_moe.default, torch.ops.fp4moe.moe.default)
 FLOAT = torch.ops.fp4moe.float_moe.default
 FLOAT_FROM_LOGITS = torch.ops.fp4moe.float_moe_from_logits.default
+# What a factor per expert multiplies in packed weights.
+SCALED = ("down_global_scale", "down_bias")
 NO_SHAPES = "the graph carries no shapes; capture it with torch.compile or torch.export"
 
 
@@ -116,28 +119,27 @@ def _scaled_down(
     operator: fx.Node,
     found: RoutingSlice,
     form: RoutingForm,
-) -> tuple[torch.Tensor | None, str]:
-    """Return (down_global_scale times the factor per expert or None, why it cannot be computed)."""
+) -> tuple[dict[str, torch.Tensor] | None, str]:
+    """Return (operands times the factor per expert or None, why they cannot be computed)."""
     if form.output_scale is None:
         return None, ""
     if operator.target is FLOAT:
         return None, _factor_reason(values, found.vectors[form.output_scale])
     given = MoeArguments.read(operator.args)
-    if given.operands.down_bias is not None:
-        return None, "its experts have biases, which the factor per expert would not reach"
-    operand: Any = given.operands.down_global_scale
     node = found.vectors[form.output_scale]
-    tensors = [_stored(gm, values, n) for n in (operand, node)]
-    for tensor in tensors:
+    scaled = {name: getattr(given.operands, name) for name in SCALED}
+    tensors = {name: _stored(gm, values, n) for name, n in scaled.items() if n is not None}
+    scale = _stored(gm, values, node)
+    for tensor in (*tensors.values(), scale):
         if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FakeTensor):
             return None, f"its factor per expert {node.name} is not a stored tensor"
-    global_scale, scale = tensors
     if torch.is_grad_enabled() and scale.requires_grad:
         return None, f"its factor per expert {node.name} requires gradients"
-    first, count = given.settings.expert_offset, global_scale.shape[0]
+    first, count = given.settings.expert_offset, tensors["down_global_scale"].shape[0]
     with torch.no_grad(), unset_fake_temporarily():
-        # As Kernel.prepare: with every kernel this operand multiplies an expert's output.
-        return global_scale * scale.detach().float()[first : first + count], ""
+        # As Kernel.prepare: with every kernel these operands multiply an expert's output.
+        factor = scale.detach().float()[first : first + count]
+        return {n: t * factor.view(-1, *[1] * (t.ndim - 1)) for n, t in tensors.items()}, ""
 
 
 def _factor_reason(values: dict[fx.Node, Any], node: fx.Node) -> str:
@@ -159,6 +161,7 @@ class _Layer:
     kernel: str
     num_experts: int
     intermediate_size: int
+    biased: bool
 
     @classmethod
     def of(cls, operator: fx.Node) -> _Layer:
@@ -168,11 +171,14 @@ class _Layer:
             groups: Any = given.weights
             weights = FloatWeights(*(tuple(map(meta_value, group)) for group in groups))
             experts, _hidden, intermediate = form.sizes(weights)
-            return cls(form.activation, form.gated, form.kernel, int(experts), int(intermediate))
+            sizes = int(experts), int(intermediate)
+            return cls(form.activation, form.gated, form.kernel, *sizes, weights.biased)
         packed = MoeArguments.read(operator.args)
-        activation, gated, kernel, num_experts, _offset, _format = packed.settings
         down: Any = packed.operands.down_packed
-        return cls(activation, gated, kernel, num_experts, int(meta_value(down).shape[2]) * 2)
+        biased = packed.operands.down_bias is not None
+        intermediate = int(meta_value(down).shape[2]) * 2
+        activation, gated, kernel, experts, *_others = packed.settings
+        return cls(activation, gated, kernel, experts, intermediate, biased)
 
 
 def _kernel_reason(operator: fx.Node, form: RoutingForm) -> str:
@@ -199,15 +205,15 @@ def _insert(
     operator: fx.Node,
     found: RoutingSlice,
     form: RoutingForm,
-    factors: torch.Tensor | None,
+    factors: dict[str, torch.Tensor] | None,
 ) -> None:
-    """Put the operator that routes in place; factors is down's new scale, None for its own."""
+    """Put the operator that routes in place; factors are down's new operands, if any."""
     assert form.routing is not None
 
     def vector(number: int | None) -> fx.Node:
         return _nothing(gm, found.logits) if number is None else found.vectors[number]
 
-    unscaled = None
+    unscaled = []
     with gm.graph.inserting_before(operator):
         logits, bias = found.logits, vector(form.bias)
         if operator.target is FLOAT:
@@ -219,11 +225,10 @@ def _insert(
         else:
             packed = MoeArguments.read(operator.args)
             operands: Any = packed.operands
-            if factors is not None:
-                unscaled = _node(operands.down_global_scale)
-                name = f"fp4moe_scaled_{unscaled.name}"
-                scaled = add_attribute(gm, operator, name, factors)
-                operands = operands._replace(down_global_scale=scaled)
+            for name, tensor in (factors or {}).items():
+                unscaled.append(_node(getattr(operands, name)))
+                new = f"fp4moe_scaled_{unscaled[-1].name}"
+                operands = operands._replace(**{name: add_attribute(gm, operator, new, tensor)})
             call = MoeFromLogitsArguments(
                 packed.hidden, logits, bias, operands, form.routing, packed.settings
             )
@@ -231,8 +236,9 @@ def _insert(
     fused.meta.update(operator.meta)
     operator.replace_all_uses_with(fused)
     gm.graph.erase_node(operator)
-    if unscaled is not None and unscaled.op == "get_attr" and not unscaled.users:
-        gm.graph.erase_node(unscaled)
+    for node in unscaled:
+        if node.op == "get_attr" and not node.users:
+            gm.graph.erase_node(node)
     _erase_unused(gm.graph, flow, found)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fp4moe.arguments import ChooseArguments
+
 from ..graph.dataflow import Flow, hinted_shape, is_data, meta_value, storage, structure
 from ..graph.execute import run_in_float32
 
@@ -20,6 +22,7 @@ __all__ = ["RoutingSlice", "cut_routing"]
 
 # Known routers take up to 30 nodes. A limit, so that no search walks back to the embedding.
 MOST_NODES = 200
+CHOOSE = torch.ops.fp4moe.choose_experts.default
 
 
 @dataclasses.dataclass
@@ -68,9 +71,13 @@ class RoutingSlice:
         return found
 
     def groups(self) -> list[tuple[int, int]]:
-        """Pairs (groups, groups kept) that its top-k nodes suggest; (1, 1) is always one."""
+        """Pairs (groups, groups kept) that its nodes suggest; (1, 1) is always one."""
         found = {(1, 1)}
         for node in self.nodes:
+            if node.target is CHOOSE:
+                given = ChooseArguments.read(node.args).routing
+                found.add((given.num_groups, given.top_groups))
+                continue
             scores = node.args[0] if node.args else None
             shape = hinted_shape(scores) if isinstance(scores, fx.Node) else None
             results = meta_value(node)

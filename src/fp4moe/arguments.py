@@ -15,6 +15,7 @@ from .identity.float_weights import FloatWeights, StoredForm
 from .kernels import Layer, Operands, Routing
 
 __all__ = [
+    "ChooseArguments",
     "FloatMoeArguments",
     "FloatMoeFromLogitsArguments",
     "MoeArguments",
@@ -85,6 +86,21 @@ def _flat(operands: Operands, middle: Sequence[Any], settings: Settings) -> tupl
 def _operator(operands: Operands, ending: str) -> Any:
     name = "nvfp4_moe" if operands.gate_up_bias is None else "moe"
     return getattr(torch.ops.fp4moe, name + ending).default
+
+
+class ChooseArguments(NamedTuple):
+    """Of fp4moe::choose_experts."""
+
+    router_logits: Any
+    routing_bias: Any
+    output_scale: Any
+    routing: Routing
+
+    @classmethod
+    def read(cls, args: Sequence[Any]) -> ChooseArguments:
+        """Return the arguments of a call."""
+        logits, bias, output_scale, *routing = args
+        return cls(logits, bias, output_scale, Routing(*routing))
 
 
 class MoeArguments(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 
 from .activations import ACTIVATIONS, get_activation
 from .arguments import (
+    ChooseArguments,
     FloatMoeArguments,
     FloatMoeFromLogitsArguments,
     MoeArguments,
@@ -20,7 +21,8 @@ from .identity.float_weights import SEPARATE, FloatWeights, StoredForm
 from .kernels import FUSED_ROUTING_METHODS, HIDDEN_ALIGNMENTS, KERNELS, get_kernel
 from .pack import GATE_UP_LAYOUTS
 
-__all__ = ["check_float_moe", "check_float_moe_from_logits", "check_moe", "check_moe_from_logits"]
+__all__ = ["check_choose_experts", "check_float_moe", "check_float_moe_from_logits", "check_moe"]
+__all__ += ["check_moe_from_logits"]
 
 HIDDEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FLOAT_DTYPES = (*HIDDEN_DTYPES, torch.float64)
@@ -67,36 +69,59 @@ def _check_choice(name, hidden, expert_ids, routing_weights) -> None:
         must(f"{name}: expert_ids and routing_weights", rule, got, "Move them there.")
 
 
+def check_choose_experts(given: ChooseArguments) -> None:
+    """Raise unless the arguments of `fp4moe::choose_experts` fit together."""
+    name, logits = "choose_experts", given.router_logits
+    if logits.ndim != 2:
+        advice = "Flatten the tokens to one axis."
+        must(f"{name}: router_logits", "be float [T, E]", _describe(logits), advice)
+    _check_logits(name, given, logits, *logits.shape)
+    _check_output_scale(name, given.output_scale, logits, logits.shape[1])
+
+
 def check_moe_from_logits(given: MoeFromLogitsArguments) -> None:
     """Raise unless those of `nvfp4_moe_from_logits` or `moe_from_logits` fit together."""
     name = "nvfp4_moe_from_logits" if given.operands.gate_up_bias is None else "moe_from_logits"
-    _check_logits(name, given, given.settings.num_experts)
+    hidden = given.hidden
+    _check_hidden(name, hidden)
+    _check_logits(name, given, hidden, hidden.shape[0], given.settings.num_experts)
     _check_weights(name, given)
 
 
 def check_float_moe_from_logits(given: FloatMoeFromLogitsArguments) -> None:
     """Raise unless the arguments of `fp4moe::float_moe_from_logits` fit together."""
-    name, hidden, output_scale = "float_moe_from_logits", given.hidden, given.output_scale
+    name, hidden = "float_moe_from_logits", given.hidden
+    _check_hidden(name, hidden)
     _check_floats(name, hidden, given.weights, given.form)
     num_experts = given.form.sizes(given.weights)[0]
-    _check_logits(name, given, num_experts)
+    _check_logits(name, given, hidden, hidden.shape[0], num_experts)
+    _check_output_scale(name, given.output_scale, hidden, num_experts)
+
+
+def _check_output_scale(
+    name: str, output_scale: torch.Tensor, beside: torch.Tensor, num_experts: int
+) -> None:
     if (
         output_scale.shape not in ((0,), (num_experts,))
         or not output_scale.dtype.is_floating_point
-        or output_scale.device != hidden.device
+        or output_scale.device != beside.device
     ):
-        rule = f"be float, of length 0 or {num_experts}, on {hidden.device}"
+        rule = f"be float, of length 0 or {num_experts}, on {beside.device}"
         advice = "Pass an empty tensor for none."
         must(f"{name}: output_scale", rule, _describe(output_scale), advice)
 
 
 def _check_logits(
-    name: str, given: MoeFromLogitsArguments | FloatMoeFromLogitsArguments, num_experts: int
+    name: str,
+    given: ChooseArguments | MoeFromLogitsArguments | FloatMoeFromLogitsArguments,
+    first: torch.Tensor,
+    tokens: int,
+    num_experts: int,
 ) -> None:
-    hidden, router_logits, routing_bias = given.hidden, given.router_logits, given.routing_bias
+    """first: the argument on whose device the others must be."""
+    router_logits, routing_bias = given.router_logits, given.routing_bias
     method, top_k, num_groups, top_groups, _scaling = given.routing
-    _check_hidden(name, hidden)
-    expected = (hidden.shape[0], num_experts)
+    expected = (tokens, num_experts)
     if router_logits.dtype not in HIDDEN_DTYPES or router_logits.shape != expected:
         must(
             f"{name}: router_logits",
@@ -130,9 +155,9 @@ def _check_logits(
         rule = f"satisfy 1 <= top_groups <= {num_groups} and 1 <= top_k <= top_groups x {size}"
         got = f"{top_groups} and {top_k}"
         must(f"{name}: top_groups and top_k", rule, got, "Pass the model's own.")
-    if not hidden.device == router_logits.device == routing_bias.device:
+    if not first.device == router_logits.device == routing_bias.device:
         got = f"{router_logits.device} and {routing_bias.device}"
-        rule = f"be on the device of hidden, {hidden.device}"
+        rule = f"be on one device, {first.device}"
         must(f"{name}: router_logits and routing_bias", rule, got, "Move them there.")
 
 

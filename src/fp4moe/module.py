@@ -102,15 +102,7 @@ class FusedExperts(PackedModule):
         self._hold(self._laid_out(weights))
 
     def _laid_out(self, weights: ExpertWeights) -> PreparedWeights:
-        return get_kernel(self.kernel).prepare(
-            weights,
-            hidden_alignment=self.hidden_alignment,
-            output_scale=self._local_output_scale(weights.layer(), weights.local_experts),
-        )
-
-    def _local_output_scale(self, layer: Layer, local_experts: int) -> torch.Tensor | None:
-        """Return the factors [L] of the outputs of the experts that are here; None for none."""
-        return None
+        return get_kernel(self.kernel).prepare(weights, hidden_alignment=self.hidden_alignment)
 
     def _hold(self, prepared: PreparedWeights) -> None:
         for name in getattr(self, "_kept", ()):
@@ -121,10 +113,8 @@ class FusedExperts(PackedModule):
         self._lent = Lent()
         self.layer = prepared.layer
         self._kept = tuple(prepared.kept)
-        self._arguments = self._operator_arguments(prepared)[len(prepared.operands.flat()) :]
-
-    def _operator_arguments(self, prepared: PreparedWeights) -> tuple:
-        return nvfp4_moe_arguments(prepared, self.kernel)
+        operands = len(prepared.operands.flat())
+        self._arguments = nvfp4_moe_arguments(prepared, self.kernel)[operands:]
 
     @property
     def num_experts(self) -> int:
@@ -170,8 +160,7 @@ class FusedExperts(PackedModule):
         count, device = prepared.operands.down_packed.shape[0], prepared.operands.down_packed.device
         hidden = activation_scale("hidden_scale", hidden_scale, 1, device, caller)
         inner = activation_scale("intermediate_scale", intermediate_scale, count, device, caller)
-        scales = hidden, inner, self._local_output_scale(prepared.layer, count)
-        self._copy_tensors(get_kernel(self.kernel).update_scales(prepared, *scales))
+        self._copy_tensors(get_kernel(self.kernel).update_scales(prepared, hidden, inner))
 
     @property
     def prepared(self) -> PreparedWeights:
@@ -237,9 +226,6 @@ class FusedExperts(PackedModule):
         """What the state_dict holds, by dotted name."""
         return get_kernel(self.kernel).restore(prepared).tensors()
 
-    def _take(self, loaded: dict[str, torch.Tensor]) -> None:
-        """Take loaded tensors beyond those of ExpertWeights."""
-
     def get_extra_state(self) -> torch.Tensor:
         """Return the metadata as JSON bytes; a tensor, so that safetensors can hold it."""
         return torch.frombuffer(
@@ -303,12 +289,10 @@ class FusedExperts(PackedModule):
             own = self._logical(self.prepared)
         loaded = {name: state_dict.get(prefix + short, own[name]) for short, name in names.items()}
         if assign:
-            self._take(loaded)
             self._prepare(ExpertWeights.from_tensors(loaded, self.metadata))
             return
         device = self.prepared_gate_up_packed.device
         loaded = {name: tensor.to(device) for name, tensor in loaded.items()}
-        self._take(loaded)
         self._copy_in(ExpertWeights.from_tensors(loaded, self.metadata))
 
     def _copy_in(self, weights: ExpertWeights) -> None:

@@ -1,7 +1,8 @@
 """Every operator of fp4moe: schema, fake, dispatch. The table of contents of the package.
 
     fp4moe::moe                    the fused mixture of experts, ids and routing weights given
-    fp4moe::moe_from_logits        the same, and the kernel chooses the experts
+    fp4moe::choose_experts         ids and routing weights out of the router's logits
+    fp4moe::moe_from_logits        as moe, and the kernel chooses the experts
     fp4moe::nvfp4_moe, fp4moe::nvfp4_moe_from_logits   both for NVFP4 without biases
     fp4moe::float_moe              as nvfp4_moe, on float weights whose packed ones it looks up, or
                                    packs where it has not seen them; see fp4moe.identity
@@ -22,6 +23,7 @@ import torch
 
 from . import checks
 from .arguments import (
+    ChooseArguments,
     FloatMoeArguments,
     FloatMoeFromLogitsArguments,
     MoeArguments,
@@ -40,6 +42,8 @@ from .kernels import (
     PreparedWeights,
     Routing,
 )
+from .kernels.choose import choose_experts
+from .routing import route_gradients
 
 __all__ = [
     "nvfp4_moe_arguments",
@@ -76,21 +80,27 @@ library.define(
     f"{ALL_WEIGHTS}str format, {SETTINGS}) -> Tensor",
     tags=TAGS,
 )
+# router_logits [T, E]; routing_bias [E], or [0] for none; routing_method of fp4moe.routing.
+# output_scale [E], or [0] for none: a factor of what each expert adds.
+ROUTING = "str routing_method, int top_k, int num_groups, int top_groups, float routing_scaling"
 library.define(
-    # router_logits [T, E]; routing_bias [E], or [0] for none; routing_method of fp4moe.routing.
+    # int64 and float32, [T, K] each.
+    f"choose_experts(Tensor router_logits, Tensor routing_bias, Tensor output_scale, {ROUTING}) "
+    "-> (Tensor expert_ids, Tensor routing_weights)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
     "nvfp4_moe_from_logits(Tensor hidden, Tensor router_logits, Tensor routing_bias, "
-    f"{WEIGHTS}str routing_method, int top_k, int num_groups, int top_groups, "
-    f"float routing_scaling, {SETTINGS}) -> Tensor",
+    f"{WEIGHTS}{ROUTING}, {SETTINGS}) -> Tensor",
     tags=TAGS,
 )
 library.define(
     "moe_from_logits(Tensor hidden, Tensor router_logits, Tensor routing_bias, "
-    f"{ALL_WEIGHTS}str routing_method, int top_k, int num_groups, int top_groups, "
-    f"float routing_scaling, str format, {SETTINGS}) -> Tensor",
+    f"{ALL_WEIGHTS}{ROUTING}, str format, {SETTINGS}) -> Tensor",
     tags=TAGS,
 )
 # Lists: a layer has one stacked tensor a role, or one for each expert; second may be empty. What
-# the settings mean: fp4moe.identity.float_weights.StoredForm. output_scale is [E], or [0] for none.
+# the settings mean: fp4moe.identity.float_weights.StoredForm.
 FLOATS = (
     "Tensor[] first, Tensor[] second, Tensor[] down, "
     "Tensor[] first_bias, Tensor[] second_bias, Tensor[] down_bias, "
@@ -106,8 +116,7 @@ library.define(
 )
 library.define(
     "float_moe_from_logits(Tensor hidden, Tensor router_logits, Tensor routing_bias, "
-    f"Tensor output_scale, {FLOATS}str routing_method, int top_k, int num_groups, int top_groups, "
-    f"float routing_scaling, {FORM}) -> Tensor",
+    f"Tensor output_scale, {FLOATS}{ROUTING}, {FORM}) -> Tensor",
     tags=TAGS,
 )
 library.define(
@@ -121,6 +130,14 @@ def _moe_fake(*args):
     given = MoeArguments.read(args)
     checks.check_moe(given)
     return given.hidden.new_empty(given.hidden.shape)
+
+
+@torch.library.register_fake("fp4moe::choose_experts", lib=library)
+def _choose_experts_fake(*args):
+    given = ChooseArguments.read(args)
+    checks.check_choose_experts(given)
+    logits, shape = given.router_logits, (given.router_logits.shape[0], given.routing.top_k)
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("fp4moe::moe_from_logits", lib=library)
@@ -158,6 +175,13 @@ def _run(given: MoeArguments) -> torch.Tensor:
     return KERNELS[settings.kernel](Call(hidden, ids, weights, operands, layer))
 
 
+def _choose_experts(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    given = ChooseArguments.read(args)
+    checks.check_choose_experts(given)
+    logits, bias, output_scale, routing = given
+    return choose_experts(logits, bias, routing, output_scale)
+
+
 def _moe_from_logits(*args: Any) -> torch.Tensor:
     return _run_from_logits(MoeFromLogitsArguments.read(args))
 
@@ -168,8 +192,11 @@ def _run_from_logits(given: MoeFromLogitsArguments) -> torch.Tensor:
     if hidden.shape[0] == 0:
         return hidden.new_empty(hidden.shape)
     layer = _layer(hidden.shape[1], operands, routing.top_k, settings)
-    call = LogitsCall(hidden, logits, bias, routing, operands, layer)
-    return KERNELS[settings.kernel].from_logits(call)
+    kernel = KERNELS[settings.kernel]
+    if kernel.routes:
+        return kernel.from_logits(LogitsCall(hidden, logits, bias, routing, operands, layer))
+    chosen = choose_experts(logits, bias, routing, logits.new_empty(0))
+    return kernel(Call(hidden, *chosen, operands, layer))
 
 
 def _layer(hidden_size: int, operands: Operands, top_k: int, settings: Settings) -> Layer:
@@ -228,14 +255,34 @@ class _WithoutGradient(torch.autograd.Function):
         return tuple(result)
 
 
+class _WithRoutingGradient(torch.autograd.Function):
+    """choose_experts under autograd."""
+
+    @staticmethod
+    def forward(ctx, operator, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            ids, weights = operator(*args)
+        ctx.routing = ChooseArguments.read(args).routing
+        ctx.save_for_backward(args[0], args[2], ids)
+        ctx.mark_non_differentiable(ids)
+        return ids, weights
+
+    @staticmethod
+    def backward(ctx, _ids, gradient):
+        logits, scale, ids = ctx.saved_tensors
+        to_logits, to_scale = route_gradients(gradient, logits, scale, ids, ctx.routing)
+        return None, to_logits, None, to_scale, *[None] * len(ctx.routing)
+
+
 def _autograd(name: str, implementation: Callable) -> Callable:
+    function = _WithRoutingGradient if name == "choose_experts" else _WithoutGradient
     operator = getattr(torch.ops.fp4moe, name).default
 
     def call(*args):
         if torch.is_grad_enabled() and (
             args[0].requires_grad or args[1].requires_grad or args[2].requires_grad
         ):
-            return _WithoutGradient.apply(operator, *args)
+            return function.apply(operator, *args)
         # A plain call skips the second dispatch; tracing and tensor subclasses take it.
         if type(args[0]) is torch.Tensor and not torch._C._len_torch_dispatch_stack():
             return implementation(*args)
@@ -260,10 +307,11 @@ def _refuse_backward_fake(grad, like):
     return torch.empty_like(like)
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, Callable] = {
     "moe": _moe,
     "moe_from_logits": _moe_from_logits,
     "nvfp4_moe": _moe,
+    "choose_experts": _choose_experts,
     "nvfp4_moe_from_logits": _moe_from_logits,
     "float_moe": _float_moe,
     "float_moe_from_logits": _float_moe_from_logits,

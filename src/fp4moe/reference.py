@@ -131,9 +131,10 @@ def reference_w4a4(
     The input is rounded to bfloat16 and quantised with `hidden_scale`, the intermediate with
     `intermediate_scale`; each expert's output is rounded to bfloat16 before the weighted sum in
     float32. `intermediate_dtype` is what gate, up and then the intermediate are rounded to before
-    it is quantised: float32 in TRT-LLM-Gen, which quantises by the format's `round_intermediate`,
-    bfloat16 in CUTLASS, which does by its `round_activation`. Else as `reference`. Source:
-    FlashInfer 0.7.2, fp4_quantize and the CUTLASS activation kernel; the machine code of
+    it is quantised: float32 in TRT-LLM-Gen, which quantises by the format's `round_intermediate`
+    and adds biases before it rounds; bfloat16 in CUTLASS, which quantises by its `round_activation`,
+    rounds each bias, too, and adds it after the rounding. Else as `reference`. Source: FlashInfer
+    0.7.2, fp4_quantize and CUTLASS' activation and finalize kernels; the machine code of
     TRT-LLM-Gen.
     """
     rounded = hidden.to(torch.bfloat16).float()
@@ -192,17 +193,18 @@ def _run(
 
     def product(rows: torch.Tensor, part: dict[str, torch.Tensor], name: str) -> torch.Tensor:
         bias = part.get(f"{name}_bias")
-        return rows @ part[name].T if bias is None else rows @ part[name].T + bias
+        y = rounded(rows @ part[name].T)
+        return y if bias is None else y + rounded(bias)
 
     def apply(expert: int, token: torch.Tensor | slice) -> torch.Tensor:
         part, rows = load(expert), x[token]
-        up = rounded(product(rows, part, "up"))
-        gate = rounded(product(rows, part, "gate")) if "gate" in part else None
+        up = product(rows, part, "up")
+        gate = product(rows, part, "gate") if "gate" in part else None
         y = rounded(combine(up, gate))
         if intermediate_scale is None or quantise is None:
             return product(y, part, "down")
-        quantised = quantise(y, intermediate_scale[expert])
-        return product(quantised, part, "down").bfloat16().float()
+        y = product(quantise(y, intermediate_scale[expert]), part, "down")
+        return y.bfloat16().float() if intermediate_dtype == torch.float32 else y
 
     # float32 is part of the definition.
     with without_autocast(hidden.device):

@@ -30,10 +30,14 @@ from .errors import must
 from .layer import Routing
 
 __all__ = ["ROUTING_METHODS", "RoutingMethod", "grouped_softmax_topk", "sigmoid_topk"]
-__all__ += ["ROUNDINGS", "route", "softmax_topk", "topk_sigmoid", "topk_softmax"]
+__all__ += ["ROUNDINGS", "route", "route_gradients", "softmax_topk", "topk_sigmoid"]
+__all__ += ["topk_softmax"]
 
 # Softmax or sigmoid (2 ulp), the bias, a sum, a quotient and two factors stay below 16 roundings.
 ROUNDINGS = 16 * torch.finfo(torch.float32).eps
+
+# Keeps the sum of k sigmoids that are 0 from becoming a divisor of 0, as the models do.
+EPSILON = 1e-20
 
 RoutingMethod = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -147,7 +151,7 @@ def sigmoid_topk(
     top_groups: int = 1,
     renormalize: bool = True,
     scaling: float = 1.0,
-    epsilon: float = 1e-20,
+    epsilon: float = EPSILON,
     masked_score: float = -math.inf,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sigmoid of every logit, then the top k; a bias steers the selection, not the weights.
@@ -220,19 +224,61 @@ def _mask_groups(
 
 
 def route(
-    router_logits: torch.Tensor, routing_bias: torch.Tensor, routing: Routing
+    router_logits: torch.Tensor,
+    routing_bias: torch.Tensor,
+    routing: Routing,
+    output_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (expert_ids, routing_weights) as a `Routing` says; routing_bias is [E], or [0]."""
+    """Return (expert_ids, routing_weights) as a `Routing` says.
+
+    routing_bias, and the factor of each expert's weight output_scale, are [E], or [0] for none.
+    """
     if routing.method == "softmax_topk":
-        return softmax_topk(router_logits, routing.top_k, renormalize=True, scaling=routing.scaling)
-    return sigmoid_topk(
-        router_logits,
-        routing.top_k,
-        bias=routing_bias if routing_bias.numel() else None,
-        num_groups=routing.num_groups,
-        top_groups=routing.top_groups,
-        scaling=routing.scaling,
-    )
+        ids, weights = softmax_topk(
+            router_logits, routing.top_k, renormalize=True, scaling=routing.scaling
+        )
+    else:
+        ids, weights = sigmoid_topk(
+            router_logits,
+            routing.top_k,
+            bias=routing_bias if routing_bias.numel() else None,
+            num_groups=routing.num_groups,
+            top_groups=routing.top_groups,
+            scaling=routing.scaling,
+        )
+    if output_scale is not None and output_scale.numel():
+        weights = weights * output_scale.float()[ids]
+    return ids, weights
+
+
+def route_gradients(
+    gradient: torch.Tensor,
+    router_logits: torch.Tensor,
+    output_scale: torch.Tensor,
+    expert_ids: torch.Tensor,
+    routing: Routing,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `route`'s weights [T, K] hand back to (router_logits, output_scale).
+
+    The choice itself has no derivative: an expert that was not chosen, and the bias, get none.
+    """
+    chosen = router_logits.float().gather(1, expert_ids)
+    if routing.method == "softmax_topk":
+        share = torch.softmax(chosen, dim=-1)
+        slope = share
+    else:
+        scores = torch.sigmoid(chosen)
+        share = scores / (scores.sum(dim=-1, keepdim=True) + EPSILON)
+        slope = share * (1 - scores)
+    gradient = gradient.float() * routing.scaling
+    to_scale = torch.zeros_like(output_scale)
+    if output_scale.numel():
+        flat = (gradient * share).flatten().to(to_scale.dtype)
+        to_scale = to_scale.index_add(0, expert_ids.flatten(), flat)
+        gradient = gradient * output_scale.float()[expert_ids]
+    to_chosen = slope * (gradient - (gradient * share).sum(dim=-1, keepdim=True))
+    to_logits = torch.zeros_like(router_logits)
+    return to_logits.scatter(1, expert_ids, to_chosen.to(to_logits.dtype)), to_scale
 
 
 def _check_logits(function: str, logits: torch.Tensor, top_k: int) -> None:

@@ -29,6 +29,7 @@ from fp4moe.calibration.calibrate import scales_from_text
 from fp4moe.calibration.ranges import Ranges
 from fp4moe.errors import CheckpointError, ShapeError, UnsupportedError
 from fp4moe.kernels import KERNELS, get_kernel
+from fp4moe.testing import make_layer, relative_error
 
 # A global scale times the largest block scale and code.
 LARGEST = 448 * 6
@@ -94,11 +95,7 @@ def test_ranges_are_those_of_the_eager_loop(name):
 
 @pytest.mark.parametrize("offset", [0, 2])
 def test_ranges_of_fused_experts_are_those_of_their_own_weights(offset):
-    parts = {"gate": (4, 48, 64), "up": (4, 48, 64), "down": (4, 64, 48)}
-    parts = {name: torch.randn(shape) / 8 for name, shape in parts.items()}
-    weights = fp4moe.ExpertWeights.quantize(
-        **parts, activation="silu", num_experts=4 + offset, expert_offset=offset
-    )
+    weights = make_layer(4, 64, 48, num_experts=4 + offset, expert_offset=offset)
     module = fp4moe.FusedExperts(weights)
     x, ids = torch.randn(30, 64), torch.randint(-1, 4 + offset, (30, 2))
     with fp4moe.calibrate(module) as report:
@@ -149,9 +146,7 @@ def test_a_registered_implementation_packs_with_the_scales(registered):
 
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_every_kernels_layout_takes_new_scales(kernel):
-    parts = {"gate": (4, 128, 256), "up": (4, 128, 256), "down": (4, 256, 128)}
-    parts = {name: torch.randn(shape) for name, shape in parts.items()}
-    weights = fp4moe.ExpertWeights.quantize(**parts, activation="silu")
+    weights = make_layer(4, 256, 128)
     scales = {"hidden_scale": torch.rand(1), "intermediate_scale": torch.rand(4)}
     layout = functools.partial(get_kernel(kernel).prepare, hidden_alignment=256)
     restore = get_kernel(kernel).restore
@@ -176,19 +171,16 @@ def test_scales_that_make_no_sense_are_refused():
 def test_calibration_lowers_the_w4a4_error(size, outlier):
     # Inputs far from 1, one of whose channels is much larger than the others.
     torch.manual_seed(0)
-    parts = {name: torch.randn(8, 48, 64) / 8 for name in ("gate", "up")}
-    weights = fp4moe.ExpertWeights.quantize(
-        **parts, down=torch.randn(8, 64, 48) / 7, activation="gelu_tanh"
-    )
+    weights = make_layer(8, 64, 48, "gelu_tanh")
     x, ids, routing = routed(200)
     x = x * size
     x[:, 5] *= outlier
     exact = fp4moe.fused_moe(x, weights, ids, routing, kernel="reference")
     module = fp4moe.FusedExperts(weights, "reference_w4a4")
-    before = (module(x, ids, routing) - exact).norm() / exact.norm()
+    before = relative_error(module(x, ids, routing), exact)
     with fp4moe.calibrate(module):
         module(x, ids, routing)
-    after = (module(x, ids, routing) - exact).norm() / exact.norm()
+    after = relative_error(module(x, ids, routing), exact)
     # Two roundings to 4 bits of about 10 % each, added in quadrature, and some room.
     assert after < 0.18
     # Uncalibrated, blocks below 6 / 1024 become 0 and values above 6 * 448 are cut off.
@@ -226,6 +218,30 @@ def test_transposed_experts():
         block(hidden, ids, routing)
     both = torch.einsum("th,ehr->ter", hidden, block.experts.gate_up_proj)
     inner = nn.functional.silu(both[..., :48]) * both[..., 48:]
+    hit = (ids.unsqueeze(2) == torch.arange(8)).any(1).unsqueeze(2)
+    expected = torch.where(hit, inner, 0.0).abs().amax((0, 2)).tolist()
+    torch.testing.assert_close(list(report.blocks[0].intermediate_ranges), expected, **CLOSE)
+
+
+def clamped_gate(self, gate_up):
+    gate, up = gate_up[..., ::2].clamp(max=1.5), gate_up[..., 1::2].clamp(-1.5, 1.5)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_biased_experts_with_a_clamp(fused):
+    experts = experts_class(is_transposed=True, is_concatenated=False, has_bias=True)
+    experts._apply_gate = clamped_gate
+    block = Block(experts)
+    first, bias = block.experts.gate_up_proj.mT, block.experts.gate_up_proj_bias
+    if fused:
+        fp4moe.replace_moe(block, kernel="reference", progress=False)
+        parts = block.experts.weights.dequantize()
+        first = torch.stack((parts["gate"], parts["up"]), 2).flatten(1, 2)
+    hidden, ids, routing = routed(40)
+    with fp4moe.calibrate(block) as report:
+        block(hidden, ids, routing)
+    inner = clamped_gate(None, torch.einsum("th,erh->ter", hidden, first) + bias)
     hit = (ids.unsqueeze(2) == torch.arange(8)).any(1).unsqueeze(2)
     expected = torch.where(hit, inner, 0.0).abs().amax((0, 2)).tolist()
     torch.testing.assert_close(list(report.blocks[0].intermediate_ranges), expected, **CLOSE)
@@ -278,7 +294,7 @@ def test_a_list_of_expert_mlps():
     assert torch.equal(scales, torch.tensor([found.hidden_scale, *found.intermediate_scale]))
 
 
-def test_experts_that_route_themselves():
+def test_experts_behind_fused_routers():
     given, fused = enlarge_experts(gemma4()), enlarge_experts(gemma4())
     fp4moe.replace_moe(given, progress=False)
     fp4moe.replace_moe(fused, progress=False, routing="fused")
@@ -288,6 +304,7 @@ def test_experts_that_route_themselves():
         torch.testing.assert_close(one.intermediate_ranges, other.intermediate_ranges, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_compiled_model_is_calibrated_in_eager_and_sees_the_scales_without_recompiling():
     model = enlarge_experts(qwen3_moe())
@@ -337,8 +354,8 @@ def test_what_cannot_be_calibrated_is_refused():
         calibrated(model)
     with pytest.raises(UnsupportedError, match="got Linear with none"):
         calibrated(nn.Linear(2, 2))
-    with pytest.raises(UnsupportedError, match="experts have biases"):
-        calibrated(Block(experts_class(has_bias=True)))
+    with pytest.raises(UnsupportedError, match="a norm behind each expert"):
+        calibrated(Block(experts_class(has_post_expert_norm=True)))
     block = Block(experts_class())
     for value, message in ((float("nan"), "largest input of nan"), (0.0, "largest input of 0")):
         with pytest.raises(ShapeError, match=message), fp4moe.calibrate(block):

@@ -37,6 +37,7 @@ def shards(made, directory, tensors):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("stored", ["float", "nvfp4"])
 @pytest.mark.parametrize("index", ["of this file", "of shards that are gone", "not JSON"])
@@ -116,6 +117,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gemma4"])
 @pytest.mark.parametrize("way", WAYS)
 def test_links_are_followed(tmp_path, name, way):
@@ -125,6 +127,7 @@ def test_links_are_followed(tmp_path, name, way):
     assert torch.equal(files.logits(files.load(packed)), files.logits(usual))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_quantize_follows_links(tmp_path, way):
     made = files.make("qwen3_moe", tmp_path / "source")

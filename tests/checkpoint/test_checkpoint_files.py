@@ -15,6 +15,7 @@ from collections.abc import Callable
 import pytest
 import safetensors.torch
 import torch
+from fuzzing import fuzz
 
 from fp4moe.checkpoint.files import CheckpointFiles
 from fp4moe.errors import CheckpointError
@@ -29,12 +30,7 @@ TENSORS = {
     "empty": torch.empty(0, 7, dtype=torch.int64),
     "mask": torch.tensor([True, False]),
 }
-FUZZ = hypothesis.settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
+FUZZ = fuzz(150)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
@@ -363,6 +359,7 @@ def test_fuzzed_bytes(tmp_path, edits, cut):
     check_like_the_library(tmp_path, bytes(data[:cut]))
 
 
+@pytest.mark.slow
 @FUZZ
 @hypothesis.given(
     key=st.sampled_from([*TENSORS, "new", "__metadata__"]),

@@ -10,11 +10,13 @@ import shutil
 import checkpoint_makers as makers
 import pytest
 import torch
+from fuzzing import fuzz
 
 import fp4moe
 from fp4moe.checkpoint.compressed_tensors import compressed_convention
 from fp4moe.checkpoint.modelopt import is_modelopt, modelopt_convention
 from fp4moe.errors import CheckpointError
+from fp4moe.testing import relative_error
 
 hypothesis = pytest.importorskip("hypothesis", reason="optional package")
 st = hypothesis.strategies
@@ -104,6 +106,7 @@ def to_compressed(directory, target):
     return target
 
 
+@pytest.mark.slow
 def test_both_scale_conventions_give_equal_experts(gemma, tmp_path):
     compressed = to_compressed(gemma, tmp_path / "compressed")
     # Codes and block scales bit for bit; 1 / (1 / x) in float32 is x or a neighbour of it.
@@ -340,13 +343,8 @@ EDIT = st.tuples(
 )
 
 
-@hypothesis.settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
+@pytest.mark.slow
+@fuzz(40)
 @hypothesis.given(st.lists(EDIT, min_size=1, max_size=2))
 def test_edited_key_sets_are_refused_or_equal(nemotron, tmp_path_factory, edits):
     swapped = []
@@ -371,20 +369,14 @@ def test_edited_key_sets_are_refused_or_equal(nemotron, tmp_path_factory, edits)
         if not any(swapped):
             reference = makers.logits(load(nemotron))
             # A cast of a norm to float16 moves what was bfloat16 by nothing, or to a subnormal.
-            assert makers.relative_error(makers.logits(model), reference) < 1e-3
+            assert relative_error(makers.logits(model), reference) < 1e-3
     shutil.rmtree(directory)
 
 
 JSON = st.sampled_from([None, 0, 17, -1.5, "", "NVFP4", "x" * 300, [], [1], {}, {"a": []}, True])
 
 
-@hypothesis.settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
+@fuzz(40)
 @hypothesis.given(st.lists(st.tuples(st.integers(0, 1000), JSON), min_size=1, max_size=2))
 def test_edited_quantisation_configurations_are_refused_or_equal(nemotron, tmp_path_factory, edits):
     directory = pathlib.Path(tmp_path_factory.mktemp("edited"))

@@ -30,6 +30,7 @@ def cast(made, dtype, pattern=r"\.experts\."):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "dtype",
@@ -187,6 +188,7 @@ def stored(made, form, pattern):
     return tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
 @pytest.mark.parametrize("form", STORED)
 def test_experts_of_other_forms_are_named(tmp_path, name, form):
@@ -209,6 +211,7 @@ def test_linears_of_other_forms_are_named(tmp_path, name, form):
         files.load(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "glm4_moe"])
 @pytest.mark.parametrize("form", STORED)
 def test_a_form_that_is_not_read_closes_no_checkpoint_that_has_no_use_for_it(tmp_path, name, form):

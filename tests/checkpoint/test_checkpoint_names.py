@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fp4moe.errors import CheckpointError
+from fp4moe.testing import relative_error
 
 
 def move(tensors, pattern, to):
@@ -40,6 +41,7 @@ COUNTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), COUNTED)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_prediction_layers_behind_the_last_are_left_out(tmp_path, name, count, layers, caplog):
@@ -75,6 +77,7 @@ def test_a_count_inside_text_config(tmp_path):
         files.load(made.write(tmp_path / "wrong", made.tensors | more))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "nemotron_h", "gemma4", "deepseek_v3"])
 @pytest.mark.parametrize("prefix", ["mtp.layers.0.", "model.mtp.layers.0.", "model.mtp_layers.3."])
 def test_prediction_layers_by_name_are_left_out(tmp_path, name, prefix, caplog):
@@ -155,7 +158,7 @@ def test_the_size_beside_a_packed_weight_is_left_out(tmp_path, name):
     model = files.load(made.write(tmp_path / "packed", tensors, None, config))
     expected = made.expected(tmp_path / "float")
     # 1 / (1 / x) in float32 is x or a neighbour of it; the rest as in test_checkpoint_scales.py.
-    assert files.relative_error(files.logits(model), expected) < 5e-6
+    assert relative_error(files.logits(model), expected) < 5e-6
     alone = {k: v for k, v in tensors.items() if not k.endswith("3.up_proj.weight_packed")}
     with pytest.raises(CheckpointError, match=r"unexpected \d+ .*3\.up_proj\.weight_shape"):
         files.load(made.write(tmp_path / "alone", alone, None, config))
@@ -169,6 +172,7 @@ PREFIXES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "nemotron_h", "gemma4", "glm4_moe"])
 @pytest.mark.parametrize("where", PREFIXES)
 def test_a_prefix_that_differs_is_told_with_its_cure(tmp_path, name, where):

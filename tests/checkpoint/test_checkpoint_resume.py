@@ -166,6 +166,7 @@ print("kills", kills)
 """
 
 
+@pytest.mark.slow
 def test_killed_and_failed_runs_go_on_and_give_the_same_bytes(source, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", CHILDREN, source, tmp_path, "110000"], capture_output=True, text=True

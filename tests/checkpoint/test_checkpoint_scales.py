@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fp4moe.errors import CheckpointError
+from fp4moe.testing import relative_error
 
 GATED = ("qwen3_moe", "gemma4", "glm4_moe", "deepseek_v3")
 # Both sides compute the same products in float32, in another order: a few units of 2^-24 a layer.
@@ -34,7 +35,7 @@ def test_weights_are_those_of_the_file(tmp_path, name, shared, caplog):
         torch.testing.assert_close(ours["up"] * factor, theirs["up"], rtol=1e-6, atol=0)
         torch.testing.assert_close(ours["down"] / factor, theirs["down"], rtol=1e-6, atol=0)
     expected = made.expected(tmp_path / "float")
-    assert files.relative_error(files.logits(model), expected) < ROUNDING
+    assert relative_error(files.logits(model), expected) < ROUNDING
     assert "global scales" not in caplog.text
 
 
@@ -45,7 +46,7 @@ def test_up_enters_linearly_under_every_activation(tmp_path, name, activation):
     model = files.load(made.write(tmp_path / "packed"))
     assert {w.activation for w in files.experts(model)} == {activation.replace("_pytorch", "")}
     expected = made.expected(tmp_path / "float")
-    assert files.relative_error(files.logits(model), expected) < ROUNDING
+    assert relative_error(files.logits(model), expected) < ROUNDING
 
 
 @pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
@@ -75,7 +76,7 @@ def test_compressed_tensors_that_observed_gate_and_up_alone(tmp_path, name):
     makers.save_compressed(name, tmp_path, shared=False)
     model = files.load(tmp_path)
     expected = makers.logits(makers.reference_model(tmp_path))
-    assert files.relative_error(makers.logits(model), expected) < ROUNDING
+    assert relative_error(makers.logits(model), expected) < ROUNDING
 
 
 @pytest.mark.parametrize("ratio", [1e-38, 1e38])
@@ -107,6 +108,7 @@ def largest(tensors, path, projections):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gemma4", "nemotron_h"])
 @pytest.mark.parametrize("value", [None, 0.0, torch.inf], ids=["missing", "0", "inf"])
 @pytest.mark.parametrize("kernel", ["reference", "reference_w4a4"])
@@ -214,4 +216,4 @@ def test_a_linear_without_tokens_keeps_no_scale(tmp_path, name, value):
     layers = [layer.self_attn.o_proj for layer in model.model.layers]
     assert [layer.input_scale is None for layer in layers] == [False, True]
     expected = made.expected(tmp_path / "float")
-    assert files.relative_error(files.logits(model), expected) < ROUNDING
+    assert relative_error(files.logits(model), expected) < ROUNDING

@@ -23,6 +23,7 @@ import fp4moe
 from fp4moe.checkpoint.files import CheckpointFiles
 from fp4moe.errors import CheckpointError, ShapeError, UnsupportedError
 from fp4moe.pretrained.load import from_pretrained
+from fp4moe.testing import relative_error
 from fp4moe.tools.cli import main
 
 INDEX = "model.safetensors.index.json"
@@ -97,6 +98,7 @@ def exported(request, tmp_path_factory) -> Iterator[tuple[pathlib.Path, pathlib.
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_modelopt_writes_the_same_tensors(exported, tmp_path):
     source, theirs = exported
     assert (source / INDEX).exists(), "the model must be in several files"
@@ -257,7 +259,7 @@ def test_mse_has_less_error_than_max(source, tmp_path):
         parts = (found[f"{name}{end}"] for end in ("", "_scale", "_scale_2"))
         decoded = fp4moe.dequantize_nvfp4(fp4moe.NVFP4Values(*parts))
         weight = float_tensors["model.layers.0.experts.down_proj"][3].float()
-        errors[method] = float((decoded - weight).norm() / weight.norm())
+        errors[method] = relative_error(decoded, weight)
     # Gaussian weights: 9.5 % and 8.1 % (README), within the spread of 3072 values.
     assert errors["mse"] < 0.95 * errors["max"] < 0.11
 

@@ -15,10 +15,14 @@ import pytest
 import torch
 from tiny_models import (
     MODELS,
+    Block,
     CapturingBackend,
     enlarge_latent_experts,
+    experts_class,
+    generate,
     keep_layers,
     packed_addresses,
+    routed,
     table_entries,
 )
 from transformers import CompileConfig
@@ -28,6 +32,7 @@ import fp4moe.compile.backend
 from fp4moe.errors import UnsupportedError
 from fp4moe.kernels import Operands
 from fp4moe.passes.graph.show import show_graph
+from fp4moe.testing import relative_error
 
 expecttest = pytest.importorskip("expecttest", reason="optional package")
 assert_expected_inline = expecttest.assert_expected_inline
@@ -120,6 +125,7 @@ def counters():
     torch._dynamo.utils.counters.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counters")
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize("grad_mode", GRAD_MODES)
@@ -149,6 +155,7 @@ def test_backend(name, implementation, grad_mode, shapes):
 
 
 # After replace_moe nobody asks for the implementation: one graph must serve both.
+@pytest.mark.slow
 @pytest.mark.usefixtures("counters")
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize("grad_mode", GRAD_MODES)
@@ -171,6 +178,7 @@ def test_replaced_with_either_implementation(name, grad_mode, shapes):
     check_graph(inner.graphs[0], blocks=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_matrix_can_fail(name):
     # What the cases above look for is there without fp4moe, and the experts move the logits.
@@ -182,10 +190,10 @@ def test_the_matrix_can_fail(name):
         (graph,) = inner.graphs
         found = [n for n in graph.graph.nodes if target in str(n.target) and inside_experts(n)]
         assert len(found) == 2
-        error = (actual - expected(name, 5)).norm() / actual.norm()
-        assert error > 1e-2
+        assert relative_error(expected(name, 5), actual) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counters")
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_models_of_two_blocks(name):
@@ -203,6 +211,7 @@ def test_whole_models_of_two_blocks(name):
     check_graph(inner.graphs[0], blocks=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, whole", [("gemma4", False), ("nemotron_h", True)])
 def test_three_lengths_compile_twice_and_pack_once(name, whole):
     inner = CapturingBackend()
@@ -227,6 +236,7 @@ def test_three_lengths_compile_twice_and_pack_once(name, whole):
     assert first == second and len(first) == 8 * blocks
 
 
+@pytest.mark.slow
 def test_marked_dynamic_compiles_once_for_three_lengths():
     inner = CapturingBackend()
     compiled = torch.compile(
@@ -242,18 +252,9 @@ def test_marked_dynamic_compiles_once_for_three_lengths():
     assert len(inner.graphs) == 1
 
 
-def generate(model, prompt, compile_config=None, prefill_chunk_size=None):
-    return model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        max_new_tokens=6,
-        min_new_tokens=6,
-        cache_implementation="static",
-        disable_compile=compile_config is None,
-        compile_config=compile_config,
-        prefill_chunk_size=prefill_chunk_size,
-    )
+def generated(model, prompt, compile_config=None, **options):
+    options |= {"compile_config": compile_config, "disable_compile": compile_config is None}
+    return generate(model, prompt, **options)
 
 
 def compile_config(**settings):
@@ -269,15 +270,16 @@ def seen_tokens(graph_module):
 
 
 # generate() runs the prefill in eager, unless it comes in chunks: then they are compiled too.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "nemotron_h"])
 def test_generate_compiles_prefill_and_decode(name):
     prompt = tokens(8)
-    eager = generate(replaced_model(name, whole=True), prompt)
+    eager = generated(replaced_model(name, whole=True), prompt)
     model = float_model(name, whole=True)
-    assert not torch.equal(generate(model, prompt), eager)
+    assert not torch.equal(generated(model, prompt), eager)
     inner = CapturingBackend()
     backend = functools.partial(fp4moe.backend, options={"inner_backend": inner})
-    actual = generate(model, prompt, compile_config(backend=backend), prefill_chunk_size=4)
+    actual = generated(model, prompt, compile_config(backend=backend), prefill_chunk_size=4)
     assert torch.equal(actual, eager)
     assert actual.shape == (2, 14)
     # Two rows of four prompt tokens, two rows of one token.
@@ -289,6 +291,7 @@ def test_generate_compiles_prefill_and_decode(name):
     assert all(keywords == {"mode": "reduce-overhead"} for keywords in inner.keywords)
 
 
+@pytest.mark.slow
 def test_generate_takes_options_in_place_of_a_mode():
     prompt = tokens(8)
     inner = CapturingBackend()
@@ -296,8 +299,8 @@ def test_generate_takes_options_in_place_of_a_mode():
         backend=fp4moe.backend, mode=None, options={"inner_backend": inner, "kernel": "reference"}
     )
     model = replaced_model("gemma4", whole=True)
-    eager = generate(model, prompt)
-    assert torch.equal(generate(model, prompt, config), eager)
+    eager = generated(model, prompt)
+    assert torch.equal(generated(model, prompt, config), eager)
     assert inner.graphs and all(keywords == {} for keywords in inner.keywords)
 
 
@@ -306,6 +309,7 @@ class TestEagerImplementation:
     def not_yet_warned(self, monkeypatch):
         monkeypatch.setattr(fp4moe.compile.backend, "_warned_eager", False)
 
+    @pytest.mark.slow
     def test_warns_once_with_the_fix(self):
         inner = CapturingBackend()
         model = float_model("qwen3_moe", "eager")
@@ -321,6 +325,7 @@ class TestEagerImplementation:
         assert "must not be 'eager', whose loop breaks the graph" in ours[0]
         assert "set_experts_implementation('grouped_mm') before compiling" in ours[0]
 
+    @pytest.mark.slow
     def test_can_be_an_error(self):
         compiled = torch.compile(
             float_model("qwen3_moe", "eager"),
@@ -335,64 +340,78 @@ class TestEagerImplementation:
         assert isinstance(caught.value.inner_exception, UnsupportedError)
 
 
-PACKED = ", ".join(f"fp4moe_N_{name}" for name in Operands._fields)
+def packed(*names):
+    return ", ".join(f"fp4moe_N_{name}" for name in names)
 
 
-def shown(name, dynamic):
+def shown(model, path, call, operands):
     inner = CapturingBackend()
     compiled = torch.compile(
-        float_model(name),
-        backend=fp4moe.backend,
-        options={"inner_backend": inner},
-        fullgraph=True,
+        model, backend=fp4moe.backend, options={"inner_backend": inner}, fullgraph=True
     )
     with torch.no_grad():
-        logits(compiled, marked(tokens(5), "mark_dynamic" if dynamic else "static"))
-    path = "model.layers.0.mixer.experts" if name == "nemotron_h" else "model.layers.0.experts"
+        call(compiled)
     text = show_graph(inner.graphs[0], within=path)
     # Two numbers that depend on what ran before: of the packed weights, and of the symbol.
     text = re.sub(r"\bs\d+\b", "s", re.sub(r"fp4moe_\d+", "fp4moe_N", text))
-    assert PACKED in text
+    assert packed(*operands) in text
     return (
-        text.replace(PACKED, "<packed experts>")
+        text.replace(packed(*operands), "<packed experts>")
         .replace(", <", ",\n    <")
         .replace("default(", "default(\n    ")
     )
 
 
+def shown_model(name, dynamic):
+    ids = marked(tokens(5), "mark_dynamic" if dynamic else "static")
+    path = "model.layers.0.mixer.experts" if name == "nemotron_h" else "model.layers.0.experts"
+    operands = Operands._fields[:-2]
+    return shown(float_model(name), path, lambda compiled: logits(compiled, ids), operands)
+
+
 class TestShownGraph:
-    def test_gemma4_static(self):
+    def test_gemma4(self):
         assert_expected_inline(
-            shown("gemma4", dynamic=False),
+            shown_model("gemma4", dynamic=False),
             """\
 nvfp4_moe_default: f32[10, 64] = fp4moe.nvfp4_moe.default(
     hidden_states_9, top_k_index, top_k_weights_2,
     <packed experts>, gelu_tanh, True, reference, 8, 0)""",
         )
 
-    def test_gemma4_dynamic(self):
+    @pytest.mark.slow
+    def test_nemotron_h(self):
         assert_expected_inline(
-            shown("gemma4", dynamic=True),
-            """\
-nvfp4_moe_default: f32[2*s, 64] = fp4moe.nvfp4_moe.default(
-    hidden_states_9, top_k_index, top_k_weights_2,
-    <packed experts>, gelu_tanh, True, reference, 8, 0)""",
-        )
-
-    def test_nemotron_h_static(self):
-        assert_expected_inline(
-            shown("nemotron_h", dynamic=False),
+            shown_model("nemotron_h", dynamic=False),
             """\
 nvfp4_moe_default: f32[10, 64] = fp4moe.nvfp4_moe.default(
     hidden_states_4, topk_indices, topk_weights_2,
     <packed experts>, relu2, False, reference, 8, 0)""",
         )
 
-    def test_nemotron_h_dynamic(self):
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["gemma4", "nemotron_h"])
+    def test_a_dynamic_length_changes_the_shape_alone(self, name):
+        static = shown_model(name, dynamic=False)
+        assert shown_model(name, dynamic=True) == static.replace("f32[10, 64]", "f32[2*s, 64]")
+        assert "f32[10, 64]" in static
+
+    def test_biases_and_a_clamp(self):
+        class Clamped(experts_class(has_bias=True)):
+            def _apply_gate(self, both):
+                gate, up = both.chunk(2, -1)
+                gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+                return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+        operands = (
+            *("gate_up_packed", "gate_up_block_scale", "gate_up_global_scale", "gate_up_bias"),
+            *("down_packed", "down_block_scale", "down_global_scale", "down_bias"),
+            *("hidden_scale", "intermediate_scale"),
+        )
         assert_expected_inline(
-            shown("nemotron_h", dynamic=True),
+            shown(Block(Clamped), "experts", lambda compiled: compiled(*routed(5)), operands),
             """\
-nvfp4_moe_default: f32[2*s, 64] = fp4moe.nvfp4_moe.default(
-    hidden_states_4, topk_indices, topk_weights_2,
-    <packed experts>, relu2, False, reference, 8, 0)""",
+moe_default: f32[5, 64] = fp4moe.moe.default(
+    l_hidden_, l_expert_ids_, l_routing_weights_,
+    <packed experts>, nvfp4, silu(alpha=1.702,beta=1,limit=7), True, reference, 8, 0)""",
         )

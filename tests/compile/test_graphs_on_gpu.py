@@ -13,6 +13,7 @@ from tiny_models import enlarge_experts, gemma4, nemotron_h
 
 import fp4moe
 from fp4moe.passes import rewrite_moe
+from fp4moe.testing import relative_error
 
 # Kernels round hidden and intermediate to bfloat16, 2^-9 each, and grouped_mm both again: doubled.
 LIMIT = 1.2e-2
@@ -40,10 +41,6 @@ def replaced(model):
     return fp4moe.replace_moe(copy.deepcopy(model), progress=False)
 
 
-def relative(actual, expected):
-    return float((actual.float() - expected.float()).norm() / expected.float().norm())
-
-
 def captured(writer, route, activation="silu"):
     """The graph of a model on the GPU and its values."""
     model = Model(writer(Sizes(), activation, True)).cuda()
@@ -60,7 +57,7 @@ def test_a_way_of_writing(name, route):
     actual = result[0] if isinstance(result, (tuple, list)) else result
     with torch.no_grad():
         expected = dequantized(Model(WRITERS[name](Sizes(), "silu", True)))(*inputs(Sizes()))
-    assert relative(actual.cpu(), expected) < LIMIT
+    assert relative_error(actual.cpu(), expected) < LIMIT
 
 
 @pytest.mark.parametrize("what", LOOK_ALIKES)
@@ -98,8 +95,8 @@ def test_the_backend(name, cuda_graphs):
         for _ in range(5):
             ids = torch.randint(1, 128, (2, 5), generator=generator).cuda()
             expected = reference(ids, use_cache=False).logits
-            assert relative(compiled(ids, use_cache=False).logits, expected) < SAME
-        assert relative(model(ids, use_cache=False).logits, expected) > 1e-2
+            assert relative_error(compiled(ids, use_cache=False).logits, expected) < SAME
+        assert relative_error(model(ids, use_cache=False).logits, expected) > 1e-2
 
 
 @pytest.mark.parametrize("routing", ["given", "fused"])
@@ -111,5 +108,5 @@ def test_the_pass_of_inductor(name, routing):
     with torch.no_grad():
         for tokens in (7, 30):
             x = hidden(tokens).cuda()
-            assert relative(compiled(x), reference(x)) < SAME
+            assert relative_error(compiled(x), reference(x)) < SAME
     assert options["pre_grad_custom_pass"].report.count == 1

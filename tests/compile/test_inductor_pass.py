@@ -52,6 +52,7 @@ class Noting(CustomGraphPass):
         return self.name
 
 
+@pytest.mark.slow
 class TestNumbers:
     @pytest.mark.parametrize("name, routing", [("gemma4", "given"), ("nemotron_h", "fused")])
     def test_a_layer(self, name, routing):
@@ -126,18 +127,19 @@ class TestUuid:
     @pytest.mark.parametrize(
         "file", ["passes/judge/verify.py", "formats/nvfp4.py", "kernels/reference.py"]
     )
-    def test_depends_on_the_sources(self, file, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("apart", [False, True], ids=["installed", "editable"])
+    def test_depends_on_the_sources(self, apart, file, tmp_path, monkeypatch):
         package = pathlib.Path(fp4moe.__file__).parent
         copied = tmp_path / "fp4moe"
-        ignore = shutil.ignore_patterns("__pycache__")
+        ignore = shutil.ignore_patterns("__pycache__", "passes")
         shutil.copytree(package, copied, ignore=ignore)
-        shutil.copytree(
-            fp4moe.passes.__path__[0], copied / "passes", ignore=ignore, dirs_exist_ok=True
-        )
+        passes = tmp_path / "passes" if apart else copied / "passes"
+        shutil.copytree(fp4moe.passes.__path__[0], passes, ignore=ignore)
         monkeypatch.setattr(inductor_pass, "PACKAGE", copied)
-        monkeypatch.setattr(inductor_pass, "passes_folder", lambda: str(copied / "passes"))
+        monkeypatch.setattr(inductor_pass, "passes_folder", lambda: str(passes))
         before = MoePass().uuid()
-        with (copied / file).open("a") as source:
+        folder = tmp_path if file.startswith("passes") and apart else copied
+        with (folder / file).open("a") as source:
             source.write("\n")
         assert MoePass().uuid() != before
 

@@ -127,6 +127,7 @@ def test_numbers_with_biases(name):
     torch.library.opcheck(MOE, (*inputs, *map(list, weights), *form))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_contract_with_torch(name):
     make, form = FORMS[name]

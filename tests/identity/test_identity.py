@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fp4moe
 from fp4moe.identity.table import Mark
+from fp4moe.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -45,10 +46,11 @@ def check(actual, wanted, way):
     if way != "pass" and way != "inductor":
         assert torch.equal(actual, wanted)
     else:
-        assert (actual - wanted).norm() / wanted.norm() < 5e-6
+        assert relative_error(actual, wanted) < 5e-6
 
 
 class TestOneGraphManyWeights:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", FAMILIES)
     @pytest.mark.parametrize("way", ["eager", "aot_eager"])
     def test_layers_compiled_one_by_one(self, way, name):
@@ -58,6 +60,7 @@ class TestOneGraphManyWeights:
             layer.compile(**ways(way))
         check(run(model), wanted, way)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("way", ["inductor", "pass"])
     def test_layers_compiled_by_inductor(self, way):
         model = build("qwen3_moe")
@@ -66,6 +69,7 @@ class TestOneGraphManyWeights:
             layer.compile(**ways(way))
         check(run(model), wanted, way)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", FAMILIES)
     def test_regions_of_accelerate(self, name):
         utils = pytest.importorskip("accelerate.utils", reason="optional package")
@@ -73,6 +77,7 @@ class TestOneGraphManyWeights:
         wanted = expected(model)
         check(run(utils.compile_regions(model, **ways("eager"))), wanted, "eager")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", FAMILIES)
     @pytest.mark.parametrize("release", [False, True])
     def test_graph_breaks_between_layers(self, name, release):
@@ -84,6 +89,7 @@ class TestOneGraphManyWeights:
         for length in (7, 9, 7):
             check(run(compiled, length), wanted[length], "eager")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", FAMILIES)
     @pytest.mark.parametrize("release", [False, True])
     def test_two_models_by_turns(self, name, release):
@@ -98,6 +104,7 @@ class TestOneGraphManyWeights:
             check(run(compiled[number]), wanted[number], "eager")
         assert len(inner.graphs) == 1
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("way", ["eager", "pass"])
     def test_one_model_after_the_other(self, way):
         for seed in range(3):
@@ -107,6 +114,7 @@ class TestOneGraphManyWeights:
             del model
             gc.collect()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", FAMILIES)
     def test_released_as_a_whole_then_layer_by_layer(self, name):
         model = build(name)
@@ -116,6 +124,7 @@ class TestOneGraphManyWeights:
             layer.compile(**ways("eager", release_weights=True))
         check(run(model), wanted, "eager")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("way", ["eager", "aot_eager"])
     @pytest.mark.parametrize(
         "inside, name",
@@ -149,6 +158,7 @@ class TestOneGraphManyWeights:
         sizes = [p.untyped_storage().nbytes() for p in experts if p.ndim == 3]
         assert sizes and not any(sizes)
 
+    @pytest.mark.slow
     def test_the_pass_searches_nested_regions(self, monkeypatch):
         model = build("qwen3_moe")
         wanted = expected(model)
@@ -158,6 +168,7 @@ class TestOneGraphManyWeights:
         options = fp4moe.inductor_options(on_no_match="error")
         check(run(torch.compile(model, options=options)), wanted, "pass")
 
+    @pytest.mark.slow
     def test_the_same_layer_at_two_places(self):
         model, apart = build("qwen3_moe"), build("qwen3_moe")
         layers(apart)[1].load_state_dict(layers(apart)[0].state_dict())
@@ -170,6 +181,7 @@ class TestOneGraphManyWeights:
 
 
 class TestLifetime:
+    @pytest.mark.slow
     @pytest.mark.parametrize("way", ["eager", "pass"])
     def test_packed_weights_die_with_their_model(self, way):
         first, second = build("qwen3_moe", 0), build("qwen3_moe", 1)
@@ -179,7 +191,7 @@ class TestLifetime:
             weakref.ref(tensor)
             for layer in layers(first)
             for entry in table_entries(layer.mlp.experts.down_proj)
-            for tensor in entry.prepared.operands
+            for tensor in entry.prepared.operands.flat()
         ]
         assert len(operands) == 16
         del first, model
@@ -187,6 +199,7 @@ class TestLifetime:
         assert not any(reference() is not None for reference in operands)
         assert len(table_entries(layers(second)[0].mlp.experts.down_proj)) == 1
 
+    @pytest.mark.slow
     def test_a_replaced_weight_frees_the_packed_one(self):
         model = build("qwen3_moe")
         compiled = torch.compile(model, **ways("eager"))
@@ -248,6 +261,7 @@ CHANGES = [
 
 
 class TestChangedWeights:
+    @pytest.mark.slow
     @pytest.mark.parametrize("change", CHANGES)
     @pytest.mark.parametrize("name", ["gemma4", "nemotron_h"])
     def test_the_next_call_uses_them(self, name, change):
@@ -263,6 +277,7 @@ class TestChangedWeights:
         check(run(compiled), wanted, "eager")
         check(run(compiled), wanted, "eager")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("change", CHANGES)
     def test_the_pass_follows(self, change):
         model = build("qwen3_moe")
@@ -272,6 +287,7 @@ class TestChangedWeights:
             change(layer.mlp.experts.gate_up_proj)
         check(run(compiled), expected(model), "pass")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("way", ["eager", "pass"])
     def test_after_reset_and_a_new_compile(self, way):
         model = build("qwen3_moe")
@@ -283,6 +299,7 @@ class TestChangedWeights:
             torch.compiler.reset()
             check(run(torch.compile(model, **ways(way))), expected(model), way)
 
+    @pytest.mark.slow
     def test_to_another_dtype(self):
         model = build("qwen3_moe")
         compiled = torch.compile(model, **ways("eager"))
@@ -291,6 +308,7 @@ class TestChangedWeights:
             model.to(dtype)
             check(run(compiled), expected(model), "eager")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("assign", [False, True])
     def test_load_state_dict(self, assign):
         model, other = build("qwen3_moe", 0), build("qwen3_moe", 1)
@@ -299,6 +317,7 @@ class TestChangedWeights:
         model.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
         check(run(compiled), expected(other), "eager")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", FAMILIES)
     def test_adapters_merge_and_unload(self, name):
         model = build(name)
@@ -310,6 +329,7 @@ class TestChangedWeights:
         assert not torch.equal(wanted, before)
         check(run(compiled), wanted, "eager")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", FAMILIES)
     def test_adapters_merge_and_unmerge(self, name):
         model = build(name)
@@ -325,6 +345,7 @@ class TestChangedWeights:
         with wrapped.disable_adapter():
             check(run(compiled), expected(copy.deepcopy(wrapped).unload()), "eager")
 
+    @pytest.mark.slow
     def test_factor_per_expert(self):
         model = build("gemma4")
         options = ways("eager", routing="fused", on_no_match="error")
@@ -335,8 +356,10 @@ class TestChangedWeights:
                 if path.endswith("per_expert_scale"):
                     change(parameter)
             fused = fp4moe.replace_moe(copy.deepcopy(model), progress=False, routing="fused")
-            check(run(compiled), run(fused), "eager")
+            # The graph has the factor in the scale of down, the router in the weight: a rounding.
+            check(run(compiled), run(fused), "pass")
 
+    @pytest.mark.slow
     def test_weights_made_in_inference_mode(self):
         with torch.inference_mode():
             model = build("qwen3_moe")
@@ -367,6 +390,7 @@ def one_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nemotron_h", "qwen3_moe"])
 def test_units_of_fsdp2(name, one_process):
     from torch.distributed.fsdp import fully_shard

@@ -17,6 +17,7 @@ from fp4moe.errors import UnsupportedError
 from fp4moe.identity.fingerprint import sampled_hashes
 from fp4moe.identity.table import Mark
 from fp4moe.identity.value_watch import ValueWatch
+from fp4moe.testing import relative_error
 
 # The same operator on hidden states that differ by 1e-6: one in 500 is rounded to another bfloat16,
 # 2^-8 off, 2e-4 in RMS; five-fold. Another model's weights would be 1.
@@ -50,10 +51,6 @@ def expected(model):
     return run(fp4moe.replace_moe(copy.deepcopy(model), progress=False))
 
 
-def far(actual, wanted):
-    return float((actual - wanted).norm() / wanted.norm())
-
-
 def with_cuda_graphs(way, **options):
     """The arguments of torch.compile, with Inductor's CUDA graphs."""
     if way == "pass":
@@ -73,7 +70,7 @@ def test_layers_compiled_one_by_one(way, options, name):
     for layer in layers(model):
         layer.compile(**with_cuda_graphs(way, **options))
     for _ in range(4):
-        assert far(run(model), wanted) < SAME
+        assert relative_error(run(model), wanted) < SAME
 
 
 @pytest.mark.parametrize("way, options", RELEASING)
@@ -82,7 +79,7 @@ def test_two_models_by_turns_and_one_after_the_other(way, options):
     wanted = [expected(model) for model in models]
     compiled = [torch.compile(model, **with_cuda_graphs(way, **options)) for model in models]
     for number in (0, 0, 0, 0, 1, 0, 1, 1, 1, 1, 0, 1):
-        assert far(run(compiled[number]), wanted[number]) < SAME
+        assert relative_error(run(compiled[number]), wanted[number]) < SAME
     # Another model may get the very addresses of one that is gone.
     for seed in range(2, 5):
         models.clear()
@@ -92,7 +89,7 @@ def test_two_models_by_turns_and_one_after_the_other(way, options):
         compiled.append(torch.compile(models[0], **with_cuda_graphs(way, **options)))
         wanted = expected(on_gpu("qwen3_moe", seed))
         for _ in range(4):
-            assert far(run(compiled[0]), wanted) < SAME
+            assert relative_error(run(compiled[0]), wanted) < SAME
 
 
 @pytest.mark.parametrize("way", ["backend", "pass"])
@@ -102,7 +99,7 @@ def test_merge_and_unmerge_under_cuda_graphs(way, name):
     compiled = torch.compile(model, **with_cuda_graphs(way))
     wanted = expected(model)
     for _ in range(4):
-        assert far(run(compiled), wanted) < SAME
+        assert relative_error(run(compiled), wanted) < SAME
     weights = [p for p in model.parameters() if p.ndim == 3]
     deltas = [torch.randn_like(weight) / 16 for weight in weights]
     for sign in (1, -1):
@@ -113,11 +110,11 @@ def test_merge_and_unmerge_under_cuda_graphs(way, name):
         # Only a look at the values can tell: the second call at the latest.
         run(compiled)
         for _ in range(3):
-            assert far(run(compiled), wanted) < SAME
+            assert relative_error(run(compiled), wanted) < SAME
     for weight in weights:
         weight.mul_(-1)
     # The version tells: the next call.
-    assert far(run(compiled), expected(model)) < SAME
+    assert relative_error(run(compiled), expected(model)) < SAME
 
 
 def test_peft_under_cuda_graphs():
@@ -127,7 +124,7 @@ def test_peft_under_cuda_graphs():
         run(compiled)
     lora(model, lora_alpha=64).merge_and_unload()
     run(compiled)
-    assert far(run(compiled), expected(model)) < SAME
+    assert relative_error(run(compiled), expected(model)) < SAME
 
 
 def test_nothing_new_is_packed_inside_a_capture():
@@ -151,7 +148,7 @@ def test_nothing_new_is_packed_inside_a_capture():
         with torch.cuda.graph(graph):
             actual = compiled(ids, use_cache=False).logits
         graph.replay()
-    assert far(actual, wanted) < SAME
+    assert relative_error(actual, wanted) < SAME
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -55,23 +55,32 @@ def test_operands_that_are_not_padded_are_refused(name, what, monkeypatch):
         kernel(call)
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "output_scale"])
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("name", KERNELS)
-def test_updated_scales_are_those_of_weights_prepared_anew(name, gated, scaled):
-    weights = layer(130, 100, activation="silu" if gated else "relu2", gated=gated)
-    scale = torch.tensor([0.3, 1.7, 2.0, 0.9]) if scaled else None
-    options = {"hidden_alignment": 256, "output_scale": scale}
-    kernel = KERNELS[name]
+@pytest.mark.parametrize(
+    ("name", "biased"),
+    [
+        (name, b)
+        for name, kernel in KERNELS.items()
+        for b in (False, True)
+        if not b or kernel.biases
+    ],
+)
+def test_updated_scales_are_those_of_weights_prepared_anew(name, gated, biased):
+    kernel, activation = KERNELS[name], "silu" if gated else "relu2"
+    weights = layer(130, 100, activation=activation, gated=gated, biased=biased)
+    options = {"hidden_alignment": 256}
     old = kernel.prepare(weights, **options)
     new = {"hidden_scale": torch.tensor([0.7]), "intermediate_scale": torch.rand(4) + 0.1}
-    expected = kernel.prepare(dataclasses.replace(weights, **new), **options)
-    changed = kernel.update_scales(old, *new.values(), scale)
+    expected = kernel.prepare(dataclasses.replace(weights, **new), hidden_alignment=256)
+    changed = kernel.update_scales(old, *new.values())
     updated = old.replaced({**old.tensors(), **changed})
     for tensor_name, tensor in expected.tensors().items():
         assert torch.equal(updated.tensors()[tensor_name], tensor), tensor_name
     assert list(updated.kept) == list(expected.kept)
-    assert torch.equal(kernel.restore(updated).hidden_scale, new["hidden_scale"])
+    restored = kernel.restore(updated)
+    assert torch.equal(restored.hidden_scale, new["hidden_scale"])
+    for logical in ("gate_up_bias", "down_bias") if biased else ():
+        assert torch.equal(getattr(restored, logical), getattr(weights, logical))
 
 
 def test_a_layer_is_read_off_any_object_that_has_its_facts():

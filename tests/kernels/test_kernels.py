@@ -18,6 +18,7 @@ from fp4moe.kernels import (
     select_kernel,
 )
 from fp4moe.kernels.reference import ReferenceKernel
+from fp4moe.testing import make_layer
 
 LAYER = {
     "activation": "silu",
@@ -205,9 +206,7 @@ def test_capability_of_a_gpu():
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_kernel_asked_for_by_name_is_never_replaced(name):
-    weights = ExpertWeights.quantize(
-        up=torch.randn(4, 32, 48), down=torch.randn(4, 48, 32), activation="relu2"
-    )
+    weights = make_layer(4, 48, 32, "relu2", gated=False)
     x, ids, routing = torch.randn(5, 48), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
     calls = {
         "fused_moe": lambda: fused_moe(x, weights, ids, routing, kernel=name),

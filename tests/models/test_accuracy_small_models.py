@@ -40,6 +40,7 @@ def reports(request, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_the_models_have_learnt(reports):
     text = b"\n".join(standard_library_text())
     rivals = [8 * len(f(text)) / len(text) for f in (lambda t: zlib.compress(t, 9), lzma.compress)]
@@ -48,6 +49,7 @@ def test_the_models_have_learnt(reports):
     assert bits < 0.85 * rivals[0] and bits < rivals[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["max", "mse"])
 def test_w4a16_costs_little(reports, method):
     row = reports[method].row("W4A16")

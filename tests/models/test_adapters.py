@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 import fp4moe
 from fp4moe.errors import UnsupportedError
+from fp4moe.testing import relative_error
 
 IDS = torch.arange(1, 25).reshape(2, 12)
 BUILDS = {"qwen3_moe": qwen3_moe, "gemma4": gemma4, "nemotron_h": nemotron_h}
@@ -25,10 +26,6 @@ MERGE = "merge the adapter first (merge_and_unload())"
 def logits(model):
     with torch.no_grad():
         return model(IDS, use_cache=False).logits
-
-
-def relative(actual, expected):
-    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.fixture(params=BUILDS)
@@ -65,7 +62,7 @@ def test_a_merged_adapter_is_packed_with_its_weights(model):
     plain = logits(fp4moe.replace_moe(enlarge_experts(copy.deepcopy(merged)), progress=False))
     fused = fp4moe.replace_moe(merged, progress=False)
     # 16-bit activations and 4-bit weights: a tenth of a layer's output; without the adapter more.
-    assert relative(logits(fused), expected) < 0.5 * relative(plain, expected)
+    assert relative_error(logits(fused), expected) < 0.5 * relative_error(plain, expected)
 
 
 @pytest.mark.usefixtures("registered")
@@ -93,7 +90,7 @@ def test_adapters_elsewhere_do_not_matter():
     expected = logits(fp4moe.replace_moe(copy.deepcopy(wrapped).merge_and_unload(), progress=False))
     fp4moe.replace_moe(wrapped, progress=False)
     # Merging rounds the projection once more.
-    assert relative(logits(wrapped), expected) < 1e-4
+    assert relative_error(logits(wrapped), expected) < 1e-4
 
 
 class AddLowRank(nn.Module):
@@ -120,7 +117,7 @@ def test_parametrised_weights_are_refused(model):
         parametrize.remove_parametrizations(module, "down_proj")
     fused = fp4moe.replace_moe(copy.deepcopy(model), progress=False)
     assert torch.equal(logits(model), logits(fused))
-    assert 0 < relative(logits(model), expected)
+    assert 0 < relative_error(logits(model), expected)
 
 
 class OwnAdapter(nn.Module):

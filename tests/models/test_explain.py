@@ -12,19 +12,16 @@ from tiny_models import enlarge_experts, family, fingerprint, gemma4, nemotron_h
 from torch import nn
 
 from fp4moe.errors import UnsupportedError
-from fp4moe.experts import ExpertWeights
 from fp4moe.models.replace import explain, replace_moe
 from fp4moe.module import FusedExperts
 from fp4moe.report import BlockReport, ModelReport, format_bytes, format_table
+from fp4moe.testing import make_layer
 
 expecttest = pytest.importorskip("expecttest", reason="optional package")
 
 
-def fused_experts(hidden=40, intermediate=24, gated=True, **scales):
-    shapes = {"gate": (3, intermediate, hidden)} if gated else {}
-    shapes |= {"up": (3, intermediate, hidden), "down": (3, hidden, intermediate)}
-    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
-    return FusedExperts(ExpertWeights.quantize(**weights, activation="silu", **scales))
+def fused_experts(gated=True, **scales):
+    return FusedExperts(make_layer(3, 40, 24, gated=gated, **scales))
 
 
 def mixed_model():

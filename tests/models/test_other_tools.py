@@ -89,6 +89,7 @@ def dispatch_to_disk(model, buffers, directory):
 OFFLOADS = (cpu_offload, cpu_offload_of_a_state_dict, disk_offload, dispatch, dispatch_to_disk)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("buffers", [False, True])
 @pytest.mark.parametrize("offload", OFFLOADS, ids=lambda f: f.__name__)
 def test_offloading_changes_no_number(model, offload, buffers, tmp_path):
@@ -100,6 +101,7 @@ def test_offloading_changes_no_number(model, offload, buffers, tmp_path):
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.slow
 def test_load_checkpoint_and_dispatch_without_a_device_map(model, tmp_path):
     expected, target = logits(model), emptied(model)
     torch.save(model.state_dict(), str(tmp_path / "pytorch_model.bin"))
@@ -183,6 +185,7 @@ def test_a_distributed_checkpoint_state_dict(model):
 # Hooks of accelerate at the time of replacing.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [qwen3_moe, gemma4, nemotron_h], ids=lambda f: f.__name__)
 def test_hooks_that_only_move_tensors_go_over_to_the_fused_experts(build):
     model = enlarge_experts(build())

@@ -72,6 +72,7 @@ def test_a_model_around_a_replaced_one_refuses(tmp_path):
     check_refused(model, tmp_path, "model.language_model.layers.0.experts")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
 def test_a_model_that_another_process_packed_refuses(name, tmp_path):
     torch.save(replaced(BUILDS[name]()), tmp_path / "model.pt")

@@ -7,6 +7,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "generate.py"
 SETTINGS = ("huggingface", "replace_moe", "fused", "backend")
 
@@ -18,6 +20,7 @@ def run(path: pathlib.Path, *arguments: str) -> tuple[subprocess.CompletedProces
     return done, json.loads((path / "rows.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_both_models_in_every_setting(tmp_path):
     done, rows = run(tmp_path, "--one-process")
     assert done.returncode == 0, done.stderr
@@ -42,6 +45,7 @@ def test_both_models_in_every_setting(tmp_path):
     assert done.stdout.count("logits against replace_moe") == 2
 
 
+@pytest.mark.slow
 def test_a_setting_that_fails_says_so_and_the_others_go_on(tmp_path):
     arguments = ["--model", "gemma4", "--settings", "replace_moe", "huggingface"]
     done, rows = run(tmp_path, *arguments, "--kernel", "flashinfer_trtllm")

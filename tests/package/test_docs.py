@@ -30,6 +30,7 @@ def commands() -> list[str]:
 
 
 # Compiling ahead of time takes half a minute with optimisation.
+@pytest.mark.slow
 @torch._inductor.config.patch("aot_inductor.compile_wrapper_opt_level", "O0")
 def test_readme_code_runs(tmp_path, fresh_dynamo, capsys):
     gemma4(dtype=torch.bfloat16).save_pretrained(tmp_path)
@@ -69,6 +70,7 @@ def test_every_command_of_the_readme_is_run_somewhere():
     assert "make test" in ci and "make demo" in ci and "make bench" in ci
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", ["gemma4", "nemotron_h"])
 def test_what_the_examples_do_works_on_a_small_model(build):
     code = "import one_layer, tiny_models as models\none_layer.VOCABULARY = 100\n"

@@ -59,6 +59,7 @@ def run(code: str, folder: pathlib.Path) -> object:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_importing_fp4moe_loads_the_operators_and_little_else(tmp_path):
     loaded = run(
         "import json, sys, torch\n"
@@ -79,6 +80,7 @@ def test_importing_fp4moe_loads_the_operators_and_little_else(tmp_path):
     assert [name for name in others if name.startswith(HEAVY_IN_TORCH)] == []
 
 
+@pytest.mark.slow
 def test_every_name_comes_and_is_listed(tmp_path):
     """In an order of its own each: a star, one after the other from the end, dir()."""
     starred, one_by_one, listed = run(
@@ -104,6 +106,7 @@ def test_functions_and_folders_do_not_share_names():
             assert importlib.util.find_spec(f"fp4moe.{name}") is None, name
 
 
+@pytest.mark.slow
 def test_submodules_are_attributes_and_other_names_are_not(tmp_path):
     names = ["passes", "tensorrt", "calibration", "compile", "checkpoint", "tools"]
     assert run(

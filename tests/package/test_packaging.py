@@ -124,6 +124,7 @@ def test_the_version_is_read_without_importing_torch(tmp_path: pathlib.Path):
     assert python("-c", code, cwd=tmp_path).strip() == __version__ == fp4moe.__version__
 
 
+@pytest.mark.slow
 def test_the_wheel_has_every_module_and_nothing_else(wheel: pathlib.Path):
     from fp4moe.version import __version__
 
@@ -134,6 +135,7 @@ def test_the_wheel_has_every_module_and_nothing_else(wheel: pathlib.Path):
     assert sorted(files ^ wanted) == [], "in the wheel or the repository only"
 
 
+@pytest.mark.slow
 def test_the_wheel_imports_from_anywhere(wheel: pathlib.Path, tmp_path: pathlib.Path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")

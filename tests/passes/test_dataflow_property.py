@@ -31,6 +31,7 @@ def sizes(draw):
     )
 
 
+@pytest.mark.slow
 @hypothesis.seed(0)
 @hypothesis.settings(max_examples=12, deadline=None, database=None)
 @hypothesis.given(

@@ -62,6 +62,7 @@ def operators(program):
 
 
 class TestRewrite:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "name, form",
         [
@@ -113,6 +114,7 @@ class TestRewrite:
         actual = program.module()(hidden(dtype=torch.bfloat16))
         assert torch.equal(actual, replaced(layer)(hidden(dtype=torch.bfloat16)))
 
+    @pytest.mark.slow
     def test_decomposed_and_compiled_later(self):
         layer = layer_of("nemotron_h")
         program, _ = rewrite_exported(program_of("nemotron_h"))
@@ -141,6 +143,7 @@ class TestRewrite:
         expected = replaced(model)(ids, use_cache=False).logits
         torch.testing.assert_close(program.module()(ids), expected, **CLOSE)
 
+    @pytest.mark.slow
     def test_shared_experts_are_packed_once_and_kept_where_others_read_them(self):
         class Twice(nn.Module):
             def __init__(self, reads):
@@ -269,6 +272,7 @@ def in_a_fresh_process(code, numbers, folder):
 
 
 class TestElsewhere:
+    @pytest.mark.slow
     def test_saved_and_loaded(self, tmp_path):
         numbers = []
         for name, form in zip(LAYERS, ["strict", "not strict, decomposed"], strict=True):
@@ -285,6 +289,7 @@ class TestElsewhere:
         numbers.append((str(file), hidden(5), replaced(layer)(hidden(5))))
         in_a_fresh_process(LOADED, numbers, tmp_path)
 
+    @pytest.mark.slow
     def test_ahead_of_time_package(self, tmp_path):
         # Both models' layers in one program: compiling its C++ is what takes the time. torch 2.11
         # does not compile NemotronH's router, rewritten or not: an assertion about a dtype fails.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import math
 
@@ -176,6 +177,7 @@ FUSED = {
 
 
 class TestFused:
+    @pytest.mark.slow
     @pytest.mark.parametrize("dynamic", [None, True])
     @pytest.mark.parametrize("name", FUSED)
     def test_method_and_numbers(self, name, dynamic):
@@ -285,6 +287,7 @@ LEFT = {
 
 
 class TestLeft:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", LEFT)
     def test_named_or_not_and_unchanged(self, name, caplog):
         choose, method, reason = LEFT[name]
@@ -325,18 +328,21 @@ class TestLeft:
 
 @pytest.mark.parametrize("name", sorted(set(KERNELS) - {"humming"}))
 def test_every_kernel_takes_the_factors_as_a_scale_of_down(name):
-    # The pass relies on it: what a kernel makes of the factors is this product of one operand.
-    weights, factors = layer(256, 128, EXPERTS), 1 + 0.3 * seeded(EXPERTS)
+    # The pass relies on it: what a kernel makes of weights of down that are multiplied is the
+    # product of one operand. Powers of two, for it may stand elsewhere in a product.
+    weights, factors = layer(256, 128, EXPERTS), 2.0 ** torch.arange(EXPERTS)
+    down = dataclasses.replace(weights.down, global_scale=weights.down.global_scale * factors)
     kernel = KERNELS[name]
     plain, scaled = (
-        kernel.prepare(weights, hidden_alignment=256, output_scale=scale).operands._asdict()
-        for scale in (None, factors)
+        kernel.prepare(given, hidden_alignment=256).operands.named()
+        for given in (weights, dataclasses.replace(weights, down=down))
     )
     plain["down_global_scale"] = plain["down_global_scale"] * factors
     assert all(torch.equal(plain[key], scaled[key]) for key in plain)
 
 
 class TestModels:
+    @pytest.mark.slow
     @pytest.mark.parametrize("make", [gemma4, nemotron_h])
     def test_backend(self, make):
         model = enlarge_experts(make()).requires_grad_(False)
@@ -352,6 +358,7 @@ class TestModels:
         assert targets.count(FROM_LOGITS) == 2 and GIVEN not in targets
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("decomposed", [False, True])
     @pytest.mark.parametrize("name", ["gemma4", "nemotron_h", "qwen3_moe"])
     def test_exported(self, name, decomposed):
@@ -380,6 +387,7 @@ class TestModels:
         # One more rounding of weights to bfloat16 in neither: they differ in float32 only.
         torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("fake", [False, True])
     @pytest.mark.parametrize("name", ["gemma4", "nemotron_h"])
     def test_rewrite_moe(self, name, fake):

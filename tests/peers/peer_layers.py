@@ -8,7 +8,8 @@ import torch
 
 from fp4moe import ExpertWeights
 
-__all__ = ["Case", "Checkpoint", "checkpoint", "cutlass_cases", "sglang_cases", "vllm_cases"]
+__all__ = ["Case", "Checkpoint", "checkpoint", "cutlass_cases", "parameter_cases"]
+__all__ += ["sglang_cases", "vllm_cases"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Case:
 
     Attributes:
         hidden, intermediate: the sizes of this rank's checkpoint tensors.
-        activation: our name.
+        activation: our name or text.
         experts: those of this rank; rank: which of the `ranks` expert-parallel ranks it is.
     """
 
@@ -74,6 +75,13 @@ ODD = [
     Case("144 x 48", 144, 48),
     Case("144 x 48, tanh", 144, 48, "gelu_tanh"),
     Case("272 x 48, no gate", 272, 48, "relu2"),
+]
+# MiniMax-M3 is gpt-oss' form without biases; vLLM hands none over for NVFP4.
+OPENAI = "silu(alpha=1.702,beta=1,limit=7)"
+parameter_cases = [
+    Case("MiniMax-M3", 1536, 768, OPENAI),
+    Case("EP openai rank 1", 512, 192, OPENAI, 3, 1, 4),
+    Case("DeepSeek-V4", 1024, 512, "silu(limit=10)"),
 ]
 vllm_cases = [*GEMMA4, *QWEN3, *NANO, *EXPERT_PARALLEL, *SMALL, *ODD]
 sglang_cases = [*GEMMA4, *QWEN3, *NANO, *EXPERT_PARALLEL, *SMALL]

@@ -7,13 +7,13 @@ import torch
 from compare import Neutral, differences, neutral, one_call, same, same_quantisation
 from gpu import CUTLASS, FROM_LOGITS, QUANTIZE, ROUTED
 from ours import our_calls, our_calls_from_logits
-from peer_layers import Case, checkpoint, cutlass_cases, vllm_cases
+from peer_layers import Case, checkpoint, cutlass_cases, parameter_cases, vllm_cases
 from vllm_side import vllm_calls, vllm_calls_from_logits
 
 from fp4moe.kernels import Routing
 
 
-@pytest.mark.parametrize("case", vllm_cases, ids=str)
+@pytest.mark.parametrize("case", [*vllm_cases, *parameter_cases], ids=str)
 def test_given_routing(case):
     layer = checkpoint(case)
     ours, theirs = our_calls(layer.ours(), layer.tokens), vllm_calls(layer)
@@ -87,7 +87,7 @@ CUTLASS_NEUTRAL = {
 }
 
 
-@pytest.mark.parametrize("case", cutlass_cases, ids=str)
+@pytest.mark.parametrize("case", [*cutlass_cases, *parameter_cases[::2]], ids=str)
 def test_cutlass(case):
     layer = checkpoint(case)
     ours = one_call(our_calls(layer.ours(), layer.tokens, "flashinfer_cutlass"), CUTLASS)

@@ -18,6 +18,8 @@ import torch
 from gpu import Call, install, quantize, recorded
 from peer_layers import Checkpoint
 
+from fp4moe import Activation
+
 __all__ = ["build", "on_blackwell", "vllm_calls", "vllm_calls_from_logits"]
 
 ACTIVATIONS = {"silu": "SILU", "gelu_tanh": "GELU_TANH", "relu2": "RELU2_NO_MUL"}
@@ -97,6 +99,7 @@ def build(layer: Checkpoint, routing_method: str = "Custom", backend: str = "aut
     from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 
     case = layer.case
+    name, parameters = _activation(case.activation)
     parallel = FusedMoEParallelConfig.make_no_parallel()
     if case.ranks > 1:
         parallel.use_ep, parallel.ep_size, parallel.ep_rank = True, case.ranks, case.rank
@@ -107,7 +110,8 @@ def build(layer: Checkpoint, routing_method: str = "Custom", backend: str = "aut
         intermediate_size=case.intermediate,
         num_local_experts=case.experts,
         num_logical_experts=case.num_experts,
-        activation=MoEActivation[ACTIVATIONS[case.activation]],
+        activation=MoEActivation[name],
+        **parameters,
         device="cpu",
         routing_method=RoutingMethodType[routing_method],
         moe_parallel_config=parallel,
@@ -132,9 +136,25 @@ def build(layer: Checkpoint, routing_method: str = "Custom", backend: str = "aut
         manager,
         ckpt_up_proj_name="up_proj" if case.gated else None,
     )
+    # vLLM's models set these on the layer, too.
+    for attribute, value in parameters.items():
+        setattr(experts, attribute, value)
     _load(experts, layer)
     experts.quant_method.process_weights_after_loading(experts)
     return experts
+
+
+def _activation(text: str) -> tuple[str, dict[str, float]]:
+    """Return vLLM's name, and what its models pass to the layer beside it."""
+    found = Activation.parse(text)
+    if found.plain:
+        return ACTIVATIONS[text], {}
+    limit = {"swiglu_limit": found.limit}
+    if (found.alpha, found.beta) == (1, 0):
+        return ACTIVATIONS[found.name], limit
+    # Gate and up are not interleaved here.
+    both = {"swiglu_alpha": found.alpha, "swiglu_beta": found.beta}
+    return "SWIGLUOAI_UNINTERLEAVE", {**limit, **both}
 
 
 def _load(experts: Any, layer: Checkpoint) -> None:

@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import fp4moe
 from fp4moe.errors import CheckpointError, UnsupportedError
+from fp4moe.models.routers import FusedRouter
+from fp4moe.testing import relative_error
 
 # Both sides compute the same products in float32; the tools divide by a scale where fp4moe
 # multiplies (compressed-tensors), and sum in another order: a few units of 2^-24 a layer.
@@ -71,6 +73,7 @@ def kinds(model, kind):
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_logits_equal_independent_dequantisation(checkpoint, registered, name):
     directory = checkpoint(name)
@@ -81,14 +84,14 @@ def test_logits_equal_independent_dequantisation(checkpoint, registered, name):
     assert len(kinds(model, fp4moe.FusedExperts)) == 2
     assert len(kinds(model, fp4moe.NVFP4Linear)) == CHECKPOINTS[name][1]
     assert len(kinds(model, fp4moe.FP8Linear)) == CHECKPOINTS[name][2]
-    assert makers.relative_error(makers.logits(model), expected) < ROUNDING
+    assert relative_error(makers.logits(model), expected) < ROUNDING
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     assert torch.equal(makers.logits(plain), makers.logits(model))
     # The experts count for more than the limit: without them the logits are others.
     for module in model.modules():
         if isinstance(module, fp4moe.FusedExperts):
             module.prepared_down_global_scale.zero_()
-    assert makers.relative_error(makers.logits(model), expected) > 1e-2
+    assert relative_error(makers.logits(model), expected) > 1e-2
 
 
 def without_configuration(name, content):
@@ -130,14 +133,16 @@ def test_the_rest_is_loaded_as_transformers_does(checkpoint, tmp_path, name):
         model.save_pretrained(tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_loaded_model_compiles_without_a_break(checkpoint, fresh_dynamo):
     model = load(checkpoint("modelopt nemotron"))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     ids = torch.arange(3, 10)[None]
     with torch.no_grad():
-        assert makers.relative_error(compiled(ids).logits, makers.logits(model)) < ROUNDING
+        assert relative_error(compiled(ids).logits, makers.logits(model)) < ROUNDING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "nemotron_h_latent", "qwen3_moe", "gemma4_multimodal"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_float_checkpoints_are_quantised_as_replace_moe_does(tmp_path, name, dtype):
@@ -192,7 +197,7 @@ def test_some_float_experts_in_a_quantised_checkpoint_stay_float(checkpoint, tmp
 
     model = load(makers.rewrite(source, tmp_path / "mixed", change))
     assert len(kinds(model, fp4moe.FusedExperts)) == 1
-    error = makers.relative_error(makers.logits(model), makers.logits(whole))
+    error = relative_error(makers.logits(model), makers.logits(whole))
     assert error < ROUNDING
 
 
@@ -219,14 +224,21 @@ def test_an_expert_lost_from_a_float_layer_is_refused(checkpoint, tmp_path):
         load(directory)
 
 
-def test_routing_by_the_kernel(checkpoint):
-    directory = checkpoint("modelopt gemma4")
+@pytest.mark.parametrize("name", ["modelopt gemma4", "modelopt nemotron"])
+def test_routers_that_choose_in_one_launch(checkpoint, name):
+    directory = checkpoint(name)
     model, expected = load(directory, routing="fused"), load(directory)
-    routed = kinds(model, fp4moe.routed.RoutedExperts)
-    assert len(routed) == 2 and not hasattr(routed[0], "is_transposed")
-    assert makers.relative_error(makers.logits(model), makers.logits(expected)) < ROUNDING
-    with pytest.raises(UnsupportedError, match="routing='fused' must find routers"):
-        load(checkpoint("modelopt qwen3"), routing="fused", output_router_logits=True)
+    assert len(kinds(model, FusedRouter)) == len(kinds(model, fp4moe.FusedExperts)) == 2
+    assert relative_error(makers.logits(model), makers.logits(expected)) < ROUNDING
+    assert model.state_dict().keys() == expected.state_dict().keys()
+
+
+def test_routers_that_are_not_known_are_refused(checkpoint):
+    with pytest.raises(UnsupportedError) as raised:
+        load(checkpoint("modelopt qwen3"), routing="fused", norm_topk_prob=False)
+    text = str(raised.value)
+    assert text.startswith("from_pretrained: routing='fused' must find routers that it knows; got ")
+    assert "mlp.experts: its router Qwen3MoeTopKRouter has norm_topk_prob=False" in text
 
 
 def test_options_reach_the_experts(checkpoint):
@@ -404,6 +416,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoints_are_refused_with_the_keys(checkpoint, tmp_path, registered, damage):
     change, kind, key = DAMAGES[damage]
@@ -483,6 +496,7 @@ print(status("VmHWM") - before - held)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
 def test_peak_memory_is_below_the_largest_shard_and_one_layer(tmp_path):
     config = transformers.Qwen3MoeConfig(

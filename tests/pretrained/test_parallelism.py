@@ -72,6 +72,7 @@ SHARDED = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_through_transformers_own_loader(tmp_path):
     makers.save_modelopt("qwen3_moe", tmp_path)
     (tmp_path / "run.py").write_text(textwrap.dedent(SHARDED))

@@ -58,6 +58,7 @@ READ = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("entry", "file"), READ)
 def test_both_read_it(packed, tmp_path, entry, file):
     directory = announce(packed, tmp_path, entry, file)

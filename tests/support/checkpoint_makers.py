@@ -271,8 +271,3 @@ def logits(model, tokens=7):
     ids = torch.arange(3, 3 + tokens)[None]
     with torch.no_grad():
         return model(ids).logits.float()
-
-
-def relative_error(actual, expected):
-    """RMS of the difference over RMS of what is expected."""
-    return float((actual - expected).norm() / expected.norm())

@@ -24,6 +24,7 @@ from torch import nn
 
 from fp4moe.experts import ExpertWeights
 from fp4moe.passes import rewrite_moe
+from fp4moe.testing import relative_error
 
 OPERATOR = torch.ops.fp4moe.float_moe.default
 
@@ -64,7 +65,7 @@ def error_after_rewrite(model: Model, args, captured):
         result = graph(*values)
         actual = result[0] if isinstance(result, (tuple, list)) else result
         expected = dequantized(model)(*(a.float() if a.is_floating_point() else a for a in args))
-    return report, float((actual.float() - expected).norm() / expected.norm()), graph
+    return report, relative_error(actual, expected), graph
 
 
 # Float32 sums of up to 64 terms in another order, sqrt(64) * 2^-24 each, twice, ten-fold: 1e-5.
@@ -118,7 +119,7 @@ def twisted(change):
     return type("Twisted", (Twisted,), {"between": lambda self, y: change(y)})
 
 
-class Biased(GatherEinsum):
+class UpBiased(GatherEinsum):
     def build(self, parts):
         super().build(parts)
         self.bias = nn.Parameter(torch.ones(self.sizes.experts, self.sizes.intermediate))
@@ -130,7 +131,7 @@ class Biased(GatherEinsum):
         return (y * weights.unsqueeze(-1)).sum(1)
 
 
-class BiasedLoop(LoopMask):
+class UpBiasedLoop(LoopMask):
     def build(self, parts):
         super().build(parts)
         for expert in self.experts:
@@ -218,8 +219,8 @@ LOOK_ALIKES: dict[str, tuple[type[Writer], str]] = {
         twisted(lambda y: y * torch.sigmoid(1.702 * y)),
         "its numbers fit no known form; closest is gated",
     ),
-    "bias": (Biased, "closest is gated (up, gate) silu with relative error"),
-    "bias in a loop": (BiasedLoop, "its numbers fit no known form; closest is gated (up, gate)"),
+    "bias of up alone": (UpBiased, "it has biases, but none behind "),
+    "bias of up alone in a loop": (UpBiasedLoop, "it has biases, but none behind "),
     "norm for each expert": (NormedLoop, "its numbers fit no known form; closest is gated"),
     "one expert apart": (OneApart, "its numbers fit no known form; closest is gated ("),
     "experts that copy": (Copies, "asks for experts beyond the 4 that have weights"),

@@ -32,8 +32,13 @@ METHOD_LIMITS = {"Renormalize": (2048, 32), "RenormalizeNaive": (2048, 32)}
 METHOD_LIMITS |= {"DeepSeekV3": (1024, 32), "MiniMax2": (1024, 32), "Llama4": (128, 1)}
 OTHER_LIMITS = (256, 8)
 BIASED = ("DeepSeekV3", "MiniMax2")
+# What the epilogue of Swiglu takes, and which scalar turns it into the model's units.
+PARAMETERS = {
+    "alpha": ("gemm1_alpha", None),
+    "beta": ("gemm1_beta", "output1_scale_gate_scalar"),
+    "limit": ("gemm1_clamp_limit", "output1_scale_gate_scalar"),
+}
 ABSENT = (
-    *("gemm1_bias", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "gemm2_bias"),
     *("per_token_scale", "routing_replay_out", "gemm1_lora_delta"),
     *("num_fused_shared_experts", "valid_hidden_size", "valid_intermediate_size"),
 )
@@ -84,6 +89,7 @@ def check_routed_call(
     *,
     version_features: VersionFeatures,
     activation: str | None = None,
+    parameters: dict[str, float] | None = None,
     tune_max_num_tokens: int | None = None,
 ) -> None:
     """Check a call of trtllm_fp4_block_scale_routed_moe, where the caller has routed.
@@ -93,13 +99,15 @@ def check_routed_call(
         args, kwargs: the call.
         version_features: of the library that `function` is from.
         activation: the member of ActivationType that the caller means, default any.
+        parameters: alpha, beta and limit that the caller means, in the model's units; those that
+            are left out must be absent. Default any.
         tune_max_num_tokens: what the caller's user asked for; default a power of two up to 8192.
 
     Raises:
         AssertionError: the call breaks a rule; the text names the argument.
     """
     call = _Call(function, args, kwargs, version_features, activation)
-    tokens = _check_common(call, tune_max_num_tokens)
+    tokens = _check_common(call, tune_max_num_tokens, parameters)
     first = call["local_expert_offset"]
     last = first + call["local_num_experts"]
     shape = (tokens, call["top_k"])
@@ -130,6 +138,7 @@ def check_logits_call(
     *,
     version_features: VersionFeatures,
     activation: str | None = None,
+    parameters: dict[str, float] | None = None,
     routing_method: str | None = None,
     tune_max_num_tokens: int | None = None,
 ) -> None:
@@ -142,7 +151,7 @@ def check_logits_call(
         AssertionError: the call breaks a rule; the text names the argument.
     """
     call = _Call(function, args, kwargs, version_features, activation)
-    tokens = _check_common(call, tune_max_num_tokens)
+    tokens = _check_common(call, tune_max_num_tokens, parameters)
     experts, top_k = call["num_experts"], call["top_k"]
     method = version_features.routing_methods(call["routing_method_type"]).name
     meant = routing_method in (None, method)
@@ -217,7 +226,9 @@ def _require(name: str, holds: bool, rule: str, got: object) -> None:
     assert holds, f"{name} must {rule}; got {got}"
 
 
-def _check_common(call: _Call, tune_max_num_tokens: int | None) -> int:
+def _check_common(
+    call: _Call, tune_max_num_tokens: int | None, parameters: dict[str, float] | None
+) -> int:
     hidden_states = call["hidden_states"]
     _require("hidden_states", hidden_states.ndim == 2, "have 2 axes", hidden_states.ndim)
     tokens, hidden = hidden_states.shape[0], hidden_states.shape[1] * 2
@@ -243,6 +254,8 @@ def _check_common(call: _Call, tune_max_num_tokens: int | None) -> int:
     for name in SCALARS:
         call.tensor(name, call[name], (torch.float32,), (local,))
         _require(name, bool(call[name].isfinite().all()), "be finite", call[name])
+    _check_parameters(call, local, parameters)
+    _check_biases(call, (local, rows), (local, hidden))
 
     for name in ABSENT:
         _require(name, call.arguments.get(name) is None, "be None", call.arguments.get(name))
@@ -270,6 +283,37 @@ def _check_enums(call: _Call) -> bool:
     unspecified = call["routing_method_type"] == call.features.routing_methods["Unspecified"]
     _require("routing_method_type", not unspecified, "be specified", "Unspecified")
     return GATED[activation]
+
+
+def _check_parameters(call: _Call, local: int, meant: dict[str, float] | None) -> None:
+    swiglu = call["activation_type"] == call.features.activations["Swiglu"]
+    for name, (argument, scalar) in PARAMETERS.items():
+        value = call[argument]
+        if meant is not None:
+            given = value is not None
+            _require(argument, given == (name in meant), f"be there for {meant} only", given)
+        if value is None:
+            continue
+        # The entries for other formats refuse others; this one does not look.
+        _require(argument, swiglu, "be None but for Swiglu", "a tensor")
+        call.tensor(argument, value, (torch.float32,), (local,))
+        _require(argument, bool(value.isfinite().all()), "be finite", value)
+        if name == "limit":
+            _require(argument, bool((value > 0).all()), "be above 0", value)
+        if meant is not None:
+            physical = value if scalar is None else value * call[scalar]
+            # Two roundings of a quotient and one of the product.
+            near = torch.full_like(physical, meant[name])
+            right = torch.allclose(physical, near, rtol=2.0**-21, atol=0.0)
+            unit = f" in units of 1 / {scalar}" if scalar else ""
+            _require(argument, right, f"be {meant[name]}{unit}", physical)
+
+
+def _check_biases(call: _Call, first: tuple[int, ...], second: tuple[int, ...]) -> None:
+    for name, shape in (("gemm1_bias", first), ("gemm2_bias", second)):
+        if call[name] is not None:
+            call.tensor(name, call[name], (torch.float32,), shape)
+            _require(name, bool(call[name].isfinite().all()), "be finite", "others")
 
 
 def _check_fp4(call: _Call, packed: str, scale: str, shape: tuple[int, ...]) -> None:

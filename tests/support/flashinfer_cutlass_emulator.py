@@ -29,6 +29,24 @@ ACTIVATIONS: dict[str, tuple[bool, Callable[[torch.Tensor], torch.Tensor]]] = {
     "Relu2": (False, lambda x: x.clamp(min=0) ** 2),
     "Identity": (False, lambda x: x),
 }
+# Of gate, up and each expert's alpha, beta and limit; SwigluBias is Swiglu with any of the three.
+PAIRED: dict[str, Callable[..., torch.Tensor]] = {
+    "Swiglu": lambda g, u, a, b, c: (
+        g.clamp(max=c) / (1 + torch.exp(-a * g.clamp(max=c))) * (u.clamp(-c, c) + b)
+    ),
+    "SwigluStep": lambda g, u, a, b, c: (g / (1 + torch.exp(-g))).clamp(max=c) * u.clamp(-c, c),
+    "Situ": lambda g, u, a, b, c: (
+        a * torch.tanh(g / a) / (1 + torch.exp(-g)) * (b * torch.tanh(u / b))
+    ),
+}
+# Which arguments an activation has, and what an absent one means.
+PARAMETERS: dict[str, dict[str, float]] = {
+    "Swiglu": {"swiglu_alpha": 1.0, "swiglu_beta": 0.0, "swiglu_limit": math.inf},
+    "SwigluStep": {"swiglu_alpha": 1.0, "swiglu_beta": 0.0, "swiglu_limit": 7.0},
+    "Situ": {"situ_beta": 4.0, "situ_linear_beta": 25.0},
+}
+# The kernel of this one reads only its limit.
+UNREAD = {"SwigluStep": ("swiglu_alpha", "swiglu_beta")}
 
 _ROUTING = ("token_selected_experts", "token_final_scales")
 _TENSORS = ("input", *_ROUTING, "fc1_expert_weights", "fc2_expert_weights")
@@ -52,9 +70,7 @@ _NEWER: dict[str, Any] = {
 _OFF = {
     name: default
     for name, default in {**_DEFAULTS, **_NEWER}.items()
-    if name.startswith(
-        ("fc", "swiglu", "situ", "clamped", "tp", "cluster", "use_", "min", "enable_a")
-    )
+    if name.startswith(("clamped", "tp", "cluster", "use_", "min", "enable_a"))
     and name != "use_fused_finalize"
 }
 _OFF["backend"] = "cutlass"
@@ -103,8 +119,9 @@ def check_cutlass_call(
     rule = "weights must be int64 [L, M, H / 16] and [L, H, I / 16]; uint8 selects INT4"
     _require(torch.int64 == fc1.dtype == fc2.dtype and fc1.ndim == fc2.ndim == 3, rule)
     activation = getattr(call["activation_type"], "name", "")
-    _require(activation in ACTIVATIONS, "activation_type must be an enum member the kernel has")
-    gated = ACTIVATIONS[activation][0]
+    known = {*ACTIVATIONS, *PAIRED}
+    _require(activation in known, "activation_type must be an enum member the kernel has")
+    gated = activation in PAIRED or ACTIVATIONS[activation][0]
     experts, hidden, intermediate = fc2.shape[0], fc2.shape[1], fc2.shape[2] * 16
     rows = intermediate * (1 + gated)
     shape = (experts, rows, hidden // 16)
@@ -116,6 +133,8 @@ def check_cutlass_call(
     _check_input(call, hidden)
     _check_routing(call, experts)
     _check_scales(call, rows, hidden, intermediate, experts, gated)
+    _check_parameters(call, activation, experts)
+    _check_biases(call, (experts, rows), (experts, hidden))
     output = call["output"]
     if output is not None:
         dtype, size = call["output_dtype"], (len(call["input"]), hidden)
@@ -139,7 +158,9 @@ def emulate_cutlass_moe(*, round_between: bool = True, **call: Any) -> torch.Ten
     scales, dtype = call["quant_scales"], call["output_dtype"]
     fc2 = call["fc2_expert_weights"]
     experts, hidden, intermediate = fc2.shape[0], fc2.shape[1], fc2.shape[2] * 16
-    gated, function = ACTIVATIONS[call["activation_type"].name]
+    activation = call["activation_type"].name
+    combine = PAIRED.get(activation)
+    gated, function = (True, None) if combine else ACTIVATIONS[activation]
     rows = intermediate * (1 + gated)
     tokens = call["input"].shape[0]
     result = torch.zeros(tokens, hidden)
@@ -158,15 +179,32 @@ def emulate_cutlass_moe(*, round_between: bool = True, **call: Any) -> torch.Ten
             x = _input_rows(call, hit, expert)
             weight = _decode(call["fc1_expert_weights"][expert], scales[1], expert, rows, hidden)
             both = rounded((x @ weight.T) * scales[2][expert])
+            if call.get("fc1_expert_biases") is not None:
+                both = both + call["fc1_expert_biases"][expert].float()
             linear, activated = both[:, :intermediate], both[:, -intermediate:]
-            y = rounded(function(activated) * linear if gated else function(activated))
+            if combine is not None:
+                y = combine(activated, linear, *_parameters(call, activation, expert))
+            else:
+                y = function(activated) * linear if gated else function(activated)
+            y = rounded(y)
             y = quantize(y, scales[3].expand(experts)[expert])
             weight = _decode(fc2[expert], scales[4], expert, hidden, intermediate)
             y = ((y @ weight.T) * scales[5][expert]).to(dtype).float()
+            if call.get("fc2_expert_biases") is not None:
+                y = y + call["fc2_expert_biases"][expert].float()
             result[hit] += y * call["token_final_scales"][hit, slot, None]
     if call.get("output") is not None:
         return call["output"].copy_(result)
     return result.to(dtype)
+
+
+def _parameters(call: dict[str, Any], activation: str, expert: int) -> list[float]:
+    """Return alpha, beta and limit of one expert; caps of Situ as alpha and beta."""
+    given = [
+        default if call.get(name) is None else float(call[name][expert])
+        for name, default in PARAMETERS[activation].items()
+    ]
+    return given + [math.inf] * (3 - len(given))
 
 
 def quantize(x: torch.Tensor, encode: torch.Tensor) -> torch.Tensor:
@@ -282,6 +320,34 @@ def _check_scales(
             _require(positive, f"{name} must be finite and above 0")
     one = call["input"].dtype in HALF_DTYPES or scales[0].ndim == 0
     _require(one, "quant_scales[0] must be 0-d where the input is packed")
+
+
+def _check_parameters(call: dict[str, Any], activation: str, experts: int) -> None:
+    taken = PARAMETERS.get(activation, {}).keys() - set(UNREAD.get(activation, ()))
+    for name in sorted({name for names in PARAMETERS.values() for name in names}):
+        value = call.get(name)
+        if value is None:
+            continue
+        _require(name in taken, f"{name} must be None for {activation}: it is not read")
+        _check_memory(name, value, call["input"].device)
+        rule = f"{name} must be float32 [{experts}]; got {value.dtype} {list(value.shape)}"
+        _require(value.dtype == torch.float32 and value.shape == (experts,), rule)
+        _require(bool(value.isfinite().all()), f"{name} must be finite")
+        if name != "swiglu_beta":
+            _require(bool((value > 0).all()), f"{name} must be above 0")
+
+
+def _check_biases(call: dict[str, Any], first: tuple[int, ...], second: tuple[int, ...]) -> None:
+    names = ("fc1_expert_biases", "fc2_expert_biases")
+    absent = [call[name] is None for name in names]
+    _require(absent[0] == absent[1], f"{' and '.join(names)} must be both there or neither")
+    for name, shape in zip(names, (first, second), strict=True):
+        if call[name] is not None:
+            dtype = call["output_dtype"]
+            rule = f"{name} must be {dtype} {list(shape)}; got {call[name].dtype}"
+            rule += f" {list(call[name].shape)}"
+            _require(call[name].dtype == dtype and call[name].shape == shape, rule)
+            _check_memory(name, call[name], call["input"].device)
 
 
 def _check_memory(name: str, tensor: torch.Tensor, device: torch.device) -> None:

@@ -22,6 +22,7 @@ MIDPOINTS = {0.25: False, 0.75: True, 1.25: False, 1.75: True, 2.5: False, 3.5: 
 SIXTH = torch.tensor(1.0 / 6.0)
 E4M3_MAX = 448.0
 UNUSED = {"do_finalize": True, "routing_bias": None}
+NO_PARAMETERS = (1.0, 0.0, math.inf)
 
 
 def emulate_fp4_quantize(
@@ -181,6 +182,11 @@ def _experts(
     local_expert_offset: int,
     local_num_experts: int,
     activation_type: int,
+    gemm1_bias: torch.Tensor | None = None,
+    gemm1_alpha: torch.Tensor | None = None,
+    gemm1_beta: torch.Tensor | None = None,
+    gemm1_clamp_limit: torch.Tensor | None = None,
+    gemm2_bias: torch.Tensor | None = None,
     output: torch.Tensor | None = None,
     **others: Any,
 ) -> torch.Tensor:
@@ -197,10 +203,20 @@ def _experts(
         first = _prepared(gemm1_weights[expert], gemm1_weights_scale[expert], activation != "Relu2")
         second = _prepared(gemm2_weights[expert], gemm2_weights_scale[expert], False)
         raw = (x[token] @ first.T).float()
-        value = _epilogue(activation, raw, output1_scale_gate_scalar[expert])
+        if gemm1_bias is not None:
+            raw = raw + _in_model_order(gemm1_bias[expert], activation != "Relu2")
+        given = [
+            torch.tensor(default) if tensor is None else tensor[expert]
+            for tensor, default in zip(
+                (gemm1_alpha, gemm1_beta, gemm1_clamp_limit), NO_PARAMETERS, strict=True
+            )
+        ]
+        value = _epilogue(activation, raw, output1_scale_gate_scalar[expert], *given)
         codes, scale = quantize_intermediate(value, output1_scale_scalar[expert])
-        y = (_decode_codes(codes, scale) @ second.T).float() * output2_scale_scalar[expert]
-        rows[token, slot] = y.bfloat16().float()
+        y = (_decode_codes(codes, scale) @ second.T).float()
+        if gemm2_bias is not None:
+            y = y + _in_model_order(gemm2_bias[expert], False)
+        rows[token, slot] = (y * output2_scale_scalar[expert]).bfloat16().float()
 
     total = torch.zeros(tokens, hidden)
     for k in range(ids.shape[1]):
@@ -221,15 +237,26 @@ def _refuse(others: dict[str, Any]) -> None:
             raise AssertionError(f"{name} must be {UNUSED.get(name)}; got {value}")
 
 
-def _epilogue(activation: str, raw: torch.Tensor, gate_scale: torch.Tensor) -> torch.Tensor:
+def _epilogue(
+    activation: str,
+    raw: torch.Tensor,
+    gate_scale: torch.Tensor,
+    alpha: torch.Tensor,
+    beta: torch.Tensor,
+    limit: torch.Tensor,
+) -> torch.Tensor:
     """Apply the activation to raw accumulators; of a gated layer the first half is up.
 
-    What is returned lacks the factor `output1_scale_scalar`.
+    beta and limit are in units of the accumulators. What is returned lacks the factor
+    `output1_scale_scalar`.
     """
     if activation == "Relu2":
         return (raw * gate_scale).clamp(min=0).square()
     up, raw_gate = raw.chunk(2, 1)
-    up, gate = up * gate_scale, raw_gate * gate_scale
+    up, raw_gate = up.minimum(limit).maximum(-limit), raw_gate.minimum(limit)
+    # One rounding, as FFMA has.
+    up = (up.double() * gate_scale.double() + (gate_scale * beta).double()).float()
+    gate = raw_gate * (gate_scale * alpha)
     if activation == "Swiglu":
         return up * (raw_gate / (1 + torch.exp(-gate)))
     assert activation == "Geglu", f"activation_type must have an NVFP4 kernel; got {activation}"
@@ -284,9 +311,13 @@ def _prepared(packed: torch.Tensor, scale: torch.Tensor, interleaved: bool) -> t
     rows, columns = scale.shape
     assert rows % 128 == 0 and columns % 4 == 0, f"scales must fill 128x4 tiles; got {scale.shape}"
     linear = scale.view(torch.uint8).flatten()[_tile_offsets(rows, columns)]
-    values = _decode(packed, linear)
-    plain = torch.empty_like(values)
-    plain[[_source_row(row, rows, interleaved) for row in range(rows)]] = values
+    return _in_model_order(_decode(packed, linear), interleaved)
+
+
+def _in_model_order(prepared: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Return the rows of one expert's matrix, or its bias, in the model's order."""
+    rows, plain = len(prepared), torch.empty_like(prepared)
+    plain[[_source_row(row, rows, interleaved) for row in range(rows)]] = prepared
     return plain
 
 

@@ -1,10 +1,11 @@
-"""Layers, tokens and errors for tests of the kernels."""
+"""Calibrated layers and tokens for tests of the kernels."""
 
 from __future__ import annotations
 
 import torch
 
 from fp4moe import ExpertWeights
+from fp4moe.testing import make_layer
 from fp4moe.tools.selftest import LAYERS
 
 # On a B200, as `why_not` takes it.
@@ -20,23 +21,17 @@ def layer(
     num_experts=None,
     expert_offset=0,
     seed=0,
+    biased=False,
 ) -> ExpertWeights:
     """Random experts whose four scales all differ from 1 and from expert to expert."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int) -> torch.Tensor:
-        size = torch.rand(experts, 1, 1, generator=generator) + 0.5
-        return torch.randn(*shape, generator=generator) * size / shape[-1] ** 0.5
-
-    named = {
-        "up": randn(experts, intermediate, hidden),
-        "down": randn(experts, hidden, intermediate),
-    }
-    if gated:
-        named["gate"] = randn(experts, intermediate, hidden)
-    return ExpertWeights.quantize(
-        **named,
-        activation=activation,
+    return make_layer(
+        experts,
+        hidden,
+        intermediate,
+        activation,
+        gated,
+        biased=biased,
+        generator=torch.Generator().manual_seed(seed),
         hidden_scale=4.5 / 2688,
         intermediate_scale=torch.linspace(0.5, 2.0, experts) * 3 / 2688,
         num_experts=num_experts,
@@ -50,7 +45,3 @@ def tokens(count, weights, top_k=2, dtype=torch.bfloat16, seed=1):
     scores = torch.rand(count, weights.num_experts, generator=generator)
     routing_weights, ids = scores.topk(top_k, dim=-1)
     return hidden, ids, routing_weights
-
-
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.float() - want.float()).norm() / want.float().norm())

@@ -281,6 +281,43 @@ class PlainSigmoid(Plain):
         return ids, self.output_scaling * weights / weights.sum(-1, keepdim=True)
 
 
+class ClampedExpert(nn.Module):
+    """Biases everywhere, and the clamped gate of gpt-oss: an expert of our own."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj = nn.Linear(H, INNER)
+        self.up_proj = nn.Linear(H, INNER)
+        self.down_proj = nn.Linear(INNER, H)
+
+    def forward(self, x):
+        gate = self.gate_proj(x).clamp(max=1.5)
+        up = self.up_proj(x).clamp(-1.5, 1.5)
+        return self.down_proj((up + 1) * gate * torch.sigmoid(1.702 * gate))
+
+
+class OpenAiOld(Plain):
+    """gpt-oss as a loop: top k, then softmax; biases, clamps and a shift in every expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlps = nn.ModuleList(ClampedExpert() for _ in range(E))
+        for parameter in self.mlps.parameters():
+            if parameter.ndim == 1:
+                nn.init.normal_(parameter)
+
+
+class UpBiasAlone(Plain):
+    """Only up has a bias, and not in every expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlps = nn.ModuleList(Gated(bias=index != 2) for index in range(E))
+        for parameter in self.mlps.parameters():
+            if parameter.ndim == 1:
+                nn.init.normal_(parameter)
+
+
 STYLES = [MixtralOld, OlmoeOld, Qwen2Old, DeepseekOld, WeightsFirst, SortedInference]
 
 

@@ -175,8 +175,3 @@ def logits(model):
     """Logits of some fixed tokens."""
     with torch.no_grad():
         return model(torch.arange(3, 10)[None]).logits.float()
-
-
-def relative_error(actual, expected):
-    """RMS of the difference over RMS of what is expected."""
-    return float((actual - expected).norm() / expected.norm())

@@ -125,25 +125,42 @@ LINEAR = {
 }
 JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 0, "mamba_d_state": 8}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
+# Both layers of experts; and limits that values of unit size reach.
+SPARSE = {"mlp_layer_types": ["sparse", "sparse"]}
+LIMIT = {"swiglu_limit": 1.5}
+GLM5 = {
+    "head_dim": 0,
+    "qk_rope_head_dim": 0,
+    "layer_types": ["linear_attention", "indexed_attention"],
+    "indexer_types": ["full", "full"],
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
+    "index_topk": 32,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "hc_mult": 2,
+}
 # Model class, and what its configuration takes beyond COMMON.
 FAMILIES = {
     "afmoe": ("AfmoeForCausalLM", {**EXPERTS, "num_dense_layers": 1}),
+    "beam": ("BeamForCausalLM", {**EXPERTS, **SPARSE, "n_group": 1, "topk_group": 1}),
     "aria": ("AriaTextForCausalLM", {"moe_num_experts": 8, "moe_topk": 2}),
     "cohere2_moe": ("Cohere2MoeForCausalLM", {**EXPERTS, **TOKENS}),
     "deepseek_v2": ("DeepseekV2ForCausalLM", DEEPSEEK | LATENT),
     "deepseek_v3": ("DeepseekV3ForCausalLM", DEEPSEEK | LATENT),
-    "deepseek_v4": ("DeepseekV4ForCausalLM", ROUTED),
+    "deepseek_v4": ("DeepseekV4ForCausalLM", ROUTED | LIMIT),
     "dots1": ("Dots1ForCausalLM", DEEPSEEK),
     "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", {"moe_num_experts": 8, "moe_k": 2}),
     "exaone_moe": ("ExaoneMoeForCausalLM", {**EXPERTS, "first_k_dense_replace": 1}),
     "flex_olmo": ("FlexOlmoForCausalLM", {**EXPERTS, **TOKENS}),
     "glm4_moe": ("Glm4MoeForCausalLM", DEEPSEEK),
     "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", DEEPSEEK | LATENT),
-    "gpt_oss": ("GptOssForCausalLM", {**LOCAL, **TOKENS}),
+    "glm5_next": ("Glm5NextTextModel", ROUTED | LATENT | GLM5 | SPARSE | LIMIT),
+    "gpt_oss": ("GptOssForCausalLM", {**LOCAL, **TOKENS, **LIMIT}),
     "granitemoe": ("GraniteMoeForCausalLM", LOCAL),
     "granitemoeshared": ("GraniteMoeSharedForCausalLM", LOCAL | {"shared_intermediate_size": 48}),
     "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", {"num_experts": 8, "moe_topk": 2}),
-    "hy_v4": ("HYV4ForCausalLM", {**LOCAL, **TOKENS}),
+    "hy_v4": ("HYV4ForCausalLM", {**LOCAL, **TOKENS, **LIMIT}),
     "inkling2": ("Inkling2ForCausalLM", {**ROUTED, **TOKENS}),
     "jamba": ("JambaForCausalLM", EXPERTS | JAMBA),
     "kolibri1": ("Kolibri1ForCausalLM", EXPERTS),
@@ -160,28 +177,36 @@ FAMILIES = {
     "mimo_v2_flash": ("MiMoV2FlashForCausalLM", DEEPSEEK),
     "minimax": ("MiniMaxForCausalLM", LOCAL),
     "minimax_m2": ("MiniMaxM2ForCausalLM", {**LOCAL, **TOKENS}),
-    "minimax_m3": ("MiniMaxM3VLForCausalLM", {**LOCAL, **TOKENS}),
+    "minimax_m3": ("MiniMaxM3VLForCausalLM", {**LOCAL, **TOKENS, **LIMIT}),
     "mixtral": ("MixtralForCausalLM", LOCAL),
     "muse_spark": ("MuseSparkTextModel", {**LOCAL, **TOKENS, "moe_hidden_size": 32}),
     "olmoe": ("OlmoeForCausalLM", {**EXPERTS, **TOKENS}),
     "phimoe": ("PhimoeForCausalLM", LOCAL),
-    "privacy_filter": ("OpenAIPrivacyFilterModel", {**LOCAL, **TOKENS}),
+    "privacy_filter": ("OpenAIPrivacyFilterModel", {**LOCAL, **TOKENS, **LIMIT}),
     "qwen2_moe": ("Qwen2MoeForCausalLM", EXPERTS | SHARED),
     "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", EXPERTS | SHARED | LINEAR),
     "qwen3_next": ("Qwen3NextForCausalLM", EXPERTS | SHARED | LINEAR),
     "solar_open": ("SolarOpenForCausalLM", DEEPSEEK),
+    "step3p7": (
+        "Step3p7TextModel",
+        {**LOCAL, **SPARSE, "n_routed_experts": 8, "share_expert_dim": 48}
+        | {"sliding_window": 32, "swiglu_limits": [0.0, 1.5]},
+    ),
     "zaya": ("ZayaForCausalLM", EXPERTS | {"num_experts_per_tok": 1, "router_hidden_size": 32}),
 }
 
 
 # Not in transformers 5.17, or not on its experts interface.
-NEWER = {"aria", "inkling2", "kolibri1", "muse_spark"}
+NEWER = {"aria", "beam", "glm5_next", "inkling2", "kolibri1", "muse_spark", "step3p7"}
 
 
 def family(name, implementation="grouped_mm", dtype=torch.float32):
     """Two layers of another family, its experts beside whatever else it has."""
     if name in NEWER and Version(transformers.__version__) < Version("5.23"):
         pytest.skip(f"{name} needs transformers 5.23")
+    if name == "step3p7":
+        # Its class has no other implementation.
+        implementation = "eager"
     model_class = getattr(transformers, FAMILIES[name][0])
     config = model_class.config_class(**{**COMMON, "num_hidden_layers": 2, **FAMILIES[name][1]})
     return finish(model_class, config, implementation, dtype)
@@ -206,15 +231,36 @@ def gemma4_multimodal(implementation="grouped_mm", dtype=torch.float32):
     return finish(Gemma4ForConditionalGeneration, config, implementation, dtype)
 
 
+def generate(model, prompt, **options):
+    """Six greedy tokens after the prompt, with a static cache."""
+    return model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        cache_implementation="static",
+        **options,
+    )
+
+
 def enlarge_experts(model):
-    """Give stamped experts weights of unit gain, so that they show in the logits; returns it."""
+    """Give stacked experts weights of unit gain, so that they show in the logits; returns it.
+
+    Biases are of size 0.3.
+    """
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
-        if hasattr(module, "is_transposed"):
+        own = module._parameters
+        if hasattr(module, "is_transposed") or {"gate_up_proj", "down_proj"} <= set(own):
+            transposed = getattr(module, "is_transposed", False)
             for weight in (p for p in module.parameters() if p.ndim == 3):
-                fan_in = weight.shape[1 if module.is_transposed else 2]
+                fan_in = weight.shape[1 if transposed else 2]
                 values = torch.randn(weight.shape, generator=generator) * fan_in**-0.5
                 weight.data.copy_(values)
+            for name, bias in own.items():
+                if name.endswith("_bias"):
+                    bias.data.copy_(0.3 * torch.randn(bias.shape, generator=generator))
     return model
 
 

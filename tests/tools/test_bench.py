@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from fp4moe import ExpertWeights
+from fp4moe.testing import make_layer, relative_error
 from fp4moe.tools import bench
 from fp4moe.tools.cli import main
 from fp4moe.tools.measure import candidates, families
@@ -14,13 +14,7 @@ from fp4moe.tools.measure import candidates, families
 
 def layer(name):
     shape = bench.SHAPES[name]
-    weight = torch.randn
-    return ExpertWeights.quantize(
-        up=weight(4, 48, 64),
-        gate=weight(4, 48, 64) if shape.gated else None,
-        down=weight(4, 64, 48),
-        activation=shape.activation,
-    )
+    return make_layer(4, 64, 48, shape.activation, shape.gated)
 
 
 def test_hugging_face_computes_the_same_layer():
@@ -34,7 +28,7 @@ def test_hugging_face_computes_the_same_layer():
         got = experts(x, ids, routing_weights)
         # Values of NVFP4 codes and scales fit into bfloat16; the global scale's product does not:
         # 2^-9 for each weight, and sums of 64 and 48 of them average that.
-        assert ((got - expected).norm() / expected.norm()).item() < 2.0**-8
+        assert relative_error(got, expected) < 2.0**-8
 
 
 def test_ratios_are_against_auto():

@@ -9,6 +9,7 @@ import sys
 import pytest
 import tiny_models
 import torch
+from fuzzing import fuzz
 from huggingface_hub import constants
 
 import fp4moe
@@ -67,13 +68,9 @@ WORDS = ["reference", "auto", "max", "mse", "nano", "cpu", "cuda", "cuda:9", "fo
 REFUSED = ["selftest", "--tokens", "-3"]
 
 
+@pytest.mark.slow
 @hypothesis.given(data=st.data())
-@hypothesis.settings(
-    max_examples=400,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
+@fuzz(400)
 def test_no_command_line_ends_in_a_traceback(data, folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -99,14 +96,10 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's, of tensors without elements
 @hypothesis.given(config=CONFIGS)
-@hypothesis.settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
+@fuzz(300)
 def test_no_configuration_ends_in_a_traceback(config, tmp_path):
     small = {"vocab_size": 32, "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
     (tmp_path / "config.json").write_text(json.dumps(small | config))
@@ -146,6 +139,7 @@ def test_one_line_and_code_2(arguments, said, folder, tmp_path, monkeypatch, cap
     assert said in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["selftest", "--device", "cuda:99"], ["explain", "a/b/c"]])
 def test_a_process_prints_no_traceback(arguments):
     command = [sys.executable, "-m", "fp4moe", *arguments]

@@ -42,6 +42,7 @@ def entry(directory, change):
     path.write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "gemma4_multimodal", "nemotron_h", "qwen3_moe"])
 @pytest.mark.parametrize("save", [save_own, makers.save_compressed])
 def test_the_blocks_are_those_that_from_pretrained_packs(save, name, tmp_path):

@@ -70,6 +70,7 @@ def losses(model):
     return found, torch.stack(best)
 
 
+@pytest.mark.slow
 def test_bf16_is_the_models_own_loss(model_and_text, report):
     model = AutoModelForCausalLM.from_pretrained(model_and_text[0], dtype=torch.bfloat16)
     found, _ = losses(model)
@@ -83,6 +84,7 @@ def test_bf16_is_the_models_own_loss(model_and_text, report):
     assert (report.tokens, report.windows) == (WINDOWS * (LENGTH - 1), WINDOWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [None, 1])
 def test_w4a16_is_the_float_model_with_dequantised_weights(seed, model_and_text, report):
     plain = AutoModelForCausalLM.from_pretrained(model_and_text[0], dtype=torch.bfloat16)
@@ -117,6 +119,7 @@ def test_rows_table_and_plain_data(report):
     assert json.loads(json.dumps(report.to_dict()))["rows"][1]["name"] == "W4A16"
 
 
+@pytest.mark.slow
 def test_command(model_and_text, capsys):
     folder, text, _ = model_and_text
     options = ["--text", str(text), "--tokens", "128", "--length", "64", "--device", "cpu"]

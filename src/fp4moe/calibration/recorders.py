@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,19 +18,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..activations import get_activation
+from ..activations import Activation, get_activation
 from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
 from ..formats import NVFP4
 from ..fused import tensor_versions
 from ..kernels import PreparedWeights
 from ..models.block import ACTIVATION_SCALES, Candidate
-from ..models.experts_module import is_experts_module
 from ..models.replace import find_candidates
 from ..module import FusedExperts
 from ..precision import without_autocast
-from ..routed import RoutedExperts
-from ..routing import route
 from .ranges import Ranges
 
 __all__ = ["BlockRanges", "Recorder", "make_recorders"]
@@ -125,7 +123,7 @@ class Recorder:
 
 
 class _FusedRecorder(Recorder):
-    """FusedExperts and RoutedExperts."""
+    """FusedExperts."""
 
     module: FusedExperts
     _logical: tuple[PreparedWeights, list[tuple[int, int]], ExpertWeights] | None = None
@@ -143,21 +141,14 @@ class _FusedRecorder(Recorder):
         return [self.module.register_forward_pre_hook(self._before, with_kwargs=True)]
 
     def _before(self, module: nn.Module, args: Sequence, kwargs: dict[str, Any]) -> None:
-        if isinstance(self.module, RoutedExperts):
-            names = ("hidden_states", "router_logits", "routing_bias")
-            hidden, logits, bias = _positional(names, args, kwargs)
-            with torch.no_grad():
-                ids, _ = route(logits, bias, self.module.routing)
-        else:
-            names = ("hidden_states", "top_k_index", "top_k_weights")
-            hidden, ids, _ = _positional(names, args, kwargs)
+        names = ("hidden_states", "top_k_index", "top_k_weights")
+        hidden, ids, _ = _positional(names, args, kwargs)
         weights = self.weights()
-        activation = get_activation(weights.activation).function
+        activation = get_activation(weights.activation)
 
         def inner(expert: int, rows: torch.Tensor) -> torch.Tensor:
             parts = weights.slice_experts(expert, expert + 1).dequantize()
-            up = rows @ parts["up"][0].T
-            return activation(rows @ parts["gate"][0].T) * up if weights.gated else activation(up)
+            return _into_down(parts, rows, activation)
 
         self.record(hidden, ids, weights.expert_offset, inner)
 
@@ -165,21 +156,26 @@ class _FusedRecorder(Recorder):
         self.module.set_activation_scales(block.hidden_scale, _scales(block)[1])
 
 
-class _StampedRecorder(Recorder):
-    """A transformers experts module."""
+class _StackedRecorder(Recorder):
+    """An experts module with stacked weights, such as those of transformers."""
+
+    def __init__(self, candidate: Candidate, percentile: float | None):
+        experts = candidate.num_experts or 0
+        super().__init__(candidate.path, candidate.module, experts, percentile)
+        assert candidate.storage and candidate.activation
+        self.storage, self.activation = candidate.storage, get_activation(candidate.activation)
+        # The classes call their arguments by various names.
+        self.names = [*inspect.signature(type(candidate.module).forward).parameters][1:]
 
     def attach(self) -> list[RemovableHandle]:
         return [self.module.register_forward_pre_hook(self._before, with_kwargs=True)]
 
     def _before(self, module: Any, args: Sequence, kwargs: dict[str, Any]) -> None:
-        names = ("hidden_states", "top_k_index", "top_k_weights")
-        hidden, ids, _ = _positional(names, args, kwargs)
-        first = module.gate_up_proj if module.has_gate else module.up_proj
-        finish = module._apply_gate if module.has_gate else module.act_fn
+        hidden, ids, _ = _positional(self.names, args, kwargs)
 
         def inner(expert: int, rows: torch.Tensor) -> torch.Tensor:
-            weight = first[expert].float()
-            return finish(F.linear(rows, weight.T if module.is_transposed else weight))
+            one = {n: getattr(module, n)[expert : expert + 1] for n in self.storage.names}
+            return _into_down(self.storage.split(one), rows, self.activation)
 
         self.record(hidden, ids, 0, inner)
 
@@ -210,6 +206,20 @@ class _ListRecorder(Recorder):
         self.intermediate.add(index, args[0])
 
 
+def _into_down(
+    parts: Mapping[str, torch.Tensor], rows: torch.Tensor, activation: Activation
+) -> torch.Tensor:
+    """What one expert's down projection takes; parts are [1, ...], see ExpertWeights.dequantize."""
+    gate, up = (
+        F.linear(rows, *(parts[n][0].float() for n in (name, f"{name}_bias") if n in parts))
+        if name in parts
+        else None
+        for name in ("gate", "up")
+    )
+    assert up is not None
+    return activation.combine(up, gate)
+
+
 def _positional(names: Sequence[str], args: Sequence, kwargs: dict[str, Any]) -> list:
     return [*args, *(kwargs[name] for name in names[len(args) :])]
 
@@ -225,9 +235,8 @@ def make_recorders(model: nn.Module, percentile: float | None) -> list[Recorder]
     for candidate in find_candidates(model):
         if candidate.reasons:
             refused.append(f"{candidate.path or 'the model'}: {'; '.join(candidate.reasons)}")
-        elif is_experts_module(candidate.module):
-            experts = candidate.num_experts or 0
-            found.append(_StampedRecorder(candidate.path, candidate.module, experts, percentile))
+        elif candidate.storage is not None:
+            found.append(_StackedRecorder(candidate, percentile))
         else:
             found.append(_ListRecorder(candidate, percentile))
     if not found:

@@ -10,10 +10,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["decoder_layers", "mtp_module"]
+__all__ = ["decoder_layers", "mtp_module", "plain_name"]
 
 NAMED = re.compile(r"(?:.*?\.)?(?:mtp|nextn)(?:_[a-z_]+)?(?=\.|$)")
 NUMBERED = re.compile(r"(?:.*?\.)?layers\.([0-9]{1,9})(?=\.|$)")
+# What transformers and the hub put before a layer, and other names for a layer's MLP.
+PREFIXES = ("model", "language_model", "backbone", "llm")
+MLP = ("block_sparse_moe", "ffn")
 # Towers whose layers are counted apart.
 TOWERS = re.compile("vision|visual|image|audio|speech")
 
@@ -33,6 +36,14 @@ def _counts(config: Mapping[str, Any]) -> Iterator[int]:
     for name, value in config.items():
         if name.endswith("_config") and isinstance(value, dict) and not TOWERS.search(name):
             yield from _counts(value)
+
+
+def plain_name(module: str) -> str:
+    """Return a module's name without what differs between a model and its files."""
+    parts = module.split(".")
+    while parts[0] in PREFIXES and len(parts) > 1:
+        parts.pop(0)
+    return ".".join("mlp" if part in MLP else part for part in parts)
 
 
 def mtp_module(name: str, layers: int | None) -> str | None:

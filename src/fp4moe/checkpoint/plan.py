@@ -13,7 +13,14 @@ from collections.abc import Callable, Collection, Mapping
 
 from .header import Spec
 from .naming import FLOAT, FLOATS, FORMS, Convention, Matrix, fail, form_of, name_keys
-from .plan_checks import ExpertsFacts, LinearFacts, Problems, check_experts, check_linear
+from .plan_checks import (
+    ExpertsFacts,
+    LinearFacts,
+    Problems,
+    check_biases,
+    check_experts,
+    check_linear,
+)
 from .rename_hint import rename_hint
 
 __all__ = [
@@ -30,9 +37,11 @@ __all__ = [
 PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 # Some tools put the expert's number behind the projection.
 TAIL = re.compile(
-    r"(?:([0-9]{1,9})\.)?(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)"
+    r"(?:([0-9]{1,9})\.)?(gate_up_proj|gate_proj|up_proj|down_proj|w13|w1|w2|w3)"
     r"(?:\.([0-9]{1,9}))?(?:[._]([^0-9].*))?"
 )
+# Stacks of one projection of all experts under names of their own, such as Step's `moe.up_proj`.
+STACK = re.compile(r".*\.(gate_proj|up_proj|down_proj)\.weight")
 # Of a quantised KV cache or attention: here both stay in the model's dtype.
 UNUSED = re.compile(
     r".*\.(?:[kqv]_(?:proj\.)?(?:[kqv]_)?(?:scale|zero_point)|[kv]_proj\.[kv]_bias"
@@ -46,16 +55,21 @@ LINEAR_FORMS = {None: "nvfp4", "nvfp4": "nvfp4", "fp8": "fp8", "fp8_channel": "f
 
 @dataclasses.dataclass
 class ExpertsPlan:
-    """The matrices of one experts module by (expert or None for a stack, projection)."""
+    """The matrices of one experts module by (expert or None for a stack, projection).
+
+    biases: their keys likewise.
+    """
 
     facts: ExpertsFacts
     form: str
     matrices: dict[tuple[int | None, str], Matrix]
+    biases: dict[tuple[int | None, str], str] = dataclasses.field(default_factory=dict)
 
     @property
     def keys(self) -> list[str]:
         """Every key of the module."""
-        return [key for matrix in self.matrices.values() for key in matrix.keys.values()]
+        matrices = [key for matrix in self.matrices.values() for key in matrix.keys.values()]
+        return [*matrices, *self.biases.values()]
 
 
 @dataclasses.dataclass
@@ -97,6 +111,7 @@ class Model:
         optional: names of `plain` that need not be in the checkpoint, such as tied ones.
         name: key -> its name in the model, without merging.
         merged: key -> (name in the model, whether several keys make one tensor).
+        further: key -> names of other tensors that it is cut into.
         may_skip: whether a key without a place is no error.
         quantize: whether float experts are packed; otherwise they are plain.
     """
@@ -107,6 +122,7 @@ class Model:
     optional: Collection[str]
     name: Callable[[str], str]
     merged: Callable[[str], tuple[str, bool]]
+    further: Callable[[str], list[str]]
     may_skip: Callable[[str], bool]
     quantize: bool
 
@@ -127,6 +143,7 @@ def make_plan(shapes: Mapping[str, Spec], convention: Convention, model: Model) 
     if convention is FLOAT:
         _refuse_unannounced(shapes, model)
     experts: dict[str, dict[tuple[int | None, str], Matrix]] = {path: {} for path in model.experts}
+    biases: dict[str, dict[tuple[int | None, str], str]] = {path: {} for path in model.experts}
     linears: dict[str, Matrix] = {}
     rest: list[str] = []
     for key in shapes:
@@ -139,7 +156,16 @@ def make_plan(shapes: Mapping[str, Spec], convention: Convention, model: Model) 
                 rest.append(key)
                 continue
             which, part = entry
-            _add(experts[path].setdefault(which, Matrix()), part, key, problems)
+            if part != "bias":
+                _add(experts[path].setdefault(which, Matrix()), part, key, problems)
+                continue
+            if which in biases[path]:
+                problems.duplicated |= {biases[path][which], key}
+            biases[path][which] = key
+            continue
+        if (stack := _stack_elsewhere(key, shapes, model)) is not None:
+            path, projection = stack
+            _add(experts[path].setdefault((None, projection), Matrix()), "weight", key, problems)
             continue
         module, _, leaf = name.rpartition(".")
         if module in model.linears and leaf in convention.parts:
@@ -150,16 +176,18 @@ def make_plan(shapes: Mapping[str, Spec], convention: Convention, model: Model) 
     for path, facts in model.experts.items():
         found = experts[path]
         form = _experts_form(found, shapes)
+        whole = ExpertsPlan(facts, form, found, biases[path])
         if form == "float" and not model.quantize:
             if found:
                 check_experts(path, facts, form, found, convention, shapes, problems)
-            rest += [key for matrix in found.values() for key in matrix.keys.values()]
+            rest += whole.keys
             continue
         if form not in ("float", "nvfp4"):
             problems.unread.setdefault(form, set()).add(path)
             continue
         check_experts(path, facts, form, found, convention, shapes, problems)
-        plan.experts[path] = ExpertsPlan(facts, form, found)
+        check_biases(path, facts, biases[path], shapes, problems)
+        plan.experts[path] = whole
     for path, matrix in linears.items():
         kind = form_of(matrix, shapes)
         if kind == "float" and set(matrix.keys) == {"weight"}:
@@ -197,13 +225,23 @@ def _parse(tail: str, convention: Convention) -> tuple[tuple[int | None, str], s
     if (leaf is None and number is not None) or (before and behind):
         return None
     leaf = leaf or "weight"
-    part = convention.parts.get(leaf)
+    part = "bias" if leaf == "bias" else convention.parts.get(leaf)
     if part is None and number is None:
         part = convention.parts.get(f"weight_{leaf}")
     if part is None:
         return None
     expert = None if number is None else int(number)
     return (expert, PROJECTIONS.get(projection, projection)), part
+
+
+def _stack_elsewhere(key: str, shapes: Mapping[str, Spec], model: Model) -> tuple[str, str] | None:
+    """The module and projection of a stack that transformers merges into a module's weights."""
+    match = STACK.fullmatch(key)
+    if match is None or len(shapes[key][1]) != 3:
+        return None
+    name, merged = model.merged(key)
+    path = inside(name, model.experts) if merged else None
+    return None if path is None else (path, match[1])
 
 
 def _add(matrix: Matrix, part: str, key: str, problems: Problems) -> None:
@@ -260,6 +298,8 @@ def _place_rest(
             others = plan.plain.setdefault(name, [])
             others.append(key)
             if merged:
+                for part in model.further(key):
+                    plan.plain.setdefault(part, []).append(key)
                 continue
             if len(others) > 1:
                 problems.duplicated |= set(others)

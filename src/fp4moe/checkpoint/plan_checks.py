@@ -15,7 +15,8 @@ from ..formats import NVFP4
 from .header import Spec
 from .naming import FLOATS, OTHER, Convention, Matrix, form_words, listed, name_keys
 
-__all__ = ["ExpertsFacts", "LinearFacts", "Problems", "check_experts", "check_linear"]
+__all__ = ["ExpertsFacts", "LinearFacts", "Problems", "check_biases", "check_experts"]
+__all__ += ["check_linear"]
 
 NVFP4_NEEDED = ("weight", "scale", "global_scale")
 FP8_PARTS = {"weight", "scale", "input_scale", "fp8_input_scale"}
@@ -26,7 +27,7 @@ class ExpertsFacts:
     """What the model says of one experts module: E experts, gate and up [I, H], down [H, I].
 
     layout and transposed tell how a float stack of gate and up is stored, as in
-    ExpertWeights.quantize.
+    ExpertWeights.quantize; biases are the model's weights that have one.
     """
 
     num_experts: int
@@ -37,6 +38,12 @@ class ExpertsFacts:
     layout: str = "gate_up"
     transposed: bool = False
     top_k: int | None = None
+    biases: tuple[str, ...] = ()
+
+    @property
+    def biased(self) -> bool:
+        """Whether there are any biases."""
+        return bool(self.biases)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +118,8 @@ def check_experts(
     if stacked:
         separate = {"gate_proj", "up_proj"} if facts.gated else {"up_proj"}
         first = separate if stacked & separate or not facts.gated else {"gate_up_proj"}
+        if form == "float" and facts.gated and "w13" in stacked:
+            first = {"w13"}
         whole = {(None, projection) for projection in first | {"down_proj"}}
     else:
         names = ("gate_proj", "up_proj", "down_proj")[not facts.gated :]
@@ -127,7 +136,7 @@ def check_experts(
             problems.missing.add(f"{path}.{middle}.{on_disk[part]}")
         lead = (facts.num_experts,) if expert is None else ()
         rows, columns = facts.intermediate_size, facts.hidden_size
-        if projection == "gate_up_proj":
+        if projection in ("gate_up_proj", "w13"):
             rows *= 2
         if projection == "down_proj":
             rows, columns = columns, rows
@@ -137,6 +146,36 @@ def check_experts(
             transposed = facts.transposed and expert is None
             size = (columns, rows) if transposed else (rows, columns)
             _check_spec(matrix, "weight", FLOATS, {(*lead, *size)}, shapes, problems)
+
+
+def check_biases(
+    path: str,
+    facts: ExpertsFacts,
+    found: Mapping[tuple[int | None, str], str],
+    shapes: Mapping[str, Spec],
+    problems: Problems,
+) -> None:
+    """Check the biases of one experts module: stacks as the model has them, or one by one."""
+    stacked = any(expert is None for expert, _ in found)
+    rows = {"gate_up_proj": 2 * facts.intermediate_size, "down_proj": facts.hidden_size}
+    whole: dict[tuple[int | None, str], tuple[int, ...]] = {}
+    for weight in facts.biases:
+        parts = ("gate_proj", "up_proj") if weight == "gate_up_proj" and not stacked else (weight,)
+        for part in parts:
+            size = rows.get(part, facts.intermediate_size)
+            if stacked:
+                whole[None, part] = (facts.num_experts, size)
+            else:
+                whole |= {(expert, part): (size,) for expert in range(facts.num_experts)}
+    problems.unexpected |= {key for which, key in found.items() if which not in whole}
+    for (expert, part), shape in whole.items():
+        key = found.get((expert, part))
+        if key is None:
+            suffix = f"{part}_bias" if expert is None else f"{expert}.{part}.bias"
+            problems.missing.add(f"{path}.{suffix}")
+        else:
+            matrix = Matrix({"bias": key})
+            _check_spec(matrix, "bias", FLOATS, {shape}, shapes, problems)
 
 
 def _check_nvfp4(

@@ -12,14 +12,16 @@ from collections.abc import Mapping
 
 import torch
 
+from ..activations import get_activation
 from ..errors import CheckpointError, ShapeError
 from ..experts import ExpertWeights
 from ..formats import NVFP4
 from ..formats.nvfp4 import NVFP4Values
 from ..linear import FP8Linear, NVFP4Linear
+from ..pack import split_gate_up
 from .files import CheckpointFiles
 from .naming import Convention, Matrix, fail
-from .plan import ExpertsPlan, LinearPlan
+from .plan import ExpertsFacts, ExpertsPlan, LinearPlan
 
 __all__ = ["ReadExperts", "read_experts", "read_linear"]
 
@@ -52,7 +54,8 @@ def read_experts(
 
     An expert has one global scale for gate and up. Where those of the file differ, gate's is kept
     and s = up's / gate's moves into down, which is exact since up enters linearly: what is up / s
-    here meets down x s. The range of down's input is divided by s as well.
+    here meets down x s. The range of down's input and up's bias are divided by s as well. An
+    activation that clamps or shifts up forbids it.
 
     hidden_scale is the largest input scale of gate and up over the experts; intermediate_scale
     stays one per expert. An expert that saw no token while calibrating (a scale that is missing, 0
@@ -63,11 +66,11 @@ def read_experts(
         path: the module, for messages.
         plan, convention: from `make_plan`.
         device: where the weights go.
-        dtype: what float experts are cast to before they are quantised.
+        dtype: what float experts are cast to before they are quantised, and biases.
 
     Raises:
-        CheckpointError: a scale is NaN or negative, a global scale is 0 or infinite, or a float
-            weight is not finite.
+        CheckpointError: a scale is NaN or negative, a global scale is 0 or infinite, a float weight
+            or a bias is not finite, or gate and up have global scales that cannot be made one.
     """
     if plan.form == "float":
         return ReadExperts(_quantized(files, path, plan, device, dtype))
@@ -81,9 +84,14 @@ def read_experts(
     inner, unseen_by_down = _fill(inputs[-1])
     ratio = parts[-1].global_scale / parts[0].global_scale
     moved = down.global_scale * ratio, inner / ratio
-    if not all(_normal(scale) for scale in moved):
+    activation = get_activation(facts.activation)
+    linear = not activation.needs_gate or bool((ratio == 1).all())
+    if not linear or not all(_normal(scale) for scale in moved):
         got = f"gate {parts[0].global_scale.tolist()} and up {parts[-1].global_scale.tolist()}"
         fail(f"have global scales of gate and up that are alike in {path}", got[:200], FIX)
+    biases = _biases(files, plan, dtype)
+    if "up_bias" in biases:
+        biases["up_bias"] = biases["up_bias"] / ratio[:, None]
     weights = ExpertWeights(
         gate_up=NVFP4Values(
             torch.cat([part.packed for part in parts], 1),
@@ -102,6 +110,7 @@ def read_experts(
         expert_offset=0,
         hidden_scale=hidden.amax().reshape(1),
         intermediate_scale=moved[1],
+        **_both(biases, facts),
     )
     return ReadExperts(
         weights.to(device), int((ratio != 1).sum()), tuple(sorted(unseen | unseen_by_down))
@@ -186,6 +195,43 @@ def _stack(plan: ExpertsPlan, name: str) -> tuple[Matrix | None, slice]:
     return stack, slice(0, size) if name == "gate_proj" else slice(size, 2 * size)
 
 
+def _biases(
+    files: CheckpointFiles, plan: ExpertsPlan, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Those that there are of gate_bias, up_bias [E, I] and down_bias [E, H], cast to dtype."""
+    found: dict[str, torch.Tensor] = {}
+    for (expert, name), key in plan.biases.items():
+        bias = files.tensor(key).to(dtype, copy=True)
+        if not bool(torch.isfinite(bias).all()):
+            fail("hold finite numbers", f"inf or NaN in {key!r}", FIX)
+        stem = name.removesuffix("_proj")
+        if expert is not None:
+            size = (plan.facts.num_experts, *bias.shape)
+            whole = found.setdefault(f"{stem}_bias", bias.new_zeros(size))
+            whole[expert] = bias
+        elif stem == "gate_up":
+            pair = split_gate_up(bias[..., None], plan.facts.layout)
+            found |= {"gate_bias": pair[0][..., 0], "up_bias": pair[1][..., 0]}
+        else:
+            found[f"{stem}_bias"] = bias
+    return found
+
+
+def _both(biases: Mapping[str, torch.Tensor], facts: ExpertsFacts) -> dict[str, torch.Tensor]:
+    """Float32 biases of both GEMMs, as ExpertWeights takes them; {} without any."""
+    if not biases:
+        return {}
+    sizes = {"gate": facts.intermediate_size, "up": facts.intermediate_size}
+    sizes["down"] = facts.hidden_size
+
+    def one(name: str) -> torch.Tensor:
+        zeros = torch.zeros(facts.num_experts, sizes[name], dtype=torch.float32, device="cpu")
+        return biases.get(f"{name}_bias", zeros).float()
+
+    first = [one(name) for name in ("gate", "up")[not facts.gated :]]
+    return {"gate_up_bias": torch.cat(first, 1), "down_bias": one("down")}
+
+
 def _spread(scale: torch.Tensor, count: int, rows: slice) -> torch.Tensor:
     """One value, one an expert, or one for gate and one for up of each expert -> [E]."""
     if scale.ndim == 2 and scale.shape[1] == 2:
@@ -267,6 +313,7 @@ def _quantized(
         for (expert, name), matrix in plan.matrices.items()
         if expert is None
     }
+    biases = _biases(files, plan, dtype)
     for expert in range(facts.num_experts):
         floats = {
             name: tensor[expert : expert + 1].to(device, dtype) for name, tensor in stacks.items()
@@ -274,6 +321,7 @@ def _quantized(
             name: files.tensor(plan.matrices[expert, name].keys["weight"]).to(device, dtype)[None]
             for name in ("gate_proj", "up_proj", "down_proj")[not facts.gated :]
         }
+        floats |= {name: b[expert : expert + 1].to(device) for name, b in biases.items()}
         one = _quantize_one(floats, facts, bool(stacks), f"{path}, expert {expert}")
         for name, tensor in one.tensors().items():
             if name == "hidden_scale":
@@ -295,11 +343,15 @@ def _quantize_one(
     floats: Mapping[str, torch.Tensor], facts, stacked: bool, where: str
 ) -> ExpertWeights:
     named = {name.removesuffix("_proj"): tensor for name, tensor in floats.items()}
+    layout = facts.layout
+    if "w13" in named:
+        # Inkling's own name for gate and up, row by row.
+        named["gate_up"], layout = named.pop("w13"), "gate_up_interleaved"
     try:
         return ExpertWeights.quantize(
             **named,  # type: ignore[arg-type]
             activation=facts.activation,
-            layout=facts.layout,
+            layout=layout,
             transposed=facts.transposed and stacked,
         )
     except ShapeError as error:

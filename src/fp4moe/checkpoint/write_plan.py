@@ -14,8 +14,9 @@ import torch
 from ..errors import must
 from ..formats import NVFP4
 from .files import WEIGHTS, CheckpointFiles
+from .float_experts import Bias, Experts, Part
 from .header import Spec, name_keys
-from .modelopt_writer import Experts, Part
+from .mtp import plain_name
 from .safetensors_writer import ShardLayout
 
 __all__ = [
@@ -29,11 +30,9 @@ __all__ = [
 ]
 
 Calibration = Mapping[str, tuple[float, float | Sequence[float]]]
-# What is read and written together: a key that is copied, or parts that share a global scale.
-Step = str | tuple[Part, ...]
-# What transformers and the hub put before a layer, and Mixtral's name for a layer's MLP.
-PREFIXES = ("model", "language_model", "backbone")
-MIXTRAL = "block_sparse_moe"
+# What is read and written together: a key that is copied, a bias that is cut out of a stack, or
+# parts that share a global scale.
+Step = str | Bias | tuple[Part, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +86,10 @@ def input_scales(found: Sequence[Experts], calibration: Calibration | None) -> d
         return {}
     given: dict[str, list[str]] = {}
     for name in calibration:
-        given.setdefault(_plain(name), []).append(name)
+        given.setdefault(plain_name(name), []).append(name)
     scales: dict[str, float] = {}
     for layer in found:
-        names = given.get(_plain(layer.module), [])
+        names = given.get(plain_name(layer.module), [])
         if len(names) != 1:
             must(
                 "quantize_checkpoint: calibration",
@@ -114,24 +113,20 @@ def input_scales(found: Sequence[Experts], calibration: Calibration | None) -> d
     return scales
 
 
-def _plain(module: str) -> str:
-    """A module's name without what differs between a model and its files."""
-    parts = module.split(".")
-    while parts[0] in PREFIXES and len(parts) > 1:
-        parts.pop(0)
-    return ".".join("mlp" if part == MIXTRAL else part for part in parts)
-
-
 def _steps(files: CheckpointFiles, found: Sequence[Experts]) -> Iterator[Step]:
     of_key: dict[str, list[tuple[Part, ...]]] = {}
+    biases: dict[str, list[Bias]] = {}
     for layer in found:
+        for bias in layer.biases:
+            biases.setdefault(bias.source, []).append(bias)
         for parts in layer.groups():
             for source in {part.source for part in parts}:
                 of_key.setdefault(source, []).append(parts)
     done: set[str] = set()
     for key in files.shapes:
-        if key not in of_key:
+        if key not in of_key and key not in biases:
             yield key
+        yield from biases.get(key, ())
         for parts in of_key.get(key, ()):
             # A gate and an up of their own keys are one step, at the first of the two.
             if parts[0].name not in done:
@@ -145,6 +140,8 @@ def _produced(
     """The keys that a step writes."""
     if isinstance(step, str):
         return {step: shapes[step]}
+    if isinstance(step, Bias):
+        return {step.name: (shapes[step.source][0], (step.size,))}
     produced: dict[str, Spec] = {}
     for part in step:
         rows, columns = part.shape
@@ -162,6 +159,8 @@ def read_bytes(step: Step, shapes: Mapping[str, Spec]) -> int:
     """The bytes of the source that a step reads."""
     if isinstance(step, str):
         return _nbytes(shapes[step])
+    if isinstance(step, Bias):
+        return step.size * shapes[step.source][0].itemsize
     return sum(math.prod(part.shape) * shapes[part.source][0].itemsize for part in step)
 
 
@@ -171,5 +170,5 @@ def _nbytes(spec: Spec) -> int:
 
 def quantized_bytes(shards: Sequence[Shard], shapes: Mapping[str, Spec]) -> int:
     """The bytes of the source that are quantised."""
-    steps = [step for shard in shards for step in shard.steps if not isinstance(step, str)]
+    steps = [step for shard in shards for step in shard.steps if isinstance(step, tuple)]
     return sum(read_bytes(step, shapes) for step in steps)

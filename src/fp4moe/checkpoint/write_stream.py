@@ -19,6 +19,7 @@ from ..borrowed import Borrowed
 from ..errors import CheckpointError, must
 from ..formats.nvfp4 import nvfp4_global_scale, quantize_nvfp4
 from .files import CheckpointFiles
+from .float_experts import Bias
 from .header import name_keys
 from .write_plan import Shard, Step, read_bytes
 
@@ -63,7 +64,7 @@ def shard_tensors(
     begun: deque[Begun] = deque()
     for step in shard.steps:
         # Pages of a mapped file count as memory of this process until the mapping goes.
-        source = files.shard_of(step if isinstance(step, str) else step[0].source)
+        source = files.shard_of(_first_source(step))
         if source != mapped:
             files.close()
             mapped = source
@@ -74,6 +75,12 @@ def shard_tensors(
             yield from _oldest(begun, bar)
     while begun:
         yield from _oldest(begun, bar)
+
+
+def _first_source(step: Step) -> str:
+    if isinstance(step, str):
+        return step
+    return (step if isinstance(step, Bias) else step[0]).source
 
 
 def _oldest(begun: deque[Begun], bar: tqdm) -> list[tuple[str, torch.Tensor]]:
@@ -87,7 +94,10 @@ def _map(files: CheckpointFiles, step: Step) -> list[torch.Tensor]:
     """The source's tensors of one step, mapped and not yet read."""
     if isinstance(step, str):
         return [files.tensor(step)]
-    return [files.tensor(part.source)[part.place] for part in step]
+    if isinstance(step, Bias):
+        return [files.tensor(step.source)[step.place]]
+    weights = [files.tensor(part.source)[part.place] for part in step]
+    return [w.T if part.transposed else w for part, w in zip(step, weights, strict=True)]
 
 
 def _quantize(
@@ -96,6 +106,8 @@ def _quantize(
     """What one step writes; the parts of experts are quantised."""
     if isinstance(step, str):
         return [(step, weights[0])]
+    if isinstance(step, Bias):
+        return [(step.name, weights[0].contiguous())]
     ends = torch.stack([torch.stack(torch.aminmax(weight)).float() for weight in weights])
     if not bool(torch.isfinite(ends).all()):
         must(

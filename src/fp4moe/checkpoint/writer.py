@@ -23,7 +23,8 @@ from ..formats.nvfp4 import METHODS
 from ..progress import progress_bar
 from ..version import __version__
 from .files import INDEX, PICKLES, CheckpointFiles
-from .modelopt_writer import Experts, exclude_modules, find_experts, quantization_configs
+from .float_experts import Experts, Storages, find_experts
+from .modelopt_writer import exclude_modules, quantization_configs
 from .mtp import decoder_layers
 from .partial_run import (
     JOURNAL,
@@ -99,12 +100,13 @@ def write_checkpoint(
     calibration: Calibration | None,
     max_shard_bytes: float,
     progress: bool,
-    refusals: Callable[[CheckpointFiles], list[str]],
+    asked: Callable[[CheckpointFiles], tuple[list[str], Storages]],
 ) -> WriteReport:
     """Do what `fp4moe.quantize_checkpoint` says.
 
     Args:
-        refusals: why from_pretrained will refuse the experts, asked before hours are spent on them.
+        asked: why from_pretrained will refuse the experts, and how the model stacks them, see
+            `find_experts`; asked before hours are spent on them.
         src, dst, method, layers, calibration, max_shard_bytes, progress: as there.
     """
     patterns = _check_arguments(method, layers, max_shard_bytes)
@@ -118,9 +120,9 @@ def write_checkpoint(
                 "Pass the original.",
                 error=CheckpointError,
             )
-        found, left = find_experts(files.shapes, patterns, decoder_layers(files.config))
+        not_run_here, storages = asked(files)
+        found, left = find_experts(files.shapes, patterns, decoder_layers(files.config), storages)
         scales = input_scales(found, calibration)
-        not_run_here = refusals(files)
         shards = plan_shards(files, found, scales, int(max_shard_bytes))
         names = set(os.listdir(files.directory))
         copied = sorted(name for name in names if _is_copied(files.directory, name))

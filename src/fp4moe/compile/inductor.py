@@ -112,10 +112,9 @@ class MoePass(CustomGraphPass):
         digest.update(torch.__version__.encode())
         # All of the package: what a pass writes into a graph follows from its quantiser and
         # kernels, too.
-        for file in sorted(PACKAGE.rglob("*.py")):
-            digest.update(file.relative_to(PACKAGE).as_posix().encode() + file.read_bytes())
-        for file in sorted(pathlib.Path(passes_folder()).glob("*.py")):
-            digest.update(file.name.encode() + file.read_bytes())
+        for folder in (PACKAGE, pathlib.Path(passes_folder())):
+            for file in sorted(folder.rglob("*.py")):
+                digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
         return digest.hexdigest()
 
 

@@ -17,7 +17,6 @@ from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
 from ..formats import FORMATS
 from ..layer import HIDDEN_ALIGNMENTS, Layer, Routing, capability_name
-from ..routing import route
 from .devices import Devices
 
 __all__ = [
@@ -63,6 +62,7 @@ class Operands(NamedTuple):
 
 
 SCALES = ("gate_up_global_scale", "down_global_scale", "hidden_scale", "intermediate_scale")
+BIASES = ("gate_up_bias", "down_bias")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +71,8 @@ class PreparedWeights:
 
     Attributes:
         operands: what the operator takes.
-        kept: logical scales, as `logical_<operand>`, that cannot be recovered from the operands.
+        kept: logical scales and biases, as `logical_<operand>`, that cannot be recovered from the
+            operands; biases in the order of the operands.
         layer: sizes as the model means them.
     """
 
@@ -119,7 +120,7 @@ class Call(NamedTuple):
 
 
 class LogitsCall(NamedTuple):
-    """Checked arguments of a kernel that chooses the experts.
+    """Checked arguments of a kernel that chooses the experts itself.
 
     Attributes:
         hidden: [T, H], T > 0. router_logits: [T, E]. routing_bias: [E], or [0] for none.
@@ -133,10 +134,6 @@ class LogitsCall(NamedTuple):
     operands: Operands
     layer: Layer
 
-    def given(self, expert_ids: torch.Tensor, routing_weights: torch.Tensor) -> Call:
-        """Return the call with these experts."""
-        return Call(self.hidden, expert_ids, routing_weights, self.operands, self.layer)
-
 
 Change = Callable[[Operands, Layer], Operands]
 
@@ -148,7 +145,8 @@ class Layout(NamedTuple):
         multiples: what hidden and intermediate size are padded to; takes the layer and the
             Blackwell kernel's hidden_alignment.
         apply, undo: from the logical order to this one and back, exact inverses that leave the four
-            scales alone. None: the kernel reads the logical tensors as they are.
+            scales and the values of the biases alone. None: the kernel reads the logical tensors as
+            they are.
     """
 
     multiples: Callable[[Layer, int], tuple[int, int]]
@@ -197,6 +195,8 @@ class Kernel:
     parameters: bool = False
     quantizes_activations: bool = False
     intermediate_dtype: torch.dtype = torch.bfloat16
+    # Whether it can choose the experts itself, in `run_from_logits`.
+    routes: bool = False
     # Whether its scale operands are products, which hide the logical scales.
     mixes_scales: bool = False
 
@@ -219,24 +219,19 @@ class Kernel:
         return []
 
     def reasons_not_to_route(self, layer: Layer, routing: Routing) -> list[str]:
-        """Return why it cannot choose the experts by itself."""
+        """Return why it cannot run behind logits; where it does not route, choose_experts does."""
         return []
 
     def scale_operands(self, operands: Operands, layer: Layer) -> Operands:
-        """Return what the four scales of the logical operands become."""
+        """Return what the four scales, and the values of the biases, become."""
         return operands
 
     def warm_up(self, prepared: PreparedWeights) -> None:
         """Load what the first call would, which may be one under capture."""
 
-    def choose_experts(self, call: LogitsCall) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (expert_ids, routing_weights)."""
-        with torch.no_grad():
-            return route(call.router_logits, call.routing_bias, call.routing)
-
     def run_from_logits(self, call: LogitsCall) -> torch.Tensor:
-        """Choose the experts, then `run`."""
-        return self.run(call.given(*self.choose_experts(call)))
+        """Compute [T, H] of hidden's dtype; only where it `routes`."""
+        raise NotImplementedError
 
     def reasons_not_to_run(self, layer: Layer, capability: tuple[int, int] | None) -> list[str]:
         """Return why it cannot run such a layer, padded; empty where it can.
@@ -269,18 +264,11 @@ class Kernel:
         """Return the multiples that hidden and intermediate size are padded to."""
         return self.layouts[layer.format].multiples(layer, hidden_alignment)
 
-    def prepare(
-        self,
-        weights: ExpertWeights,
-        *,
-        hidden_alignment: int,
-        output_scale: torch.Tensor | None = None,
-    ) -> PreparedWeights:
+    def prepare(self, weights: ExpertWeights, *, hidden_alignment: int) -> PreparedWeights:
         """Pad the weights and lay them out; on a CUDA device warm up, too.
 
         Args:
             hidden_alignment: what the Blackwell kernel pads the hidden size to.
-            output_scale: [L], multiplies each expert's output.
         """
         layer = weights.layer()
         apply = self.layouts[layer.format].apply
@@ -289,10 +277,9 @@ class Kernel:
             weights = weights.unpadded().padded(
                 hidden_multiple=multiples[0], intermediate_multiple=multiples[1]
             )
-        operands, kept = self._with_scales(Operands(**weights.operands()), layer, output_scale)
-        prepared = PreparedWeights(
-            operands if apply is None else apply(operands, layer), kept, layer
-        )
+        operands = Operands(**weights.operands())
+        operands = operands if apply is None else apply(operands, layer)
+        prepared = PreparedWeights(*self._with_scales(operands, layer), layer)
         if weights.device.type == "cuda":
             self.warm_up(prepared)
         return prepared
@@ -310,38 +297,26 @@ class Kernel:
         prepared: PreparedWeights,
         hidden_scale: torch.Tensor,
         intermediate_scale: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Return the tensors of `prepared` that change with the scales of the activations.
 
         Args:
             hidden_scale: float32 [1]. intermediate_scale: float32 [L].
-            output_scale: as given to `prepare`.
         """
         logical = _logical_scales(prepared)._replace(
             hidden_scale=hidden_scale, intermediate_scale=intermediate_scale
         )
-        operands, kept = self._with_scales(logical, prepared.layer, output_scale)
-        return {**{name: getattr(operands, name) for name in SCALES}, **kept}
+        operands, kept = self._with_scales(logical, prepared.layer)
+        names = (*SCALES, *(name for name in BIASES if f"logical_{name}" in kept))
+        return {**{name: getattr(operands, name) for name in names}, **kept}
 
     def _with_scales(
-        self, logical: Operands, layer: Layer, output_scale: torch.Tensor | None
+        self, logical: Operands, layer: Layer
     ) -> tuple[Operands, dict[str, torch.Tensor]]:
-        """Return the operands with their scales, and the logical scales that these hide."""
+        """Return the operands with their scales, and the logical tensors that these hide."""
         operands = self.scale_operands(logical, layer)
         hidden: tuple[str, ...] = SCALES if self.mixes_scales else ()
-        if output_scale is not None:
-            if layer.biased:
-                must(
-                    f"{self.name}: output_scale",
-                    "be absent where the experts have biases",
-                    list(output_scale.shape),
-                    "Multiply the routing weights by it.",
-                    error=UnsupportedError,
-                )
-            product = operands.down_global_scale * output_scale
-            operands = operands._replace(down_global_scale=product)
-            hidden = hidden or ("down_global_scale",)
+        hidden += tuple(n for n in BIASES if getattr(operands, n) is not getattr(logical, n))
         return operands, {f"logical_{name}": getattr(logical, name) for name in hidden}
 
     def __call__(self, call: Call) -> torch.Tensor:
@@ -422,7 +397,7 @@ def logical_weights(operands: Operands, layer: Layer) -> ExpertWeights:
 
 
 def _logical_scales(prepared: PreparedWeights) -> Operands:
-    """Return the operands with the logical scales put back."""
+    """Return the operands with the logical scales and biases put back."""
     kept = {name.removeprefix("logical_"): tensor for name, tensor in prepared.kept.items()}
     return prepared.operands._replace(**kept)
 

@@ -6,6 +6,7 @@ call. Not here: our own kernels, whose choice is a shipped table.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -16,9 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, UnsupportedError, must
-from ..experts import ExpertWeights
 from ..formats import NVFP4
-from ..formats.nvfp4 import NVFP4Values
 from ..kernels import choose_kernel, current_capability
 from ..kernels.flashinfer.library import (
     CUBINS,
@@ -30,7 +29,7 @@ from ..kernels.flashinfer.library import (
 )
 from ..module import FusedExperts
 from ..padding import round_up
-from ..routed import RoutedExperts
+from ..testing import random_codes
 from ..version import __version__
 from .block import Candidate
 from .replace import asked_of, find_candidates
@@ -128,8 +127,7 @@ def _distinct(model: nn.Module) -> list[FusedExperts]:
     for module in model.modules():
         if isinstance(module, FusedExperts) and _is_tuned(module.kernel):
             shapes = tuple(tuple(operand.shape) for operand in module.prepared.operands.flat())
-            routing = module.routing if isinstance(module, RoutedExperts) else None
-            kind = (module.kernel, module.metadata["activation"], shapes, routing, module.top_k)
+            kind = (module.kernel, module.metadata["activation"], shapes, module.top_k)
             kinds.setdefault(kind, module)
     return list(kinds.values())
 
@@ -144,41 +142,16 @@ def _stand_ins(model: nn.Module) -> list[FusedExperts]:
     layers = []
     for candidate in sizes.values():
         device = next(iter(candidate.parameters.values())).device
-        if _is_tuned(choose_kernel("auto", *asked_of(candidate))[0]):
-            layers.append(FusedExperts(_random_weights(candidate, device), top_k=candidate.top_k))
+        asked, capability = asked_of(candidate)
+        if _is_tuned(choose_kernel("auto", asked, capability)[0]):
+            # The kernel sees padded sizes, and the tuner's times do not depend on the values.
+            hidden, inner = (
+                round_up(size, NVFP4.block_size)
+                for size in (asked.hidden_size, asked.intermediate_size)
+            )
+            asked = dataclasses.replace(asked, hidden_size=hidden, intermediate_size=inner)
+            layers.append(FusedExperts(random_codes(asked, device), top_k=candidate.top_k))
     return layers
-
-
-def _random_weights(candidate: Candidate, device: torch.device) -> ExpertWeights:
-    """Return weights of the candidate's size: the tuner's times do not depend on the values."""
-    assert candidate.num_experts and candidate.hidden_size and candidate.intermediate_size
-    experts, gated = candidate.num_experts, bool(candidate.gated)
-    sizes = (candidate.hidden_size, candidate.intermediate_size)
-    hidden, rows = (round_up(n, NVFP4.block_size) for n in sizes)
-
-    def values(*shape: int) -> NVFP4Values:
-        packed = torch.empty(*shape[:-1], shape[-1] // 2, dtype=torch.uint8, device=device)
-        scale = torch.ones(*shape[:-1], shape[-1] // 16, dtype=torch.bfloat16, device=device)
-        return NVFP4Values(
-            packed.random_(256),
-            scale.to(NVFP4.scale_dtype),
-            torch.full(
-                (experts,), 1 / NVFP4.amax_per_global_scale, dtype=torch.float32, device=device
-            ),
-        )
-
-    return ExpertWeights(
-        gate_up=values(experts, (1 + gated) * rows, hidden),
-        down=values(experts, hidden, rows),
-        activation=str(candidate.activation),
-        gated=gated,
-        hidden_size=candidate.hidden_size,
-        intermediate_size=candidate.intermediate_size,
-        num_experts=experts,
-        expert_offset=0,
-        hidden_scale=torch.ones(1, dtype=torch.float32, device=device),
-        intermediate_scale=torch.ones(experts, dtype=torch.float32, device=device),
-    )
 
 
 def _run(layer: FusedExperts, tokens: int) -> None:
@@ -193,10 +166,6 @@ def _run(layer: FusedExperts, tokens: int) -> None:
         dtype=torch.bfloat16,
     )
     scores = torch.rand(tokens, experts, generator=generator, dtype=torch.float32, device=device)
-    if isinstance(layer, RoutedExperts):
-        bias = scores.new_zeros(experts if layer.routing.method == "sigmoid_topk" else 0)
-        layer(hidden, scores, bias)
-        return
     assert layer.top_k is not None
     weights, ids = scores.topk(layer.top_k, dim=-1)
     layer(hidden, ids, weights)

@@ -11,27 +11,42 @@ import dataclasses
 import dis
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..activations import (
+    ACTIVATIONS,
+    Activation,
+    get_activation,
+    identify_activation,
+    probe_values,
+    recognise,
+)
 from ..experts import ExpertWeights
 from ..module import FusedExperts
 from ..precision import float32_as_written
 from ..random_floats import random_normal, random_uniform
 from ..reference import moe_definition
 
+if TYPE_CHECKING:
+    from .storage import Storage
+
 __all__ = [
     "ACTIVATION_SCALES",
     "MERGE",
     "Candidate",
     "carry_hooks",
+    "named_activation",
+    "relative_error",
     "runs_own_forward",
     "storage_reasons",
     "stored_activation_scales",
+    "tensor_reasons",
     "value_reasons",
+    "verify_against_definition",
 ]
 
 # Where `calibrate` leaves (hidden_scale [1], intermediate_scale [L]) with a float module.
@@ -54,7 +69,9 @@ class Candidate:
         module: that module.
         parameters: its expert weights by dotted name below `path`.
         reasons: why it cannot be replaced; empty where it can.
+        storage: how the module keeps stacked experts; None for a list of them.
         activation, gated, num_experts, top_k, hidden_size, intermediate_size: None where unknown.
+        biased: whether gate, up or down has a bias.
         quantize: packs the weights ("max" or "mse").
         build: makes the module that takes its place out of the fused experts.
         verify: runs the float block against the definition and returns the reasons where they
@@ -65,8 +82,10 @@ class Candidate:
     module: nn.Module
     parameters: dict[str, torch.Tensor]
     reasons: list[str] = dataclasses.field(default_factory=list)
+    storage: Storage | None = None
     activation: str | None = None
     gated: bool | None = None
+    biased: bool = False
     num_experts: int | None = None
     top_k: int | None = None
     hidden_size: int | None = None
@@ -87,8 +106,8 @@ def stored_activation_scales(module: nn.Module) -> dict[str, torch.Tensor]:
     return {} if scales is None else {"hidden_scale": scales[0], "intermediate_scale": scales[1]}
 
 
-def storage_reasons(module: nn.Module, parameters: dict[str, torch.Tensor]) -> list[str]:
-    """Return why these weights cannot be read or replaced: where and how they are stored."""
+def tensor_reasons(parameters: dict[str, torch.Tensor]) -> list[str]:
+    """Return why these weights cannot be read: where and how they are stored."""
     reasons = []
     for name, parameter in parameters.items():
         if isinstance(parameter, (nn.UninitializedParameter, nn.UninitializedBuffer)):
@@ -114,6 +133,12 @@ def storage_reasons(module: nn.Module, parameters: dict[str, torch.Tensor]) -> l
         reasons.append(
             f"its weights are on several devices ({', '.join(sorted(devices))}); move them to one"
         )
+    return reasons
+
+
+def storage_reasons(module: nn.Module, parameters: dict[str, torch.Tensor]) -> list[str]:
+    """Return why a module with these weights cannot be replaced: storage, and its hooks."""
+    reasons = tensor_reasons(parameters)
     for part in module.modules():
         hooks = list(_accelerate_hooks(part))
         if any(getattr(hook, "offload", False) for hook in hooks):
@@ -206,42 +231,115 @@ def value_reasons(candidate: Candidate) -> list[str]:
     return candidate.verify() if candidate.verify else []
 
 
+def named_activation(
+    combine: Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor], gated: bool
+) -> tuple[str | None, str]:
+    """Return (activation, "") of what stands between two GEMMs, or (None, the closest and how far).
+
+    combine: (gate, up) float32 [1, N] -> [1, N]; gate is None where not gated.
+    """
+    if gated:
+        found = recognise(combine)
+        name = None if found is None else str(found)
+    else:
+        name = identify_activation(lambda x: combine(None, x))
+    if name is not None:
+        return name, ""
+    up = probe_values()
+    gate = up.flip(-1) if gated else None
+    with torch.no_grad():
+        result = combine(gate, up.clone())
+    inner = up if gate is None else gate
+    near = inner.abs() <= 4
+    form = "act(gate) * up" if gated else "act(up)"
+    if result.shape != up.shape:
+        return None, f"is of shape {list(result.shape)}, not {form}"
+    expected = {name: Activation(name).combine(up, gate) for name in ACTIVATIONS}
+    # Far values must not hide which activation it is.
+    closest = min(expected, key=lambda name: relative_error(result[near], expected[name][near]))
+    error = relative_error(result, expected[closest])
+    return None, (
+        f"is not {form} with one of our activations; closest is {closest}, relative error "
+        f"{error:.2g} (a norm, a clamp or a variant?)"
+    )
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return RMS of the difference over that of expected; infinite for NaN and other shapes."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    difference, size = (actual.float() - expected.float()).norm(), expected.float().norm()
+    error = float(difference / size) if bool(size != 0) else float(difference)
+    return error if error == error else float("inf")
+
+
 def verify_against_definition(
     forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-    *,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    gate: torch.Tensor | None,
+    parts: dict[str, torch.Tensor],
     activation: str,
+    *,
+    beyond: bool = False,
 ) -> list[str]:
-    """Run a float block and the definition on five tokens; return the reason where they differ."""
+    """Run a float block and the definition on a few tokens; return the reason where they differ.
+
+    Args:
+        forward: (hidden [T, H], ids [T, K], weights [T, K]) -> [T, H].
+        parts: gate (gated only), up, down and their biases, as `moe_definition` takes them.
+        activation: what it should be.
+        beyond: whether the id behind the last expert must add nothing, if forward takes it.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
+    up = parts["up"]
     experts, _, hidden_size = up.shape
     top_k = min(2, experts)
     hidden = random_normal(generator, (5, hidden_size)).to(up.device, up.dtype)
     ids = random_uniform(generator, (5, experts)).argsort(1)[:, :top_k].to(up.device)
     weights = random_uniform(generator, (5, top_k)).to(up.device)
-    with torch.no_grad(), float32_as_written(up.device):
-        try:
-            actual = forward(hidden, ids, weights).float()
-        except Exception as raised:  # the model's code may raise anything
-            return [f"its forward refuses five random {up.dtype} tokens: {raised}"]
-        expected = moe_definition(
-            hidden.float(), ids, weights, up=up, down=down, gate=gate, activation=activation
-        )
-    if actual.shape != expected.shape:
-        return [f"its forward returns {list(actual.shape)} for {list(hidden.shape)} tokens"]
-    error = float(
-        (actual - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny)
-    )
+    form = "gated " if "gate" in parts else ""
     limit = VERIFY_LIMIT[up.dtype]
-    if expected.norm() == 0 and actual.norm() == 0:
-        return []
-    if not error <= limit:
-        form = "gated " if gate is not None else ""
+
+    def check(hidden: torch.Tensor, ids: torch.Tensor, what: str) -> list[str]:
+        with torch.no_grad(), float32_as_written(up.device):
+            try:
+                actual = forward(hidden, ids, weights).float()
+            except Exception as raised:  # the model's code may raise anything
+                return [f"its forward refuses five random {up.dtype} tokens: {raised}"]
+            expected = moe_definition(hidden.float(), ids, weights, **parts, activation=activation)
+        if actual.shape != expected.shape:
+            return [f"its forward returns {list(actual.shape)} for {list(hidden.shape)} tokens"]
+        error = relative_error(actual, expected)
+        if error <= limit:
+            return []
         return [
             f"it does not compute a {form}{activation} mixture of experts: relative error "
-            f"{error:.2g} on random tokens, "
-            f"limit {limit:g}"
+            f"{error:.2g} on {what}, limit {limit:g}"
         ]
-    return []
+
+    reasons = check(hidden, ids, "random tokens")
+    if not reasons and not get_activation(activation).plain:
+        # Of these tokens most gates and ups lie beyond limits and caps.
+        first = up[ids[:, 0]].float()
+        size = (first @ hidden.float()[..., None]).square().mean().sqrt()
+        if bool(size > 0):
+            reasons = check(hidden * (30 / size).to(hidden.dtype), ids, "large random tokens")
+    if not reasons and beyond:
+        reasons = check_beyond(forward, hidden, ids, weights, experts)
+    return reasons
+
+
+def check_beyond(
+    forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    experts: int,
+) -> list[str]:
+    """Return the reason where the id behind the last expert adds something: it may be an expert."""
+    with torch.no_grad():
+        try:
+            result = forward(hidden, torch.full_like(ids, experts), weights)
+        except Exception:  # whatever its code raises: it has no such id
+            return []
+    if bool((result == 0).all()):
+        return []
+    return [f"expert id {experts}, behind the last of its weights, adds to the output"]

@@ -1,9 +1,9 @@
-"""Hugging Face experts modules: those that `use_experts_implementation` has stamped.
+"""Experts modules with stacked weights: those that `use_experts_implementation` has stamped, and
+others of the same parameters and forward.
 
-Reads the stamps (`has_gate`, `has_bias`, `is_transposed`, `is_concatenated`, ...), asks `act_fn`
-and `_apply_gate` for their numbers, and compares the class's own forward with the definition.
-Not handled, with the reason: biases, a gate that is not act(gate) * up (clamps), norms behind an
-expert, expert parallelism.
+Reads how they are stored (models/storage.py), asks `act_fn`, `_apply_gate` or, without stamps, the
+forward for its numbers, and compares the class's own forward with the definition. Not handled, with
+the reason: a gate that is no `fp4moe.Activation`, norms behind an expert, expert parallelism.
 """
 
 from __future__ import annotations
@@ -14,22 +14,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..activations import ACTIVATIONS, identify_activation, probe_values
-from ..experts import ExpertWeights, split_gate_up
+from ..experts import ExpertWeights
 from .block import (
     Candidate,
     adapter_reasons,
+    named_activation,
     runs_own_forward,
     storage_reasons,
     stored_activation_scales,
     verify_against_definition,
 )
+from .storage import (
+    STAMPS,
+    Storage,
+    holds_experts,
+    is_stamped,
+    possible_storages,
+    probe_forward,
+)
 
 __all__ = ["describe_experts", "find_experts", "float_parameters", "is_experts_module"]
-__all__ += ["STAMPS"]
-
-# What `use_experts_implementation` sets on every instance.
-STAMPS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+__all__ += ["STAMPS", "is_stacked_experts"]
 
 # Where `experts_implementation="fp4moe"` keeps the fused experts of a module.
 FUSED_CHILD = "fp4moe"
@@ -45,13 +50,19 @@ TOP_K_NAMES = (
 
 def is_experts_module(module: nn.Module) -> bool:
     """Whether the module carries the decorator's stamps and is not fused already."""
-    stamped = all(hasattr(module, stamp) for stamp in STAMPS)
-    return stamped and FUSED_CHILD not in module._modules
+    return is_stamped(module) and FUSED_CHILD not in module._modules
+
+
+def is_stacked_experts(module: nn.Module) -> bool:
+    """Whether it is an experts module, with stamps or without, and not fused already."""
+    return holds_experts(module) and FUSED_CHILD not in module._modules
 
 
 def find_experts(model: nn.Module) -> list[Candidate]:
-    """Return a candidate for each stamped experts module."""
-    found = [describe_experts(path, m) for path, m in model.named_modules() if is_experts_module(m)]
+    """Return a candidate for each experts module."""
+    modules = {path: m for path, m in model.named_modules() if is_stacked_experts(m)}
+    config = getattr(model, "config", None)
+    found = [describe_experts(path, m, config) for path, m in modules.items()]
     reason = _half_loaded(model)
     for candidate in found:
         parent, _, name = candidate.path.rpartition(".")
@@ -79,10 +90,12 @@ def _half_loaded(model: nn.Module) -> str | None:
     )
 
 
-def describe_experts(path: str, module: Any) -> Candidate:
-    """Read one stamped experts module."""
-    name = "gate_up_proj" if module.has_gate else "up_proj"
-    tensors = {n: getattr(module, n, None) for n in (name, "down_proj")}
+def describe_experts(path: str, module: Any, config: Any = None) -> Candidate:
+    """Read one experts module; config is that of the model, for a module without its own."""
+    stamped = is_stamped(module)
+    gated = bool(module.has_gate) if stamped else "gate_up_proj" in module._parameters
+    names = ("gate_up_proj" if gated else "up_proj", "down_proj")
+    tensors = {n: getattr(module, n, None) for n in names}
     lazy: dict[str, torch.Tensor] = {
         n: p for n, p in tensors.items() if isinstance(p, nn.UninitializedParameter)
     }
@@ -91,89 +104,114 @@ def describe_experts(path: str, module: Any) -> Candidate:
         for n, p in tensors.items()
         if n not in lazy and isinstance(p, torch.Tensor) and p.ndim == 3
     }
-    candidate = Candidate(
-        path=path, module=module, parameters=parameters, gated=bool(module.has_gate)
-    )
-    config = module.config
-    candidate.top_k = next(
-        (getattr(config, n) for n in TOP_K_NAMES if isinstance(getattr(config, n, None), int)), None
-    )
+    candidate = Candidate(path=path, module=module, parameters=parameters, gated=gated)
+    candidate.top_k = _top_k(getattr(module, "config", config))
     reasons = candidate.reasons
     if len(parameters) != 2:
         if not lazy:
-            reasons.append(f"it has no 3-D parameters {name} and down_proj")
+            reasons.append(f"it has no 3-D parameters {names[0]} and down_proj")
         reasons += storage_reasons(module, lazy)
         return candidate
-    first, down = parameters[name], parameters["down_proj"]
-    rows, columns = (2, 1) if module.is_transposed else (1, 2)
-    candidate.num_experts, candidate.hidden_size = first.shape[0], first.shape[columns]
-    candidate.intermediate_size = first.shape[rows] // (2 if module.has_gate else 1)
+    candidate.num_experts = parameters[names[0]].shape[0]
+    storage: Storage | None = Storage.of(module) if stamped else None
+    if storage is None:
+        storage, candidate.activation, why = _by_its_forward(module)
+        reasons += [why] if why else []
+        # For the sizes alone, where no form fits.
+        storage = storage or next(possible_storages(module), None)
+        if storage is None:
+            return candidate
+    for _, name in storage.biases:
+        if isinstance(bias := getattr(module, name, None), torch.Tensor):
+            parameters[name] = bias
+    candidate.storage, candidate.biased = storage, bool(storage.biases)
+    candidate.hidden_size, candidate.intermediate_size = storage.sizes(parameters[storage.first])
     reasons += storage_reasons(module, parameters)
-    reasons += adapter_reasons(None, module, [*parameters])
     if not runs_own_forward(module):
         reasons.append("its forward was replaced on the instance; undo that first")
-    if module.has_bias:
-        reasons.append("its experts have biases, which the operator does not add")
     if getattr(module, "has_post_expert_norm", False):
         reasons.append("it has a norm behind each expert")
     if getattr(module, "_is_expert_parallel", False):
         reasons.append("it is split by expert parallelism; replace it before it is distributed")
-    candidate.activation, why = _activation(module)
-    if why:
-        reasons.append(why)
+    reasons += _shape_reasons(candidate, storage)
+    if stamped:
+        candidate.activation, why = _activation(module, storage)
+        reasons += [why] if why else []
     if reasons or candidate.activation is None:
         return candidate
-    layout = "gate_up" if module.is_concatenated else "gate_up_interleaved"
-    stacked = {"gate_up": first} if module.has_gate else {"up": first}
-    candidate.quantize = functools.partial(
-        _quantize,
-        module=module,
-        stacked=stacked,
-        down=down,
-        layout=layout,
-        transposed=module.is_transposed,
-        activation=candidate.activation,
-    )
-    candidate.verify = functools.partial(_verify, module, first, down, layout, candidate.activation)
+    options = {"module": module, "storage": storage, "activation": candidate.activation}
+    candidate.quantize = functools.partial(_quantize, **options)
+    candidate.verify = functools.partial(_verify, **options)
     return candidate
 
 
-def _quantize(method: str, *, module: nn.Module, stacked: dict, **options: Any) -> ExpertWeights:
+def _top_k(config: Any) -> int | None:
+    for owner in (config, getattr(config, "text_config", None)):
+        for name in TOP_K_NAMES:
+            if isinstance(value := getattr(owner, name, None), int):
+                return value
+    return None
+
+
+def _shape_reasons(candidate: Candidate, storage: Storage) -> list[str]:
+    """Return which parameters do not go with the first one."""
+    assert candidate.num_experts and candidate.hidden_size is not None
+    assert candidate.intermediate_size is not None
+    sizes = candidate.num_experts, candidate.hidden_size, candidate.intermediate_size
+    shapes = {n: tuple(p.shape) for n, p in candidate.parameters.items()}
+    wanted = storage.shapes(*sizes)
+    return [
+        f"{name} is {list(shapes[name]) if name in shapes else 'missing'}, which with "
+        f"{storage.first} {list(shapes[storage.first])} must be {list(shape)}"
+        for name, shape in wanted.items()
+        if shapes.get(name) != shape and name != storage.first
+    ]
+
+
+def _by_its_forward(module: Any) -> tuple[Storage | None, str | None, str]:
+    """Return (storage, activation, "") of a module without stamps, or (None, None, reason)."""
+    whys: list[str] = []
+    for storage in possible_storages(module):
+        try:
+            name, why = probe_forward(module, storage)
+        except Exception as error:  # the model's code may raise anything
+            whys.append(f"its forward cannot be asked for its numbers: {error}")
+            continue
+        if name is not None:
+            return storage, name, ""
+        whys.append(f"what its forward computes {why}")
+    held = {name: list(p.shape) for name, p in module._parameters.items() if p is not None}
+    return None, None, whys[0] if whys else f"its parameters {held} are no weights of experts"
+
+
+def _tensors(module: Any, storage: Storage) -> dict[str, torch.Tensor]:
+    return {name: getattr(module, name).detach() for name in storage.names}
+
+
+def _quantize(method: str, *, module: Any, storage: Storage, activation: str) -> ExpertWeights:
+    options = storage.quantize_arguments(_tensors(module, storage))
     options |= stored_activation_scales(module)
     with torch.no_grad():
-        return ExpertWeights.quantize(**stacked, method=method, **options)
+        return ExpertWeights.quantize(**options, activation=activation, method=method)
 
 
-def _verify(
-    module: Any, first: torch.Tensor, down: torch.Tensor, layout: str, activation: str
-) -> list[str]:
-    first, down = first.detach(), down.detach()
-    if module.is_transposed:
-        first, down = first.transpose(1, 2), down.transpose(1, 2)
-    gate, up = split_gate_up(first, layout) if module.has_gate else (None, first)
+def _verify(module: Any, storage: Storage, activation: str) -> list[str]:
     # The class's own loop, whatever implementation is configured, and what a subclass adds to it.
     eager = object.__new__(type(module))
     vars(eager).update(vars(module))
-    eager.config = _EagerConfig(module.config)
+    stamped = is_stamped(module)
+    if stamped:
+        eager.config = _EagerConfig(module.config)
     forward = functools.partial(type(module).forward, eager)
-    return verify_against_definition(forward, up=up, down=down, gate=gate, activation=activation)
+    parts = storage.split(_tensors(module, storage))
+    return verify_against_definition(forward, parts, activation, beyond=not stamped)
 
 
 def float_parameters(
     module: Any, weights: ExpertWeights, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Return packed weights as the stamped module would hold them, by parameter name."""
-    parts = weights.dequantize(dtype)
-    if not module.has_gate:
-        first = parts["up"]
-    elif module.is_concatenated:
-        first = torch.cat((parts["gate"], parts["up"]), 1)
-    else:
-        first = torch.stack((parts["gate"], parts["up"]), 2).flatten(1, 2)
-    named = {"gate_up_proj" if module.has_gate else "up_proj": first, "down_proj": parts["down"]}
-    if module.is_transposed:
-        named = {name: tensor.transpose(1, 2) for name, tensor in named.items()}
-    return {name: tensor.contiguous() for name, tensor in named.items()}
+    return Storage.of(module).join(weights.dequantize(dtype))
 
 
 class _EagerConfig:
@@ -188,34 +226,19 @@ class _EagerConfig:
         return getattr(self._config, name)
 
 
-def _activation(module: Any) -> tuple[str | None, str]:
+def _activation(module: Any, storage: Storage) -> tuple[str | None, str]:
     """Return (activation, "") or (None, why it is none of ours)."""
-    known = ", ".join(ACTIVATIONS)
-    if not module.has_gate:
-        name = identify_activation(module.act_fn)
-        return name, "" if name else f"its act_fn is not one of the activations {known}"
-    probe = probe_values()
-    # Every gate meets every sign and size of up.
-    gate, up = probe, probe.flip(1)
-    stacked = (
-        torch.cat((gate, up), 1)
-        if module.is_concatenated
-        else torch.stack((gate, up), 2).flatten(1)
-    )
+    method = "_apply_gate" if storage.gated else "act_fn"
+
+    def combine(gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
+        if gate is None:
+            return module.act_fn(up)
+        rows = {"gate": gate[..., None], "up": up[..., None], "down": up[..., None]}
+        stacked = Storage(True, storage.layout).join(rows)["gate_up_proj"]
+        return module._apply_gate(stacked[..., 0])
+
     try:
-        with torch.no_grad():
-            result = module._apply_gate(stacked)
+        name, why = named_activation(combine, storage.gated)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        return None, f"its _apply_gate refuses a float32 [1, {stacked.shape[1]}] probe: {error}"
-    for name, activation in ACTIVATIONS.items():
-        expected = activation.function(gate) * up
-        # 16 float32 roundings of a gate times |up| <= 40; the two GELUs differ by 4.7e-4 times
-        # |up|.
-        limit = 2e-6 * 40 * torch.clamp(expected.abs(), min=1.0)
-        if result.shape == expected.shape and bool(((result - expected).abs() <= limit).all()):
-            return name, ""
-    return (
-        None,
-        f"its _apply_gate is not act(gate) * up with one of the activations {known} (a clamp or a "
-        "variant?)",
-    )
+        return None, f"its {method} refuses a float32 probe of shape [1, N]: {error}"
+    return name, f"its {method} {why}" if why else ""

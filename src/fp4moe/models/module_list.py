@@ -2,7 +2,7 @@
 
 Structure proposes: two or more items with up, down (and gate) Linears, next to a router.
 Numbers decide: `module_list_probe` asks the experts' and the block's own forward.
-Not handled, with the reason: biases, unequal experts, norms and clamps within experts, hooks.
+Not handled, with the reason: unequal experts, norms within experts, hooks.
 """
 
 from __future__ import annotations
@@ -69,6 +69,11 @@ def _is_linear(module: Any) -> bool:
     return isinstance(getattr(module, "base_layer", module), nn.Linear)
 
 
+def _tensors(linear: Any) -> dict[str, torch.Tensor]:
+    bias = getattr(linear, "bias", None)
+    return {"weight": linear.weight} | ({} if bias is None else {"bias": bias})
+
+
 def _router(block: nn.Module, experts: str) -> str | None:
     count = len(getattr(block, experts))
     for name, child in block.named_children():
@@ -85,13 +90,15 @@ def _describe(
 ) -> Candidate:
     experts = list(getattr(block, name))
     parameters = {
-        f"{name}.{i}.{n}.weight": getattr(expert, n).weight
+        f"{name}.{i}.{n}.{part}": tensor
         for i, expert in enumerate(experts)
         for n in roles.values()
+        for part, tensor in _tensors(getattr(expert, n)).items()
     }
     candidate = Candidate(path=path, module=block, parameters=parameters, gated="gate" in roles)
     up = getattr(experts[0], roles["up"])
     candidate.num_experts = len(experts)
+    candidate.biased = any(key.endswith(".bias") for key in parameters)
     candidate.hidden_size, candidate.intermediate_size = up.in_features, up.out_features
     reasons = candidate.reasons
     reasons += storage_reasons(block, parameters)
@@ -146,8 +153,6 @@ def _expert_reasons(experts: list[nn.Module], roles: dict[str, str]) -> list[str
                 reasons.append(f"{where} is in an adapter ({adapter}); {MERGE}")
             elif type(linear) is not nn.Linear:
                 reasons.append(f"{where} is a {type(linear).__name__}, not a plain Linear")
-            elif linear.bias is not None:
-                reasons.append(f"{where} has a bias, which the operator does not add")
             elif (linear.out_features, linear.in_features) != expected[role]:
                 size = [linear.out_features, linear.in_features]
                 reasons.append(f"{where} is {size}, that of expert 0 {list(expected[role])}")
@@ -202,9 +207,18 @@ def _quantize(
     """Pack one expert after the other: only packed tensors are ever stacked."""
     packed: dict[str, torch.Tensor] = {}
     metadata: dict[str, Any] = {}
+    biased = any(getattr(e, n).bias is not None for e in experts for n in roles.values())
     with torch.no_grad():
         for index, expert in enumerate(experts):
             weights = {r: getattr(expert, n).weight.detach()[None] for r, n in roles.items()}
+            if biased:
+                # Those that lack one have zeros, as ExpertWeights does for a whole layer.
+                weights |= {
+                    f"{r}_bias": weights[r].new_zeros(1, weights[r].shape[1])
+                    if (bias := getattr(expert, n).bias) is None
+                    else bias.detach()[None]
+                    for r, n in roles.items()
+                }
             one = ExpertWeights.quantize(**weights, activation=activation, method=method)
             for name, tensor in one.tensors().items():
                 if index == 0:

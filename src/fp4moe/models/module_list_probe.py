@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..activations import ACTIVATIONS, get_activation, probe_values
+from ..activations import get_activation
 from ..random_floats import random_normal
 from ..reference import sum_over_experts
-from .block import VERIFY_LIMIT
+from .block import VERIFY_LIMIT, named_activation, relative_error
 from .module_list_block import BlockForm, FusedMoeBlock
 
 __all__ = ["FloatExperts", "confirm_form", "find_form", "identify_expert"]
@@ -35,7 +35,7 @@ class FloatExperts(nn.Module):
     def __init__(self, experts: Sequence[nn.Module], roles: dict[str, str], activation: str):
         super().__init__()
         self.parts = [{role: getattr(e, name) for role, name in roles.items()} for e in experts]
-        self.activation = get_activation(activation).function
+        self.activation = get_activation(activation)
 
     def forward(
         self, hidden: torch.Tensor, expert_ids: torch.Tensor, routing_weights: torch.Tensor
@@ -45,11 +45,8 @@ class FloatExperts(nn.Module):
 
         def apply(expert: int, token: torch.Tensor | slice) -> torch.Tensor:
             part, rows = self.parts[expert], x[token]
-            y = _float_linear(part["up"], rows)
-            if "gate" in part:
-                y = self.activation(_float_linear(part["gate"], rows)) * y
-            else:
-                y = self.activation(y)
+            gate = _float_linear(part["gate"], rows) if "gate" in part else None
+            y = self.activation.combine(_float_linear(part["up"], rows), gate)
             return _float_linear(part["down"], y)
 
         out = sum_over_experts(expert_ids, routing_weights, 0, len(self.parts), apply)
@@ -67,12 +64,25 @@ class _Probe(nn.Linear):
         return (input.flip(-1) if self.flip else input) * self.factor
 
 
+class _Part(_Probe):
+    """Stands for a Linear: one half of the features, or for `which` None all of them twice."""
+
+    def __init__(self, which: int | None):
+        super().__init__(1.0, False, torch.device("cpu"))
+        self.which = which
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.which is None:
+            return torch.cat((input, input), -1)
+        return input.chunk(2, -1)[self.which]
+
+
 def _float_linear(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return (
-        linear(x)
-        if isinstance(linear, _Probe)
-        else F.linear(x, linear.get_parameter("weight").float())
-    )
+    if isinstance(linear, _Probe):
+        return linear(x)
+    bias = linear._parameters.get("bias")
+    bias = None if bias is None else bias.float()
+    return F.linear(x, linear.get_parameter("weight").float(), bias)
 
 
 def _shallow(module: nn.Module) -> nn.Module:
@@ -96,32 +106,23 @@ def _probe_expert(
 
 def identify_expert(expert: nn.Module, roles: dict[str, str]) -> tuple[str | None, str]:
     """Run an expert's own forward on element-wise Linears: (activation, "") or (None, reason)."""
-    gate = probe_values()
-    # Every gate meets every sign and size of up.
-    up = gate.flip(-1) if "gate" in roles else 1.0
+    probe, gated = _shallow(expert), "gate" in roles
+    for role, name in roles.items():
+        probe._modules[name] = _Part({"gate": 0, "up": 1}.get(role))
+
+    def combine(gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
+        # The input holds gate and up side by side; the output what goes into down, twice.
+        result = probe(torch.cat((up if gate is None else gate, up), -1))
+        if result.shape != (1, 2 * up.shape[1]):
+            raise ValueError(f"a result of shape {list(result.shape)} for [1, {2 * up.shape[1]}]")
+        return result[:, : up.shape[1]]
+
     try:
         with torch.no_grad():
-            result = _probe_expert(expert, roles, (1.0, 1.0), gate.device)(gate.clone())
-        if result.shape != gate.shape:
-            raise ValueError(f"a result of shape {list(result.shape)} for {list(gate.shape)}")
+            name, why = named_activation(combine, gated)
     except Exception as error:  # the model's code may raise anything
         return None, f"whose forward cannot be asked for its numbers: {error}"
-    errors, near = {}, {}
-    for name, activation in ACTIVATIONS.items():
-        expected = activation.function(gate) * up
-        # 16 float32 roundings, times |up| <= 40 where gated.
-        limit = 2e-6 * (40 if "gate" in roles else 1) * expected.abs().clamp(min=1.0)
-        if bool(((result - expected).abs() <= limit).all()):
-            return name, ""
-        errors[name] = _relative(result, expected)
-        # A clamp at large values must not hide which activation it is.
-        near[name] = _relative(result[gate.abs() <= 4], expected[gate.abs() <= 4])
-    closest = min(near, key=lambda name: near[name])
-    form = "act(gate) * up" if "gate" in roles else "act(up)"
-    return None, (
-        f"which is not down({form}) with one of our activations; closest is {closest}, relative "
-        f"error {errors[closest]:.2g} (a clamp, a norm or a variant?)"
-    )
+    return name, f"whose inner function {why}" if why else ""
 
 
 def _record_calls(router: nn.Module, calls: list) -> nn.Module:
@@ -218,14 +219,6 @@ def _given_routings(result: Any, factors: list[float]) -> Iterator[dict]:
                 yield {**given, "scaling": scaling}
 
 
-def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    if actual.shape != expected.shape:
-        return float("inf")
-    difference, size = (actual.float() - expected.float()).norm(), expected.float().norm()
-    error = float(difference / size) if bool(size != 0) else float(difference)
-    return error if error == error else float("inf")
-
-
 def _predict(block: nn.Module, form: BlockForm, experts: nn.Module, hidden: torch.Tensor) -> Any:
     try:
         return FusedMoeBlock(block, form, experts)(hidden)
@@ -269,7 +262,7 @@ def find_form(
             options = {**routing, "shared": name, "shared_gate": gate, "latent": latent}
             guess = dataclasses.replace(form, **options)
             predicted = _predict(twin, guess, definition, hidden)
-            errors[guess] = _relative(_output(result), _output(predicted))
+            errors[guess] = relative_error(_output(result), _output(predicted))
     if not errors:
         return None, f"its {router} returns neither logits nor expert ids with their weights"
     fitting = {}
@@ -277,10 +270,10 @@ def find_form(
     for guess in passed:
         results = [_predict(twin, guess, definition, hidden) for hidden, _ in runs]
         pairs = list(zip((result for _, result in runs), results, strict=True))
-        errors[guess] = max(_relative(_output(x), _output(y)) for x, y in pairs)
+        errors[guess] = max(relative_error(_output(x), _output(y)) for x, y in pairs)
         if errors[guess] <= limit:
             fitting[guess] = torch.cat([_output(result).reshape(-1) for result in results])
-            if form.logits_rank and not max(_relative(x[1], y[1]) for x, y in pairs) <= limit:
+            if form.logits_rank and not max(relative_error(x[1], y[1]) for x, y in pairs) <= limit:
                 return None, "its second result is not what its router returns"
     closest = min(passed or errors, key=lambda guess: errors[guess])
     if not fitting:
@@ -290,7 +283,9 @@ def find_form(
         )
     best = next(iter(fitting))
     # Forms that are equal in exact arithmetic (top_k = 1 renormalised, ...) count as one.
-    others = [g for g, result in fitting.items() if _relative(result, fitting[best]) > limit / 10]
+    others = [
+        g for g, result in fitting.items() if relative_error(result, fitting[best]) > limit / 10
+    ]
     if others:
         return None, f"its numbers cannot tell {best} from {others[0]}"
     return best, ""
@@ -377,7 +372,7 @@ def confirm_form(
     if calls and (dtype := calls[-1][0][0].dtype) != weight.dtype:
         form = dataclasses.replace(form, router_dtype=dtype)
     expected = _output(_predict(block, form, experts, hidden))
-    difference, limit = _relative(actual, expected), VERIFY_LIMIT[weight.dtype]
+    difference, limit = relative_error(actual, expected), VERIFY_LIMIT[weight.dtype]
     if difference <= limit:
         return form, []
     return form, [

@@ -2,13 +2,12 @@
 
 Everything is checked, the numbers included, before the first module changes; then one layer after
 the other is packed and its float weights are freed, so that the peak stays below the size of the
-model plus two layers. The router stays as it is, or is left its logits (routing="fused"). Not
+model plus two layers. The router stays as it is, or chooses in one launch (routing="fused"). Not
 handled: gradients of the experts, calibration, checkpoints.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections import defaultdict
 from typing import TypeVar
@@ -33,11 +32,11 @@ from ..module import FusedExperts
 from ..padding import round_up
 from ..progress import progress_bar
 from ..report import BlockReport, ModelReport
-from ..routed import RoutedExperts
 from .block import ON_META, Candidate, carry_hooks, stored_activation_scales, value_reasons
 from .experts_module import find_experts
 from .module_list import find_module_lists
-from .routers import FusedRouting, plan_fused_routing
+from .routers import FusedRouter, fuse_router
+from .routing_plan import fused_router_beside, plan_fused_routing
 
 __all__ = ["asked_of", "explain", "find_candidates", "replace_moe"]
 
@@ -80,8 +79,8 @@ def replace_moe(
         method: "max" or "mse", see `fp4moe.quantize_nvfp4`.
         hidden_alignment: 128, 256 or 512: what the Blackwell kernel pads the hidden size to; other
             kernels do not need it.
-        routing: "given": the model's own router chooses. "fused": the kernel does, from the
-            router's logits; `output_router_logits` then finds no router to record.
+        routing: "given": the model's own router stays as it is. "fused": it chooses in one launch
+            and returns the same.
 
     Returns:
         The same model.
@@ -95,12 +94,11 @@ def replace_moe(
     check_choice("hidden_alignment", hidden_alignment, HIDDEN_ALIGNMENTS, caller="replace_moe")
     check_choice("routing", routing, ROUTINGS, caller="replace_moe")
     _refuse_other_kernels(model, kernel)
-    _refuse_other_routing(model, routing)
     candidates = find_candidates(model)
-    if not candidates:
-        if any(isinstance(m, FusedExperts) for m in model.modules()):
-            logger.info("replace_moe: every block of %s is fused already", type(model).__name__)
-            return model
+    present = {p: m.num_experts for p, m in model.named_modules() if isinstance(m, FusedExperts)}
+    if not candidates and present:
+        logger.info("replace_moe: every block of %s is fused already", type(model).__name__)
+    elif not candidates:
         must(
             "replace_moe: model",
             "have mixture-of-experts blocks",
@@ -109,55 +107,36 @@ def replace_moe(
             "expert MLPs.",
             error=UnsupportedError,
         )
-    refused = {}
     root = type(model).__name__
-    for candidate in progress_bar(candidates, show=progress, desc="checking experts", leave=False):
-        reasons = (
-            candidate.reasons or value_reasons(candidate) or _kernel_reasons(candidate, kernel)
-        )
-        if reasons:
-            refused[candidate.path] = reasons
-    plans: dict[str, FusedRouting] = {}
-    if routing == "fused":
-        plans, unroutable = _plan_routing(
-            model, [c for c in candidates if c.path not in refused], kernel
-        )
-        refused |= unroutable
+    refused = _refused(candidates, kernel, progress)
+    blocks = present | {c.path: c.num_experts for c in candidates if c.path not in refused}
+    plans, unroutable = plan_fused_routing(model, blocks if routing == "fused" else {})
+    refused |= unroutable
     if refused and strict:
         listed = " ".join(f"{path or root}: {'; '.join(why)}." for path, why in refused.items())
         raise UnsupportedError(
             f"replace_moe: model must have only blocks that can be replaced; got {len(refused)} of "
-            f"{len(candidates)} that "
+            f"{len({*blocks, *refused})} that "
             f"cannot. {listed} Pass strict=False to leave these as they are."
         )
     for path, why in refused.items():
         logger.warning("replace_moe: %s is left as it is: %s", path or root, "; ".join(why))
     paths = [c.path for c in candidates if c.path not in refused]
     jobs = {c.path: c for c in candidates}
-    # The lists must not keep a replaced layer's weights alive.
-    del candidates, candidate
+    # The list must not keep a replaced layer's weights alive.
+    del candidates
     for path in progress_bar(paths, show=progress, desc="packing experts"):
         job = jobs.pop(path)
         assert job.quantize is not None
-        plan = plans.get(path)
-        if plan is None:
-            experts = FusedExperts(
-                job.quantize(method), kernel, hidden_alignment=hidden_alignment, top_k=job.top_k
-            )
-        else:
-            experts = RoutedExperts(
-                job.quantize(method),
-                plan.routing,
-                kernel,
-                hidden_alignment=hidden_alignment,
-                output_scale=plan.output_scale,
-            )
+        experts = FusedExperts(
+            job.quantize(method), kernel, hidden_alignment=hidden_alignment, top_k=job.top_k
+        )
         fused = job.build(experts)
         fused.train(job.module.training)
         carry_hooks(job.module, fused)
-        if plan is not None:
-            _set_submodule(model, plan.path, plan.router)
         _set_submodule(model, path, fused)
+    for plan in plans.values():
+        fuse_router(model.get_submodule(plan.path), plan.routing)
     return model
 
 
@@ -175,11 +154,23 @@ def explain(model: nn.Module, kernel: str = "auto", *, only_structure: bool = Fa
         rows[candidate.path] = _candidate_row(candidate, kernel, reasons)
     for path, module in model.named_modules():
         if isinstance(module, FusedExperts):
-            rows[path] = _fused_row(path, module)
+            rows[path] = _fused_row(path, module, fused_router_beside(model, path))
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     return ModelReport(
         type(model).__name__, tuple(sorted(rows.values(), key=lambda row: order[row.path]))
     )
+
+
+def _refused(candidates: list[Candidate], kernel: str, progress: bool) -> dict[str, list[str]]:
+    """Return the reasons against those that cannot be replaced, by path."""
+    refused = {}
+    for candidate in progress_bar(candidates, show=progress, desc="checking experts", leave=False):
+        reasons = (
+            candidate.reasons or value_reasons(candidate) or _kernel_reasons(candidate, kernel)
+        )
+        if reasons:
+            refused[candidate.path] = reasons
+    return refused
 
 
 def _refuse_other_kernels(model: nn.Module, kernel: str) -> None:
@@ -190,19 +181,6 @@ def _refuse_other_kernels(model: nn.Module, kernel: str) -> None:
                 "replace_moe: kernel",
                 "be that of the blocks which are fused already",
                 f"{kernel!r}, but {path or type(model).__name__} has {present!r}",
-                "Load the float model again.",
-                error=UnsupportedError,
-            )
-
-
-def _refuse_other_routing(model: nn.Module, routing: str) -> None:
-    for path, module in model.named_modules():
-        given = isinstance(module, FusedExperts) and not isinstance(module, RoutedExperts)
-        if given and routing == "fused":
-            must(
-                "replace_moe: routing",
-                "be that of the blocks which are fused already",
-                f"{routing!r}, but {path or type(model).__name__} has 'given'",
                 "Load the float model again.",
                 error=UnsupportedError,
             )
@@ -246,21 +224,6 @@ def _kernel_reasons(candidate: Candidate, kernel: str) -> list[str]:
     return choose_kernel(kernel, *asked_of(candidate))[1]
 
 
-def _plan_routing(
-    model: nn.Module, candidates: list[Candidate], kernel: str
-) -> tuple[dict[str, FusedRouting], dict[str, list[str]]]:
-    plans, refused = plan_fused_routing(model, candidates)
-    for candidate in candidates:
-        if plan := plans.get(candidate.path):
-            layer, capability = asked_of(candidate)
-            layer = dataclasses.replace(layer, top_k=plan.routing.top_k)
-            name = select_kernel(kernel, layer, capability, caller="replace_moe")
-            reasons = get_kernel(name).reasons_not_to_route(layer, plan.routing)
-            if reasons:
-                refused[candidate.path] = [f"{name}: {why}" for why in reasons]
-    return plans, refused
-
-
 def _candidate_row(candidate: Candidate, kernel: str, reasons: list[str]) -> BlockReport:
     name, padded = None, None
     if not reasons:
@@ -293,10 +256,9 @@ def _candidate_row(candidate: Candidate, kernel: str, reasons: list[str]) -> Blo
     )
 
 
-def _fused_row(path: str, module: FusedExperts) -> BlockReport:
+def _fused_row(path: str, module: FusedExperts, router: FusedRouter | None) -> BlockReport:
     meta, prepared = module.metadata, module.prepared.operands
-    routing = module.routing if isinstance(module, RoutedExperts) else None
-    notes = [f"the kernel routes ({routing.method})"] if routing else []
+    notes = [f"its router chooses in one launch ({router.routing.method})"] if router else []
     scales = module.activation_scales()
     if not prepared.hidden_scale.is_meta and all(bool((s == 1).all()) for s in scales):
         notes.append("activation ranges are not calibrated (only W4A4 kernels use them)")
@@ -308,7 +270,7 @@ def _fused_row(path: str, module: FusedExperts) -> BlockReport:
         activation=meta["activation"],
         gated=meta["gated"],
         num_experts=meta["num_experts"],
-        top_k=routing.top_k if routing else None,
+        top_k=router.routing.top_k if router else None,
         hidden_size=meta["hidden_size"],
         intermediate_size=meta["intermediate_size"],
         padded_sizes=(prepared.down_packed.shape[1], prepared.down_packed.shape[2] * 2),

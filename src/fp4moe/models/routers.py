@@ -1,36 +1,27 @@
-"""Blocks whose kernel chooses the experts: their router returns logits and leaves the choice to it.
+"""Routers that choose in one launch: fp4moe::choose_experts instead of a model's own torch code.
 
-Class names propose (ROUTERS), numbers decide: a router must agree with the reference kernel on
-random tokens, and a run of the float block must show that its choice reaches the experts only.
-Not handled, with the reason: other routers, weights that are not renormalised, ModuleLists,
-`output_router_logits`.
+A fused router is the same module with the same tensors and hooks, and it returns what the model's
+own does, so that blocks may use the values as they like. Whether a router is one of these is asked
+in routing_plan.py. Not handled: weights that are not renormalised.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
 from ..kernels import Routing
-from ..precision import float32_as_written
-from ..random_floats import random_normal
-from ..routing import ROUNDINGS, route
-from .block import Candidate, storage_reasons
-from .experts_module import is_experts_module
-from .routing_trace import RoutingTrace, watch, ways_to_run
 
-__all__ = ["ROUTERS", "FusedRouting", "LogitsRouter", "RouterForm", "plan_fused_routing"]
+__all__ = ["ROUTERS", "FusedRouter", "RouterForm", "fuse_router", "fused_copy", "read_routing"]
 
 Logits = Callable[[Any, torch.Tensor], torch.Tensor]
-ROUTER_WORDS = ("gate", "rout")
-PROBE_TOKENS = 64
 
 
 def _linear_logits(router: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -55,8 +46,9 @@ class RouterForm:
         logits: (router, hidden) -> [T, E], as the class computes them.
         projection: the [E, H] weight.
         top_k, bias, num_groups, top_groups, scaling: see `Routing`; None where it has none.
-        output_scale: [E] factor of each expert's weight, which moves into the experts.
-        constants: plain values that `logits` reads.
+        output_scale: [E] factor of each expert's weight.
+        probabilities: whether softmax(logits) in float32 comes first in its results, not logits.
+        cast: whether its weights have the dtype of the logits, not float32.
     """
 
     method: str
@@ -68,10 +60,12 @@ class RouterForm:
     top_groups: str | None = None
     scaling: str | None = None
     output_scale: str | None = None
-    constants: tuple[str, ...] = ()
+    probabilities: bool = False
+    cast: bool = False
 
 
 _SOFTMAX = RouterForm("softmax_topk", _linear_logits, "weight", "top_k")
+_SOFTMAX_CAST = dataclasses.replace(_SOFTMAX, cast=True)
 _SIGMOID = RouterForm(
     "sigmoid_topk",
     _float32_logits,
@@ -88,9 +82,9 @@ _GEMMA4 = RouterForm(
     "proj.weight",
     "config.top_k_experts",
     output_scale="per_expert_scale",
-    constants=("scalar_root_size",),
+    probabilities=True,
 )
-# By class name, transformers 5.23.
+# By class name, transformers 5.17 to 5.24.
 ROUTERS: dict[str, RouterForm] = {
     "Gemma4TextRouter": _GEMMA4,
     **dict.fromkeys(
@@ -106,248 +100,96 @@ ROUTERS: dict[str, RouterForm] = {
         ),
         _SIGMOID,
     ),
+    **dict.fromkeys(("MiniMaxTopKRouter", "MixtralTopKRouter"), _SOFTMAX),
     **dict.fromkeys(
         (
             "FlexOlmoTopKRouter",
             "MellumTopKRouter",
-            "MiniMaxTopKRouter",
-            "MixtralTopKRouter",
             "OlmoeTopKRouter",
             "Qwen2MoeTopKRouter",
             "Qwen3MoeTopKRouter",
             "Qwen3NextTopKRouter",
             "Qwen3_5MoeTopKRouter",
         ),
-        _SOFTMAX,
+        _SOFTMAX_CAST,
     ),
 }
 
 
-class LogitsRouter(nn.Module):
-    """A router without its choice: hidden [..., H] -> (logits [T, E], routing bias, logits).
+class FusedRouter(nn.Module):
+    """A router of a model that calls fp4moe::choose_experts; all else is the model's own class.
 
-    It stands where the router did and holds the same tensors under the same names, all but
-    `form.output_scale`. The block hands the second and third result to its experts as weights and
-    ids; there RoutedExperts takes them as bias ([E], or [0] for none) and logits.
+    A module becomes one by `fuse_router`, which gives it a class derived from this and from its
+    own, as FSDP2 does: names, tensors, hooks and isinstance stay.
+
+    Attributes:
+        kind, form: its own class, and how that routes.
+        routing: how it chooses.
     """
 
-    def __init__(self, router: nn.Module, form: RouterForm):
-        super().__init__()
-        self.form = form
-        for name, parameter in router._parameters.items():
-            if name != form.output_scale:
-                self.register_parameter(name, parameter)
-        for name, buffer in router._buffers.items():
-            persistent = name not in router._non_persistent_buffers_set
-            self.register_buffer(name, buffer, persistent=persistent)
-        for name, module in router.named_children():
-            self.add_module(name, module)
-        for name in form.constants:
-            setattr(self, name, getattr(router, name))
-        if form.bias is None:
-            empty = torch.empty(
-                0, dtype=torch.float32, device=attrgetter(form.projection)(router).device
-            )
-            self.register_buffer("no_bias", empty, persistent=False)
-        self.training = router.training
+    kind: ClassVar[type[nn.Module]]
+    form: ClassVar[RouterForm]
+    routing: Routing
 
     def forward(
         self, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the logits twice, around the bias."""
-        logits = self.form.logits(self, hidden_states)
-        return logits, getattr(self, self.form.bias or "no_bias"), logits
-
-
-@dataclasses.dataclass
-class FusedRouting:
-    """How the kernel routes for one block.
-
-    Attributes:
-        path: dotted name of the router.
-        router: what takes its place.
-        routing, output_scale: for RoutedExperts.
-    """
-
-    path: str
-    router: LogitsRouter
-    routing: Routing
-    output_scale: torch.Tensor | None
-
-
-def plan_fused_routing(
-    model: nn.Module, candidates: Iterable[Candidate]
-) -> tuple[dict[str, FusedRouting], dict[str, list[str]]]:
-    """Return (plans, reasons against) by the candidates' paths; changes nothing.
-
-    Runs routers and float blocks on random tokens. A block that needs more than hidden states is
-    run as a part of the nearest model around it that takes token ids.
-    """
-    plans: dict[str, FusedRouting] = {}
-    refused: dict[str, list[str]] = {}
-    traces: dict[str, RoutingTrace] = {}
-    for candidate in candidates:
-        router, why = _find_router(model, candidate)
-        if router is not None:
-            plan, why = _describe(router, candidate, model.get_submodule(router))
-            if plan is not None:
-                plans[candidate.path] = plan
-                parent = model.get_submodule(candidate.path.rpartition(".")[0])
-                traces[candidate.path] = RoutingTrace(
-                    parent, model.get_submodule(router), candidate.module
-                )
-        if why:
-            refused[candidate.path] = [why]
-    for path, trace in traces.items():
-        weight = attrgetter(plans[path].router.form.projection)(trace.router)
-        for run in ways_to_run(model, path, weight):
-            if trace.finished:
-                break
-            with float32_as_written(weight.device):
-                watch(run, [t for t in traces.values() if not t.finished])
-        if why := trace.problem or trace.error:
-            refused[path] = [why]
-            del plans[path]
-    return plans, refused
-
-
-def _find_router(model: nn.Module, candidate: Candidate) -> tuple[str | None, str]:
-    """Return (the router's dotted name, "") or (None, why there is none)."""
-    if not is_experts_module(candidate.module):
-        return None, "its block loops over a ModuleList and routes by itself; use routing='given'"
-    if getattr(candidate.module.config, "output_router_logits", False):
-        return None, (
-            "its configuration sets output_router_logits, which records the model's own router; "
-            "set it to False"
+        """Return (logits or probabilities [T, E], routing weights [T, K], expert ids [T, K])."""
+        form = self.form
+        logits = form.logits(self, hidden_states)
+        nothing = logits.new_empty(0)
+        ids, weights = torch.ops.fp4moe.choose_experts.default(
+            logits.reshape(-1, logits.shape[-1]),
+            getattr(self, form.bias) if form.bias else nothing,
+            getattr(self, form.output_scale) if form.output_scale else nothing,
+            *self.routing,
         )
-    prefix, _, own = candidate.path.rpartition(".")
-    parent = model.get_submodule(prefix)
-    children = {name: type(c).__name__ for name, c in parent.named_children() if name != own}
-    known = [name for name, kind in children.items() if kind in ROUTERS]
-    if len(known) == 1:
-        return f"{prefix}.{known[0]}".lstrip("."), ""
-    if known:
-        return None, f"its parent has several routers: {', '.join(known)}"
-    near = [f"{n} ({k})" for n, k in children.items() if any(w in n for w in ROUTER_WORDS)]
-    if near:
-        return None, f"{', '.join(near)} beside it is no router of a class in fused_routing.ROUTERS"
-    return None, f"its parent {type(parent).__name__} holds no router beside it"
+        if form.cast:
+            weights = weights.to(logits.dtype)
+        shape = (*logits.shape[:-1], self.routing.top_k)
+        first = logits.softmax(-1, torch.float32) if form.probabilities else logits
+        return first, weights.reshape(shape), ids.reshape(shape)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copy and pickle by its own class, which can be imported."""
+        return _blank, (self.kind,), vars(self)
 
 
-def _describe(path: str, candidate: Candidate, router: Any) -> tuple[FusedRouting | None, str]:
-    """Return (plan, "") for a router whose numbers agree, or (None, why it has none)."""
-    name = type(router).__name__
-    form = ROUTERS[name]
-    tensors = {**dict(router.named_parameters()), **dict(router.named_buffers())}
-    if reasons := storage_reasons(router, tensors):
-        return None, f"in its router {name}: {'; '.join(reasons)}"
-    if any("forward" in vars(module) for module in router.modules()):
-        return None, f"the forward of its router {name} was replaced on the instance"
-    if not getattr(router, "norm_topk_prob", True):
-        return None, f"its router {name} has norm_topk_prob=False, and kernels renormalise"
-    try:
-        routing = _routing(router, form)
-        replacement = LogitsRouter(router, form)
-        scale = getattr(router, form.output_scale) if form.output_scale else None
-        for probe, dtype in _probes(router, form):
-            why = _difference(probe, form, routing, dtype, candidate.num_experts)
-            if why:
-                return None, f"its router {name} {why}"
-    except Exception as raised:  # the model's code may raise anything
-        return None, f"its router {name} is not of the known form: {raised}"
-    return FusedRouting(path, replacement, routing, None if scale is None else scale.detach()), ""
+@functools.cache
+def _derived(kind: Any) -> type[FusedRouter]:
+    own = {"kind": kind, "form": ROUTERS[kind.__name__], "__module__": __name__}
+    return type(f"Fused{kind.__name__}", (FusedRouter, kind), own)
 
 
-def _routing(router: Any, form: RouterForm) -> Routing:
+def _blank(kind: Any) -> FusedRouter:
+    derived = _derived(kind)
+    return derived.__new__(derived)
+
+
+def fuse_router(router: Any, routing: Routing) -> None:
+    """Let a router of a class in ROUTERS choose by the operator, in place."""
+    kind: Any = type(router)
+    if not isinstance(router, FusedRouter):
+        router.__class__ = _derived(kind)
+    router.routing = routing
+
+
+def fused_copy(router: nn.Module, routing: Routing) -> FusedRouter:
+    """Return what a router would become; it shares the tensors."""
+    fused = _blank(type(router))
+    vars(fused).update(vars(router), routing=routing)
+    return fused
+
+
+def read_routing(router: Any) -> Routing:
+    """Return how a router of a class in ROUTERS says that it chooses."""
+    form = ROUTERS[type(router).__name__]
+
     def read(name: str | None) -> Any:
         return 1 if name is None else attrgetter(name)(router)
 
     groups, kept = int(read(form.num_groups)), int(read(form.top_groups))
     if groups == kept:
-        # Nothing is dropped, and kernels limit the number of groups.
+        # Nothing is dropped, and TRT-LLM-Gen limits the number of groups.
         groups = kept = 1
     return Routing(form.method, int(read(form.top_k)), groups, kept, float(read(form.scaling)))
-
-
-def _probes(router: Any, form: RouterForm) -> Iterator[tuple[Any, torch.dtype]]:
-    yield router, attrgetter(form.projection)(router).dtype
-    precise = copy.deepcopy(router).float()
-    yield precise, torch.float32
-    if form.bias is not None:
-        # Negative scores tell -inf from 0 for the experts of dropped groups.
-        bias = getattr(precise, form.bias)
-        random = random_normal(torch.Generator("cpu").manual_seed(1), bias.shape) - 2
-        bias.data.copy_(random)
-        yield precise, torch.float32
-
-
-def _difference(
-    router: Any, form: RouterForm, routing: Routing, dtype: torch.dtype, num_experts: int | None
-) -> str:
-    """Run a router and the reference kernel's routing; return how they differ, "" if they agree."""
-    weight = attrgetter(form.projection)(router)
-    sizes = torch.logspace(-1, 1, PROBE_TOKENS, dtype=torch.float32, device="cpu")[:, None]
-    generator = torch.Generator("cpu").manual_seed(0)
-    hidden = random_normal(generator, (PROBE_TOKENS, weight.shape[1])) * sizes
-    hidden = hidden.to(weight.device, dtype)
-    with torch.no_grad(), float32_as_written(weight.device):
-        _, weights, ids = router(hidden)
-        logits, bias, _ = LogitsRouter(router, form)(hidden)
-        if logits.shape[1] != num_experts:
-            return f"has logits of {logits.shape[1]} experts, not {num_experts}"
-        expected_ids, expected = route(logits, bias, routing)
-        if form.output_scale is not None:
-            expected = expected * getattr(router, form.output_scale).float()[expected_ids]
-        clear = _clear(logits, bias, routing)
-    if int(clear.sum()) < PROBE_TOKENS // 4:
-        return (
-            f"scores experts alike for all but {int(clear.sum())} of {PROBE_TOKENS} random "
-            f"tokens in {dtype}, too few to compare"
-        )
-    if ids.shape != expected_ids.shape:
-        return f"returns ids of shape {list(ids.shape)}, not {list(expected_ids.shape)}"
-    (ids, order), (expected_ids, expected_order) = ids.sort(), expected_ids.sort()
-    other = clear & (ids != expected_ids).any(1)
-    if bool(other.any()):
-        token = int(other.nonzero()[0])
-        return (
-            f"does not choose as {routing.method}: experts {ids[token].tolist()} instead of "
-            f"{expected_ids[token].tolist()} for a random token in {dtype}"
-        )
-    actual, expected = weights.gather(1, order).float(), expected.gather(1, expected_order)
-    # Beyond the roundings in float32, the router's own cast.
-    info = torch.finfo(weights.dtype)
-    allowed = (ROUNDINGS + info.eps / 2) * expected.abs() + info.tiny * info.eps
-    excess = ((actual - expected).abs() / allowed)[clear].nan_to_num(nan=torch.inf)
-    if bool((excess > 1).any()):
-        worst = int(excess.argmax())
-        pair = float(actual[clear].flatten()[worst]), float(expected[clear].flatten()[worst])
-        return (
-            f"does not weight as {routing.method}: {pair[0]:.6g} instead of {pair[1]:.6g} for a "
-            f"random token in {dtype}"
-        )
-    return ""
-
-
-def _clear(logits: torch.Tensor, bias: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Return which tokens choose the same experts whatever the last bits of their scores are."""
-    scores = logits.float()
-    scores = scores.softmax(-1) if routing.method == "softmax_topk" else scores.sigmoid()
-    if bias.numel():
-        scores = scores + bias.float()
-
-    def gap(values: torch.Tensor, count: int) -> torch.Tensor:
-        if count == values.shape[1]:
-            return torch.full_like(values[:, 0], torch.inf)
-        ordered = values.sort(descending=True).values
-        return ordered[:, count - 1] - ordered[:, count]
-
-    margin = ROUNDINGS * (1 + scores.abs().amax(-1))
-    clear = torch.ones_like(margin, dtype=torch.bool)
-    if routing.num_groups > 1:
-        grouped = scores.unflatten(1, (routing.num_groups, -1))
-        totals = grouped.topk(2).values.sum(-1)
-        clear = gap(totals, routing.top_groups) > 2 * margin
-        kept = torch.zeros_like(totals).scatter(1, totals.topk(routing.top_groups).indices, 1)
-        scores = grouped.masked_fill(kept[..., None] == 0, -torch.inf).flatten(1)
-    return clear & (gap(scores, routing.top_k) > margin)

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, must
-from ..models.block import ON_META
-from ..models.experts_module import find_experts
+from ..models.block import ON_META, Candidate
 
 __all__ = ["config_errors", "experts_refusals", "model_class", "model_on_meta", "one_line"]
 
@@ -84,7 +83,7 @@ def _build(transformers: Any, source: str | os.PathLike[str], caller: str) -> An
         torch.set_default_dtype(dtype)
 
 
-def experts_refusals(model: Any) -> list[str]:
+def experts_refusals(candidates: list[Candidate]) -> list[str]:
     """Why experts of a model on the meta device could not be packed, apart from being there."""
-    reasons = [reason for found in find_experts(model) for reason in found.reasons]
+    reasons = [reason for found in candidates for reason in found.reasons]
     return list(dict.fromkeys(reason for reason in reasons if not reason.endswith(ON_META)))

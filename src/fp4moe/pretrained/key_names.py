@@ -62,6 +62,15 @@ class KeyNames:
         name, pattern = self._rename(key, self.converters)
         return name, pattern is not None
 
+    def further(self, key: str) -> list[str]:
+        """The other tensors that a key is cut into, such as k and v of a stacked q, k and v."""
+        name, pattern = self._rename(key, self.converters)
+        for converter in self.converters:
+            first, *others = converter.target_patterns
+            if others and pattern in converter.source_patterns:
+                return [name.replace(first, other) for other in others]
+        return []
+
     def _rename(self, key: str, converters: list[Any]) -> tuple[str, str | None]:
         from transformers.core_model_loading import rename_source_key
 

@@ -27,8 +27,9 @@ from ..checkpoint.read import read_experts, read_linear
 from ..checks import HIDDEN_DTYPES
 from ..errors import CheckpointError, UnsupportedError, must
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, Layer, choose_kernel, current_capability
-from ..models.experts_module import is_experts_module
-from ..models.loaded_routing import fuse_routing
+from ..models.experts_module import is_stacked_experts
+from ..models.routers import fuse_router
+from ..models.routing_plan import plan_fused_routing
 from ..module import FusedExperts
 from ..padding import round_up
 from ..progress import progress_bar
@@ -156,8 +157,8 @@ class Loading:
         experts: dict[str, ExpertsFacts] = {}
         refused: dict[str, list[str]] = {}
         for path, module in model.named_modules():
-            if is_experts_module(module):
-                facts, reasons = describe_on_meta(path, module)
+            if is_stacked_experts(module):
+                facts, reasons = describe_on_meta(path, module, model.config)
                 if facts is not None:
                     # What any device would be asked to run; the device itself is known later.
                     asked = Layer.of(facts), current_capability()
@@ -180,6 +181,7 @@ class Loading:
             optional=optional_names(model),
             name=names.name,
             merged=names.merged,
+            further=names.further,
             may_skip=may_skip(model),
             quantize=self.quantize,
         )
@@ -256,8 +258,6 @@ class Loading:
         self._check_values()
         folded = 0
         unseen: dict[str, Collection[int]] = {}
-        # finish() lays them out, when it knows how the kernel routes.
-        kernel = "reference" if self.options.routing == "fused" else self.options.kernel
         show = self.options.progress and bool(plan.experts)
         for path, experts in progress_bar(plan.experts.items(), show=show, desc="packing experts"):
             device = model.get_submodule(path).place.device
@@ -271,7 +271,7 @@ class Loading:
             self.files.close()
             fused = FusedExperts(
                 found.weights,
-                kernel,
+                self.options.kernel,
                 hidden_alignment=self.options.hidden_alignment,
                 top_k=experts.facts.top_k,
             )
@@ -315,7 +315,7 @@ class Loading:
             fail("hold finite numbers", f"inf or NaN in {name_keys(bad)}", "Download it again")
 
     def finish(self) -> None:
-        """Refuse what is not where the operator can use it; route in the kernel if asked."""
+        """Refuse what is not where the operator can use it; fuse the routers if asked."""
         model = self.model
         for path, module in model.named_modules():
             if isinstance(module, Placeholder):
@@ -337,8 +337,20 @@ class Loading:
                     error=UnsupportedError,
                 )
         if self.options.routing == "fused":
-            assert self.plan is not None
-            fuse_routing(model, self.plan.experts, self.options)
+            self._fuse_routers()
+
+    def _fuse_routers(self) -> None:
+        assert self.plan is not None
+        experts = {path: found.facts.num_experts for path, found in self.plan.experts.items()}
+        plans, refused = plan_fused_routing(self.model, experts)
+        if refused:
+            listed = " ".join(f"{path}: {'; '.join(why)}." for path, why in refused.items())
+            raise UnsupportedError(
+                "from_pretrained: routing='fused' must find routers that it knows; got "
+                f"{len(refused)} others. {listed} Pass routing='given'."
+            )
+        for plan in plans.values():
+            fuse_router(self.model.get_submodule(plan.path), plan.routing)
 
     def _ours(self, path: str) -> bool:
         assert self.plan is not None

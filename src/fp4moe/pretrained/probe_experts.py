@@ -21,7 +21,9 @@ __all__ = ["describe_on_meta"]
 PROBED = 2
 
 
-def describe_on_meta(path: str, module: Any) -> tuple[ExpertsFacts | None, list[str]]:
+def describe_on_meta(
+    path: str, module: Any, config: Any = None
+) -> tuple[ExpertsFacts | None, list[str]]:
     """Return (facts, reasons why it cannot be packed); facts are None where there are reasons."""
     generator = torch.Generator("cpu").manual_seed(0)
     probe = object.__new__(type(module))
@@ -37,11 +39,11 @@ def describe_on_meta(path: str, module: Any) -> tuple[ExpertsFacts | None, list[
         # Made on the CPU, whatever the default device: models are built under "meta".
         values = random_normal(generator, shape) * fan_in**-0.5
         probe._parameters[name] = nn.Parameter(values, requires_grad=False)
-    candidate = describe_experts(path, probe)
+    candidate = describe_experts(path, probe, config)
     reasons = candidate.reasons or value_reasons(candidate)
     if reasons or count is None or candidate.activation is None:
         return None, reasons or ["it has no parameters"]
-    assert candidate.hidden_size and candidate.intermediate_size
+    assert candidate.hidden_size and candidate.intermediate_size and candidate.storage
     return (
         ExpertsFacts(
             num_experts=count,
@@ -49,9 +51,10 @@ def describe_on_meta(path: str, module: Any) -> tuple[ExpertsFacts | None, list[
             intermediate_size=candidate.intermediate_size,
             activation=candidate.activation,
             gated=bool(candidate.gated),
-            layout="gate_up" if module.is_concatenated else "gate_up_interleaved",
-            transposed=bool(module.is_transposed),
+            layout=candidate.storage.layout,
+            transposed=candidate.storage.transposed,
             top_k=candidate.top_k,
+            biases=tuple(weight for weight, _ in candidate.storage.biases),
         ),
         [],
     )

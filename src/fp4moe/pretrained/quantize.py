@@ -8,9 +8,11 @@ import os
 from collections.abc import Sequence
 
 from ..checkpoint.files import CheckpointFiles
+from ..checkpoint.float_experts import Storages
 from ..checkpoint.write_plan import Calibration
 from ..checkpoint.writer import FOR_OTHERS, WriteReport, write_checkpoint
 from ..errors import CheckpointError
+from ..models.experts_module import find_experts
 from .from_config import experts_refusals, model_on_meta
 
 __all__ = ["quantize_checkpoint"]
@@ -31,7 +33,7 @@ def quantize_checkpoint(
     """Write a copy of a Hugging Face checkpoint whose experts are NVFP4, in ModelOpt's layout.
 
     All other tensors stay as they are; Python files are not copied. Experts that fp4moe itself
-    cannot run yet (clamped gates) are written for other programs, with a warning. Files go to
+    cannot run yet (a norm behind each) are written for other programs, with a warning. Files go to
     `<dst>.partial`, which becomes `dst` by one rename at the end: a killed run leaves no `dst`,
     goes on when it is called again, and gives the same bytes.
 
@@ -64,20 +66,23 @@ def quantize_checkpoint(
         calibration=calibration,
         max_shard_bytes=max_shard_bytes,
         progress=progress,
-        refusals=_refusals,
+        asked=_ask_the_class,
     )
 
 
-def _refusals(files: CheckpointFiles) -> list[str]:
+def _ask_the_class(files: CheckpointFiles) -> tuple[list[str], Storages]:
+    """Return why from_pretrained will refuse the experts, and how the class stacks them."""
     if importlib.util.find_spec("transformers") is None:
-        return []
+        return [], {}
     try:
         model = model_on_meta(files.directory, caller="quantize_checkpoint")
     except CheckpointError as error:
         # Files for other programs need no class of transformers.
         logger.info("quantize_checkpoint: not known whether from_pretrained will load: %s", error)
-        return []
-    refusals = experts_refusals(model)
+        return [], {}
+    candidates = find_experts(model)
+    refusals = experts_refusals(candidates)
     if refusals:
         logger.warning("quantize_checkpoint: %s: %s", FOR_OTHERS, "; ".join(refusals))
-    return refusals
+    stored = {c.path: c.storage for c in candidates}
+    return refusals, {path: (s.layout, s.transposed) for path, s in stored.items() if s}

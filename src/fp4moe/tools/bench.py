@@ -21,16 +21,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..activations import get_activation
 from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
-from ..formats.nvfp4 import NVFP4Values
 from ..kernels import KERNELS, Layer, choose_kernel, current_capability, measured
 from ..module import FusedExperts
+from ..testing import random_codes, relative_error
 from .selftest import LAYERS
 
-__all__ = ["SHAPES", "TOKENS", "add_parser", "graph_us", "random_weights", "run"]
+__all__ = ["SHAPES", "TOKENS", "add_parser", "graph_us", "run"]
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 BANDWIDTH, OPERATIONS = 4.3e12, 790e12
@@ -60,37 +61,6 @@ def weights_per_expert(shape: Layer) -> int:
     return (3 if shape.gated else 2) * shape.hidden_size * shape.intermediate_size
 
 
-def random_weights(shape: Layer) -> ExpertWeights:
-    """Return random codes and block scales; global scales keep values near 1."""
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def values(rows: int, columns: int) -> NVFP4Values:
-        def draw(low: int, high: int, count: int) -> torch.Tensor:
-            size = (shape.num_experts, rows, count)
-            return torch.randint(
-                low, high, size, dtype=torch.uint8, device="cuda", generator=generator
-            )
-
-        scale = draw(0x30, 0x41, columns // 16).view(torch.float8_e4m3fn)
-        factor = torch.full(
-            (shape.num_experts,), columns**-0.5 / 3, dtype=torch.float32, device="cuda"
-        )
-        return NVFP4Values(draw(0, 256, columns // 2), scale, factor)
-
-    return ExpertWeights(
-        gate_up=values((1 + shape.gated) * shape.intermediate_size, shape.hidden_size),
-        down=values(shape.hidden_size, shape.intermediate_size),
-        activation=shape.activation,
-        gated=shape.gated,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_experts=shape.num_experts,
-        expert_offset=0,
-        hidden_scale=torch.ones(1, dtype=torch.float32, device="cuda"),
-        intermediate_scale=torch.ones(shape.num_experts, dtype=torch.float32, device="cuda"),
-    )
-
-
 def routing(shape: Layer, tokens: int, seed: int, skew: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Distinct random experts a token; skew > 0 prefers low ids."""
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -108,14 +78,17 @@ def float32_result(
 ) -> torch.Tensor:
     """The layer in float32, expert by expert."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    act = get_activation(weights.activation).function
+    combine = get_activation(weights.activation).combine
     for expert in ids.unique().tolist():
         token, slot = (ids == expert).nonzero(as_tuple=True)
         part = {k: v[0] for k, v in weights.slice_experts(expert, expert + 1).dequantize().items()}
         rows = x[token].float()
-        y = rows @ part["up"].T
-        y = act(rows @ part["gate"].T) * y if weights.gated else act(y)
-        out.index_add_(0, token, (y @ part["down"].T) * routing_weights[token, slot, None])
+        gate, up, down = (part.get(name) for name in ("gate", "up", "down"))
+        assert up is not None and down is not None
+        gate_rows = None if gate is None else F.linear(rows, gate, part.get("gate_bias"))
+        y = combine(F.linear(rows, up, part.get("up_bias")), gate_rows)
+        y = F.linear(y, down, part.get("down_bias"))
+        out.index_add_(0, token, y * routing_weights[token, slot, None])
     return out
 
 
@@ -213,7 +186,7 @@ def measure(
     name: str, kernels: list[str], all_tokens: list[int], skew: float, peers: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each contender and number of tokens; `wrong` where a result is."""
-    shape, weights = SHAPES[name], random_weights(SHAPES[name])
+    shape, weights = SHAPES[name], random_codes(SHAPES[name], "cuda")
     cases = {}
     for tokens in all_tokens:
         generator = torch.Generator("cuda").manual_seed(1)
@@ -234,7 +207,7 @@ def measure(
             floor = max(size / BANDWIDTH, operations / OPERATIONS) * 1e6
             with torch.no_grad():
                 got, again = (call(x, *routings[0]) for _ in range(2))
-                error = ((got.float() - expected).norm() / expected.norm()).item()
+                error = relative_error(got, expected)
                 row = {"shape": name, "kernel": kernel, "tokens": tokens, "error": error}
                 # Hugging Face rounds more often, and its sums are atomic: only ours must be equal.
                 ours = kernel not in PEERS

@@ -19,6 +19,7 @@ from ..kernels import Layer, PreparedWeights, current_capability, measured
 from ..kernels.measured import FEW_SLOTS
 from ..kernels.triton.kernel import TRITON, run_with
 from ..kernels.triton.tiles import Config, Tile
+from ..testing import random_codes, relative_error
 from . import bench
 
 __all__ = ["tune"]
@@ -59,7 +60,7 @@ def compile_one(shape: Layer, config: Config) -> None:
     """Compile a config into Triton's cache, in a process of its own."""
     # 16 experts are a multiple of 16, as 128 are: the same specialisation.
     small = dataclasses.replace(shape, num_experts=16)
-    prepared = TRITON.prepare(bench.random_weights(small), hidden_alignment=256)
+    prepared = TRITON.prepare(random_codes(small, "cuda"), hidden_alignment=256)
     x = torch.zeros(64, shape.hidden_size, dtype=torch.bfloat16, device="cuda")
     ids, weights = bench.routing(small, 64, 0, 0.0)
     run_with(config, prepared.call(x, ids, weights))
@@ -91,7 +92,7 @@ def tune_tiles(name: str, tokens: list[int], jobs: int) -> dict[int, Config]:
     shape = bench.SHAPES[name]
     if TRITON.reasons_not_to_run(shape, current_capability()):
         return {}
-    weights = bench.random_weights(shape)
+    weights = random_codes(shape, "cuda")
     good = compile_all(shape, tokens, jobs)
     prepared = TRITON.prepare(weights, hidden_alignment=256)
     tiles = {}
@@ -137,7 +138,7 @@ def tune_tokens(
         )
     expected = bench.float32_result(x, weights, *routings[0])
     runs = [run_with(best[1], calls[0]) for _ in range(RUNS)]
-    error = ((runs[0].float() - expected).norm() / expected.norm()).item()
+    error = relative_error(runs[0], expected)
     if not error <= bench.LIMIT or not all(torch.equal(runs[0], other) for other in runs):
         must(
             "bench: result",

@@ -1,7 +1,7 @@
 """selftest: does a kernel compute its definition on this machine? A table, and True or False.
 
-It runs the kernel through the operator on random layers of the two main models and of every other
-activation; the checks are in selftest_checks.py. Nothing here is timed.
+It runs the kernel through the operator on random layers of the two main models, of every other
+activation and with biases; the checks are in selftest_checks.py. Nothing here is timed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import torch
 
-from ..activations import ACTIVATIONS
+from ..activations import ACTIVATIONS, get_activation
 from ..devices import present_device
 from ..errors import UnsupportedError, must
 from ..kernels import (
@@ -54,6 +54,12 @@ LAYERS: dict[str, dict[str, Any]] = {
 # Multiples of no kernel's tile, and a hidden size that is none of 8.
 ODD = {"hidden_size": 2740, "intermediate_size": 1000, "num_experts": 16}
 SMALL = {"hidden_size": 84, "intermediate_size": 40, "num_experts": 7, "top_k": 3}
+# The forms of gpt-oss, Step and Inkling. Limits and caps show, as they are about the values' size.
+FORMS: dict[str, dict[str, Any]] = {
+    "clamped silu with biases": {"activation": "silu(alpha=1.702,beta=1,limit=1)", "biased": True},
+    "silu_step": {"activation": "silu_step(limit=1)"},
+    "silu_softcap": {"activation": "silu_softcap(alpha=2,beta=2)"},
+}
 TOKENS = (0, 1, 7, 128, 8192)
 HEADER = ["layer", "check", "tokens", "error", "limit", "verdict", "note"]
 WIDTHS = [0, 22, 6, 8, 8, 13, 0]
@@ -138,10 +144,10 @@ def default_layers(device: torch.device) -> dict[str, dict[str, Any]]:
             layers[f"odd sizes, {form}"] = {**sizes, **ODD}
         else:
             layers[f"{sizes['activation']}, {form}"] = {**sizes, **SMALL}
-        for activation in ACTIVATIONS:
-            small = {"num_experts": 16} if device.type == "cuda" else SMALL
-            if activation != sizes["activation"]:
-                layers[f"{activation}, {form}"] = {**sizes, **small, "activation": activation}
+        others = {a: {"activation": a} for a in ACTIVATIONS if a != sizes["activation"]}
+        small = {"num_experts": 16} if device.type == "cuda" else SMALL
+        for other, changes in (others | (FORMS if sizes["gated"] else {})).items():
+            layers[f"{other}, {form}"] = {**sizes, **small, **changes}
     # The two main ones first: they are what most people wait for.
     return dict(sorted(layers.items(), key=lambda layer: layer[0] not in LAYERS))
 
@@ -208,9 +214,9 @@ def selftest(
     Args:
         kernel: a kernel's name, or "auto" for the most preferred one that runs any of the layers.
         device: default the current CUDA device; without one the CPU, with small layers.
-        layers: sizes by name, as keywords of `fp4moe.why_not`; default both main models' layers
-            and every other activation. A layer that the kernel cannot run is listed with the
-            reasons and is no failure.
+        layers: sizes by name, as keywords of `fp4moe.why_not`; default both main models' layers,
+            every other activation, three with parameters, and one with biases. A layer that the
+            kernel cannot run is listed with the reasons and is no failure.
         tokens: numbers of tokens.
         hidden_alignment: 128, 256 or 512: what the Blackwell kernel pads the hidden size to.
         file: where to print; default standard output.
@@ -281,7 +287,7 @@ def _choose(
     found = {}
     for name, sizes in layers.items():
         why_not("reference", **sizes)  # it can all: only the sizes are checked
-        found[name] = Layer(**sizes)
+        found[name] = Layer(**{**sizes, "activation": str(get_activation(sizes["activation"]))})
     automatic = {choose_kernel(kernel, layer, capability)[0] for layer in found.values()}
     chosen = next((name for name in KERNELS if name in automatic), None)
     refused = {

@@ -113,28 +113,32 @@ def make_subject(
     """Make a random layer, one expert at a time, with calibrated activation scales.
 
     Args:
-        sizes: activation, gated, hidden_size, intermediate_size, num_experts, top_k.
+        sizes: activation, gated, hidden_size, intermediate_size, num_experts, top_k, and biased
+            where the experts have biases.
     """
     generator = torch.Generator(device).manual_seed(0)
     normal = functools.partial(torch.randn, generator=generator, dtype=torch.float32, device=device)
     hidden = normal(max(64, *tokens), sizes["hidden_size"]).bfloat16()
     # Not the amax itself: bfloat16 inputs would then often lie on a rounding boundary.
     hidden_scale = 1.03 * float(hidden.abs().max()) / 2688
-    act = get_activation(sizes["activation"]).function
+    combine, biased = get_activation(sizes["activation"]).combine, sizes.get("biased", False)
     x, parts = hidden[:64].float(), []
     for expert in range(sizes["num_experts"]):
         shape = (sizes["intermediate_size"], sizes["hidden_size"])
         # Unlike experts: a scale that is shared or permuted among them shows.
         gain = 2.0 ** (expert % 5 / 2 - 1) * shape[1] ** -0.5
         matrices = {name: normal(shape) * gain for name in ("up", "gate")[: 1 + sizes["gated"]]}
-        up = x @ matrices["up"].T
-        y = act(x @ matrices["gate"].T) * up if sizes["gated"] else act(up)
+        # Of half the size of what they are added to.
+        biases = {f"{name}_bias": normal(shape[0]) / 2 for name in matrices if biased}
+        products = {n: x @ m.T + biases.get(f"{n}_bias", 0.0) for n, m in matrices.items()}
+        y = combine(products["up"], products.get("gate"))
         # Outputs are alike in size: a wrong expert shows whichever it is.
         gain = 2.0 ** (expert % 3 / 2 - 0.5) * shape[0] ** -0.5 / float(y.square().mean().sqrt())
         down = normal(shape[::-1]) * gain
+        biases |= {"down_bias": normal(shape[1]) / 2} if biased else {}
         parts.append(
             ExpertWeights.quantize(
-                **{name: matrix[None] for name, matrix in matrices.items()},
+                **{name: tensor[None] for name, tensor in (matrices | biases).items()},
                 down=down[None],
                 activation=sizes["activation"],
                 hidden_scale=hidden_scale,

@@ -19,7 +19,7 @@ those of `formulas` in every bit, under five settings of the parameters. The for
 Only the path on which every optional pointer is given is run; the sums of split-K kernels before it
 are not, nor is the bias of the kernels in `bias_is_not_followed`. Left out: two E4m3 relu2 kernels
 without a scale per token and two NVFP4 ones without an activation, all of static batches, and the
-kernels with 16-bit outputs.
+kernels with 16-bit outputs, of which test_second_gemm.py runs NVFP4's second GEMMs.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fp4moe.kernels.flashinfer.rows import gate_up_row_index
 from fp4moe.formats import NVFP4
+from fp4moe.kernels.flashinfer.rows import gate_up_row_index
 
 from . import formulas
 from .values import E2M1, E4M3, nearest

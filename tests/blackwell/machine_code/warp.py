@@ -148,13 +148,15 @@ class Warp(Registers):
         if "UNPACK_B" in line.parts:
             shift = 16 if line.operands[1].endswith(".H1") else 0
             return self.write(line.operands[0], _unpack(self.read(line.operands[1]), shift))
-        kind = next((part for part in line.parts if part in ("E2M1", "E4M3", "E8")), "other")
-        high, low, merged = map(self.read, line.operands[1:4])
+        kinds = ("E2M1", "E4M3", "E8", "BF16")
+        kind = next((part for part in line.parts if part in kinds), "other")
+        # Two bfloat16 fill the register; what is shorter leaves room for what was there.
+        high, low, *merged = map(self.read, line.operands[1:4])
         self.conversions.append((kind, high, low))
-        value = unknown(high, low, merged)
-        if kind == "E4M3" and not any(source.bits is None for source in (high, low, merged)):
+        value = unknown(high, low, *merged)
+        if kind == "E4M3" and not any(source.bits is None for source in (high, low, *merged)):
             upper, lower = (_to_e4m3(source) for source in (high, low))
-            value = Value(merged.bits << 16 | upper << 8 | lower)
+            value = Value(merged[0].bits << 16 | upper << 8 | lower)
         self.write(line.operands[0], value)
 
     def _hadd2(self, line: Instruction) -> None:

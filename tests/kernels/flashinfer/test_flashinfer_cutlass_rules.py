@@ -18,6 +18,7 @@ import pytest
 import torch
 from flashinfer_cutlass_emulator import (
     ACTIVATIONS,
+    PAIRED,
     CallError,
     check_cutlass_call,
     emulate_cutlass_moe,
@@ -34,17 +35,23 @@ from fp4moe.kernels import Layer
 from fp4moe.kernels.flashinfer.cutlass import (
     FLASHINFER_CUTLASS,
     GATED,
+    PARAMETERS,
     UNGATED,
     activation_reasons,
     enum_name,
     size_multiples,
 )
+from fp4moe.kernels.flashinfer.library import FlashInfer
 from fp4moe.reference import reference_w4a4
+from fp4moe.testing import relative_error
 
-KINDS = [(name, True) for name in GATED] + [(name, False) for name in UNGATED]
+KINDS = [(name, True) for name in GATED if name in OURS] + [(name, False) for name in UNGATED]
+# Every parameter of each that has some.
+PARAMETERISED = ["silu(alpha=1.702,beta=1,limit=7)", "silu(limit=10)", "silu_step(limit=7)"]
+PARAMETERISED += ["silu_softcap(alpha=4,beta=25)"]
 INSTALLED = importlib.util.find_spec("flashinfer") is not None
 OLDER_NAMES = frozenset("Gelu Relu Silu Swiglu Geglu SwigluBias Relu2 Identity".split())
-Kind = enum.Enum("Kind", list(ACTIVATIONS))  # type: ignore[misc]
+Kind = enum.Enum("Kind", list(dict.fromkeys((*ACTIVATIONS, *PAIRED))))  # type: ignore[misc]
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOKENS, TOP_K = 96, 128, 3, 7, 2
 
@@ -52,6 +59,15 @@ HIDDEN, INTERMEDIATE, EXPERTS, TOKENS, TOP_K = 96, 128, 3, 7, 2
 # itself. Crossing a boundary of E2M1 costs a step s of at most 1/3 of the block's largest value,
 # 2/3 of its RMS. The mean square is s x d, its root 0.0625; twice that, as the rows are few.
 ROUNDING_LIMIT = 0.125
+
+
+def biases(gated: bool) -> dict[str, torch.Tensor]:
+    """Random biases beyond what bfloat16 holds."""
+    rows = (1 + gated) * INTERMEDIATE
+    return {
+        "gate_up_bias": torch.randn(EXPERTS, rows),
+        "down_bias": torch.randn(EXPERTS, HIDDEN) / 4,
+    }
 
 
 def make_weights(activation: str, gated: bool, **changes: Any) -> ExpertWeights:
@@ -115,6 +131,13 @@ def make_call(weights: ExpertWeights, **changes: Any) -> dict[str, Any]:
         ],
         "activation_type": Kind[str(enum_name(weights.activation, weights.gated))],
     }
+    found = get_activation(weights.activation)
+    for name, argument in {} if found.plain else PARAMETERS[found.name].items():
+        call[argument] = torch.full((EXPERTS,), getattr(found, name))
+    if weights.gate_up_bias is not None and weights.down_bias is not None:
+        rows = up_first(weights.gate_up_bias)
+        call |= {"fc1_expert_biases": rows.bfloat16()}
+        call |= {"fc2_expert_biases": weights.down_bias.bfloat16()}
     return call | changes
 
 
@@ -123,28 +146,55 @@ def expected(weights: ExpertWeights, call: dict[str, Any]) -> torch.Tensor:
     return reference_w4a4(call["input"], weights, ids, call["token_final_scales"])
 
 
-def error(result: torch.Tensor, wanted: torch.Tensor) -> float:
-    result, wanted = result.float(), wanted.float()
-    return float((result - wanted).norm() / wanted.norm())
-
-
 @pytest.mark.parametrize(("activation", "gated"), KINDS)
 def test_emulator_computes_the_w4a4_definition(activation: str, gated: bool) -> None:
     weights = make_weights(activation, gated)
     call = make_call(weights)
     wanted = expected(weights, call)
     # Only exp and tanh may differ, by an ulp, which rarely moves a code.
-    assert error(emulate_cutlass_moe(round_between=False, **call), wanted) < 2**-9
+    assert relative_error(emulate_cutlass_moe(round_between=False, **call), wanted) < 2**-9
     result = stand_in(newer=True)(**call)[0]
-    assert 0 < error(result, wanted) < ROUNDING_LIMIT
+    assert 0 < relative_error(result, wanted) < ROUNDING_LIMIT
     assert not wanted[4].any() and not result[4].any()
+
+
+@pytest.mark.parametrize(("activation", "gated"), [(t, True) for t in PARAMETERISED] + KINDS)
+def test_parameters_and_biases(activation: str, gated: bool) -> None:
+    """Where the kernel rounds, and where it adds biases, the definition does, too."""
+    weights = make_weights(activation.replace("limit=7", "limit=0.5"), gated, **biases(gated))
+    call = make_call(weights)
+    ids = call["token_selected_experts"] + weights.expert_offset
+    args = call["input"], weights, ids, call["token_final_scales"]
+    wanted = reference_w4a4(*args, intermediate_dtype=torch.bfloat16)
+    # As above.
+    assert relative_error(stand_in(newer=True)(**call)[0], wanted) < 2**-9
+    # One rounding after the bias is another number.
+    assert relative_error(stand_in(newer=True)(**call)[0], reference_w4a4(*args)) > 2**-9
+
+
+@pytest.mark.parametrize("name", ["swiglu_alpha", "swiglu_beta", "swiglu_limit", "biases"])
+def test_emulator_reads_parameters_and_biases(name: str) -> None:
+    text = "silu(alpha=1.702,beta=1,limit=0.5)"
+    weights = make_weights(text, True, **biases(True))
+    call = make_call(weights)
+    wanted = stand_in(newer=True)(**call)[0]
+    left_out = ("fc1_expert_biases", "fc2_expert_biases") if name == "biases" else (name,)
+    assert (
+        relative_error(stand_in(newer=True)(**(call | dict.fromkeys(left_out)))[0], wanted) > 0.05
+    )
+    # The kernels of the others do not read what is theirs, so that the check refuses it.
+    with pytest.raises(CallError, match="it is not read"):
+        stand_in(newer=True)(
+            **(make_call(make_weights("gelu", True)) | {"swiglu_limit": torch.ones(EXPERTS)})
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_emulator_rounds_where_the_kernel_does(dtype: torch.dtype) -> None:
-    weights = make_weights("silu", gated=True)
+    weights = make_weights("silu", gated=True, **biases(True))
     call = make_call(weights, output_dtype=dtype)
-    call["input"] = call["input"].to(dtype)
+    names = ("input", "fc1_expert_biases", "fc2_expert_biases")
+    call |= {name: call[name].to(dtype) for name in names}
     result = stand_in(newer=True)(**call)[0]
     parts = weights.dequantize()
     x = NVFP4.round_activation(call["input"].float(), weights.hidden_scale)
@@ -152,11 +202,14 @@ def test_emulator_rounds_where_the_kernel_does(dtype: torch.dtype) -> None:
     for token, slot in (call["token_selected_experts"] >= 0).nonzero().tolist():
         expert = call["token_selected_experts"][token, slot]
         gate, up = ((parts[name][expert] @ x[token]).to(dtype).float() for name in ("gate", "up"))
+        up_bias, gate_bias = call["fc1_expert_biases"][expert].float().chunk(2)
+        gate, up = gate + gate_bias, up + up_bias
         y = (torch.nn.functional.silu(gate) * up).to(dtype).float()
         y = NVFP4.round_activation(y, weights.intermediate_scale[expert])
         y = (parts["down"][expert] @ y).to(dtype).float()
+        y += call["fc2_expert_biases"][expert].float()
         wanted[token] += y * call["token_final_scales"][token, slot]
-    assert error(result, wanted.to(dtype)) < 2**-9
+    assert relative_error(result, wanted.to(dtype)) < 2**-9
 
 
 MUTATIONS: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -197,7 +250,10 @@ def test_emulator_notices(mutation: str) -> None:
     call = make_call(weights)
     wanted = expected(weights, call)
     MUTATIONS[mutation](call)
-    assert not error(emulate_cutlass_moe(round_between=False, **call), wanted) < ROUNDING_LIMIT
+    assert (
+        not relative_error(emulate_cutlass_moe(round_between=False, **call), wanted)
+        < ROUNDING_LIMIT
+    )
 
 
 def test_one_intermediate_scale_serves_all_experts() -> None:
@@ -299,7 +355,12 @@ VIOLATIONS: list[tuple[Callable, str]] = [
     (replaced(4, lambda s: s[:, :96].contiguous()), "quant_scales[4] must be [3, 128, 2]"),
     (replaced(4, lambda s: torch.full_like(s, -1)), "quant_scales[4] must not hold NaN"),
     (set_to("output", lambda o: torch.empty(7, 64).bfloat16()), "no narrower one"),
-    (set_to("swiglu_alpha", lambda a: torch.ones(3)), "swiglu_alpha must be None"),
+    (set_to("swiglu_alpha", lambda a: torch.ones(1)), "swiglu_alpha must be float32 [3]"),
+    (set_to("swiglu_beta", lambda a: torch.ones(3).half()), "swiglu_beta must be float32 [3]"),
+    (set_to("swiglu_limit", lambda a: torch.zeros(3)), "swiglu_limit must be above 0"),
+    (set_to("swiglu_limit", lambda a: torch.ones(3) / 0), "swiglu_limit must be finite"),
+    (set_to("situ_beta", lambda a: torch.ones(3)), "situ_beta must be None for Swiglu"),
+    (set_to("fc1_expert_biases", lambda b: torch.ones(3, 256)), "both there or neither"),
     (set_to("use_w4_group_scaling", lambda a: True), "use_w4_group_scaling must be False"),
     (set_to("ep_rank", lambda r: 1), "ep_rank must lie in 0..0; got 1"),
 ]
@@ -362,8 +423,10 @@ def test_stand_in_has_the_parameters_of_the_library(library: Any) -> None:
 @pytest.mark.skipif(not INSTALLED, reason="needs flashinfer-python")
 def test_names_are_those_of_the_library(library: Any) -> None:
     names = frozenset(member.name for member in library.core.ActivationType)
-    assert {*GATED.values(), *UNGATED.values()} - names <= {"GegluTanh"}
-    assert activation_reasons("silu", True, names) == []
+    assert {*GATED.values(), *UNGATED.values()} - names <= {"GegluTanh", "Situ"}
+    known = set(inspect.signature(library.cutlass_fused_moe).parameters)
+    wanted = {argument for names in PARAMETERS.values() for argument in names.values()}
+    assert wanted - known == (set() if "Situ" in names else {"situ_beta", "situ_linear_beta"})
 
 
 @pytest.mark.parametrize(("activation", "gated"), KINDS)
@@ -375,23 +438,43 @@ def test_enum_member_computes_our_activation(activation: str, gated: bool) -> No
     assert emulated_gated is gated
 
 
+def known_to_have(names: frozenset[str], *arguments: str) -> FlashInfer:
+    swiglu = "swiglu_alpha", "swiglu_beta", "swiglu_limit"
+    functions = {"cutlass_fused_moe": frozenset((*swiglu, *arguments))}
+    return FlashInfer("0", None, False, False, functions, names)
+
+
 def test_reasons() -> None:
     assert FLASHINFER_CUTLASS.devices.listed == ((12, 0), (12, 1), (10, 0), (10, 3))
     for activation in OURS:
         for gated in (True, False):
             refused = activation_reasons(activation, gated, None)
             assert bool(refused) != ((activation, gated) in KINDS)
-    assert activation_reasons("relu2", True, None) == [
-        "activation must be one of silu, gelu_tanh, gelu with a gate, got relu2"
+    text = "activation must be one of silu, gelu_tanh, gelu, silu_step, silu_softcap with a gate, "
+    text += "with alpha, beta or limit only silu, silu_step, silu_softcap, got "
+    for refused_text in ("relu2", "gelu(limit=7)", "relu(beta=1)"):
+        assert activation_reasons(refused_text, True, None) == [text + refused_text]
+    assert activation_reasons("silu(alpha=1.702)", False, None) == [
+        "activation must be one of relu2, relu, silu, gelu, identity without a gate, got "
+        "silu(alpha=1.702)"
     ]
+    assert all(activation_reasons(text, True, None) == [] for text in PARAMETERISED)
     assert activation_reasons("gelu_tanh", False, None) == [
         "activation must be one of relu2, relu, silu, gelu, identity without a gate, got gelu_tanh"
     ]
-    assert activation_reasons("gelu_tanh", True, OLDER_NAMES) == [
-        "the installed FlashInfer has no ActivationType.GegluTanh, which gelu_tanh with a gate "
-        "needs: install a newer flashinfer-python"
+    advice = "with a gate needs: install a newer flashinfer-python"
+    older, situ = known_to_have(OLDER_NAMES), PARAMETERISED[3]
+    assert activation_reasons("gelu_tanh", True, older) == [
+        f"the installed FlashInfer has no ActivationType.GegluTanh, which gelu_tanh {advice}"
     ]
-    assert activation_reasons("gelu_tanh", True, OLDER_NAMES | {"GegluTanh"}) == []
+    assert activation_reasons("gelu_tanh", True, known_to_have(OLDER_NAMES | {"GegluTanh"})) == []
+    assert activation_reasons(situ, True, older) == [
+        f"the installed FlashInfer has no {what}, which {situ} {advice}"
+        for what in ("ActivationType.Situ", "argument situ_beta", "argument situ_linear_beta")
+    ]
+    assert activation_reasons(PARAMETERISED[0], True, older) == []
+    newer = known_to_have(OLDER_NAMES | {"Situ"}, "situ_beta", "situ_linear_beta")
+    assert activation_reasons(situ, True, newer) == []
 
 
 def test_sizes_matter_only_without_padding() -> None:

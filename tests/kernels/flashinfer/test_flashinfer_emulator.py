@@ -14,9 +14,10 @@ import pytest
 import torch
 from flashinfer_emulator import emulate_fp4_quantize, emulate_moe, emulate_routed_moe, route
 
-from fp4moe.experts import ExpertWeights
+from fp4moe.activations import Activation
 from fp4moe.formats.nvfp4 import NVFP4Values
 from fp4moe.reference import reference_w4a4
+from fp4moe.testing import make_layer, relative_error
 
 try:
     VERSION = importlib.metadata.version("flashinfer-python")
@@ -30,7 +31,15 @@ MEMBERS = {"silu": "Swiglu", "gelu_tanh": "Geglu", "relu2": "Relu2"}
 # In the order of the library's numbers, up to where its versions part.
 METHODS = ["Default", "Renormalize", "DeepSeekV3", "Llama4", "RenormalizeNaive", "TopK"]
 METHODS += ["SigmoidRenorm", "MiniMax2", "Sigmoid", "TopKSigmoid"]
-# activation, hidden, intermediate, experts, top_k, tokens, first and count of local experts.
+OPENAI = "silu(alpha=1.702,beta=1,limit=0.7)"  # gpt-oss, with a limit that is reached
+# activation, hidden, intermediate, experts, top_k, tokens, first and count of local experts, and
+# whether there are biases.
+BIASED = [
+    (OPENAI, 128, 192, 6, 3, 9, 0, 6, True),
+    (OPENAI, 200, 40, 5, 2, 7, 1, 3, True),
+    ("gelu_tanh", 128, 64, 4, 2, 5, 0, 4, True),
+    ("relu2", 100, 72, 4, 2, 3, 2, 2, True),
+]
 CASES = [
     ("silu", 128, 64, 4, 2, 5, 0, 4),
     ("silu", 256, 192, 8, 3, 9, 0, 8),
@@ -39,6 +48,9 @@ CASES = [
     ("gelu_tanh", 256, 64, 4, 1, 1, 0, 4),
     ("relu2", 256, 128, 5, 2, 7, 0, 5),
     ("relu2", 100, 72, 4, 2, 3, 2, 2),
+    ("silu(limit=0.5)", 128, 64, 4, 2, 5, 0, 4),
+    ("silu(alpha=0.5,beta=-2)", 128, 64, 4, 2, 5, 0, 4),
+    *BIASED,
 ]
 
 
@@ -80,21 +92,32 @@ def prepare(values, gated, *, swap=True, shuffle=True, tiles=True):
     return torch.stack(prepared[0]), torch.stack(prepared[1]).view(torch.float8_e4m3fn)
 
 
+def prepare_bias(bias, scale, gated, *, divide=True, swap=True, shuffle=True):
+    """Return the bias [L, rows] of one GEMM as the library wants it; its functions reorder it."""
+    library = importlib.import_module("flashinfer")
+    done = []
+    for part in bias / scale.unsqueeze(1) if divide else bias:
+        part = part.unsqueeze(1)
+        if gated:
+            part = torch.cat(part.chunk(2)[::-1]) if swap else part
+            part = library.reorder_rows_for_gated_act_gemm(part.contiguous())
+        done.append(library.shuffle_matrix_a(part, 128) if shuffle else part)
+    return torch.stack(done).squeeze(2)
+
+
 def make(case, intermediate_scale=None):
     """Return (weights, hidden, ids, routing weights) of a case; weights hold local experts."""
-    activation, hidden, intermediate, experts, top_k, tokens, first, local = case
+    activation, hidden, intermediate, experts, top_k, tokens, first, local, *biased = case
     gated = activation != "relu2"
-
-    def random(*shape):
-        return torch.randn(*shape) / shape[-1] ** 0.5
-
     if intermediate_scale is None:
         intermediate_scale = torch.rand(local) * 0.008 + 0.002
-    weights = ExpertWeights.quantize(
-        up=random(local, intermediate, hidden),
-        gate=random(local, intermediate, hidden) if gated else None,
-        down=random(local, hidden, intermediate),
-        activation=activation,
+    weights = make_layer(
+        local,
+        hidden,
+        intermediate,
+        activation,
+        gated,
+        biased=bool(biased),
         hidden_scale=0.037,
         intermediate_scale=intermediate_scale,
         num_experts=experts,
@@ -108,7 +131,7 @@ def make(case, intermediate_scale=None):
 
 def call_of(features, weights, x, ids, routing_weights, **prepared):
     """Return the keyword arguments of a right routed call."""
-    gated = weights.gated
+    gated, activation = weights.gated, Activation.parse(weights.activation)
     x = torch.nn.functional.pad(x, (0, weights.hidden_padded - x.shape[1]))
     packed, scale = emulate_fp4_quantize(x, 1.0 / weights.hidden_scale, 16, False, False)
     gate_scale = weights.gate_up.global_scale * weights.hidden_scale
@@ -126,18 +149,23 @@ def call_of(features, weights, x, ids, routing_weights, **prepared):
         local_expert_offset=weights.expert_offset,
         local_num_experts=weights.local_experts,
         routing_method_type=METHODS.index("Renormalize"),
-        activation_type=int(features.activations[MEMBERS[weights.activation]]),
+        activation_type=int(features.activations[MEMBERS[activation.name]]),
     )
+    given = {"gemm1_alpha": activation.alpha if activation.alpha != 1 else None}
+    given |= {"gemm1_beta": activation.beta / gate_scale if activation.beta else None}
+    given |= {"gemm1_clamp_limit": activation.limit / gate_scale if activation.limit else None}
+    alpha = given["gemm1_alpha"]
+    given["gemm1_alpha"] = None if alpha is None else torch.full_like(gate_scale, alpha)
+    given |= {"gemm1_bias": None, "gemm2_bias": None}
+    if weights.biased:
+        second = call["output2_scale_scalar"]
+        given["gemm1_bias"] = prepare_bias(weights.gate_up_bias, gate_scale, gated)
+        given["gemm2_bias"] = prepare_bias(weights.down_bias, second, False)
     call["gemm1_weights"], call["gemm1_weights_scale"] = prepare(weights.gate_up, gated, **prepared)
     call["gemm2_weights"], call["gemm2_weights_scale"] = prepare(weights.down, False)
-    empty = ("routing_bias", "n_group", "topk_group", "routed_scaling_factor", "gemm2_bias")
-    empty += ("gemm1_bias", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
+    empty = ("routing_bias", "n_group", "topk_group", "routed_scaling_factor")
     newer = {LAYOUT: features.linear_scales} if contract.takes(ROUTED_ENTRY, LAYOUT) else {}
-    return call | dict.fromkeys(empty) | newer
-
-
-def relative_rms(got, want):
-    return float((got - want).norm() / want.norm())
+    return call | given | dict.fromkeys(empty) | newer
 
 
 def assert_agrees(got, want):
@@ -154,7 +182,7 @@ def assert_agrees(got, want):
     beyond = ((got - want).abs() > step).any(1)
     differing = (got != want).float().mean(1) > 2.0**-6
     assert int((beyond | differing).sum()) <= (len(want) > 1)
-    assert relative_rms(got, want) < 0.1
+    assert relative_error(got, want) < 0.1
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -206,7 +234,62 @@ def test_mistakes_show(features, mistake):
     prepared, changes = MISTAKES[mistake]
     call = call_of(features, weights, x, ids, routing_weights, **prepared)
     (got,) = emulate_routed_moe(**(call | {k: change(call[k]) for k, change in changes.items()}))
-    assert relative_rms(got[:, : x.shape[1]].float(), want) > 0.3
+    assert relative_error(got[:, : x.shape[1]].float(), want) > 0.3
+
+
+# Of a case with parameters and biases: which arguments are made how.
+SLIPS = {
+    "alpha left out": lambda w, c: {"gemm1_alpha": None},
+    "beta not divided": lambda w, c: {"gemm1_beta": torch.ones(6)},
+    "limit not divided": lambda w, c: {"gemm1_clamp_limit": torch.full((6,), 0.7)},
+    "limit left out": lambda w, c: {"gemm1_clamp_limit": None},
+    "bias not divided": lambda w, c: {
+        "gemm1_bias": prepare_bias(w.gate_up_bias, None, True, divide=False)
+    },
+    "bias of gate first": lambda w, c: {
+        "gemm1_bias": prepare_bias(w.gate_up_bias, c["output1_scale_gate_scalar"], True, swap=False)
+    },
+    "bias not shuffled": lambda w, c: {
+        "gemm2_bias": prepare_bias(w.down_bias, c["output2_scale_scalar"], False, shuffle=False)
+    },
+    "bias of down left out": lambda w, c: {"gemm2_bias": None},
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_slips_with_parameters_and_biases_show(features, slip):
+    weights, x, ids, routing_weights = make(BIASED[0])
+    want = reference_w4a4(x, weights, ids, routing_weights).float()
+    call = call_of(features, weights, x, ids, routing_weights)
+    (got,) = emulate_routed_moe(**(call | SLIPS[slip](weights, call)))
+    assert relative_error(got.float(), want) > 0.1
+
+
+def test_parameters_and_biases_by_hand(features):
+    # Raw accumulators of 0; scales 1/2, 1 and 4. gate = 2 is cut to 1, up = -3 to -1, and beta 2 is
+    # added: sigmoid(3) (-1 + 2) = 0.9526. Block scale e4m3(0.9526 / 6) = 0.15625, code 6: 0.9375.
+    weights = make(("silu", 128, 64, 1, 1, 1, 0, 1, True), intermediate_scale=1.0)[0]
+    zero = torch.zeros(1, 128, 64, dtype=torch.uint8)
+    down = torch.zeros(1, 128, 32, dtype=torch.uint8)
+    down[0, 3, 2] = 3 << 4  # 1.5 at (3, 5)
+    weights = dataclasses.replace(
+        weights,
+        activation="silu(alpha=3,beta=2,limit=1)",
+        gate_up=NVFP4Values(zero, torch.ones(1, 128, 8).to(torch.float8_e4m3fn), torch.ones(1) / 2),
+        down=NVFP4Values(
+            down, torch.ones(1, 128, 4).to(torch.float8_e4m3fn), torch.full((1,), 4.0)
+        ),
+        hidden_scale=torch.ones(1),
+        gate_up_bias=torch.tensor([[0.0] * 5 + [2.0] + [0.0] * 63 + [-3.0] + [0.0] * 58]),
+        down_bias=torch.tensor([[0.0] * 3 + [0.25, -8.0] + [0.0] * 123]),
+    )
+    x, ids = torch.ones(1, 128, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.int32)
+    call = call_of(features, weights, x, ids, torch.full((1, 1), 0.5, dtype=torch.bfloat16))
+    assert call["gemm1_clamp_limit"].tolist() == [2.0] and call["gemm1_beta"].tolist() == [4.0]
+    (got,) = emulate_routed_moe(**call)
+    want = torch.zeros(1, 128)
+    want[0, 3:5] = torch.tensor([(0.9375 * 1.5 * 4 + 0.25) / 2, -4.0]).bfloat16()
+    assert torch.equal(got.float(), want)
 
 
 def test_by_hand(features):
@@ -415,7 +498,14 @@ ROUTED = [
     ({"enable_pdl": 1}, "enable_pdl must be None or a bool; got 1"),
     ({"tune_max_num_tokens": 5000}, "tune_max_num_tokens must be a power of two up to 8192"),
     ({"tune_max_num_tokens": 16384}, "tune_max_num_tokens must be a power of two up to 8192"),
-    ({"gemm1_alpha": torch.ones(4)}, "gemm1_alpha must be None"),
+    ({"gemm1_alpha": torch.ones(1)}, r"gemm1_alpha must be \(4,\); got \(1,\)"),
+    ({"gemm1_beta": torch.ones(4).half()}, "gemm1_beta must be of"),
+    ({"gemm1_beta": torch.ones(4) / 0}, "gemm1_beta must be finite"),
+    ({"gemm1_clamp_limit": torch.zeros(4)}, "gemm1_clamp_limit must be above 0"),
+    ({"gemm1_bias": torch.zeros(4, 64)}, r"gemm1_bias must be \(4, 128\)"),
+    ({"gemm1_bias": torch.zeros(4, 128).bfloat16()}, "gemm1_bias must be of"),
+    ({"gemm1_bias": torch.zeros(128, 4).T}, "gemm1_bias must be contiguous"),
+    ({"gemm2_bias": torch.full((4, 128), torch.nan)}, "gemm2_bias must be finite"),
     ({"per_token_scale": torch.ones(5)}, "per_token_scale must be None"),
     ({"output": torch.zeros(5, 128)}, "output must be of"),
     ({"output": torch.zeros(5, 130).bfloat16()}, r"output must be \(5, 128\)"),
@@ -441,7 +531,10 @@ LOGITS = [
     ({"norm_topk_prob": False}, "norm_topk_prob must be True for DeepSeekV3; got False"),
     ({"routing_replay_out": torch.ones(5, 2)}, "routing_replay_out must be None"),
 ]
-UNGATED = [({"intermediate_size": 64}, "intermediate_size must be a multiple of 128; got 64")]
+UNGATED = [
+    ({"intermediate_size": 64}, "intermediate_size must be a multiple of 128; got 64"),
+    ({"gemm1_alpha": torch.ones(5)}, "gemm1_alpha must be None but for Swiglu"),
+]
 VIOLATIONS = [
     pytest.param(name, *row, id=f"{name}-{row[1][:40]}")
     for name, rows in (("routed", ROUTED), ("logits", LOGITS), ("ungated", UNGATED))
@@ -497,8 +590,8 @@ def test_contract_accepts(good_calls, features):
 
 def test_emulator_refuses_what_it_lacks(good_calls, features):
     call = good_calls["routed"][2]
-    with pytest.raises(AssertionError, match="gemm1_alpha must be None; got tensor"):
-        emulate_routed_moe(**(call | {"gemm1_alpha": torch.ones(4)}))
+    with pytest.raises(AssertionError, match="per_token_scale must be None; got tensor"):
+        emulate_routed_moe(**(call | {"per_token_scale": torch.ones(4)}))
     with pytest.raises(AssertionError, match="activation_type must have an NVFP4 kernel; got Sw"):
         emulate_routed_moe(**(call | {"activation_type": features.activations["SwigluStep"]}))
     with pytest.raises(AssertionError, match="top_k must be 1 for Llama4; got 2"):

@@ -7,9 +7,8 @@ import sys
 
 import pytest
 import torch
+from refusals import assert_refused
 
-from fp4moe.errors import ShapeError
-from fp4moe.experts import ExpertWeights
 from fp4moe.kernels.flashinfer.block_scales import deinterleave_128x4, interleave_128x4
 from fp4moe.kernels.flashinfer.rows import (
     down_row_index,
@@ -21,6 +20,7 @@ from fp4moe.kernels.flashinfer.rows import (
     up_gate_index,
 )
 from fp4moe.padding import pad_matrix, round_up, trim_matrix
+from fp4moe.testing import make_layer
 
 
 def random_bytes(*shape, device="cpu"):
@@ -232,20 +232,10 @@ def test_padding_and_trimming(halves, more, size, poisoned_empty):
     assert tensor.ne(0).all()  # nothing is shared, also where nothing is added
 
 
-def weights(gated, intermediate=40, hidden=56):
-    named = {
-        "up": torch.randn(3, intermediate, hidden),
-        "down": torch.randn(3, hidden, intermediate),
-    }
-    if gated:
-        named["gate"] = torch.randn(3, intermediate, hidden)
-    return ExpertWeights.quantize(**named, activation="silu")
-
-
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("multiples", [(128, 96), (256, 16), (16, 128)], ids=str)
 def test_weights_are_padded_and_unpadded(gated, multiples):
-    small = weights(gated)
+    small = make_layer(3, 56, 40, gated=gated)
     big = small.padded(hidden_multiple=multiples[0], intermediate_multiple=multiples[1])
     assert (big.hidden_padded, big.intermediate_padded) == tuple(
         round_up(size, multiple) for size, multiple in zip((64, 48), multiples, strict=True)
@@ -259,7 +249,7 @@ def test_weights_are_padded_and_unpadded(gated, multiples):
 
 
 def test_unpadding_cuts_what_padding_did_not_add():
-    big = weights(True).padded(hidden_multiple=128)
+    big = make_layer(3, 56, 40).padded(hidden_multiple=128)
     big.down.packed[:, 64:] = 1
     assert big.unpadded().down.packed.shape == (3, 64, 24)
 
@@ -342,6 +332,7 @@ print(status("VmHWM") - before, out.nbytes)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
 @pytest.mark.parametrize(
     "name", "permute,permute strided,interleave,interleave rest,deinterleave,pad,trim".split(",")
@@ -466,10 +457,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
-    call, message = REFUSED[case]
-    with pytest.raises(ShapeError) as error:
-        call()
-    assert str(error.value) == message
+    assert_refused(*REFUSED[case])
 
 
 @pytest.mark.gpu

@@ -113,7 +113,8 @@ def test_epilogues():
     }
 
 
-FORMS_OF_NVFP4 = "gated silu, gated gelu_tanh, gated gelu, ungated relu2"
+WITH_PARAMETERS = "gated silu (also with alpha, beta and limit)"
+FORMS_OF_NVFP4 = f"{WITH_PARAMETERS}, gated gelu_tanh, gated gelu, ungated relu2"
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -125,8 +126,28 @@ def test_reasons_name_the_activations_that_have_kernels(padded):
                 text = f"no nvfp4 kernel for {form}; there are kernels for {FORMS_OF_NVFP4}"
                 assert reasons(name, gated, 2816, 704, padded=padded) == [text]
     assert reasons("gelu", True, 2816, 768, "mxfp8", padded) == [
-        "no mxfp8 kernel for gated gelu; there are kernels for gated silu, ungated relu2"
+        f"no mxfp8 kernel for gated gelu; there are kernels for {WITH_PARAMETERS}, ungated relu2"
     ]
+
+
+def test_only_silu_has_parameters():
+    text = "silu(alpha=1.702,beta=1,limit=7)"
+    assert epilogue(text, True) == "Swiglu" and epilogue("silu(alpha=2)", False) is None
+    for format in ("nvfp4", "mxfp8"):
+        assert reasons(text, True, 2880, 2880, format) == []
+        assert size_multiples(text, True, 128, format) == size_multiples("silu", True, 128, format)
+    # 0.6.13's entry for it has no such arguments.
+    assert reasons(text, True, 2880, 2880, "fp8_per_tensor") == [
+        f"no fp8_per_tensor kernel for gated {text}; "
+        "there are kernels for gated silu, ungated relu2"
+    ]
+    refused = ("gelu_tanh(limit=7)", "gelu(beta=1)", "silu_step(limit=7)")
+    for other in (*refused, "silu_softcap(alpha=4,beta=25)"):
+        assert reasons(other, True, 2816, 704) == [
+            f"no nvfp4 kernel for gated {other}; there are kernels for {FORMS_OF_NVFP4}"
+        ]
+        with pytest.raises(UnsupportedError, match="must be one of gated silu"):
+            size_multiples(other, True)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -10,8 +10,8 @@ import pathlib
 import pytest
 import torch
 
+from fp4moe import testing
 from fp4moe.errors import ShapeError, UnsupportedError
-from fp4moe.experts import ExpertWeights
 from fp4moe.kernels import base
 from fp4moe.kernels.humming import library as humming_library
 from fp4moe.kernels.humming.kernel import HUMMING
@@ -35,14 +35,15 @@ with_package = pytest.mark.skipif(
 HOPPER, HEADERS = (9, 0), ("cuda_runtime.h", "nvrtc.h", "cccl/cuda/std/cstdint")
 
 
-def make_weights(gated=True, experts=5, hidden=200, intermediate=72, device="cpu", **options):
-    shape = (experts, intermediate, hidden)
-    parts = {"up": torch.randn(shape, device=device) / hidden**0.5}
-    if gated:
-        parts["gate"] = torch.randn(shape, device=device) / hidden**0.5
-    down = torch.randn(experts, hidden, intermediate, device=device) / intermediate**0.5
-    options = {"activation": "gelu_tanh" if gated else "relu2", **options}
-    return ExpertWeights.quantize(down=down, **parts, **options)
+GPT_OSS = "silu(alpha=1.702,beta=1,limit=1)"
+
+
+def make_weights(
+    gated=True, experts=5, hidden=200, intermediate=72, device="cpu", biased=False, **options
+):
+    activation = options.pop("activation", "gelu_tanh" if gated else "relu2")
+    shape = experts, hidden, intermediate
+    return testing.make_layer(*shape, activation, gated, biased=biased, device=device, **options)
 
 
 def make_layer(**changes):
@@ -126,6 +127,15 @@ def test_a_toolchain_from_wheels_is_found(tmp_path):
     assert toolchain_reasons([tmp_path], "12") == []
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    "activation", [GPT_OSS, "silu_step(limit=7)", "silu_softcap(alpha=4,beta=25)"]
+)
+def test_parameters_and_biases_are_no_reason(activation, biased):
+    layer = make_layer(activation=activation, biased=biased)
+    assert HUMMING.reasons_not_to_run(layer, HOPPER) == list(library_reasons())
+
+
 def test_sizes_are_padded_to_tiles():
     assert HUMMING.size_multiples(make_layer(), 512) == (128, 64)
     assert HUMMING.size_multiples(make_layer(gated=False), 512) == (128, 128)
@@ -176,18 +186,17 @@ def test_scales_lie_where_the_library_reads_them(rows, blocks):
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("scaled", [True, False])
-def test_restore_undoes_prepare(gated, scaled):
-    weights = make_weights(gated, experts=3, hidden=24, intermediate=208)
-    scale = torch.rand(3) if scaled else None
-    prepared = HUMMING.prepare(weights, hidden_alignment=256, output_scale=scale)
+@pytest.mark.parametrize("biased", [True, False])
+def test_restore_undoes_prepare(gated, biased):
+    weights = make_weights(gated, experts=3, hidden=24, intermediate=208, biased=biased)
+    prepared = HUMMING.prepare(weights, hidden_alignment=256)
     assert prepared.operands.down_packed.shape == (3, 128, 128)
+    if biased:
+        assert prepared.operands.gate_up_bias.shape == prepared.operands.gate_up_packed.shape[:2]
     restored = HUMMING.restore(prepared)
     assert restored.metadata() == weights.metadata()
     for name, tensor in weights.unpadded().tensors().items():
         assert torch.equal(restored.tensors()[name].view(torch.uint8), tensor.view(torch.uint8))
-    if scaled:
-        assert torch.equal(prepared.operands.down_global_scale, weights.down.global_scale * scale)
 
 
 def test_restore_works_on_shapes_alone():
@@ -328,13 +337,40 @@ def test_numbers_of_odd_routings_and_inputs(kind):
 
 @gpu
 @with_package
-@pytest.mark.parametrize("top_k", [1, 3, 6])
-def test_the_first_run_may_be_captured(top_k):
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("tokens", [7, 257])
+@pytest.mark.parametrize(
+    ("activation", "biased"),
+    [
+        (GPT_OSS, True),
+        (GPT_OSS, False),
+        ("silu_step(limit=0.5)", True),
+        ("silu_softcap(alpha=2,beta=1.5)", True),
+        ("relu2", True),
+    ],
+)
+def test_parameters_and_biases_on_the_gpu(tokens, activation, biased):
+    gated = activation != "relu2"
+    weights = make_weights(gated, 9, device="cuda", biased=biased, activation=activation)
+    # The biases of the slice start inside others.
+    weights = weights.slice_experts(5, 8)
+    hidden = torch.randn(tokens, 200, device="cuda", dtype=torch.bfloat16)
+    ids, scores = routing(tokens, 9, 3, "cuda")
+    got = HUMMING(HUMMING.prepare(weights, hidden_alignment=256).call(hidden, ids, scores))
+    check_close(got, reference(hidden, weights, ids, scores))
+
+
+@gpu
+@with_package
+@pytest.mark.parametrize(("top_k", "biased"), [(1, False), (3, False), (6, False), (3, True)])
+def test_the_first_run_may_be_captured(top_k, biased):
     # Sizes that no other test has, so that nothing was compiled for them before.
-    weights = make_weights(experts=6, hidden=264 + 8 * top_k, device="cuda")
+    size = 264 + 8 * top_k + 64 * biased
+    weights = make_weights(experts=6, hidden=size, device="cuda", biased=biased)
     prepared = HUMMING.prepare(weights, hidden_alignment=256)
-    hidden = torch.randn(5, 264 + 8 * top_k, device="cuda", dtype=torch.bfloat16)
+    hidden = torch.randn(5, size, device="cuda", dtype=torch.bfloat16)
     ids, scores = routing(5, 6, top_k, "cuda")
+    ids = ids.int() if biased else ids
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = HUMMING(prepared.call(hidden, ids, scores))

@@ -1,54 +1,46 @@
-"""The Triton kernels: layout, routing, results in the interpreter, compilation for every target.
+"""The Triton kernels: layout, routing, results in the interpreter and on a GPU.
 
-The interpreter is chosen when triton is imported, so its cases, and those of test_fingerprint.py
-and test_triton_rows.py, run in a process of their own, with TRITON_INTERPRET=1; they are skipped
-here and started by test_the_interpreter_agrees.
+The interpreter is chosen when triton is imported, so its cases, and those of test_fingerprint.py,
+of test_triton_rows.py and test_triton_parameters.py, run in a process of their own, with
+TRITON_INTERPRET=1; they are skipped here and started by test_the_interpreter_agrees.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import importlib.util
 import itertools
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from triton_layers import (
+    CUT,
+    HAS_TRITON,
+    INTERPRETED,
+    MODES,
+    VERSIONS,
+    compare,
+    compiled,
+    interpreted,
+    layer,
+    needs_triton,
+    relative,
+)
 
-from fp4moe import ExpertWeights
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import UnsupportedError
 from fp4moe.formats.nvfp4 import NVFP4Values, dequantize_nvfp4
-from fp4moe.identity import fingerprint
-from fp4moe.kernels import LogitsCall
 from fp4moe.kernels.measured import SHIPPED, choose_tiles, read
-from fp4moe.kernels.triton.kernel import TRITON, run_with
+from fp4moe.kernels.triton.kernel import TRITON
 from fp4moe.kernels.triton.layout import from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
-from fp4moe.kernels.triton.tiles import Config, Tile
 from fp4moe.layer import Layer, Routing
+from fp4moe.ops import nvfp4_moe_from_logits_arguments
 from fp4moe.reference import reference
 from fp4moe.routing import route, softmax_topk
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs the package triton")
-# (major, minor) by package; what is not installed is skipped for that reason.
-VERSIONS = {
-    name: tuple(map(int, importlib.metadata.version(name).split(".")[:2]))
-    for name in ("numpy", "triton")
-    if importlib.util.find_spec(name)
-}
-interpreted = pytest.mark.skipif(
-    not (HAS_TRITON and INTERPRETED), reason="needs Triton's interpreter, see the docstring"
-)
-compiled = pytest.mark.skipif(
-    not HAS_TRITON or INTERPRETED, reason="needs the package triton, compiling"
-)
 if INTERPRETED and HAS_TRITON:
     # Here, since a kernel sees the names of its module alone.
     import triton
@@ -69,31 +61,6 @@ if INTERPRETED and HAS_TRITON:
 
 TILES = sorted({c for layer in read(SHIPPED) for c in layer.tiles.values()}, key=str)
 LAYER, HOPPER = Layer("silu", True, 2816, 704, 128, 8), (9, 0)
-# The interpreter cuts float32 to bfloat16 instead of rounding: at most 2^-8 each for the
-# intermediate, the slot's output and the sum. A GPU rounds, with half of that.
-CUT = 3 * 2.0**-8
-MODES = {
-    "sorted": Config("sorted", Tile(16, 64, 2, 4, 3), Tile(32, 64, 2, 4, 3)),
-    "more": Config("sorted", Tile(16, 32, 1, 4, 3, 16), Tile(32, 128, 1, 4, 3, 16)),
-    "slot": Config("slot", Tile(16, 64, 2, 4, 3), Tile(16, 64, 2, 4, 3)),
-}
-
-
-def layer(experts, hidden, intermediate, activation, gated, device="cpu", **keywords):
-    def weight(*size):
-        return torch.randn(experts, *size, device=device)
-
-    return ExpertWeights.quantize(
-        up=weight(intermediate, hidden),
-        gate=weight(intermediate, hidden) if gated else None,
-        down=weight(hidden, intermediate),
-        activation=activation,
-        **keywords,
-    )
-
-
-def relative(got, expected):
-    return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 32), (3, 128, 96)])
@@ -108,10 +75,8 @@ def test_the_layout_has_an_exact_inverse(shape):
 @pytest.mark.parametrize("gated", [True, False])
 def test_restore_undoes_prepare(gated):
     weights = layer(2, 80, 48, "silu", gated)
-    scale = torch.tensor([0.3, 0.7])
-    prepared = TRITON.prepare(weights, hidden_alignment=256, output_scale=scale)
+    prepared = TRITON.prepare(weights, hidden_alignment=256)
     assert prepared.operands.down_packed.shape == (2, 128, 32)
-    assert torch.equal(prepared.operands.down_global_scale, weights.down.global_scale * scale)
     back = TRITON.restore(prepared)
     assert back.metadata() == weights.metadata()
     for name, tensor in weights.tensors().items():
@@ -269,22 +234,6 @@ def test_sorted_tiles(count, counted, slots):
     assert total.item() == number
 
 
-def compare(config, weights, dtype, tokens, top_k, limit, device="cpu"):
-    """Run ids inside and outside the window, one twice in a row, and compare with reference."""
-    # Small enough that the square of relu2 stays below float16's largest number.
-    hidden = (torch.randn(tokens, weights.hidden_size, device=device) / 16).to(dtype)
-    ids = torch.randint(-1, weights.num_experts + 1, (tokens, top_k), device=device)
-    ids[0] = weights.expert_offset
-    routing_weights = torch.rand(tokens, top_k, device=device)
-    prepared = TRITON.prepare(weights, hidden_alignment=256)
-    call = prepared.call(hidden, ids, routing_weights)
-    got = run_with(config, call)
-    expected = reference(hidden.float(), weights, ids, routing_weights)
-    assert got.dtype == dtype and got.shape == hidden.shape
-    assert relative(got, expected) < limit
-    assert torch.equal(got, run_with(config, call))
-
-
 @interpreted
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
@@ -311,14 +260,15 @@ def compare_choices(routing, experts, device, tokens):
     """Distinct logits in strided rows: the ids of `fp4moe.routing`, and its weights."""
     from fp4moe.kernels.triton.choose import choose_experts
 
+    scales = [torch.empty(0), torch.linspace(0.5, 2, experts)]
     generator = torch.Generator().manual_seed(experts)
     rows = [torch.randperm(experts, generator=generator) for _ in range(tokens)]
     # Exact in bfloat16, as whole numbers below 256 are.
     logits = torch.nn.functional.pad((torch.stack(rows) - experts // 2) / 32, (0, 5))
     bias = torch.linspace(-0.7, 0.3, experts)[rows[0]]
     biases = [bias[:0], bias] if routing.method == "sigmoid_topk" else [bias[:0]]
-    for dtype, bias in itertools.product((torch.float32, torch.bfloat16), biases):
-        args = (logits.to(device, dtype)[:, :experts], bias.to(device), routing)
+    for dtype, bias, scale in itertools.product((torch.float32, torch.bfloat16), biases, scales):
+        args = (logits.to(device, dtype)[:, :experts], bias.to(device), routing, scale.to(device))
         ids, weights = choose_experts(*args)
         expected_ids, expected = route(*args)
         assert torch.equal(ids, expected_ids)
@@ -350,14 +300,15 @@ def test_chosen_by_hand():
     scores = torch.tensor([[0.9, 0.8, 0.99, 0.1, 0.8, 0.85]])
     bias = torch.tensor([0, 0, 0, 0, 0, 0.06])
     logits = torch.log(scores / (1 - scores))
-    ids, weights = choose_experts(logits, bias, Routing("sigmoid_topk", 3, 3, 2, 2.0))
+    none = torch.empty(0)
+    ids, weights = choose_experts(logits, bias, Routing("sigmoid_topk", 3, 3, 2, 2.0), none)
     assert ids.tolist() == [[5, 0, 1]]
     total = 0.85 + 0.9 + 0.8
     expected = torch.tensor([[0.85, 0.9, 0.8]]) * 2 / total
     torch.testing.assert_close(weights, expected, rtol=1e-6, atol=0)
     # Among equals the lowest; one logit of minus infinity among the chosen gives a weight of 0.
     logits = torch.tensor([[1.0, 2.0, 2.0, 1.0], [-torch.inf, -torch.inf, 0.0, -torch.inf]])
-    ids, weights = choose_experts(logits, torch.empty(0), Routing("softmax_topk", 2))
+    ids, weights = choose_experts(logits, none, Routing("softmax_topk", 2), none)
     assert ids.tolist() == [[1, 2], [2, 0]]
     assert weights.tolist() == [[0.5, 0.5], [1.0, 0.0]]
 
@@ -365,13 +316,12 @@ def test_chosen_by_hand():
 @interpreted
 def test_from_logits_is_the_choice_and_then_the_experts(poisoned_empty):
     weights = layer(4, 64, 64, "silu", True)
-    scale = torch.tensor([0.5, 1.0, 2.0, 3.0])
-    prepared = TRITON.prepare(weights, hidden_alignment=256, output_scale=scale)
+    prepared = TRITON.prepare(weights, hidden_alignment=256)
     hidden, logits = torch.randn(3, 64).bfloat16(), torch.randn(3, 4)
     routing, none = Routing("softmax_topk", 2), torch.empty(0)
-    weights_and_layer = (prepared.operands, prepared.layer)
-    got = TRITON.from_logits(LogitsCall(hidden, logits, none, routing, *weights_and_layer))
-    ids, routing_weights = softmax_topk(logits, 2, renormalize=True, per_expert_scale=scale)
+    arguments = nvfp4_moe_from_logits_arguments(prepared, routing, TRITON.name)
+    got = torch.ops.fp4moe.nvfp4_moe_from_logits.default(hidden, logits, none, *arguments)
+    ids, routing_weights = softmax_topk(logits, 2, renormalize=True)
     assert relative(got, reference(hidden.float(), weights, ids, routing_weights)) < CUT
 
 
@@ -392,6 +342,7 @@ def test_the_interpreter_agrees():
     file = pathlib.Path(__file__)
     others = (
         file.with_name("test_triton_rows.py"),
+        file.with_name("test_triton_parameters.py"),
         file.parents[2] / "identity/test_fingerprint.py",
     )
     files = [str(file), *map(str, others)]
@@ -404,123 +355,6 @@ def test_the_interpreter_agrees():
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert "needs Triton's interpreter" not in done.stdout, done.stdout[-4000:]
-
-
-def signature(function, constants, hidden="*bf16"):
-    """Argument types by name, pointers and multiples of 16 as a call of real sizes has them."""
-    pointers = {
-        "hidden": hidden,
-        "x": "*bf16",
-        "gate_up": "*bf16",
-        "ids": "*i64",
-        "out": "*bf16",
-        "partial": "*bf16",
-    }
-    pointers |= dict.fromkeys(("counts", "order", "tiles", "num_tiles", "words", "scales"), "*i32")
-    pointers |= dict.fromkeys(("global_scale", "routing_weights", "weights", "bias"), "*fp32")
-    pointers |= {"logits": "*bf16", "table": "*i64", "expected": "*i64", "changed": "*i32"}
-    types = {
-        name: "constexpr" if name in constants else pointers.get(name, "i32")
-        for name in function.arg_names
-    }
-    if "scaling" in types:
-        types["scaling"] = "fp32"
-    plain = {"num_slots", "expert_offset", "top_k", "slabs", "num_groups", "scaling"}
-    aligned = [
-        (i,) for i, n in enumerate(function.arg_names) if types[n] != "constexpr" and n not in plain
-    ]
-    return types, {place: [["tt.divisibility", 16]] for place in aligned}
-
-
-def variants():
-    """(kernel, constants, warps, further) of each row of the tables, and of each activation."""
-    from fp4moe.kernels.triton import (
-        activation as triton_activation,
-    )
-    from fp4moe.kernels.triton import (
-        choose as triton_choice,
-    )
-    from fp4moe.kernels.triton import (
-        fingerprint as triton_fingerprint,
-    )
-    from fp4moe.kernels.triton import (
-        gemm as triton_experts,
-    )
-    from fp4moe.kernels.triton import (
-        sort as triton_routing,
-    )
-    from fp4moe.kernels.triton.tiles import MODES as NAMES
-
-    def constants(tile, **more):
-        names = {"SLOTS": tile.slots, "MORE": tile.more, "ROWS": tile.rows, "SLABS": tile.slabs}
-        return {
-            **names,
-            "STAGES": tile.stages,
-            "ASSEMBLY": True,
-            "WAIT": False,
-            **more,
-        }, tile.warps
-
-    configs = [(layer.gated, config) for layer in read(SHIPPED) for config in layer.tiles.values()]
-    gate_ups = sorted({(gated, c.mode, str(c.gate_up)) for gated, c in configs})
-    for number, (gated, mode, tile) in enumerate(gate_ups):
-        # Whole steps and bfloat16, or neither.
-        plain = number % 2 == 1
-        form = {"GATED": gated, "WHOLE": not plain, "FP16": plain, "MODE": NAMES.index(mode)}
-        form["ACTIVATION"] = "gelu_tanh" if gated else "relu2"
-        gate_up = constants(Tile(*map(int, tile.split(","))), **form)
-        yield triton_experts.gate_up_kernel, *gate_up, {"hidden": "*fp16" if plain else "*bf16"}
-    for mode, tile in sorted({(c.mode, str(c.down)) for _, c in configs}):
-        down = constants(Tile(*map(int, tile.split(","))), MODE=NAMES.index(mode), WHOLE=False)
-        yield triton_experts.down_kernel, *down, {}
-    for number, activation in enumerate(ACTIVATIONS):
-        form = {"GATED": number % 2 == 0, "ACTIVATION": activation, "WHOLE": True, "FP16": False}
-        small = constants(Tile(16, 64, 1, 4, 2), MODE=1, **form)
-        yield triton_experts.gate_up_kernel, *small, {}
-    sizes = {"EXPERTS": 256, "CHUNK": 128}
-    yield triton_routing.sort_kernel, {**sizes, "SLOTS": 16, "CHUNK": 2048, "PADDED": 0}, 8, {}
-    yield triton_routing.count_kernel, sizes, 4, {}
-    yield triton_routing.scan_kernel, {"EXPERTS": 256, "BLOCK": 2}, 4, {}
-    yield triton_routing.place_kernel, {**sizes, "SLOTS": 16, "PADDED": 0}, 4, {}
-    padded = {"SLOTS": 48, "PADDED": 64}
-    yield triton_routing.sort_kernel, {**sizes, **padded, "CHUNK": 1024}, 8, {}
-    yield triton_routing.place_kernel, {**sizes, **padded}, 4, {}
-    combine = {"LANES": 8, "COLUMNS": 1024, "WEIGHTED": False}
-    yield triton_routing.combine_kernel, combine, 4, {}
-    yield triton_routing.combine_kernel, combine | {"WEIGHTED": True}, 4, {}
-    rows = {"GATED": True, "ACTIVATION": "silu", "COLUMNS": 1024}
-    yield triton_activation.activate_kernel, rows, 4, {}
-    choice = {"GROUPS": 8, "GROUP_EXPERTS": 32, "TOP_GROUPS": 4, "TOP_K": 8, "TOP_K_PADDED": 8}
-    yield triton_choice.choose_experts_kernel, choice | {"SIGMOID": True, "BIASED": True}, 1, {}
-    choice |= {"GROUPS": 1, "GROUP_EXPERTS": 128, "TOP_GROUPS": 0, "SIGMOID": False}
-    yield triton_choice.choose_experts_kernel, choice | {"BIASED": False}, 1, {}
-    names = ("SAMPLES", "WORDS", "SPREAD", "MULTIPLIER")
-    yield triton_fingerprint.compare_kernel, {n: getattr(fingerprint, n) for n in names}, 4, {}
-
-
-@compiled
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
-def test_every_variant_compiles(capability, tmp_path, monkeypatch):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for function, constants, warps, further in variants():
-        if "WAIT" in constants:
-            constants = {**constants, "WAIT": capability == 90}
-        types, attributes = signature(function, constants, **further)
-        places = {(function.arg_names.index(n),): value for n, value in constants.items()}
-        source = ASTSource(function, types, places, attributes)
-        target = GPUTarget("cuda", capability, 32)
-        kernel = triton.compile(source, target=target, options={"num_warps": warps})
-        label = (function.__name__, constants)
-        assert kernel.asm["cubin"], label
-        # No product stays in flight beyond its step: its registers would be written too early.
-        assert not re.search(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]", kernel.asm["ptx"]), label
-        # 86, 89 and 120 have 99 KiB of shared memory a block, the others 163 KiB and more.
-        limit = (99 if capability in (86, 89, 120) else 163) * 1024
-        assert kernel.metadata.shared <= limit, (label, kernel.metadata.shared)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from fp4moe.activations import ACTIVATIONS
+from fp4moe.activations import ACTIVATIONS, get_activation
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -63,6 +63,42 @@ def test_activations_of_rows_are_those_of_the_table(name, gated, poisoned_empty)
     torch.testing.assert_close(got, expected, rtol=2**-7, atol=1e-6, equal_nan=True)
 
 
+TEXTS = (
+    "silu(alpha=1.702,beta=1,limit=1)",
+    "gelu(beta=-0.5,limit=0.5)",
+    "silu_step(limit=0.5)",
+    "silu_softcap(alpha=2,beta=1.5)",
+    "silu(alpha=1.702)",
+    "relu2",
+)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("text", TEXTS)
+def test_parameters_and_biases_of_rows(text, dtype, biased, poisoned_empty):
+    from fp4moe.kernels.triton.activation import activate_rows
+
+    gated = text not in TEXTS[4:]
+    x = torch.randn(6, 1037 * (1 + gated), device=DEVICE)
+    x[0, -1], x[0, 0], x[4, 0], x[5, :9] = torch.nan, torch.inf, torch.nan, 1e-4
+    x = x.to(dtype)
+    # Experts 3 and 4 are here.
+    ids = torch.tensor([[3, 4], [2, 4], [5, 3]], device=DEVICE, dtype=torch.int32)
+    bias = torch.randn(2, x.shape[1], device=DEVICE) if biased else None
+    got = activate_rows(x, text, gated, ids, (3, 2), bias).float()
+    here = ids.flatten() - 3
+    inside = (here >= 0) & (here < 2)
+    values = x.float() if bias is None else x.float() + bias[here.clamp(0, 1)]
+    gate, up = values.chunk(2, 1) if gated else (None, values)
+    expected = get_activation(text).combine(up, gate)
+    # One rounding to bfloat16, as above. In float32 a sigmoid is right to some 2^-21, and a tanh to
+    # three bits less at 1/8.
+    rtol = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-17
+    expected, got = expected[inside], got[inside]
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_rows_of_other_experts_are_not_read(top_k, poisoned_empty):
     from fp4moe.kernels.triton.sort import sum_slots
@@ -72,8 +108,16 @@ def test_rows_of_other_experts_are_not_read(top_k, poisoned_empty):
     inside = ((ids >= 3) & (ids < 5)).flatten()
     rows[~inside] = float("nan")
     scores = torch.rand(3, top_k, device=DEVICE)
-    own = torch.where(inside[:, None], rows.float(), 0.0)[:, :1099].view(3, top_k, 1099)
-    for weights, factor in ((scores, scores[..., None]), (None, 1.0)):
+    # Longer than the sum, and than the rows, as padded biases may be.
+    bias = torch.randn(2, 1152, device=DEVICE)
+    biases = bias[(ids.flatten() - 3).clamp(0, 1), :1104]
+    for weights, factor, added in (
+        (scores, scores[..., None], None),
+        (scores, scores[..., None], bias),
+        (None, 1.0, None),
+    ):
+        total = rows.float() if added is None else rows.float() + biases
+        own = torch.where(inside[:, None], total, 0.0)[:, :1099].view(3, top_k, 1099)
         out = torch.empty(3, 1099, device=DEVICE)
-        assert sum_slots(rows, ids, (3, 2), out, weights) is out
+        assert sum_slots(rows, ids, (3, 2), out, weights, added) is out
         torch.testing.assert_close(out, (own * factor).sum(1), rtol=1e-6, atol=1e-6)

@@ -12,21 +12,27 @@ from typing import ClassVar
 
 import torch
 
-from ...errors import UnsupportedError, must
+from ...activations import get_activation
 from ...formats import NVFP4
-from ...layer import Layer, Routing
-from ..base import Call, LogitsCall
+from ...layer import Layer
+from ..base import Call, Operands
 from ..devices import Devices
-from .library import activation_names, flashinfer_settings, library
+from .library import FlashInfer, flashinfer_settings, library
 from .rows import up_gate_index
 from .weights import FlashInferKernel, local_ids, pad_columns, row_layout
 
-__all__ = ["FLASHINFER_CUTLASS", "GATED", "UNGATED", "FlashInferCutlass", "activation_reasons"]
-__all__ += ["enum_name", "merge_repeated", "size_multiples"]
+__all__ = ["FLASHINFER_CUTLASS", "GATED", "PARAMETERS", "UNGATED", "FlashInferCutlass"]
+__all__ += ["activation_reasons", "enum_name", "merge_repeated", "size_multiples"]
 
 # Our activation -> member of ActivationType; `Geglu` and `Gelu` are erf, `GegluTanh` is tanh. Their
 # numbers differ between versions.
-GATED = {"silu": "Swiglu", "gelu_tanh": "GegluTanh", "gelu": "Geglu"}
+GATED = {
+    "silu": "Swiglu",
+    "gelu_tanh": "GegluTanh",
+    "gelu": "Geglu",
+    "silu_step": "SwigluStep",
+    "silu_softcap": "Situ",
+}
 UNGATED = {
     "relu2": "Relu2",
     "relu": "Relu",
@@ -34,13 +40,35 @@ UNGATED = {
     "gelu": "Gelu",
     "identity": "Identity",
 }
+# With a gate: our parameters -> arguments of the library, [L] float32 each, in the model's units.
+PARAMETERS = {
+    "silu": {"alpha": "swiglu_alpha", "beta": "swiglu_beta", "limit": "swiglu_limit"},
+    "silu_step": {"limit": "swiglu_limit"},
+    "silu_softcap": {"alpha": "situ_beta", "beta": "situ_linear_beta"},
+}
 # Up to here one block sorts all tokens and keeps an id that is twice in a row; else only the first.
 ONE_BLOCK_TOKENS, ONE_BLOCK_TOP_K, ONE_BLOCK_EXPERTS = 256, (1, 2, 4, 6, 8), 510
 
 
 def enum_name(activation: str, gated: bool) -> str | None:
-    """Return the member of FlashInfer's ActivationType that computes this; None without one."""
-    return (GATED if gated else UNGATED).get(activation)
+    """Return the member of FlashInfer's ActivationType that computes this; None without one.
+
+    Args:
+        activation: name or text. gated: as in `Layer`.
+    """
+    found = get_activation(activation)
+    if not found.plain and not (gated and found.name in PARAMETERS):
+        return None
+    return (GATED if gated else UNGATED).get(found.name)
+
+
+def parameters(activation: str) -> dict[str, float]:
+    """Return the arguments of the library that a gated activation needs; none for plain ones."""
+    found = get_activation(activation)
+    names = {} if found.plain else PARAMETERS[found.name]
+    given = {argument: getattr(found, name) for name, argument in names.items()}
+    without = {"swiglu_alpha": 1.0, "swiglu_beta": 0.0, "swiglu_limit": 0.0}
+    return {argument: v for argument, v in given.items() if v != without.get(argument)}
 
 
 def size_multiples(gated: bool) -> tuple[int, int]:
@@ -54,32 +82,37 @@ def size_multiples(gated: bool) -> tuple[int, int]:
     return (128, 64) if gated else (128, 128)
 
 
-def activation_reasons(
-    activation: str, gated: bool, enum_names: frozenset[str] | None
-) -> list[str]:
+def activation_reasons(activation: str, gated: bool, flashinfer: FlashInfer | None) -> list[str]:
     """Return why the kernel cannot compute an activation, on any device; empty where it can.
 
     Args:
         activation, gated: as in `Layer`.
-        enum_names: members of the installed ActivationType; None takes every name as known.
+        flashinfer: the installed library; None takes every member and argument as known.
     """
     name, gate = enum_name(activation, gated), "with" if gated else "without"
     if name is None:
         known = ", ".join(GATED if gated else UNGATED)
-        return [f"activation must be one of {known} {gate} a gate, got {activation}"]
-    if enum_names is not None and name not in enum_names:
-        return [
-            f"the installed FlashInfer has no ActivationType.{name}, which {activation} {gate} a "
-            "gate needs: install a newer flashinfer-python"
-        ]
-    return []
+        only = f", with alpha, beta or limit only {', '.join(PARAMETERS)}" * gated
+        return [f"activation must be one of {known} {gate} a gate{only}, got {activation}"]
+    if flashinfer is None:
+        return []
+    missing = [f"ActivationType.{name}"] * (name not in flashinfer.activation_names)
+    known_arguments = flashinfer.arguments["cutlass_fused_moe"]
+    missing += [f"argument {n}" for n in parameters(activation) if n not in known_arguments]
+    return [
+        f"the installed FlashInfer has no {what}, which {activation} {gate} a gate needs: install "
+        "a newer flashinfer-python"
+        for what in missing
+    ]
 
 
 class FlashInferCutlass(FlashInferKernel):
     """CUTLASS' fused experts behind the operator.
 
     Operands: rows of gate_up are [up; gate]; block scales are interleaved 128x4 per expert; scales
-    as in `FlashInferKernel.scale_operands`. Gate, up and the intermediate are rounded to bfloat16.
+    as in `FlashInferKernel.scale_operands`; biases are in the order of the rows, each rounded to
+    bfloat16. Gate, up, the intermediate and each expert's output are rounded to bfloat16, and
+    biases are added after that, in float32.
     """
 
     name = "flashinfer_cutlass"
@@ -94,22 +127,7 @@ class FlashInferCutlass(FlashInferKernel):
 
     def activation_reasons(self, layer: Layer, ready: bool) -> list[str]:
         """Return why the kernel cannot compute the activation."""
-        names = activation_names() if ready else None
-        return activation_reasons(layer.activation, layer.gated, names)
-
-    def reasons_not_to_route(self, layer: Layer, routing: Routing) -> list[str]:
-        """Return that it cannot."""
-        return ["the CUTLASS experts take ids and weights, they do not route"]
-
-    def from_logits(self, call: LogitsCall) -> torch.Tensor:
-        """Raise: it cannot route."""
-        must(
-            f"{self.name}: routing",
-            "be 'given'",
-            "'fused'",
-            "Route outside and call nvfp4_moe.",
-            error=UnsupportedError,
-        )
+        return activation_reasons(layer.activation, layer.gated, library() if ready else None)
 
     def run(self, call: Call) -> torch.Tensor:
         """Call cutlass_fused_moe on the local experts; ids are made local here."""
@@ -148,9 +166,21 @@ class FlashInferCutlass(FlashInferKernel):
                 enable_pdl=speed.enable_pdl,
                 tune_max_num_tokens=speed.tune_max_num_tokens,
                 activation_type=flashinfer.module.ActivationType[name],
+                **_more_arguments(operands, layer),
             )
         # This library writes whole padded rows.
         return output[:, : hidden.shape[1]].to(hidden.dtype).contiguous()
+
+
+def _more_arguments(operands: Operands, layer: Layer) -> dict[str, torch.Tensor]:
+    """Return parameters and biases; only those that the layer has."""
+    scale = operands.down_global_scale
+    more = {n: torch.full_like(scale, v) for n, v in parameters(layer.activation).items()}
+    if operands.gate_up_bias is not None and operands.down_bias is not None:
+        # The library wants the dtype of its output.
+        more["fc1_expert_biases"] = operands.gate_up_bias.to(torch.bfloat16)
+        more["fc2_expert_biases"] = operands.down_bias.to(torch.bfloat16)
+    return more
 
 
 def sorts_in_one_block(tokens: int, top_k: int, experts: int) -> bool:

@@ -23,7 +23,6 @@ from ...version import installed
 __all__ = [
     "FlashInfer",
     "FlashInferSettings",
-    "activation_names",
     "flashinfer_settings",
     "is_tuning",
     "library",
@@ -128,6 +127,7 @@ class FlashInfer:
         float32_weights: whether the routed entry reads float32 routing weights.
         tunes_plain_ids: whether the tuner may see ids and weights apart.
         arguments: names of the arguments of each function that is called.
+        activation_names: members of its ActivationType.
     """
 
     version: str
@@ -135,6 +135,7 @@ class FlashInfer:
     float32_weights: bool
     tunes_plain_ids: bool
     arguments: dict[str, frozenset[str]]
+    activation_names: frozenset[str]
 
     def function(self, name: str) -> Callable:
         """Return a function of `flashinfer.fused_moe`, or fp4_quantize."""
@@ -233,9 +234,5 @@ def library() -> FlashInfer:
         float32_weights=version_key(version) >= FLOAT32_WEIGHTS,
         tunes_plain_ids=version_key(version) >= TUNES_PLAIN_IDS,
         arguments={n: frozenset(inspect.signature(f).parameters) for n, f in functions.items()},
+        activation_names=frozenset(flashinfer.ActivationType.__members__),
     )
-
-
-def activation_names() -> frozenset[str]:
-    """Return the names in the installed ActivationType."""
-    return frozenset(library().module.ActivationType.__members__)

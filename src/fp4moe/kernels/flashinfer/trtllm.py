@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...activations import get_activation
 from ...errors import UnsupportedError, must
 from ...formats import NVFP4
 from ...layer import Layer, Routing
@@ -38,6 +39,9 @@ GIVEN_ROUTING = "Renormalize"
 ROUTING_NAMES = {"softmax_topk": "RenormalizeNaive", "sigmoid_topk": "DeepSeekV3"}
 # The launch grid has at most 65535 rows of one tile, which is 64 tokens or more at this size.
 GRID_ROWS, SMALLEST_LARGE_TILE, MOST_TOKENS = 65535, 64, 1 << 18
+# What is divided by a product of scales may be infinite below this. The least of a real layer is
+# about 2^-33: weights up to 1e-3, an input up to 1, each over 2688.
+SMALLEST_SCALE = 2.0**-100
 # The finalize kernel writes rows of 16 bytes, unchecked in 0.6.13.
 OUTPUT_MULTIPLE = 8
 
@@ -55,13 +59,16 @@ class FlashInferTrtllm(FlashInferKernel):
 
     Operands: rows of gate_up are [up; gate], interleaved and shuffled; block scales are interleaved
     128x4; scales as in `FlashInferKernel.scale_operands`, but intermediate_scale is s_up * s_x /
-    s_a where the layer is gated.
+    s_a where the layer is gated. Biases are in the order of the rows and in the units of the raw
+    accumulators, to which they are added: gate_up_bias is divided by s_up * s_x, down_bias by s_a *
+    s_down.
     """
 
     name = "flashinfer_trtllm"
     devices = Devices(((10, 0), (10, 3)))
     layouts: ClassVar = {NVFP4.name: row_layout(_multiples, _row_order)}
     intermediate_dtype = torch.float32
+    routes = True
 
     def activation_reasons(self, layer: Layer, ready: bool) -> list[str]:
         """Return why no kernel computes the activation."""
@@ -84,8 +91,20 @@ class FlashInferTrtllm(FlashInferKernel):
         return list(library_reasons() or routing_reasons(routing, layer.num_experts))
 
     def scale_operands(self, operands: Operands, layer: Layer) -> Operands:
-        """Return the four scales; the output of gate stays raw until the epilogue multiplies it."""
+        """Return scales and biases; the output of gate stays raw until the epilogue multiplies it.
+
+        Raises:
+            UnsupportedError: biases, beta or limit, and a scale next to 0.
+        """
         scaled = super().scale_operands(operands, layer)
+        first, second = scaled.gate_up_global_scale, scaled.down_global_scale
+        biases = scaled.gate_up_bias, scaled.down_bias
+        if biases[0] is not None and biases[1] is not None:
+            _check_divisors(gate_up_global_scale=first, down_global_scale=second)
+            raw = biases[0] / first.unsqueeze(1), biases[1] / second.unsqueeze(1)
+            scaled = scaled._replace(gate_up_bias=raw[0], down_bias=raw[1])
+        elif not get_activation(layer.activation).plain:
+            _check_divisors(gate_up_global_scale=first)
         if not layer.gated:
             return scaled
         product = scaled.intermediate_scale * scaled.gate_up_global_scale
@@ -186,21 +205,52 @@ class FlashInferTrtllm(FlashInferKernel):
         return output[:, :hidden_size].to(hidden.dtype).contiguous()
 
 
+def _check_divisors(**products: torch.Tensor) -> None:
+    """Raise where a product of scales [L] is next to 0: biases, beta or limit are divided by it."""
+    for name, product in products.items():
+        too_small = product < SMALLEST_SCALE
+        if bool(too_small.any()):
+            must(
+                f"flashinfer_trtllm: {name} times that of the activations",
+                f"be at least {SMALLEST_SCALE:.1g} where biases, beta or limit are divided by it",
+                f"less for local experts {too_small.nonzero()[:, 0].tolist()}",
+                "Use another kernel.",
+                error=UnsupportedError,
+            )
+
+
+def _parameters(operands: Operands, layer: Layer) -> dict[str, torch.Tensor | None]:
+    """Return alpha, and beta and limit in units of the raw accumulators, each [L] or None.
+
+    The limit of gate may be in the same units as that of up, for they share a scale.
+    """
+    activation = get_activation(layer.activation)
+    found: dict[str, torch.Tensor | None] = dict.fromkeys(
+        ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
+    )
+    scale = operands.gate_up_global_scale
+    if activation.alpha != 1:
+        found["gemm1_alpha"] = torch.full_like(scale, activation.alpha)
+    if activation.beta:
+        found["gemm1_beta"] = torch.full_like(scale, activation.beta).div_(scale)
+    if activation.limit:
+        found["gemm1_clamp_limit"] = torch.full_like(scale, activation.limit).div_(scale)
+    return found
+
+
 def _fixed_arguments(flashinfer: FlashInfer, operands: Operands, layer: Layer) -> dict[str, Any]:
     """Return what both entries take for every launch of a call."""
     speed = flashinfer_settings()
-    name = rules.ACTIVATION_NAMES[layer.activation, layer.gated]
+    name = rules.ACTIVATION_NAMES[get_activation(layer.activation).name, layer.gated]
     local, _, columns = operands.down_packed.shape
     return {
         "gemm1_weights": operands.gate_up_packed,
         "gemm1_weights_scale": operands.gate_up_block_scale.view(torch.float8_e4m3fn),
-        "gemm1_bias": None,
-        "gemm1_alpha": None,
-        "gemm1_beta": None,
-        "gemm1_clamp_limit": None,
+        "gemm1_bias": operands.gate_up_bias,
+        **_parameters(operands, layer),
         "gemm2_weights": operands.down_packed,
         "gemm2_weights_scale": operands.down_block_scale.view(torch.float8_e4m3fn),
-        "gemm2_bias": None,
+        "gemm2_bias": operands.down_bias,
         "output1_scale_scalar": operands.intermediate_scale,
         "output1_scale_gate_scalar": operands.gate_up_global_scale,
         "output2_scale_scalar": operands.down_global_scale,

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from ...activations import get_activation
 from ...errors import UnsupportedError, must
 from ...layer import HIDDEN_ALIGNMENTS
 
@@ -41,12 +42,14 @@ class ShapeRule:
         format, epilogue: one of FORMATS, and a value of ACTIVATION_NAMES.
         intermediate_multiple: what intermediate_size must be a multiple of.
         hidden_multiples: token tile -> what hidden_size must be a multiple of for that tile.
+        parameters: whether the library takes alpha, beta and limit with it.
     """
 
     format: str
     epilogue: str
     intermediate_multiple: int
     hidden_multiples: Mapping[int, int]
+    parameters: bool = False
 
     @property
     def hidden_multiple(self) -> int:
@@ -66,19 +69,23 @@ _FP8_PER_TENSOR = MappingProxyType(dict.fromkeys((8, 16, 32, 64, 128, 192, 256),
 _MXFP8 = MappingProxyType({8: 256, 16: 256, 32: 256, 64: 128, 128: 128, 256: 128})
 
 SHAPE_RULES: tuple[ShapeRule, ...] = (
-    ShapeRule("nvfp4", "Swiglu", 64, _NVFP4),
+    ShapeRule("nvfp4", "Swiglu", 64, _NVFP4, parameters=True),
     ShapeRule("nvfp4", "Geglu", 64, _NVFP4),
     ShapeRule("nvfp4", "Relu2", 128, _NVFP4),
     ShapeRule("fp8_per_tensor", "Swiglu", 64, _FP8_PER_TENSOR),
     ShapeRule("fp8_per_tensor", "Relu2", 128, _FP8_PER_TENSOR),
-    ShapeRule("mxfp8", "Swiglu", 128, _MXFP8),
+    ShapeRule("mxfp8", "Swiglu", 128, _MXFP8, parameters=True),
     ShapeRule("mxfp8", "Relu2", 128, _MXFP8),
 )
 
 
 def epilogue(activation: str, gated: bool) -> str | None:
-    """Return the name in the library's ActivationType, None where no kernel computes it."""
-    return ACTIVATION_NAMES.get((activation, gated))
+    """Return the name in the library's ActivationType, None where no kernel computes it.
+
+    Args:
+        activation: name or text; which formats take its parameters, say the rules.
+    """
+    return ACTIVATION_NAMES.get((get_activation(activation).name, gated))
 
 
 def token_tiles(
@@ -104,7 +111,8 @@ def token_tiles(
             error=UnsupportedError,
         )
     _check_sizes("token_tiles", hidden_size=hidden_size, intermediate_size=intermediate_size)
-    rule = _find_rule("token_tiles", format, known[activation.lower()])
+    name = known[activation.lower()]
+    rule = next((r for r in _rules("token_tiles", format) if r.epilogue == name), None)
     return rule.tiles(hidden_size, intermediate_size) if rule else ()
 
 
@@ -114,7 +122,7 @@ def size_multiples(
     """Return the multiples that (hidden_size, intermediate_size) are zero-padded to.
 
     Args:
-        activation, gated, format: a key of ACTIVATION_NAMES, and one of FORMATS.
+        activation, gated, format: as in Layer, and one of FORMATS.
         hidden_alignment: 128 (the kernels' minimum), 256 (every tile) or 512.
 
     Raises ShapeError for another alignment, UnsupportedError where no size has a kernel.
@@ -126,7 +134,7 @@ def size_multiples(
             hidden_alignment,
             "Pass one of these.",
         )
-    rule = _find_rule("size_multiples", format, epilogue(activation, gated))
+    rule = _find_rule("size_multiples", format, activation, gated)
     if rule is None:
         must(
             "size_multiples: activation",
@@ -155,7 +163,7 @@ def reasons(
 
     Raises UnsupportedError for an unknown format, ShapeError for a size below 1 without padding.
     """
-    rule = _find_rule("reasons", format, epilogue(activation, gated))
+    rule = _find_rule("reasons", format, activation, gated)
     if rule is None:
         return [
             f"no {format} kernel for {_form(activation, gated)}; there are kernels for "
@@ -288,7 +296,15 @@ def _group_reasons(num_experts: int, top_k: int, num_groups: int, top_groups: in
     ]
 
 
-def _find_rule(caller: str, format: str, name: str | None) -> ShapeRule | None:
+def _find_rule(caller: str, format: str, activation: str, gated: bool) -> ShapeRule | None:
+    name, plain = epilogue(activation, gated), get_activation(activation).plain
+    for rule in _rules(caller, format):
+        if rule.epilogue == name and (plain or rule.parameters):
+            return rule
+    return None
+
+
+def _rules(caller: str, format: str) -> list[ShapeRule]:
     if format not in FORMATS:
         must(
             f"{caller}: format",
@@ -297,12 +313,16 @@ def _find_rule(caller: str, format: str, name: str | None) -> ShapeRule | None:
             "Pass one of these names.",
             error=UnsupportedError,
         )
-    return next((r for r in SHAPE_RULES if (r.format, r.epilogue) == (format, name)), None)
+    return [rule for rule in SHAPE_RULES if rule.format == format]
 
 
 def _supported(format: str) -> str:
-    names = {rule.epilogue for rule in SHAPE_RULES if rule.format == format}
-    return ", ".join(_form(*key) for key, name in ACTIVATION_NAMES.items() if name in names)
+    more = {rule.epilogue: rule.parameters for rule in SHAPE_RULES if rule.format == format}
+    return ", ".join(
+        _form(*key) + " (also with alpha, beta and limit)" * more[name]
+        for key, name in ACTIVATION_NAMES.items()
+        if name in more
+    )
 
 
 def _form(activation: str, gated: bool) -> str:

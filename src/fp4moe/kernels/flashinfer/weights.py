@@ -33,6 +33,7 @@ def row_layout(multiples: Callable[[Layer, int], tuple[int, int]], order: RowOrd
                 packed, scale = permute_rows(packed, index), permute_rows(scale, index)
             scale = interleave_128x4(scale).view(scale.shape)
             operands = _with_matrix(operands, gemm, packed.contiguous(), scale)
+            operands = _with_bias(operands, gemm, index)
         return operands
 
     def undo(operands: Operands, layer: Layer) -> Operands:
@@ -41,9 +42,10 @@ def row_layout(multiples: Callable[[Layer, int], tuple[int, int]], order: RowOrd
             scale = deinterleave_128x4(scale, scale.shape[1], scale.shape[2])
             index = order(gemm, packed.shape[1], layer.gated)
             if index is not None:
-                back = inverse_index(index)
-                packed, scale = permute_rows(packed, back), permute_rows(scale, back)
+                index = inverse_index(index)
+                packed, scale = permute_rows(packed, index), permute_rows(scale, index)
             operands = _with_matrix(operands, gemm, packed, scale)
+            operands = _with_bias(operands, gemm, index)
         return operands
 
     return Layout(multiples, apply, undo)
@@ -59,9 +61,19 @@ def _with_matrix(
     return operands._replace(**{f"{gemm}_packed": packed, f"{gemm}_block_scale": scale})
 
 
+def _with_bias(operands: Operands, gemm: str, index: torch.Tensor | None) -> Operands:
+    """Reorder the bias as the rows of its matrix, where there is one."""
+    bias: torch.Tensor | None = getattr(operands, f"{gemm}_bias")
+    if bias is None:
+        return operands
+    rows = bias if index is None else bias.index_select(1, index.to(bias.device))
+    return operands._replace(**{f"{gemm}_bias": rows.contiguous()})
+
+
 class FlashInferKernel(Kernel):
     """The part of a kernel that FlashInfer's have in common."""
 
+    biases = True
     quantizes_activations = True
     mixes_scales = True
 

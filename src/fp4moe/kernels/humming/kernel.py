@@ -56,7 +56,10 @@ def _multiples(layer: Layer, hidden_alignment: int) -> tuple[int, int]:
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy a view that starts inside another tensor: the library wants 16-byte addresses."""
+    """Copy a view that starts inside another tensor: the library wants 16-byte addresses.
+
+    Triton has a kernel of its own for other addresses, which `warm_up` would not have loaded.
+    """
     return tensor.clone() if tensor.storage_offset() else tensor
 
 
@@ -64,16 +67,17 @@ _pack, _unpack = each_matrix(pack_weights, pack_scales), each_matrix(unpack_weig
 
 
 def _apply(operands: Operands, layer: Layer) -> Operands:
-    return _pack(operands, layer)._replace(
-        gate_up_global_scale=_aligned(operands.gate_up_global_scale),
-        down_global_scale=_aligned(operands.down_global_scale),
-    )
+    names = ("gate_up_global_scale", "down_global_scale", "gate_up_bias", "down_bias")
+    named = operands.named()
+    aligned = {name: _aligned(named[name]) for name in names if name in named}
+    return _pack(operands, layer)._replace(**aligned)
 
 
 class HummingKernel(Kernel):
     """humming-kernels behind the operator.
 
-    Operands: codes and block scales in the library's layout, gate first; global scales as they are.
+    Operands: codes and block scales in the library's layout, gate first; global scales and biases
+    as they are. Biases are added in float32 to what the GEMMs have rounded.
     float32 and float16 input is rounded to bfloat16, on compute capability 7.5 all is float16.
     """
 
@@ -81,6 +85,7 @@ class HummingKernel(Kernel):
     devices = Devices(
         ((7, 5),), up_to=(9, 0), why_not_newer="the layout there depends on the CUDA compiler"
     )
+    biases = parameters = True
     layouts: ClassVar = {NVFP4.name: Layout(_multiples, _apply, _unpack)}
 
     def package_reasons(self) -> Sequence[str]:
@@ -104,7 +109,7 @@ class HummingKernel(Kernel):
         hidden = torch.zeros((1, layer.hidden_size), dtype=_dtype(device), device=device)
         with torch.cuda.device(device):
             gemms = _gemms(layer.hidden_size, operands)
-            key = (gemms[0].shape, gemms[1].shape, layer.activation, layer.gated, device)
+            key = (*(g.shape for g in gemms), layer.activation, layer.gated, layer.biased, device)
             if key in _warm:
                 return
             # No id is local: every kernel is loaded and none has rows.
@@ -113,7 +118,7 @@ class HummingKernel(Kernel):
             for count in range(max(len(gemm.intervals) for gemm in gemms)):
                 first, second = (g.intervals[min(count, len(g.intervals) - 1)] for g in gemms)
                 _compute(prepared.call(hidden, outside, one), gemms, (first, second))
-            _warm_up_sums(prepared, hidden, gemms[1])
+            _warm_up_rows(prepared, hidden, gemms)
             _warm_up_sorting({i.tile_rows for gemm in gemms for i in gemm.intervals}, prepared)
             _warm.add(key)
 
@@ -138,10 +143,12 @@ def _compute(
     gate_up = x.new_empty((ids.numel(), first.shape.rows))
     top_k = ids.shape[1]
     first.run(x, gate_up, *operands[:3], place=places[0], top_k=top_k, interval=intervals[0])
-    middle = activate_rows(gate_up, call.layer.activation, call.layer.gated)
+    form = call.layer.activation, call.layer.gated
+    middle = activate_rows(gate_up, *form, ids, window, operands.gate_up_bias)
     down = x.new_empty((ids.numel(), second.shape.rows - second.shape.cut_rows))
     second.run(middle, down, *operands[3:6], place=places[1], top_k=1, interval=intervals[1])
-    return sum_slots(down, ids, window, call.hidden.new_empty(call.hidden.shape), weights)
+    out = call.hidden.new_empty(call.hidden.shape)
+    return sum_slots(down, ids, window, out, weights, operands.down_bias)
 
 
 def places_of(
@@ -165,16 +172,25 @@ def places_of(
     return [places[rows] for rows in tile_rows]
 
 
-def _warm_up_sums(prepared: PreparedWeights, hidden: torch.Tensor, gemm: HummingGemm) -> None:
+def _warm_up_rows(
+    prepared: PreparedWeights, hidden: torch.Tensor, gemms: tuple[HummingGemm, HummingGemm]
+) -> None:
+    from ..triton.activation import activate_rows
     from ..triton.sort import sum_slots
 
-    window = prepared.layer.expert_offset, prepared.operands.down_packed.shape[0]
+    operands, layer = prepared.operands, prepared.layer
+    window = layer.expert_offset, operands.down_packed.shape[0]
+    first, second = (gemm.shape.rows - gemm.shape.cut_rows for gemm in gemms)
+    for kind in (torch.int64, torch.int32):
+        nowhere = torch.full((1, 1), -1, dtype=kind, device=hidden.device)
+        rows = hidden.new_empty((1, first))
+        activate_rows(rows, layer.activation, layer.gated, nowhere, window, operands.gate_up_bias)
     for top_k, kind in itertools.product(WARM_TOP_K, (torch.int64, torch.int32)):
         nowhere = torch.full((1, top_k), -1, dtype=kind, device=hidden.device)
         weights = nowhere.float()
-        rows = hidden.new_empty((top_k, gemm.shape.rows - gemm.shape.cut_rows))
+        rows = hidden.new_empty((top_k, second))
         for dtype in HIDDEN_DTYPES:
-            sum_slots(rows, nowhere, window, hidden.to(dtype), weights)
+            sum_slots(rows, nowhere, window, hidden.to(dtype), weights, operands.down_bias)
 
 
 def _warm_up_sorting(tile_rows: set[int], prepared: PreparedWeights) -> None:

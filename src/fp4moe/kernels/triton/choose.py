@@ -8,7 +8,10 @@ import triton.language as tl
 
 from ...layer import Routing
 
-__all__ = ["choose_experts", "choose_experts_kernel"]
+__all__ = ["MOST_EXPERTS", "choose_experts", "choose_experts_kernel"]
+
+# The last ten bits of a key are the expert.
+MOST_EXPERTS = 1024
 
 
 @triton.jit
@@ -22,9 +25,10 @@ def _ordered(value, index):
 
 @triton.jit
 def choose_experts_kernel(
-    logits, stride_token, bias, ids, weights, num_groups, group_experts, scaling,
+    logits, stride_token, bias, output_scale, ids, weights, num_groups, group_experts, scaling,
     GROUPS: tl.constexpr, GROUP_EXPERTS: tl.constexpr, TOP_GROUPS: tl.constexpr,
     TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr, SIGMOID: tl.constexpr, BIASED: tl.constexpr,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
     """Write ids int64 and weights float32 [T, TOP_K] by falling score; grid [T].
 
@@ -68,19 +72,25 @@ def choose_experts_kernel(
         # The sum over all experts cancels.
         weight = tl.where(place < TOP_K, tl.exp(weight - largest), 0.0)
         weight /= tl.sum(weight)
+    weight *= scaling
+    if SCALED:
+        weight *= tl.load(output_scale + chosen, mask=place < TOP_K, other=0.0).to(tl.float32)
     at = token * TOP_K + place
     tl.store(ids + at, chosen, mask=place < TOP_K)
-    tl.store(weights + at, weight * scaling, mask=place < TOP_K)
+    tl.store(weights + at, weight, mask=place < TOP_K)
 
 
 def choose_experts(
-    router_logits: torch.Tensor, routing_bias: torch.Tensor, routing: Routing
+    router_logits: torch.Tensor,
+    routing_bias: torch.Tensor,
+    routing: Routing,
+    output_scale: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (expert_ids int64, routing_weights float32), [T, K] each, as `fp4moe.routing` does.
 
     Args:
-        router_logits: [T, E], any float dtype, T > 0 and E at most 1024.
-        routing_bias: [E], or [0] for none.
+        router_logits: [T, E], any float dtype, T > 0 and E at most MOST_EXPERTS.
+        routing_bias, output_scale: [E], or [0] for none.
         routing: the method; see `Routing`.
     """
     tokens, num_experts = router_logits.shape
@@ -90,12 +100,13 @@ def choose_experts(
     group_experts = num_experts // routing.num_groups
     sigmoid = routing.method == "sigmoid_topk"
     choose_experts_kernel[(tokens,)](
-        logits, logits.stride(0), routing_bias.contiguous(), ids, weights,
-        routing.num_groups, group_experts, routing.scaling,
+        logits, logits.stride(0), routing_bias.contiguous(), output_scale.contiguous(),
+        ids, weights, routing.num_groups, group_experts, routing.scaling,
         GROUPS=triton.next_power_of_2(routing.num_groups),
         GROUP_EXPERTS=triton.next_power_of_2(group_experts),
         TOP_GROUPS=routing.top_groups if routing.top_groups < routing.num_groups else 0,
         TOP_K=routing.top_k, TOP_K_PADDED=triton.next_power_of_2(routing.top_k),
-        SIGMOID=sigmoid, BIASED=sigmoid and routing_bias.numel() > 0, num_warps=1,
+        SIGMOID=sigmoid, BIASED=sigmoid and routing_bias.numel() > 0,
+        SCALED=output_scale.numel() > 0, num_warps=1,
     )  # fmt: skip
     return ids, weights

@@ -7,7 +7,8 @@ with both parts, since sizes must be powers of two. How it finds its slots is it
     SLOT    the program's number is a slot: no metadata, an expert is read once a slot
     SORTED  the number is a tile of `sort.sort_kernel`
 
-Sizes are the padded ones, multiples of 64; a slab is 64 columns of K, see `layout`.
+Sizes are the padded ones, multiples of 64; a slab is 64 columns of K, see `layout`. Nothing
+splits K: the program that has a slot's sum in float32 adds the bias, which is None without.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import activate
+from .activation import combine
 from .decode_nvfp4 import WEIGHT_FACTOR, decode_slabs
 
 __all__ = ["SLOT", "SORTED", "down_kernel", "gate_up_kernel"]
@@ -100,11 +101,12 @@ def _load_tokens(x, row, valid, column, columns, WHOLE: tl.constexpr):
 
 @triton.jit
 def _gate_up_tile(
-    hidden, stride_token, words, scales, global_scale, out,
+    hidden, stride_token, words, scales, global_scale, bias, out,
     slot, more, expert, block, top_k, hidden_size, intermediate, slabs,
     SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr,
     STAGES: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    FP16: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
+    ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, FP16: tl.constexpr,
+    ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     token = (tl.maximum(slot, 0) // top_k).to(tl.int64) * stride_token
     token_more = (tl.maximum(more, 0) // top_k).to(tl.int64) * stride_token
@@ -129,24 +131,36 @@ def _gate_up_tile(
             x = _load_tokens(hidden, token_more, more >= 0, column, hidden_size, WHOLE)
             acc_more = _add_dot(w, tl.trans(x), acc_more, ASSEMBLY, WAIT)
     scale = tl.load(global_scale + expert) * WEIGHT_FACTOR
-    _store_gate_up(out, acc * scale, slot, block, intermediate, SLOTS, ROWS, GATED, ACTIVATION)
+    acc *= scale
+    if bias is not None:
+        bias += expert.to(tl.int64) * PARTS * intermediate
+        acc += tl.load(bias + row)[:, None]
+    _store_gate_up(
+        out, acc, slot, block, intermediate, SLOTS, ROWS, GATED, ACTIVATION, ALPHA, BETA, LIMIT
+    )
     if MORE:
         acc_more *= scale
-        _store_gate_up(out, acc_more, more, block, intermediate, MORE, ROWS, GATED, ACTIVATION)
+        if bias is not None:
+            acc_more += tl.load(bias + row)[:, None]
+        _store_gate_up(
+            out, acc_more, more, block, intermediate, MORE, ROWS, GATED,
+            ACTIVATION, ALPHA, BETA, LIMIT,
+        )  # fmt: skip
 
 
 @triton.jit
 def _store_gate_up(
     out, acc, slot, block, intermediate,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     if GATED:
         parts = tl.reshape(acc, (ROWS // 8, 2, 8, SLOTS))
         gate, up = tl.split(tl.permute(parts, (0, 2, 3, 1)))
-        value = activate(tl.reshape(gate, (ROWS, SLOTS)), ACTIVATION)
-        value *= tl.reshape(up, (ROWS, SLOTS))
+        gate, up = tl.reshape(gate, (ROWS, SLOTS)), tl.reshape(up, (ROWS, SLOTS))
+        value = combine(up, gate, ACTIVATION, ALPHA, BETA, LIMIT)
     else:
-        value = activate(acc, ACTIVATION)
+        value = combine(acc, None, ACTIVATION, ALPHA, BETA, LIMIT)
     row = block * ROWS + tl.arange(0, ROWS)
     at = out + (tl.maximum(slot, 0).to(tl.int64) * intermediate)[None, :] + row[:, None]
     mask = (row < intermediate)[:, None] & (slot >= 0)[None, :]
@@ -155,7 +169,7 @@ def _store_gate_up(
 
 @triton.jit
 def _down_tile(
-    x, words, scales, global_scale, routing_weights, out,
+    x, words, scales, global_scale, bias, routing_weights, out,
     slot, more, expert, block, hidden_padded, intermediate, slabs,
     SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr,
     STAGES: tl.constexpr, WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
@@ -179,6 +193,13 @@ def _down_tile(
             y = _load_tokens(x, at_more, more >= 0, column, intermediate, WHOLE)
             acc_more = _add_dot(w, tl.trans(y), acc_more, ASSEMBLY, WAIT)
     scale = tl.load(global_scale + expert) * WEIGHT_FACTOR
+    if bias is not None:
+        # The routing weight multiplies the bias, too.
+        bias += expert.to(tl.int64) * hidden_padded
+        acc = acc * scale + tl.load(bias + row)[:, None]
+        if MORE:
+            acc_more = acc_more * scale + tl.load(bias + row)[:, None]
+        scale = 1.0
     _store_down(out, acc, routing_weights, scale, slot, block, hidden_padded, ROWS)
     if MORE:
         _store_down(out, acc_more, routing_weights, scale, more, block, hidden_padded, ROWS)
@@ -222,15 +243,16 @@ def _find_work(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gate_up_kernel(
-    hidden, stride_token, ids, order, tiles, num_tiles, words, scales, global_scale, out,
+    hidden, stride_token, ids, order, tiles, num_tiles, words, scales, global_scale, bias, out,
     num_slots, top_k, hidden_size, intermediate, slabs, expert_offset, local_experts,
     MODE: tl.constexpr, SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr,
     SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr,
-    ACTIVATION: tl.constexpr, FP16: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
+    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
+    FP16: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """Write act(gate x) * (up x), or act(up x), to out [slots, intermediate].
+    """Write combine(up x, gate x), or combine(up x), to out [slots, intermediate].
 
-    Grid: [(slots or tiles, by MODE) * row blocks].
+    Grid: [(slots or tiles, by MODE) * row blocks]. bias: float32 [experts, rows of words], or None.
     """
     block, expert, slot, more = _find_work(
         ids, order, tiles, num_tiles, intermediate, num_slots, expert_offset, local_experts,
@@ -238,21 +260,23 @@ def gate_up_kernel(
     )  # fmt: skip
     if expert >= 0:
         _gate_up_tile(
-            hidden, stride_token, words, scales, global_scale, out, slot, more, expert, block,
-            top_k, hidden_size, intermediate, slabs, SLOTS, MORE, ROWS, SLABS, STAGES, WHOLE,
-            GATED, ACTIVATION, FP16, ASSEMBLY, WAIT,
+            hidden, stride_token, words, scales, global_scale, bias, out, slot, more, expert,
+            block, top_k, hidden_size, intermediate, slabs, SLOTS, MORE, ROWS, SLABS, STAGES, WHOLE,
+            GATED, ACTIVATION, ALPHA, BETA, LIMIT, FP16, ASSEMBLY, WAIT,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def down_kernel(
-    x, ids, order, tiles, num_tiles, words, scales, global_scale, routing_weights, out,
+    x, ids, order, tiles, num_tiles, words, scales, global_scale, bias, routing_weights, out,
     num_slots, hidden_padded, intermediate, slabs, expert_offset, local_experts,
     MODE: tl.constexpr, SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr,
     SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr,
     WAIT: tl.constexpr,
 ):  # fmt: skip
-    """Write routing weight * (down x) of every slot to out [slots, hidden_padded]; grid as above.
+    """Write routing weight * (down x + bias) of every slot to out [slots, hidden_padded].
+
+    Grid and bias as above.
 
     Slots whose id is not local stay unwritten.
     """
@@ -262,7 +286,7 @@ def down_kernel(
     )  # fmt: skip
     if expert >= 0:
         _down_tile(
-            x, words, scales, global_scale, routing_weights, out, slot, more, expert,
+            x, words, scales, global_scale, bias, routing_weights, out, slot, more, expert,
             block, hidden_padded, intermediate, slabs, SLOTS, MORE, ROWS, SLABS, STAGES, WHOLE,
             ASSEMBLY, WAIT,
         )  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 
 from ...formats import NVFP4
 from ...layer import Layer
-from ..base import Call, Kernel, Layout, LogitsCall, current_capability, each_matrix
+from ..base import Call, Kernel, Layout, current_capability, each_matrix
 from ..devices import Devices
 from ..measured import choose_tiles
 from .layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
@@ -39,6 +39,7 @@ class TritonKernel(Kernel):
 
     name = "triton"
     devices = Devices(((8, 0),), or_newer=True)
+    biases = parameters = True
     layouts: ClassVar = {
         NVFP4.name: Layout(
             lambda layer, hidden_alignment: (SLAB, SLAB),
@@ -76,13 +77,6 @@ class TritonKernel(Kernel):
             local, call.expert_ids.numel(),
         )  # fmt: skip
         return run_with(config, call)
-
-    def choose_experts(self, call: LogitsCall) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose the experts in one launch."""
-        from .choose import choose_experts
-
-        with torch.cuda.device_of(call.hidden):
-            return choose_experts(call.router_logits, call.routing_bias, call.routing)
 
 
 @functools.cache
@@ -137,6 +131,7 @@ def _find_slots(
 def _gate_up(
     call: Call, x: torch.Tensor, ids: torch.Tensor, found: Sorted, constants: dict[str, Any]
 ) -> torch.Tensor:
+    from .activation import activation_constants
     from .gemm import gate_up_kernel
 
     operands, layer = call.operands, call.layer
@@ -146,10 +141,10 @@ def _gate_up(
     gate_up_kernel[(found.most * -(-intermediate // constants["ROWS"]),)](
         x, x.stride(0), ids, *found[:3],
         *_words(operands.gate_up_packed, operands.gate_up_block_scale),
-        operands.gate_up_global_scale, middle, ids.numel(), ids.shape[1], hidden_size, intermediate,
-        slabs, layer.expert_offset, local, **constants,
+        operands.gate_up_global_scale, operands.gate_up_bias, middle, ids.numel(), ids.shape[1],
+        hidden_size, intermediate, slabs, layer.expert_offset, local, **constants,
         WHOLE=slabs % constants["SLABS"] == 0 and hidden_size == hidden_padded,
-        GATED=layer.gated, ACTIVATION=layer.activation, FP16=x.dtype == torch.float16,
+        GATED=layer.gated, **activation_constants(layer.activation), FP16=x.dtype == torch.float16,
     )  # fmt: skip
     return middle
 
@@ -170,8 +165,9 @@ def _down(
     partial = middle.new_empty((slots, hidden_padded))
     down_kernel[(found.most * -(-hidden_padded // constants["ROWS"]),)](
         middle, ids, *found[:3], *_words(operands.down_packed, operands.down_block_scale),
-        operands.down_global_scale, weights, partial, slots, hidden_padded, intermediate, slabs,
-        call.layer.expert_offset, local, **constants, WHOLE=slabs % constants["SLABS"] == 0,
+        operands.down_global_scale, operands.down_bias, weights, partial, slots, hidden_padded,
+        intermediate, slabs, call.layer.expert_offset, local, **constants,
+        WHOLE=slabs % constants["SLABS"] == 0,
     )  # fmt: skip
     return partial
 

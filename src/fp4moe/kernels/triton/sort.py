@@ -143,13 +143,14 @@ def place_kernel(
 
 @triton.jit(do_not_specialize=["expert_offset", "top_k"])
 def combine_kernel(
-    partial, ids, weights, out, stride_token, hidden_size, expert_offset, local_experts, top_k,
-    LANES: tl.constexpr, COLUMNS: tl.constexpr, WEIGHTED: tl.constexpr,
+    partial, ids, weights, bias, out, stride_token, stride_bias, hidden_size, expert_offset,
+    local_experts, top_k, LANES: tl.constexpr, COLUMNS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Sum a token's slots in float32; grid [T, column blocks].
 
     partial: [T * K, stride], rows of ids that are not local unwritten. weights: [T * K], read where
-    WEIGHTED; else the rows are weighted. out: [T, hidden_size]. LANES: a power of two, not below K.
+    WEIGHTED; else the rows are weighted. bias: None, or float32 [experts, stride], added to rows
+    before their weight. out: [T, hidden_size]. LANES: a power of two, not below K.
     """
     token = tl.program_id(0)
     lane = tl.arange(0, LANES)
@@ -161,6 +162,9 @@ def combine_kernel(
     mask = there[:, None] & (column < hidden_size)[None, :]
     at = (slot * stride_token)[:, None] + column[None, :]
     value = tl.load(partial + at, mask=mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        at = (local * stride_bias)[:, None] + column[None, :]
+        value += tl.load(bias + at, mask=mask, other=0.0)
     if WEIGHTED:
         value *= tl.load(weights + slot, mask=there, other=0.0)[:, None]
     place = out + token.to(tl.int64) * hidden_size + column
@@ -219,6 +223,7 @@ def sum_slots(
     window: tuple[int, int],
     out: torch.Tensor,
     weights: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Write each token's sum over its slots of local experts to out [T, H], and return it.
 
@@ -227,12 +232,14 @@ def sum_slots(
         ids: [T, K], contiguous, global.
         window: first local expert and their number.
         weights: float32 [T, K], contiguous; None where the rows are weighted already.
+        bias: float32 [L, H or more] of the experts, added to rows before their weight, or None.
     """
     tokens, top_k = ids.shape
     columns = out.shape[1]
+    stride_bias = None if bias is None else bias.shape[1]
     combine_kernel[(tokens, -(-columns // COMBINE_COLUMNS))](
-        partial, ids, partial if weights is None else weights, out, partial.shape[1], columns,
-        *window, top_k, LANES=triton.next_power_of_2(top_k), COLUMNS=COMBINE_COLUMNS,
-        WEIGHTED=weights is not None, num_warps=4,
+        partial, ids, partial if weights is None else weights, bias, out, partial.shape[1],
+        stride_bias, columns, *window, top_k, LANES=triton.next_power_of_2(top_k),
+        COLUMNS=COMBINE_COLUMNS, WEIGHTED=weights is not None, num_warps=4,
     )  # fmt: skip
     return out

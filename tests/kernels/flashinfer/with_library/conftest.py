@@ -23,6 +23,7 @@ class Recorder:
 
     calls: list[tuple[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
     activation: str | None = None
+    parameters: dict[str, float] | None = None
     tune_max_num_tokens: int | None = None
 
     def of(self, name: str) -> list[dict[str, Any]]:
@@ -59,6 +60,7 @@ def emulated(monkeypatch) -> Iterator[Recorder]:
                 kwargs,
                 version_features=features,
                 activation=recorder.activation,
+                parameters=recorder.parameters,
                 tune_max_num_tokens=recorder.tune_max_num_tokens,
             )
 

@@ -11,15 +11,17 @@ import functools
 import pytest
 import torch
 from flashinfer_contract import takes
-from fused_layers import LAYER, error, layer, tokens
+from fused_layers import LAYER, layer, tokens
 
 from fp4moe import FusedExperts, why_not
 from fp4moe.errors import UnsupportedError
-from fp4moe.kernels import Layer, Routing, get_kernel
+from fp4moe.kernels import Routing, get_kernel
 from fp4moe.kernels.flashinfer.cutlass import merge_repeated, sorts_in_one_block
 from fp4moe.kernels.flashinfer.library import library
-from fp4moe.ops import nvfp4_moe_arguments
+from fp4moe.ops import nvfp4_moe_arguments, nvfp4_moe_from_logits_arguments
 from fp4moe.reference import moe_definition, reference_w4a4
+from fp4moe.routing import route
+from fp4moe.testing import relative_error
 
 pytest.importorskip("flashinfer", reason="needs flashinfer-python")
 
@@ -65,7 +67,7 @@ def test_numbers(exact, activation, gated, hidden, intermediate):
     got = OP(*call, *arguments(weights))
     want = reference_w4a4(call[0], weights, call[1], call[2])
     assert got.shape == want.shape and got.dtype == want.dtype and got.is_contiguous()
-    assert error(got, want) < LIMIT
+    assert relative_error(got, want) < LIMIT
     (made,) = exact.of("cutlass_fused_moe")
     assert made.get("use_fused_finalize", False) is False
     assert ("use_fused_finalize" in made) == takes("cutlass_fused_moe", "use_fused_finalize")
@@ -80,7 +82,7 @@ def test_tanh_gelu_needs_the_newer_library(exact):
     call = tokens(4, weights)
     if newer:
         want = reference_w4a4(call[0], weights, call[1], call[2])
-        assert error(OP(*call, *arguments(weights)), want) < LIMIT
+        assert relative_error(OP(*call, *arguments(weights)), want) < LIMIT
     else:
         assert "GegluTanh" in reasons[0] and "newer flashinfer-python" in reasons[0]
         with pytest.raises(UnsupportedError, match=r"^flashinfer_cutlass: activation must be one"):
@@ -93,9 +95,19 @@ def test_with_the_kernels_roundings(emulated, activation, gated):
     call = tokens(9, weights)
     got = OP(*call, *arguments(weights))
     rounding = {"intermediate_dtype": CUTLASS.intermediate_dtype}
-    assert error(got, reference_w4a4(call[0], weights, *call[1:], **rounding)) < LIMIT
+    assert relative_error(got, reference_w4a4(call[0], weights, *call[1:], **rounding)) < LIMIT
     # They matter: one value in a hundred takes the next code of the E2M1 grid.
-    assert error(got, reference_w4a4(call[0], weights, *call[1:])) > LIMIT
+    assert relative_error(got, reference_w4a4(call[0], weights, *call[1:])) > LIMIT
+
+
+def test_from_logits_chooses_outside_of_the_library(exact):
+    weights, routing = layer(experts=8), Routing("softmax_topk", 2)
+    x, logits = tokens(5, weights)[0], torch.randn(5, 8)
+    prepared = CUTLASS.prepare(weights, hidden_alignment=256)
+    arguments = nvfp4_moe_from_logits_arguments(prepared, routing, CUTLASS.name)
+    got = torch.ops.fp4moe.nvfp4_moe_from_logits.default(x, logits, torch.empty(0), *arguments)
+    want = reference_w4a4(x, weights, *route(logits, torch.empty(0), routing))
+    assert relative_error(got, want) < LIMIT
 
 
 def test_windows_dtypes_and_no_tokens(exact):
@@ -105,7 +117,7 @@ def test_windows_dtypes_and_no_tokens(exact):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         got = OP(x.to(dtype), ids, routing, *arguments(weights))
         assert got.dtype == dtype and got[0].eq(0).all()
-        assert error(got, reference_w4a4(x, weights, ids, routing)) < LIMIT
+        assert relative_error(got, reference_w4a4(x, weights, ids, routing)) < LIMIT
     before = len(exact.calls)
     assert OP(x[:0], ids[:0], routing[:0], *arguments(weights)).shape == (0, 256)
     assert len(exact.calls) == before
@@ -114,8 +126,7 @@ def test_windows_dtypes_and_no_tokens(exact):
 @pytest.mark.parametrize("gated", [True, False])
 def test_restore_is_exact(gated):
     weights = layer(272, 40, gated=gated, activation="silu", num_experts=5, expert_offset=1)
-    scale = torch.tensor([2.0, 0.1, 1.0, 3.0])
-    prepared = CUTLASS.prepare(weights, hidden_alignment=256, output_scale=scale)
+    prepared = CUTLASS.prepare(weights, hidden_alignment=256)
     back = CUTLASS.restore(prepared)
     assert back.metadata() == weights.metadata()
     for name, tensor in weights.tensors().items():
@@ -148,7 +159,7 @@ def test_ids_are_merged_where_the_librarys_sort_needs_it(exact, tokens_, top_k, 
     x, ids, routing = tokens(3, weights, top_k=3)
     ids[:, 1] = ids[:, 0]
     got = OP(x, ids, routing, *arguments(weights))
-    assert error(got, reference_w4a4(x, weights, ids, routing)) < LIMIT
+    assert relative_error(got, reference_w4a4(x, weights, ids, routing)) < LIMIT
     (made,) = exact.of("cutlass_fused_moe")
     assert made["token_selected_experts"][:, 1].eq(-1).all()
 
@@ -161,11 +172,7 @@ def test_choice_and_refusals(claim):
     (reason,) = why_not("flashinfer_cutlass", **erf | {"capability": (9, 0)})
     assert reason == "needs compute capability 12.0, 12.1, 10.0 or 10.3, got 9.0"
     (reason,) = why_not("flashinfer_cutlass", **erf | {"activation": "relu2"})
-    assert reason.startswith("activation must be one of silu, gelu_tanh, gelu with a gate")
-    spec = Layer("silu", True, 256, 64, 8, 2)
-    assert CUTLASS.reasons_not_to_route(spec, Routing("softmax_topk", 2)) == [
-        "the CUTLASS experts take ids and weights, they do not route"
-    ]
+    assert reason.startswith("activation must be one of silu, gelu_tanh, gelu, silu_step, ")
     # What TRT-LLM-Gen lacks on SM100 goes here by itself; what it has does not.
     assert FusedExperts(layer()).kernel == "flashinfer_cutlass"
     claim((10, 0))

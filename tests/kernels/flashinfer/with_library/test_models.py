@@ -11,18 +11,18 @@ import re
 
 import pytest
 import torch
-from fused_layers import error
 from tiny_models import CapturingBackend, enlarge_experts, gemma4, nemotron_h, nemotron_h_latent
 
 import fp4moe
 from fp4moe.kernels.flashinfer.library import library
 from fp4moe.passes.report import RewriteReport
 from fp4moe.reference import reference_w4a4
-from fp4moe.routing import route
+from fp4moe.testing import relative_error
 
 pytest.importorskip("flashinfer.fused_moe", reason="needs flashinfer-python")
 
 OPERATOR = torch.ops.fp4moe.nvfp4_moe.default
+CHOOSE = torch.ops.fp4moe.choose_experts.default
 FROM_LOGITS = torch.ops.fp4moe.nvfp4_moe_from_logits.default
 MODELS = {"gemma4": gemma4, "nemotron_h": nemotron_h, "nemotron_h_latent": nemotron_h_latent}
 ROUTED, LOGITS = "trtllm_fp4_block_scale_routed_moe", "trtllm_fp4_block_scale_moe"
@@ -77,7 +77,10 @@ def test_replaced(emulated, name, hidden_alignment):
     run(fused, ids)
     for module, (x, expert_ids, routing), out in seen:
         routing = routing if library().float32_weights else routing.bfloat16().float()
-        assert error(out, reference_w4a4(x, module.weights, expert_ids, routing)) < BLOCK_LIMIT
+        assert (
+            relative_error(out, reference_w4a4(x, module.weights, expert_ids, routing))
+            < BLOCK_LIMIT
+        )
     calls = emulated.of(ROUTED)
     assert len(calls) == len(seen) == blocks(fused)
     assert {c["hidden_states"].shape[1] * 2 % hidden_alignment for c in calls} == {0}
@@ -85,6 +88,7 @@ def test_replaced(emulated, name, hidden_alignment):
     assert {row.padded_sizes[0] % hidden_alignment for row in rows} == {0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("way", ["replace_moe", "backend"])
 def test_compiled_without_a_break(emulated, name, way):
@@ -99,7 +103,7 @@ def test_compiled_without_a_break(emulated, name, way):
         compiled = torch.compile(replaced(model), backend=capture, **options)
     for shape in ((2, 5), (1, 7)):
         ids = torch.randint(0, 32, shape)
-        assert error(run(compiled, ids), run(eager, ids)) < MODEL_LIMIT
+        assert relative_error(run(compiled, ids), run(eager, ids)) < MODEL_LIMIT
     assert capture.graphs
     for graph in capture.graphs:
         nodes = [n for n in graph.graph.nodes if n.target is OPERATOR]
@@ -107,23 +111,34 @@ def test_compiled_without_a_break(emulated, name, way):
         assert {node.args[13] for node in nodes} == {"flashinfer_trtllm"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "nemotron_h"])
 def test_fused_routing(emulated, name):
     model, ids = build(name), torch.randint(0, 32, (2, 5))
     fused, capture = replaced(model, routing="fused"), CapturingBackend()
     seen = watch(fused)
     run(fused, ids)
-    for module, (x, logits, bias), out in seen:
-        expert_ids, weights = route(logits, bias, module.routing)
-        weights = weights * module.output_scale[expert_ids]
-        assert error(out, reference_w4a4(x, module.weights, expert_ids, weights)) < BLOCK_LIMIT
-    assert len(emulated.of(LOGITS)) == len(seen) == blocks(fused)
+    for module, (x, expert_ids, routing), out in seen:
+        routing = routing if library().float32_weights else routing.bfloat16().float()
+        assert (
+            relative_error(out, reference_w4a4(x, module.weights, expert_ids, routing))
+            < BLOCK_LIMIT
+        )
+    assert len(emulated.of(ROUTED)) == len(seen) == blocks(fused)
+    # Two operators in a graph, until the pass lets the library choose.
     fused = replaced(model, routing="fused")
     compiled = torch.compile(fused, backend=capture, fullgraph=True)
-    assert error(run(compiled, ids), run(fused, ids)) < MODEL_LIMIT
-    (graph,) = capture.graphs
-    nodes = [n for n in graph.graph.nodes if n.target is FROM_LOGITS]
-    assert len(nodes) == blocks(fused)
+    assert relative_error(run(compiled, ids), run(fused, ids)) < MODEL_LIMIT
+    torch._dynamo.reset()
+    own = {"inner_backend": capture, "on_no_match": "error", "routing": "fused"}
+    compiled = torch.compile(fused, backend=fp4moe.backend, options=own, fullgraph=True)
+    assert relative_error(run(compiled, ids), run(fused, ids)) < MODEL_LIMIT
+    counts = [
+        [sum(n.target is target for n in graph.graph.nodes) for target in (CHOOSE, FROM_LOGITS)]
+        for graph in capture.graphs
+    ]
+    assert counts == [[blocks(fused), 0], [0, blocks(fused)]]
+    assert len(emulated.of(LOGITS)) == blocks(fused)
 
 
 def test_readme(emulated, tmp_path, monkeypatch):
@@ -138,6 +153,7 @@ def test_readme(emulated, tmp_path, monkeypatch):
     fp4moe.set_flashinfer()
 
 
+@pytest.mark.slow
 def test_the_report_names_the_kernel(emulated):
     model, reports = build("gemma4"), []
     from fp4moe.passes import rewrite_moe

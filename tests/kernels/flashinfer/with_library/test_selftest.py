@@ -13,6 +13,7 @@ FORMS = [("silu", True), ("gelu_tanh", True), ("relu2", False), ("relu", True)]
 LAYERS = {f"{a} {g}": {"activation": a, "gated": g, **SIZES} for a, g in FORMS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kernel, capability, hidden_alignment",
     [
