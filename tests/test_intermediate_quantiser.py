@@ -13,7 +13,8 @@ from flashinfer_emulator import quantize_intermediate
 
 from fp4moe.experts import ExpertWeights
 from fp4moe.formats import NVFP4
-from fp4moe.formats.nvfp4 import NVFP4Values, pack_codes
+from fp4moe.formats.four_bits import pack_codes
+from fp4moe.formats.nvfp4 import NVFP4Values
 from fp4moe.reference import reference_w4a4
 
 F = np.float32

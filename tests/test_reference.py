@@ -20,7 +20,8 @@ from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.experts import ExpertWeights
 from fp4moe.formats import NVFP4
-from fp4moe.formats.nvfp4 import NVFP4Values, dequantize_nvfp4, pack_codes
+from fp4moe.formats.four_bits import pack_codes
+from fp4moe.formats.nvfp4 import NVFP4Values, dequantize_nvfp4
 from fp4moe.reference import moe_definition, reference, reference_w4a4, sum_over_experts
 
 UNIT = 2.0**-24  # relative error of one float32 rounding

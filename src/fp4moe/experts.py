@@ -27,7 +27,7 @@ from .pack import (
     stack_biases,
 )
 from .padding import pad_matrix, round_up, trim_matrix
-from .resize import resized, slice_intermediate
+from .resize import resized, slice_experts, slice_intermediate
 
 __all__ = ["GATE_UP_LAYOUTS", "ExpertWeights", "split_gate_up"]
 
@@ -384,23 +384,7 @@ class ExpertWeights:
 
     def slice_experts(self, start: int, stop: int) -> ExpertWeights:
         """Return local experts start..stop-1 as views; ids stay global through expert_offset."""
-        if not 0 <= start < stop <= self.local_experts:
-            must(
-                "slice_experts: start and stop",
-                f"satisfy 0 <= start < stop <= {self.local_experts}",
-                f"{start} and {stop}",
-                "Pass local indices.",
-            )
-        container = self.number_format.container
-        return dataclasses.replace(
-            self,
-            gate_up=container(*(part[start:stop] for part in self.gate_up.parts().values())),
-            down=container(*(part[start:stop] for part in self.down.parts().values())),
-            intermediate_scale=self.intermediate_scale[start:stop],
-            gate_up_bias=None if self.gate_up_bias is None else self.gate_up_bias[start:stop],
-            down_bias=None if self.down_bias is None else self.down_bias[start:stop],
-            expert_offset=self.expert_offset + start,
-        )
+        return slice_experts(self, start, stop)
 
     def slice_intermediate(self, start: int, stop: int) -> ExpertWeights:
         """Return intermediate columns start..stop-1; the outputs of all slices sum to the whole.

@@ -132,7 +132,7 @@ def reference_w4a4(
     `intermediate_scale`; each expert's output is rounded to bfloat16 before the weighted sum in
     float32. `intermediate_dtype` is what gate, up and then the intermediate are rounded to before
     it is quantised: float32 in TRT-LLM-Gen, which quantises by the format's `round_intermediate`
-    and adds biases before it rounds; bfloat16 in CUTLASS, which quantises by its `round_activation`,
+    and adds biases before it rounds; bfloat16 in CUTLASS, which quantises by `round_activation`,
     rounds each bias, too, and adds it after the rounding. Else as `reference`. Source: FlashInfer
     0.7.2, fp4_quantize and CUTLASS' activation and finalize kernels; the machine code of
     TRT-LLM-Gen.

@@ -11,7 +11,7 @@ import torch
 from .errors import must
 from .formats import StoredMatrix
 
-__all__ = ["resized", "slice_intermediate"]
+__all__ = ["resized", "slice_experts", "slice_intermediate"]
 
 # fp4moe.experts imports this.
 ExpertWeights = Any
@@ -50,6 +50,31 @@ def resized(
         down=matrix(weights.down, hidden, intermediate, 1),
         gate_up_bias=bias(weights.gate_up_bias, halves * intermediate, halves),
         down_bias=bias(weights.down_bias, hidden, 1),
+    )
+
+
+def slice_experts(weights: ExpertWeights, start: int, stop: int) -> ExpertWeights:
+    """Return local experts start..stop-1 as views; ids stay global through expert_offset."""
+    if not 0 <= start < stop <= weights.local_experts:
+        must(
+            "slice_experts: start and stop",
+            f"satisfy 0 <= start < stop <= {weights.local_experts}",
+            f"{start} and {stop}",
+            "Pass local indices.",
+        )
+
+    def part(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor[start:stop]
+
+    container = weights.number_format.container
+    return dataclasses.replace(
+        weights,
+        gate_up=container(**{n: part(t) for n, t in weights.gate_up.parts().items()}),
+        down=container(**{n: part(t) for n, t in weights.down.parts().items()}),
+        intermediate_scale=weights.intermediate_scale[start:stop],
+        gate_up_bias=part(weights.gate_up_bias),
+        down_bias=part(weights.down_bias),
+        expert_offset=weights.expert_offset + start,
     )
 
 

@@ -13,13 +13,12 @@ from torch.utils._pytree import tree_leaves
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.formats import NVFP4
 from fp4moe.formats import nvfp4 as quantize
+from fp4moe.formats.four_bits import pack_codes, unpack_codes
 from fp4moe.formats.nvfp4 import (
     NVFP4Values,
     dequantize_nvfp4,
     nvfp4_global_scale,
-    pack_codes,
     quantize_nvfp4,
-    unpack_codes,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -16,6 +16,7 @@ import torch
 
 from ..errors import UnsupportedError, must
 from .base import BlockScaledFormat, Part, StoredMatrix
+from .four_bits import unpack_codes
 from .nvfp4_rounding import round_activation, round_intermediate
 
 __all__ = [
@@ -23,9 +24,7 @@ __all__ = [
     "NVFP4Values",
     "dequantize_nvfp4",
     "nvfp4_global_scale",
-    "pack_codes",
     "quantize_nvfp4",
-    "unpack_codes",
 ]
 
 METHODS = ("max", "mse")
@@ -236,22 +235,6 @@ def nvfp4_global_scale(x: torch.Tensor, dim: int | Sequence[int] | None = None) 
     amax = torch.maximum(x.amax(axes), x.amin(axes).neg()).float()
     _check_finite(name, amax.amax())
     return _scale_of(amax)
-
-
-def pack_codes(codes: torch.Tensor) -> torch.Tensor:
-    """[..., K] uint8 codes below 16, K even -> [..., K / 2] uint8, low nibble = even element."""
-    if codes.dtype != torch.uint8 or codes.ndim == 0 or codes.shape[-1] % 2:
-        got = f"{codes.dtype} {tuple(codes.shape)}"
-        must("pack_codes: codes", "be uint8 with an even last axis", got, "Cast or pad them.")
-    return codes[..., ::2] | codes[..., 1::2] << 4
-
-
-def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
-    """[..., K / 2] uint8 -> [..., K] uint8 codes below 16; the inverse of `pack_codes`."""
-    if packed.dtype != torch.uint8 or packed.ndim == 0:
-        got = f"{packed.dtype} {tuple(packed.shape)}"
-        must("unpack_codes: packed", "be uint8 with a last axis", got, "Cast or reshape it.")
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
 class _Scratch:

@@ -10,14 +10,8 @@ from ..layer import (
     Layer,
     Routing,
 )
-from .base import (
-    Call,
-    Kernel,
-    LogitsCall,
-    Operands,
-    PreparedWeights,
-    current_capability,
-)
+from .base import Kernel, current_capability
+from .operands import Call, LogitsCall, Operands, PreparedWeights
 from .select import (
     KERNELS,
     check_kernel_name,

@@ -10,7 +10,8 @@ import torch
 from .. import reference as definition
 from ..experts import ExpertWeights
 from ..formats import FORMATS
-from .base import Call, Kernel, logical_layout, logical_weights
+from .base import Kernel, logical_layout, logical_weights
+from .operands import Call
 
 __all__ = ["REFERENCE", "REFERENCE_W4A4", "ReferenceKernel"]
 

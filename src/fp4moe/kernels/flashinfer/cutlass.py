@@ -15,8 +15,8 @@ import torch
 from ...activations import get_activation
 from ...formats import NVFP4
 from ...layer import Layer
-from ..base import Call, Operands
 from ..devices import Devices
+from ..operands import Call, Operands
 from .library import FlashInfer, flashinfer_settings, library
 from .rows import up_gate_index
 from .weights import FlashInferKernel, local_ids, pad_columns, row_layout

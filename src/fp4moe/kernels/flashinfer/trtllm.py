@@ -18,8 +18,8 @@ from ...activations import get_activation
 from ...errors import UnsupportedError, must
 from ...formats import NVFP4
 from ...layer import Layer, Routing
-from ..base import Call, LogitsCall, Operands
 from ..devices import Devices
+from ..operands import Call, LogitsCall, Operands
 from . import trtllm_rules as rules
 from .library import (
     FlashInfer,

@@ -8,7 +8,8 @@ import torch
 
 from ...errors import must
 from ...layer import Layer
-from ..base import Call, Kernel, Layout, LogitsCall, Operands
+from ..base import Kernel, Layout
+from ..operands import Call, LogitsCall, Operands
 from .block_scales import deinterleave_128x4, interleave_128x4
 from .library import library_reasons
 from .rows import inverse_index, permute_rows

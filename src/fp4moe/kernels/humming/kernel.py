@@ -16,16 +16,9 @@ import torch
 
 from ...formats import NVFP4
 from ...layer import Layer
-from ..base import (
-    Call,
-    Kernel,
-    Layout,
-    Operands,
-    PreparedWeights,
-    current_capability,
-    each_matrix,
-)
+from ..base import Kernel, Layout, current_capability, each_matrix
 from ..devices import Devices
+from ..operands import Call, Operands, PreparedWeights
 from .library import (
     GemmShape,
     HummingGemm,

@@ -16,9 +16,10 @@ import torch
 
 from ...formats import NVFP4
 from ...layer import Layer
-from ..base import Call, Kernel, Layout, current_capability, each_matrix
+from ..base import Kernel, Layout, current_capability, each_matrix
 from ..devices import Devices
 from ..measured import choose_tiles
+from ..operands import Call
 from .layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
 from .tiles import MODES, Config, Tile
 

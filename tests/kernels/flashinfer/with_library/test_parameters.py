@@ -17,8 +17,8 @@ from fused_layers import LAYER, error, layer, tokens
 from fp4moe import Activation, FusedExperts, why_not
 from fp4moe.errors import UnsupportedError
 from fp4moe.kernels import Routing, get_kernel
-from fp4moe.kernels.base import LogitsCall
 from fp4moe.kernels.flashinfer.library import library
+from fp4moe.kernels.operands import LogitsCall
 from fp4moe.reference import reference_w4a4
 from fp4moe.routing import route
 
