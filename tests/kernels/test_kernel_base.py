@@ -7,7 +7,7 @@ import importlib.util
 
 import pytest
 import torch
-from fused_layers import layer
+from fused_layers import layer, with_biases
 
 from fp4moe.errors import ShapeError
 from fp4moe.kernels import KERNELS, Layer, base
@@ -68,7 +68,8 @@ def test_operands_that_are_not_padded_are_refused(name, what, monkeypatch):
 def test_updated_scales_are_those_of_weights_prepared_anew(name, gated, form):
     kernel, biased = KERNELS[name], form == "biases"
     activation = "silu" if gated else "relu2"
-    weights = layer(130, 100, activation=activation, gated=gated, biased=biased)
+    weights = layer(130, 100, activation=activation, gated=gated)
+    weights = with_biases(weights) if biased else weights
     scale = torch.tensor([0.3, 1.7, 2.0, 0.9]) if form == "output_scale" else None
     options = {"hidden_alignment": 256, "output_scale": scale}
     old = kernel.prepare(weights, **options)

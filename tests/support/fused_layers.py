@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from fp4moe import ExpertWeights
@@ -20,7 +22,6 @@ def layer(
     num_experts=None,
     expert_offset=0,
     seed=0,
-    biased=False,
 ) -> ExpertWeights:
     """Random experts whose four scales all differ from 1 and from expert to expert."""
     generator = torch.Generator().manual_seed(seed)
@@ -35,10 +36,6 @@ def layer(
     }
     if gated:
         named["gate"] = randn(experts, intermediate, hidden)
-    if biased:
-        rows = {"gate_bias": intermediate, "up_bias": intermediate, "down_bias": hidden}
-        for name in rows if gated else ("up_bias", "down_bias"):
-            named[name] = torch.randn(experts, rows[name], generator=generator) / 2
     return ExpertWeights.quantize(
         **named,
         activation=activation,
@@ -59,3 +56,14 @@ def tokens(count, weights, top_k=2, dtype=torch.bfloat16, seed=1):
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.float() - want.float()).norm() / want.float().norm())
+
+
+def with_biases(weights: ExpertWeights, seed=0) -> ExpertWeights:
+    """Return the layer with random biases, zero behind its sizes, that are felt in its output."""
+    generator = torch.Generator().manual_seed(seed)
+    experts, halves = weights.local_experts, 1 + weights.gated
+    first = torch.zeros(experts, halves, weights.intermediate_padded)
+    second = torch.zeros(experts, weights.hidden_padded)
+    for bias, size in ((first, weights.intermediate_size), (second, weights.hidden_size)):
+        bias[..., :size] = torch.randn(*bias.shape[:-1], size, generator=generator) / 2
+    return dataclasses.replace(weights, gate_up_bias=first.flatten(1), down_bias=second)

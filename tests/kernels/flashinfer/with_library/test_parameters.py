@@ -12,7 +12,8 @@ import pytest
 import torch
 from flashinfer_cutlass_emulator import emulate_cutlass_moe
 from flashinfer_emulator import emulate_routed_moe
-from fused_layers import LAYER, error, layer, tokens
+from fused_layers import LAYER, error, tokens, with_biases
+from fused_layers import layer as unbiased
 
 from fp4moe import Activation, FusedExperts, why_not
 from fp4moe.errors import UnsupportedError
@@ -48,6 +49,11 @@ CUTLASS_NAMES = {
     "silu_softcap": ("situ_beta", "situ_linear_beta", ""),
 }
 TRTLLM_NAMES = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
+
+
+def layer(*sizes, biased=False, **form):
+    weights = unbiased(*sizes, **form)
+    return with_biases(weights, form.get("seed", 0)) if biased else weights
 
 
 def run(name, weights, call):
