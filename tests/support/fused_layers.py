@@ -66,4 +66,5 @@ def with_biases(weights: ExpertWeights, seed=0) -> ExpertWeights:
     second = torch.zeros(experts, weights.hidden_padded)
     for bias, size in ((first, weights.intermediate_size), (second, weights.hidden_size)):
         bias[..., :size] = torch.randn(*bias.shape[:-1], size, generator=generator) / 2
-    return dataclasses.replace(weights, gate_up_bias=first.flatten(1), down_bias=second)
+    first, second = first.flatten(1).to(weights.device), second.to(weights.device)
+    return dataclasses.replace(weights, gate_up_bias=first, down_bias=second)
