@@ -16,17 +16,23 @@ TOKENS = (1, 37, 700)
 
 
 def main() -> None:
-    """Odd sizes, a strided input, ids outside the window, gated and not."""
+    """Odd sizes, a strided input, ids outside the window, gated and not, once with biases."""
     configs = sorted({c for layer in read(SHIPPED) for c in layer.tiles.values()}, key=str)
     part, parts = map(int, sys.argv[1].split("/")) if sys.argv[1:] else (1, 1)
     configs = configs[part - 1 :: parts]
-    for activation, gated in (("gelu_tanh", True), ("relu2", False)):
+    gpt_oss = "silu(alpha=1.702,beta=1,limit=7)"
+    for activation, gated in (("gelu_tanh", True), ("relu2", False), (gpt_oss, True)):
         up, gate = torch.randn(2, 5, 208, 336, device="cuda")
+        sizes = (
+            {"gate_bias": 208, "up_bias": 208, "down_bias": 336} if activation == gpt_oss else {}
+        )
+        biases = {name: torch.randn(5, size, device="cuda") for name, size in sizes.items()}
         weights = ExpertWeights.quantize(
             up=up,
             gate=gate if gated else None,
             down=torch.randn(5, 336, 208, device="cuda"),
             activation=activation,
+            **biases,
             num_experts=8,
             expert_offset=2,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ __all__ = ["activate", "activate_kernel", "activate_rows", "activation_constants
 COLUMNS = 1024
 
 
+@functools.lru_cache(maxsize=256)
 def activation_constants(text: str) -> dict[str, Any]:
     """Return what `combine` takes as constexpr, of the text of an `fp4moe.Activation`."""
     activation = get_activation(text)
