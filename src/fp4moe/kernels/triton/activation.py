@@ -105,7 +105,9 @@ def activate_kernel(
     value = tl.load(first + column, mask=mask, other=0).to(tl.float32)
     if bias is not None:
         expert = tl.load(ids + row).to(tl.int64) - expert_offset
-        mask = mask & (expert >= 0) & (expert < local_experts)
+        inside = (expert >= 0) & (expert < local_experts)
+        # Not a scalar condition & a block's: triton 3.9's interpreter makes that one of integers.
+        mask = column < tl.where(inside, columns, 0)
         bias += expert * columns * (1 + GATED)
         value += tl.load(bias + column, mask=mask, other=0)
     if GATED:
