@@ -2,9 +2,9 @@
 
 The region runs in float32 on random tokens and random weights of its own sizes, and is compared
 with the plain definition under every form; exactly one must fit. It fits again on large
-inputs whose tokens all choose the same experts, where clamps and limited capacities show, on larger
-ones still, and with every expert. Where no activation without parameters fits, one with parameters
-is read off the region (read.py) and has to fit in the same way.
+inputs whose tokens all choose the same experts, where clamps and limited capacities show, and with
+every expert. Where no activation without parameters fits, one with parameters is read off the
+region (read.py) and has to fit in the same way.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from ..graph.dataflow import meta_value
 from ..graph.execute import undisturbed
 from .forms import SEPARATE, Form, possible_forms
 from .probes import (
-    FARTHEST_INPUTS,
+    LARGE,
+    LIMITED,
     Probes,
     checking_rounds,
     compared_tokens,
@@ -93,12 +94,10 @@ def _judge(
     """Return what all rounds say about these forms, and them, on ordinary inputs closest first."""
     ranked: list[Form] = []
     errors: dict[Form, float] = {}
-    checks = checking_rounds(probes) if verify else ()
+    large = LIMITED if any(map(_saturates, forms)) else LARGE
+    checks = checking_rounds(probes, large) if verify else ()
     for how, asked in itertools.chain(telling_rounds(probes), checks):
         if "negative" in how and len(forms) == 1:
-            continue
-        # Nothing is left to see there, and sums of 10,000 hide what is below a limit.
-        if how == FARTHEST_INPUTS and any(map(_saturates, forms)):
             continue
         actual, why = compute(gm, region, asked)
         if actual is None:
@@ -187,17 +186,19 @@ def _inner(
     """What the down projection takes, [I], weighted."""
     activation = get_activation(form.activation)
     scale = weight if form.weighting == "input" else torch.ones_like(weight)
-    first, *others = (
-        products[role, form.transposed] * scale + biases.get(f"{role}_bias", 0.0)
-        for role in ("first", "second")
-        if (role, form.transposed) in products
-    )
+
+    def product(role: str) -> torch.Tensor:
+        scaled, bias = products[role, form.transposed] * scale, biases.get(f"{role}_bias")
+        return scaled if bias is None else scaled + bias
+
+    first = product("first")
     if form.layout is None:
         inner = activation.combine(first)
     elif form.layout in SEPARATE:
-        gate, up = (first, *others) if form.layout == SEPARATE[0] else (*others, first)
+        pair = first, product("second")
+        gate, up = pair if form.layout == SEPARATE[0] else pair[::-1]
         inner = activation.combine(up, gate)
     else:
-        gate, up = (half.squeeze(-1) for half in split_gate_up(first.unsqueeze(-1), form.layout))
-        inner = activation.combine(up, gate)
+        gate, up = split_gate_up(first.unsqueeze(-1), form.layout)
+        inner = activation.combine(up.squeeze(-1), gate.squeeze(-1))
     return inner if form.weighting == "input" else inner * weight

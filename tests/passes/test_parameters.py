@@ -224,5 +224,5 @@ def test_rounds_that_plain_activations_take(monkeypatch):
     compute = verify.compute
     monkeypatch.setattr(verify, "compute", lambda *given: runs.append(given[2]) or compute(*given))
     assert rewrite(Block(experts_class()))[0].count == 1
-    # Ordinary, large, farthest, and until every expert was chosen.
-    assert len(runs) == 3 + len(list(probes.other_experts(runs[0])))
+    # Ordinary, large, and until every expert was chosen.
+    assert len(runs) == 2 + len(list(probes.other_experts(runs[0])))
