@@ -1,4 +1,4 @@
-"""Stacked experts of a class without transformers' stamps: told by their own forward, or refused."""
+"""Stacked experts of a class without transformers' stamps: told by their forward, or refused."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_a_class_that_clamps_beside_its_gate_is_refused():
             out = super().forward(hidden_states, top_k_index, top_k_weights)
             return out.clamp(-20, 20)
 
-    with pytest.raises(UnsupportedError, match="silu_step.*on large random tokens, limit"):
+    with pytest.raises(UnsupportedError, match=r"silu_step.*on large random tokens, limit"):
         replace_moe(Block(Clamping, "eager"), progress=False)
 
 
