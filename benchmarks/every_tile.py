@@ -16,13 +16,14 @@ TOKENS = (1, 37, 700)
 
 
 def main() -> None:
-    """Odd sizes, a strided input, ids outside the window, gated and not."""
+    """Odd sizes, a strided input, ids outside the window, gated and not, once with biases."""
     configs = sorted({c for layer in read(SHIPPED) for c in layer.tiles.values()}, key=str)
     part, parts = map(int, sys.argv[1].split("/")) if sys.argv[1:] else (1, 1)
     configs = configs[part - 1 :: parts]
-    for activation, gated in (("gelu_tanh", True), ("relu2", False)):
-        window = {"num_experts": 8, "expert_offset": 2}
-        weights = make_layer(5, 336, 208, activation, gated, device="cuda", **window)
+    gpt_oss = "silu(alpha=1.702,beta=1,limit=7)"
+    for activation, gated in (("gelu_tanh", True), ("relu2", False), (gpt_oss, True)):
+        options = {"num_experts": 8, "expert_offset": 2, "biased": activation == gpt_oss}
+        weights = make_layer(5, 336, 208, activation, gated, device="cuda", **options)
         prepared = TRITON.prepare(weights, hidden_alignment=256)
         for config in configs:
             for tokens in TOKENS:

@@ -181,10 +181,12 @@ def _is_selection(
     sources = [tensor for read in reads for tensor in _tensors_behind(flow, read)]
     if bool(sources) and all(meta_value(source).is_floating_point() for source in sources):
         return True
-    # A router may know each token's experts: integers [V, K], looked up.
-    table = hinted_shape(reads[0]) if len(reads) == 2 else None
-    stored = table is not None and reads[0].op in ("placeholder", "get_attr")
-    return stored and table == (table[0], shape[-1]) and operation_name(node) in LOOK_UPS
+    # A router may know each token's experts: stored integers [V, K], looked up.
+    if len(reads) != 2 or operation_name(node) not in LOOK_UPS:
+        return False
+    table = hinted_shape(reads[0]) or ()
+    stored = reads[0].op in ("placeholder", "get_attr")
+    return stored and len(table) == 2 and table[1] == shape[-1]
 
 
 def _used_columns(

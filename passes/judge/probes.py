@@ -17,18 +17,16 @@ from ..find.region import Region
 from ..graph.dataflow import elements, hinted_shape, meta_value
 
 __all__ = ["Probes", "compared_tokens", "make_probes", "region_weighting"]
-__all__ += ["FARTHEST_INPUTS", "checking_rounds", "telling_rounds"]
+__all__ += ["LARGE", "LIMITED", "checking_rounds", "telling_rounds"]
 
 # Rows of the output that are compared.
 COMPARED_TOKENS = 16
 # Distance of two experts' windows; odd, so that rows of different experts never coincide.
 EXPERT_SHIFT = 97
-# Standard deviation 72 before the activation. Published clamps are at 7 to 20.
-LARGE = 48.0
-# Standard deviation 10,000, where limits of any use show.
-FARTHEST = FAR / 1.5
-
-FARTHEST_INPUTS = "on inputs that reach 10,000 before the activation"
+# Standard deviation 10,000 before the activation, where limits of any use show.
+LARGE = FAR / 1.5
+# Standard deviation 72, for what has a limit: in larger sums roundings hide what is below it.
+LIMITED = 48.0
 
 Probes = dict[str, torch.Tensor]
 
@@ -114,21 +112,24 @@ def telling_rounds(probes: Probes) -> Iterator[tuple[str, Probes]]:
         )
 
 
-def checking_rounds(probes: Probes) -> Iterator[tuple[str, Probes]]:
-    """Yield (how they are drawn, probes) where clamps, capacities and odd experts show."""
-    yield "on large inputs of which all choose the same experts", large_and_skewed(probes)
-    yield FARTHEST_INPUTS, probes | {"hidden": probes["hidden"] * FARTHEST}
+def checking_rounds(probes: Probes, large: float) -> Iterator[tuple[str, Probes]]:
+    """Yield (how they are drawn, probes) where clamps, capacities and odd experts show.
+
+    Args:
+        large: LARGE or LIMITED.
+    """
+    yield "on large inputs of which all choose the same experts", large_and_skewed(probes, large)
     for others in other_experts(probes):
         yield "on experts not chosen before", others
 
 
-def large_and_skewed(probes: Probes) -> Probes:
+def large_and_skewed(probes: Probes, large: float) -> Probes:
     """Large inputs of which all choose the same experts."""
     # The other way round too: one token whose ids happen to ascend would hide that a region sorts.
     ids = probes["expert_ids"].flip(-1)
     same = ids.reshape(-1, ids.shape[-1])[:1].expand(elements(tuple(ids.shape[:-1])), -1)
     return probes | {
-        "hidden": probes["hidden"] * LARGE,
+        "hidden": probes["hidden"] * large,
         "expert_ids": same.reshape(ids.shape).contiguous(),
     }
 

@@ -88,7 +88,8 @@ class _Reading:
         given["down"] = copy.T if form.down_transposed else copy
         # Of each token's experts, which are alike, one counts.
         hidden = torch.zeros_like(probes["hidden"]).view(-1, self.hidden_size)
-        hidden[: self.tokens] = torch.eye(*hidden.shape, device=device)[: self.tokens]
+        unit = torch.eye(self.tokens, self.hidden_size, dtype=torch.float32, device=device)
+        hidden[: self.tokens] = unit
         weights = {role: weight.expand(experts, -1, -1) for role, weight in given.items()}
         asked = probes | zeros | weights | {"hidden": hidden.view(probes["hidden"].shape)}
         repeated = probes["expert_ids"].shape[-1]

@@ -2,9 +2,9 @@
 
 The region runs in float32 on random tokens and random weights of its own sizes, and is compared
 with the plain definition under every form; exactly one must fit. It fits again on large
-inputs whose tokens all choose the same experts, where clamps and limited capacities show, on larger
-ones still, and with every expert. Where no activation without parameters fits, one with parameters
-is read off the region (read.py) and has to fit in the same way.
+inputs whose tokens all choose the same experts, where clamps and limited capacities show, and with
+every expert. Where no activation without parameters fits, one with parameters is read off the
+region (read.py) and has to fit in the same way.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import fx
@@ -25,7 +24,8 @@ from ..graph.dataflow import meta_value
 from ..graph.execute import undisturbed
 from .forms import SEPARATE, Form, possible_forms
 from .probes import (
-    FARTHEST_INPUTS,
+    LARGE,
+    LIMITED,
     Probes,
     checking_rounds,
     compared_tokens,
@@ -75,12 +75,12 @@ def judge_region(gm: fx.GraphModule, region: Region, verify: bool = True) -> Ver
                 f"weights {' and '.join(shapes)} fit no gated or plain form for hidden size "
                 f"{probes['hidden'].shape[-1]}",
             )
-        asked = _Asked(gm, region, probes, verify)
-        verdict = asked.judge(forms)
-        if verdict.closest is not None and verdict.error > LIMIT and not region.extras:
-            read = read_forms(gm, region, probes, asked.by_error(forms))
+        verdict, ranked = _judge(gm, region, probes, forms, verify)
+        no_form = verdict.closest is not None and not verdict.error <= LIMIT
+        if no_form and not region.extras:
+            read = read_forms(gm, region, probes, ranked)
             if read:
-                verdict = asked.judge(read)
+                verdict, _ranked = _judge(gm, region, probes, read, verify)
         form = verdict.form
         why = dense_reason(gm, region, probes) if form is not None and region.dense else ""
         if not why:
@@ -88,59 +88,34 @@ def judge_region(gm: fx.GraphModule, region: Region, verify: bool = True) -> Ver
         return dataclasses.replace(verdict, form=None, reason=f"{why}; its numbers fit {form}")
 
 
-class _Asked:
-    """A region and what it answered: each round of probes runs once.
-
-    Args:
-        gm, region, verify: as of `judge_region`. probes: of the first round.
-    """
-
-    def __init__(self, gm: fx.GraphModule, region: Region, probes: Probes, verify: bool):
-        self.gm, self.region = gm, region
-        checks = checking_rounds(probes) if verify else ()
-        self._rounds = itertools.chain(telling_rounds(probes), checks)
-        self._answers: list[tuple[str, Probes, torch.Tensor | None, str]] = []
-
-    def answers(self) -> Iterator[tuple[str, Probes, torch.Tensor | None, str]]:
-        """Yield (how probes are drawn, they, the region's output or None, why there is none)."""
-        yield from self._answers
-        for how, probes in self._rounds:
-            answer = how, probes, *compute(self.gm, self.region, probes)
-            self._answers.append(answer)
-            yield answer
-
-    def by_error(self, forms: list[Form]) -> list[Form]:
-        """Return the forms, on ordinary inputs the closest first."""
-        _how, probes, actual, _why = next(self.answers())
-        assert actual is not None
-        errors = _errors(forms, probes, actual)
-        return sorted(forms, key=lambda form: _or_inf(errors[form]))
-
-    def judge(self, forms: list[Form]) -> Verdict:
-        """Return what all rounds say about these forms."""
-        for how, probes, actual, why in self.answers():
-            if "negative" in how and len(forms) == 1:
-                continue
-            if actual is None:
-                return Verdict(None, why)
-            if how == FARTHEST_INPUTS and any(map(_saturates, forms)):
-                # Nothing is left to see, and sums of 10,000 hide what is below a limit.
-                continue
-            errors = _errors(forms, probes, actual)
-            closest = min(forms, key=lambda form: _or_inf(errors[form]))
-            forms = [form for form in forms if errors[form] <= LIMIT]
-            if not forms:
-                return Verdict(
-                    None,
-                    f"its numbers fit no known form; closest is {closest} with relative error "
-                    f"{errors[closest]:.2g} {how}, limit {LIMIT:g}",
-                    closest,
-                    errors[closest],
-                )
-        if len(forms) > 1:
-            fitting = "; ".join(map(str, forms))
-            return Verdict(None, f"it fits more than one form: {fitting}", forms[0], 0.0)
-        return Verdict(forms[0], "", forms[0], errors[forms[0]])
+def _judge(
+    gm: fx.GraphModule, region: Region, probes: Probes, forms: list[Form], verify: bool
+) -> tuple[Verdict, list[Form]]:
+    """Return what all rounds say about these forms, and them, on ordinary inputs closest first."""
+    ranked: list[Form] = []
+    errors: dict[Form, float] = {}
+    large = LIMITED if any(map(_saturates, forms)) else LARGE
+    checks = checking_rounds(probes, large) if verify else ()
+    for how, asked in itertools.chain(telling_rounds(probes), checks):
+        if "negative" in how and len(forms) == 1:
+            continue
+        actual, why = compute(gm, region, asked)
+        if actual is None:
+            return Verdict(None, why), ranked
+        errors = {form: _or_inf(error) for form, error in _errors(forms, asked, actual).items()}
+        ranked = ranked or sorted(forms, key=errors.__getitem__)
+        closest = min(forms, key=errors.__getitem__)
+        forms = [form for form in forms if errors[form] <= LIMIT]
+        if not forms:
+            reason = (
+                f"its numbers fit no known form; closest is {closest} with relative error "
+                f"{errors[closest]:.2g} {how}, limit {LIMIT:g}"
+            )
+            return Verdict(None, reason, closest, errors[closest]), ranked
+    if len(forms) > 1:
+        fitting = "; ".join(map(str, forms))
+        return Verdict(None, f"it fits more than one form: {fitting}", forms[0], 0.0), ranked
+    return Verdict(forms[0], "", forms[0], errors[forms[0]]), ranked
 
 
 def _saturates(form: Form) -> bool:
@@ -211,17 +186,19 @@ def _inner(
     """What the down projection takes, [I], weighted."""
     activation = get_activation(form.activation)
     scale = weight if form.weighting == "input" else torch.ones_like(weight)
-    first, *others = (
-        products[role, form.transposed] * scale + biases.get(f"{role}_bias", 0.0)
-        for role in ("first", "second")
-        if (role, form.transposed) in products
-    )
+
+    def product(role: str) -> torch.Tensor:
+        scaled, bias = products[role, form.transposed] * scale, biases.get(f"{role}_bias")
+        return scaled if bias is None else scaled + bias
+
+    first = product("first")
     if form.layout is None:
         inner = activation.combine(first)
     elif form.layout in SEPARATE:
-        gate, up = (first, *others) if form.layout == SEPARATE[0] else (*others, first)
+        pair = first, product("second")
+        gate, up = pair if form.layout == SEPARATE[0] else pair[::-1]
         inner = activation.combine(up, gate)
     else:
-        gate, up = (half.squeeze(-1) for half in split_gate_up(first.unsqueeze(-1), form.layout))
-        inner = activation.combine(up, gate)
+        gate, up = split_gate_up(first.unsqueeze(-1), form.layout)
+        inner = activation.combine(up.squeeze(-1), gate.squeeze(-1))
     return inner if form.weighting == "input" else inner * weight

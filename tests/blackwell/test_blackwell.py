@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from fused_layers import with_biases
 from tiny_models import enlarge_experts, gemma4, generate, nemotron_h
 
 from fp4moe.kernels import current_capability
@@ -78,6 +79,43 @@ def test_selftest(hidden_alignment):
 @consumer_blackwell
 def test_selftest_of_cutlass():
     check_selftest("flashinfer_cutlass", ["Nemotron-3-Nano-30B"])
+
+
+def check_parameters_and_biases(kernel, activation):
+    """A layer with biases, and limits that are reached, against the definition."""
+    plain = subject("Gemma4-26B-A4B", 128, kernel=kernel, num_experts=16)
+    weights = dataclasses.replace(
+        with_biases(plain.weights),
+        activation=activation,
+        intermediate_scale=plain.weights.intermediate_scale * 2,
+    )
+    for tokens in (1, 7, 128):
+        inputs = plain.inputs(tokens)
+        expected = plain.expected(weights, *inputs)
+        outcome = compare(plain.fused(weights)(*inputs), expected, W4A4)
+        assert outcome.verdict == OK, (tokens, outcome)
+        # Neither is next to nothing.
+        for change in ({"activation": "silu"}, {"gate_up_bias": None, "down_bias": None}):
+            other = plain.expected(dataclasses.replace(weights, **change), *inputs)
+            assert compare(other, expected, W4A4).verdict != OK, change
+
+
+PARAMETERS = ("silu(alpha=1.702,beta=1,limit=1.5)", "silu(limit=1.5)", "silu(alpha=0.5)")
+
+
+@blackwell
+@pytest.mark.parametrize("activation", PARAMETERS)
+def test_parameters_and_biases(activation):
+    check_parameters_and_biases(KERNEL, activation)
+
+
+@pytest.mark.skipif(
+    CAPABILITY not in ((10, 0), (10, 3), (12, 0), (12, 1)),
+    reason=f"needs compute capability 10.0, 10.3, 12.0 or 12.1; got {GOT}",
+)
+@pytest.mark.parametrize("activation", [*PARAMETERS, "silu_step(limit=1.5)"])
+def test_parameters_and_biases_of_cutlass(activation):
+    check_parameters_and_biases("flashinfer_cutlass", activation)
 
 
 # FlashInfer issue 3168 and vLLM issue 39510: is the padded size right, is the unpadded one?

@@ -414,7 +414,7 @@ def mix_forms(tensors):
         (set_nan, CheckpointError, r"layers\.1\.experts\.gate_up_proj.* in expert 5"),
         (set_infinite, CheckpointError, r"layers\.0\.experts\.down_proj.*got values from -inf"),
         (transpose, UnsupportedError, r"gate_up_proj \[E, 2 \* I, H\]"),
-        (add_bias, UnsupportedError, "gate_up_proj_bias"),
+        (add_bias, CheckpointError, "a bias for every stack or for none; got .*gate_up_proj_bias"),
         (make_integers, UnsupportedError, "bfloat16, float16 or float32"),
         (drop_down, CheckpointError, "must have up and down"),
         (drop_all, UnsupportedError, "under names that are known"),

@@ -53,7 +53,12 @@ FORMS = {
     "inkling2": "gated (gate_up) silu_softcap(alpha=4,beta=25)",
     "beam": "gated (gate_up) silu",
 }
-OTHERS = {"glm5_next": ("Glm5NextTextModel", GLM), "beam": ("BeamForCausalLM", BEAM)}
+DEEPSEEK = {**ROUTED, "mlp_layer_types": ["hash_moe", "moe"]}
+OTHERS = {
+    "beam": ("BeamForCausalLM", BEAM),
+    "deepseek_v4": ("DeepseekV4ForCausalLM", DEEPSEEK),
+    "glm5_next": ("Glm5NextTextModel", GLM),
+}
 IDS = torch.tensor([[17, 5, 99, 42, 7, 64, 23, 8, 71], [3, 88, 9, 120, 54, 31, 77, 6, 45]])
 
 

@@ -7,7 +7,7 @@ import importlib.util
 
 import pytest
 import torch
-from fused_layers import layer
+from fused_layers import layer, with_biases
 
 from fp4moe.errors import ShapeError
 from fp4moe.kernels import KERNELS, Layer, base
@@ -67,7 +67,8 @@ def test_operands_that_are_not_padded_are_refused(name, what, monkeypatch):
 )
 def test_updated_scales_are_those_of_weights_prepared_anew(name, gated, biased):
     kernel, activation = KERNELS[name], "silu" if gated else "relu2"
-    weights = layer(130, 100, activation=activation, gated=gated, biased=biased)
+    weights = layer(130, 100, activation=activation, gated=gated)
+    weights = with_biases(weights) if biased else weights
     options = {"hidden_alignment": 256}
     old = kernel.prepare(weights, **options)
     new = {"hidden_scale": torch.tensor([0.7]), "intermediate_scale": torch.rand(4) + 0.1}

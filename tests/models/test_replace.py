@@ -136,7 +136,7 @@ LAST_ONLY = {
     expert_parallel: "it is split by expert parallelism; replace it before it is distributed",
     flat_weight: "it has no 3-D parameters gate_up_proj and down_proj",
     several_devices: "its weights are on several devices (cpu, meta); move them to one",
-    other_activation: "its _apply_gate is not act(gate) * up with one of our activations; closest is relu, rela",
+    other_activation: "its _apply_gate is not act(gate) * up with one of our activations; closest",
 }
 
 

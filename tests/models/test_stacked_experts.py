@@ -1,4 +1,4 @@
-"""Stacked experts of a class without transformers' stamps: told by their own forward, or refused."""
+"""Stacked experts of a class without transformers' stamps: told by their forward, or refused."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import Block, experts_class, family, routed
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fp4moe.errors import UnsupportedError
 from fp4moe.models.replace import explain, replace_moe
@@ -176,8 +177,15 @@ def test_a_class_that_clamps_beside_its_gate_is_refused():
             out = super().forward(hidden_states, top_k_index, top_k_weights)
             return out.clamp(-20, 20)
 
-    with pytest.raises(UnsupportedError, match="silu_step.*on large random tokens, limit"):
+    with pytest.raises(UnsupportedError, match=r"silu_step.*on large random tokens, limit"):
         replace_moe(Block(Clamping, "eager"), progress=False)
+
+
+def test_an_adapter_is_refused_by_name():
+    model = Block(Own)
+    parametrize.register_parametrization(model.experts, "down_proj", nn.Identity())
+    with pytest.raises(UnsupportedError, match="down_proj is parametrised, as unmerged adapters"):
+        replace_moe(model, kernel="reference", progress=False)
 
 
 def test_step_experts_do_not_route_by_themselves():

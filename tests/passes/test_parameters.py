@@ -12,7 +12,7 @@ from tiny_models import Block, CapturingBackend, experts_class, routed
 
 from fp4moe.experts import ExpertWeights
 from fp4moe.passes import rewrite_moe
-from fp4moe.passes.judge import verify
+from fp4moe.passes.judge import probes, verify
 from fp4moe.passes.judge.read import read_forms
 from fp4moe.reference import moe_definition
 
@@ -219,11 +219,10 @@ def test_a_number_of_dynamo_may_change():
     assert any("a number that may change from call to call" in r for r in report.blocks[0].reasons)
 
 
-def test_rounds_run_once(monkeypatch):
+def test_rounds_that_plain_activations_take(monkeypatch):
     runs = []
     compute = verify.compute
-    monkeypatch.setattr(verify, "compute", lambda *given: runs.append(1) or compute(*given))
-    report, _ = rewrite(Block(gating(KNOWN["silu(limit=10)"])))
-    assert report.count == 1
-    # Ordinary, negative weights, large, farthest, other experts.
-    assert len(runs) <= 6
+    monkeypatch.setattr(verify, "compute", lambda *given: runs.append(given[2]) or compute(*given))
+    assert rewrite(Block(experts_class()))[0].count == 1
+    # Ordinary, large, and until every expert was chosen.
+    assert len(runs) == 2 + len(list(probes.other_experts(runs[0])))

@@ -11,10 +11,17 @@ import transformers
 from float_twins import float_twin
 from packaging.version import Version
 from raw_files import raw
-from tiny_models import COMMON, FAMILIES, enlarge_experts, family, finish
+from tiny_models import COMMON, FAMILIES, enlarge_experts, family, finish, routed
 
 import fp4moe
+from fp4moe.checkpoint.files import CheckpointFiles
+from fp4moe.checkpoint.modelopt import MODELOPT_PARTS
+from fp4moe.checkpoint.naming import Convention, Matrix
+from fp4moe.checkpoint.plan import ExpertsPlan
+from fp4moe.checkpoint.plan_checks import ExpertsFacts
+from fp4moe.checkpoint.read import read_experts
 from fp4moe.errors import CheckpointError, UnsupportedError
+from fp4moe.reference import moe_definition, reference
 
 NAMES = ["deepseek_v4", "hy_v4", "gpt_oss", "inkling2", "minimax_m3", "privacy_filter"]
 NAMES += ["beam", "glm5_next", "step3p7"]
@@ -177,7 +184,7 @@ def test_biases_of_a_model_without_any_are_refused(tmp_path):
 def test_a_bias_of_one_stack_alone_is_not_written(gpt_oss, tmp_path):
     key = "model.layers.0.mlp.experts.down_proj_bias"
     makers.rewrite(gpt_oss / "float", tmp_path / "odd", lambda tensors: tensors.pop(key))
-    with pytest.raises(CheckpointError, match="gate_up_proj_bias"):
+    with pytest.raises(CheckpointError, match="a bias for every stack or for none"):
         fp4moe.quantize_checkpoint(tmp_path / "odd", tmp_path / "out", progress=False)
 
 
@@ -185,3 +192,33 @@ def test_a_norm_behind_each_expert_stays_refused(tmp_path):
     save(family("muse_spark", "eager"), tmp_path / "float")
     with pytest.raises(UnsupportedError, match="it has a norm behind each expert"):
         load(tmp_path / "float")
+
+
+def test_unlike_scales_move_into_down_and_the_bias(gpt_oss, tmp_path):
+    """Of a plain gate: up's scale is doubled in the file, so up and what is added to it differ."""
+    makers.rewrite(gpt_oss / "packed", tmp_path, other_scale)
+    path = FIRST.rpartition(".")[0].rpartition(".")[0]
+    projections = ("gate_proj", "up_proj", "down_proj")
+    parts = {"weight": "weight", "scale": "weight_scale", "global_scale": "weight_scale_2"}
+    matrices, biases = {}, {}
+    for which in ((expert, name) for expert in range(8) for name in projections):
+        module = f"{path}.{which[0]}.{which[1]}"
+        matrices[which] = Matrix({part: f"{module}.{leaf}" for part, leaf in parts.items()})
+        biases[which] = f"{module}.bias"
+    facts = ExpertsFacts(8, 64, 96, "silu", True, biases=("gate_up_proj", "down_proj"))
+    plan = ExpertsPlan(facts, "nvfp4", matrices, biases)
+    convention = Convention("ModelOpt", MODELOPT_PARTS, False, frozenset({"nvfp4"}))
+    options = {"device": torch.device("cpu"), "dtype": torch.float32}
+    found = {}
+    for folder in (tmp_path, gpt_oss / "packed"):
+        with CheckpointFiles.open(folder) as files:
+            found[folder] = read_experts(files, path, plan, convention, **options)
+    assert [found[folder].folded for folder in found] == [1, 0]
+    read, before = (found[folder].weights for folder in found)
+    wanted = before.dequantize()
+    wanted["up"][5] *= 2
+    hidden, ids, weights = routed(40)
+    expected = moe_definition(hidden, ids, weights, **wanted, activation="silu")
+    # Doubling is exact; what is left is the order of float32 sums.
+    torch.testing.assert_close(reference(hidden, read, ids, weights), expected)
+    assert not torch.allclose(reference(hidden, before, ids, weights), expected, rtol=1e-2)

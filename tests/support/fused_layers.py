@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from fp4moe import ExpertWeights
@@ -21,7 +23,6 @@ def layer(
     num_experts=None,
     expert_offset=0,
     seed=0,
-    biased=False,
 ) -> ExpertWeights:
     """Random experts whose four scales all differ from 1 and from expert to expert."""
     return make_layer(
@@ -30,7 +31,6 @@ def layer(
         intermediate,
         activation,
         gated,
-        biased=biased,
         generator=torch.Generator().manual_seed(seed),
         hidden_scale=4.5 / 2688,
         intermediate_scale=torch.linspace(0.5, 2.0, experts) * 3 / 2688,
@@ -45,3 +45,15 @@ def tokens(count, weights, top_k=2, dtype=torch.bfloat16, seed=1):
     scores = torch.rand(count, weights.num_experts, generator=generator)
     routing_weights, ids = scores.topk(top_k, dim=-1)
     return hidden, ids, routing_weights
+
+
+def with_biases(weights: ExpertWeights, seed=0) -> ExpertWeights:
+    """Return the layer with random biases, zero behind its sizes, that are felt in its output."""
+    generator = torch.Generator().manual_seed(seed)
+    experts, halves = weights.local_experts, 1 + weights.gated
+    first = torch.zeros(experts, halves, weights.intermediate_padded)
+    second = torch.zeros(experts, weights.hidden_padded)
+    for bias, size in ((first, weights.intermediate_size), (second, weights.hidden_size)):
+        bias[..., :size] = torch.randn(*bias.shape[:-1], size, generator=generator) / 2
+    first, second = first.flatten(1).to(weights.device), second.to(weights.device)
+    return dataclasses.replace(weights, gate_up_bias=first, down_bias=second)

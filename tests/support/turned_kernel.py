@@ -17,7 +17,7 @@ from fp4moe.kernels.reference import ReferenceKernel
 
 def turned(operands: Operands) -> Operands:
     """Reverse the rows of codes and block scales; its own inverse."""
-    matrices = {n: t.flip(1) for n, t in operands._asdict().items() if t.ndim == 3}
+    matrices = {n: t.flip(1) for n, t in operands.named().items() if t.ndim == 3}
     return operands._replace(**matrices)
 
 

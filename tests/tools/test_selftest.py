@@ -506,7 +506,7 @@ def test_layers_of_a_gpu_are_the_models_and_every_form_once():
     assert list(layers)[:2] == list(LAYERS)
     assert all(layers[name] == sizes for name, sizes in LAYERS.items())
     forms = {(s["activation"], s["gated"]) for s in layers.values()}
-    assert (len(forms), len(layers)) == (12, 14)
+    assert (len(forms), len(layers)) == (15, 17)
     odd = layers["odd sizes, gated"]
     assert odd["hidden_size"] % 8 and odd["intermediate_size"] % 64
 

@@ -256,8 +256,16 @@ def _read_layer(
             error=UnsupportedError,
         )
     if own:
-        if set(own) != set(found.projections) or (biases and set(biases) != set(own)):
-            _incomplete(module, name_keys([*own.values(), *biases.values()]))
+        if set(own) != set(found.projections):
+            _incomplete(module, name_keys(own.values()))
+        if biases and set(biases) != set(own):
+            must(
+                f"quantize_checkpoint: {module}",
+                "have a bias for every stack or for none",
+                name_keys(biases.values()),
+                "Download it again.",
+                error=CheckpointError,
+            )
         layer = _read_stacks(module, found, own, biases, shapes, storage)
     else:
         layer = _read_single(module, single, shapes)

@@ -304,7 +304,8 @@ def verify_against_definition(
                 actual = forward(hidden, ids, weights).float()
             except Exception as raised:  # the model's code may raise anything
                 return [f"its forward refuses five random {up.dtype} tokens: {raised}"]
-            expected = moe_definition(hidden.float(), ids, weights, **parts, activation=activation)
+            options: dict[str, Any] = {**parts, "activation": activation}
+            expected = moe_definition(hidden.float(), ids, weights, **options)
         if actual.shape != expected.shape:
             return [f"its forward returns {list(actual.shape)} for {list(hidden.shape)} tokens"]
         error = relative_error(actual, expected)

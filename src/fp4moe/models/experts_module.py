@@ -113,7 +113,10 @@ def describe_experts(path: str, module: Any, config: Any = None) -> Candidate:
         reasons += storage_reasons(module, lazy)
         return candidate
     candidate.num_experts = parameters[names[0]].shape[0]
+    reasons += adapter_reasons(None, module, [*parameters])
     storage: Storage | None = Storage.of(module) if stamped else None
+    if storage is None and reasons:
+        return candidate
     if storage is None:
         storage, candidate.activation, why = _by_its_forward(module)
         reasons += [why] if why else []

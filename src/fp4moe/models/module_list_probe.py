@@ -81,8 +81,8 @@ def _float_linear(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if isinstance(linear, _Probe):
         return linear(x)
     bias = linear._parameters.get("bias")
-    bias = None if bias is None else bias.float()
-    return F.linear(x, linear.get_parameter("weight").float(), bias)
+    weight = linear.get_parameter("weight").float()
+    return F.linear(x, weight, None if bias is None else bias.float())
 
 
 def _shallow(module: nn.Module) -> nn.Module:
@@ -119,10 +119,10 @@ def identify_expert(expert: nn.Module, roles: dict[str, str]) -> tuple[str | Non
 
     try:
         with torch.no_grad():
-            name, why = named_activation(combine, gated)
+            found, why = named_activation(combine, gated)
     except Exception as error:  # the model's code may raise anything
         return None, f"whose forward cannot be asked for its numbers: {error}"
-    return name, f"whose inner function {why}" if why else ""
+    return found, f"whose inner function {why}" if why else ""
 
 
 def _record_calls(router: nn.Module, calls: list) -> nn.Module:

@@ -100,11 +100,8 @@ def test_small_layers(mode, activation, gated, biased, poisoned_empty):
 @pytest.mark.parametrize("tokens", [1, 35])
 def test_one_token_and_many(tokens, poisoned_empty):
     # One expert, and 2 of 3 ids are not its: 16 to 32 of 70 slots with all but certainty.
-    compare(MODES["more"], layer(1, 64, 64, GPT_OSS, True, biased=True), *many(tokens))
-
-
-def many(tokens):
-    return torch.bfloat16, tokens, 2, CUT
+    weights = layer(1, 64, 64, GPT_OSS, True, biased=True)
+    compare(MODES["more"], weights, torch.bfloat16, tokens, 2, CUT)
 
 
 def only_biases(device):

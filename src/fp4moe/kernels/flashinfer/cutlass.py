@@ -8,6 +8,9 @@ selftest`.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -50,6 +53,7 @@ PARAMETERS = {
 ONE_BLOCK_TOKENS, ONE_BLOCK_TOP_K, ONE_BLOCK_EXPERTS = 256, (1, 2, 4, 6, 8), 510
 
 
+@functools.lru_cache(maxsize=1024)
 def enum_name(activation: str, gated: bool) -> str | None:
     """Return the member of FlashInfer's ActivationType that computes this; None without one.
 
@@ -62,13 +66,15 @@ def enum_name(activation: str, gated: bool) -> str | None:
     return (GATED if gated else UNGATED).get(found.name)
 
 
-def parameters(activation: str) -> dict[str, float]:
+@functools.lru_cache(maxsize=1024)
+def parameters(activation: str) -> Mapping[str, float]:
     """Return the arguments of the library that a gated activation needs; none for plain ones."""
     found = get_activation(activation)
     names = {} if found.plain else PARAMETERS[found.name]
     given = {argument: getattr(found, name) for name, argument in names.items()}
     without = {"swiglu_alpha": 1.0, "swiglu_beta": 0.0, "swiglu_limit": 0.0}
-    return {argument: v for argument, v in given.items() if v != without.get(argument)}
+    needed = {argument: v for argument, v in given.items() if v != without.get(argument)}
+    return MappingProxyType(needed)
 
 
 def size_multiples(gated: bool) -> tuple[int, int]:
@@ -96,7 +102,7 @@ def activation_reasons(activation: str, gated: bool, flashinfer: FlashInfer | No
         return [f"activation must be one of {known} {gate} a gate{only}, got {activation}"]
     if flashinfer is None:
         return []
-    missing = [f"ActivationType.{name}"] * (name not in flashinfer.activation_names)
+    missing = [] if name in flashinfer.activation_names else [f"ActivationType.{name}"]
     known_arguments = flashinfer.arguments["cutlass_fused_moe"]
     missing += [f"argument {n}" for n in parameters(activation) if n not in known_arguments]
     return [

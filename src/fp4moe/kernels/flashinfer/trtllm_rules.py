@@ -8,6 +8,7 @@ Sizes: the rule behind the kernel manifest of flashinfer-cubin 0.6.13, each row 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -296,6 +297,7 @@ def _group_reasons(num_experts: int, top_k: int, num_groups: int, top_groups: in
     ]
 
 
+@functools.lru_cache(maxsize=1024)
 def _find_rule(caller: str, format: str, activation: str, gated: bool) -> ShapeRule | None:
     name, plain = epilogue(activation, gated), get_activation(activation).plain
     for rule in _rules(caller, format):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ __all__ = ["activate", "activate_kernel", "activate_rows", "activation_constants
 COLUMNS = 1024
 
 
+@functools.lru_cache(maxsize=256)
 def activation_constants(text: str) -> dict[str, Any]:
     """Return what `combine` takes as constexpr, of the text of an `fp4moe.Activation`."""
     activation = get_activation(text)
@@ -103,7 +105,9 @@ def activate_kernel(
     value = tl.load(first + column, mask=mask, other=0).to(tl.float32)
     if bias is not None:
         expert = tl.load(ids + row).to(tl.int64) - expert_offset
-        mask = mask & (expert >= 0) & (expert < local_experts)
+        inside = (expert >= 0) & (expert < local_experts)
+        # Not a scalar condition & a block's: triton 3.9's interpreter makes that one of integers.
+        mask = column < tl.where(inside, columns, 0)
         bias += expert * columns * (1 + GATED)
         value += tl.load(bias + column, mask=mask, other=0)
     if GATED:

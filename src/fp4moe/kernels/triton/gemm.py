@@ -276,9 +276,7 @@ def down_kernel(
 ):  # fmt: skip
     """Write routing weight * (down x + bias) of every slot to out [slots, hidden_padded].
 
-    Grid and bias as above.
-
-    Slots whose id is not local stay unwritten.
+    Grid and bias as above. Slots whose id is not local stay unwritten.
     """
     block, expert, slot, more = _find_work(
         ids, order, tiles, num_tiles, hidden_padded, num_slots, expert_offset, local_experts,

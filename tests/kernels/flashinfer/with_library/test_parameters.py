@@ -12,7 +12,8 @@ import pytest
 import torch
 from flashinfer_cutlass_emulator import emulate_cutlass_moe
 from flashinfer_emulator import emulate_routed_moe
-from fused_layers import LAYER, error, layer, tokens
+from fused_layers import LAYER, tokens, with_biases
+from fused_layers import layer as unbiased
 
 from fp4moe import Activation, FusedExperts, why_not
 from fp4moe.errors import UnsupportedError
@@ -21,6 +22,7 @@ from fp4moe.kernels.flashinfer.library import library
 from fp4moe.kernels.operands import LogitsCall
 from fp4moe.reference import reference_w4a4
 from fp4moe.routing import route
+from fp4moe.testing import relative_error
 
 pytest.importorskip("flashinfer", reason="needs flashinfer-python")
 
@@ -48,6 +50,11 @@ CUTLASS_NAMES = {
     "silu_softcap": ("situ_beta", "situ_linear_beta", ""),
 }
 TRTLLM_NAMES = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
+
+
+def layer(*sizes, biased=False, **form):
+    weights = unbiased(*sizes, **form)
+    return with_biases(weights, form.get("seed", 0)) if biased else weights
 
 
 def run(name, weights, call):
@@ -88,9 +95,9 @@ def test_parameters(emulated, kernel, activation, gated, hidden, intermediate, b
         n: value for n, value in given.items() if value != getattr(Activation("silu"), n)
     }
     got = run(kernel, weights, call)
-    assert error(got, expected(kernel, weights, call)) < LIMIT
+    assert relative_error(got, expected(kernel, weights, call)) < LIMIT
     plain = dataclasses.replace(weights, activation="silu")
-    assert error(got, expected(kernel, plain, call)) > 10 * LIMIT
+    assert relative_error(got, expected(kernel, plain, call)) > 10 * LIMIT
     (made,) = emulated.of(ENTRY[kernel])
     if kernel == CUTLASS.name:
         for ours, argument in zip(given, CUTLASS_NAMES[found.name], strict=True):
@@ -105,9 +112,9 @@ def test_biases(emulated, kernel, activation, gated):
     weights = layer(272, 40, activation=activation, gated=gated, biased=True)
     call = tokens(9, weights)
     got = run(kernel, weights, call)
-    assert error(got, expected(kernel, weights, call)) < LIMIT
+    assert relative_error(got, expected(kernel, weights, call)) < LIMIT
     without = dataclasses.replace(weights, gate_up_bias=None, down_bias=None)
-    assert error(got, expected(kernel, without, call)) > 10 * LIMIT
+    assert relative_error(got, expected(kernel, without, call)) > 10 * LIMIT
 
 
 def test_soft_caps(emulated, claim):
@@ -118,7 +125,7 @@ def test_soft_caps(emulated, claim):
         weights = layer(activation=CAPPED, biased=True)
         call = tokens(9, weights)
         got = run(CUTLASS.name, weights, call)
-        assert error(got, expected(CUTLASS.name, weights, call)) < LIMIT
+        assert relative_error(got, expected(CUTLASS.name, weights, call)) < LIMIT
         (made,) = emulated.of(ENTRY[CUTLASS.name])
         assert made["situ_beta"].tolist() == [0.5] * 4
         assert made["situ_linear_beta"].tolist() == [torch.tensor(0.8).item()] * 4
@@ -209,9 +216,9 @@ def test_slips_show(emulated, kernel, slip):
     (made,) = emulated.of(ENTRY[kernel])
     made = {k: v for k, v in made.items() if k != "output"}
     want = expected(kernel, weights, call)
-    assert error(EMULATE[kernel](**made), want) < LIMIT
+    assert relative_error(EMULATE[kernel](**made), want) < LIMIT
     broken = made | SLIPS[kernel][slip](made)
-    assert error(EMULATE[kernel](**broken), want) > 5 * LIMIT
+    assert relative_error(EMULATE[kernel](**broken), want) > 5 * LIMIT
 
 
 def test_routing_in_the_kernel(emulated):
@@ -223,7 +230,7 @@ def test_routing_in_the_kernel(emulated):
     call = LogitsCall(x, logits, torch.empty(0), routing, prepared.operands, weights.layer(3))
     got = TRTLLM.from_logits(call)
     ids, routing_weights = route(logits, torch.empty(0), routing)
-    assert error(got, reference_w4a4(x, weights, ids, routing_weights)) < LIMIT
+    assert relative_error(got, reference_w4a4(x, weights, ids, routing_weights)) < LIMIT
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -257,7 +264,7 @@ def test_expert_and_tensor_shards_sum_to_the_whole(emulated, name):
         [weights.slice_intermediate(i * 64, i * 64 + 64) for i in range(4)],
     ):
         # Each part is rounded to bfloat16 once more.
-        assert error(sum(run(name, part, call) for part in parts), whole) < 2**-7
+        assert relative_error(sum(run(name, part, call) for part in parts), whole) < 2**-7
 
 
 def test_the_width_of_gpt_oss(emulated, name):
@@ -265,7 +272,7 @@ def test_the_width_of_gpt_oss(emulated, name):
     call = tokens(2, weights)
     got = run(name, weights, call)
     assert got.shape == (2, 2880)
-    assert error(got, expected(name, weights, call)) < LIMIT
+    assert relative_error(got, expected(name, weights, call)) < LIMIT
 
 
 def test_compiled_without_a_break(emulated, name, fresh_dynamo):
