@@ -26,6 +26,7 @@ from fp4moe.arguments import (
     MoeArguments,
     MoeFromLogitsArguments,
 )
+from fp4moe.formats import FORMATS
 from fp4moe.identity.float_weights import FloatWeights
 from fp4moe.kernels import Layer, get_kernel
 
@@ -176,8 +177,8 @@ class _Layer:
         packed = MoeArguments.read(operator.args)
         down: Any = packed.operands.down_packed
         biased = packed.operands.down_bias is not None
-        intermediate = int(meta_value(down).shape[2]) * 2
-        activation, gated, kernel, experts, *_others = packed.settings
+        activation, gated, kernel, experts, _offset, format = packed.settings
+        intermediate = FORMATS[format].elements(int(meta_value(down).shape[2]))
         return cls(activation, gated, kernel, experts, intermediate, biased)
 
 

@@ -92,6 +92,7 @@ def read_experts(
     biases = _biases(files, plan, dtype)
     if "up_bias" in biases:
         biases["up_bias"] = biases["up_bias"] / ratio[:, None]
+    both = _both(biases, facts)
     weights = ExpertWeights(
         gate_up=NVFP4Values(
             torch.cat([part.packed for part in parts], 1),
@@ -110,7 +111,8 @@ def read_experts(
         expert_offset=0,
         hidden_scale=hidden.amax().reshape(1),
         intermediate_scale=moved[1],
-        **_both(biases, facts),
+        gate_up_bias=both.get("gate_up_bias"),
+        down_bias=both.get("down_bias"),
     )
     return ReadExperts(
         weights.to(device), int((ratio != 1).sum()), tuple(sorted(unseen | unseen_by_down))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError, check_choice, must
+from ..formats import FORMATS
 from ..formats.nvfp4 import METHODS
 from ..kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
@@ -262,6 +263,7 @@ def _fused_row(path: str, module: FusedExperts, router: FusedRouter | None) -> B
     scales = module.activation_scales()
     if not prepared.hidden_scale.is_meta and all(bool((s == 1).all()) for s in scales):
         notes.append("activation ranges are not calibrated (only W4A4 kernels use them)")
+    _, hidden, columns = prepared.down_packed.shape
     return BlockReport(
         path=path,
         module=type(module).__name__,
@@ -273,7 +275,7 @@ def _fused_row(path: str, module: FusedExperts, router: FusedRouter | None) -> B
         top_k=router.routing.top_k if router else None,
         hidden_size=meta["hidden_size"],
         intermediate_size=meta["intermediate_size"],
-        padded_sizes=(prepared.down_packed.shape[1], prepared.down_packed.shape[2] * 2),
+        padded_sizes=(hidden, FORMATS[module.layer.format].elements(columns)),
         kernel=module.kernel,
         nbytes=module.nbytes,
     )

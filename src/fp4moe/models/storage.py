@@ -144,7 +144,8 @@ def _resembles(module: nn.Module) -> bool:
     own = module._parameters
     stacks = {name for name, p in own.items() if p is not None and p.ndim == 3}
     # An adapter takes the parameters away, and what it makes of them is refused by name.
-    stacks |= set(module._modules.get("parametrizations") or ())
+    parametrized: Any = module._modules.get("parametrizations") or ()
+    stacks |= set(parametrized)
     if stacks not in ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"}):
         return False
     arguments = [*inspect.signature(type(module).forward).parameters.values()][1:]
