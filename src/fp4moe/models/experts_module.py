@@ -18,12 +18,12 @@ from ..experts import ExpertWeights
 from .block import (
     Candidate,
     adapter_reasons,
-    named_activation,
     runs_own_forward,
     storage_reasons,
     stored_activation_scales,
     verify_against_definition,
 )
+from .named_activation import named_activation
 from .storage import (
     STAMPS,
     Storage,

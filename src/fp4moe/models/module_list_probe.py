@@ -21,8 +21,9 @@ from torch import nn
 from ..activations import get_activation
 from ..random_floats import random_normal
 from ..reference import sum_over_experts
-from .block import VERIFY_LIMIT, named_activation, relative_error
+from .block import VERIFY_LIMIT
 from .module_list_block import BlockForm, FusedMoeBlock
+from .named_activation import named_activation, relative_error
 
 __all__ = ["FloatExperts", "confirm_form", "find_form", "identify_expert"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..experts import split_gate_up
-from .block import named_activation
+from .named_activation import named_activation
 
 __all__ = ["STAMPS", "Storage", "holds_experts", "is_stamped", "possible_storages", "probe_forward"]
 
@@ -144,8 +144,8 @@ def _resembles(module: nn.Module) -> bool:
     own = module._parameters
     stacks = {name for name, p in own.items() if p is not None and p.ndim == 3}
     # An adapter takes the parameters away, and what it makes of them is refused by name.
-    parametrized: Any = module._modules.get("parametrizations") or ()
-    stacks |= set(parametrized)
+    parametrized = module._modules.get("parametrizations")
+    stacks |= set() if parametrized is None else set(dict(parametrised.named_children()))
     if stacks not in ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"}):
         return False
     arguments = [*inspect.signature(type(module).forward).parameters.values()][1:]
