@@ -145,7 +145,7 @@ def _resembles(module: nn.Module) -> bool:
     stacks = {name for name, p in own.items() if p is not None and p.ndim == 3}
     # An adapter takes the parameters away, and what it makes of them is refused by name.
     parametrized = module._modules.get("parametrizations")
-    stacks |= set() if parametrized is None else set(dict(parametrised.named_children()))
+    stacks |= set() if parametrized is None else set(dict(parametrized.named_children()))
     if stacks not in ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"}):
         return False
     arguments = [*inspect.signature(type(module).forward).parameters.values()][1:]
