@@ -203,8 +203,6 @@ def fused_routing(subject: Subject, method: str, seed: int = 7) -> Outcome:
     sigmoid_topk with a bias and a scaling factor.
     """
     softmax, weights = method == "softmax_topk", subject.weights
-    if weights.biased:
-        return Outcome(SKIPPED, note="RoutedExperts takes no biases")
     routing = Routing(method, subject.top_k, scaling=1.0 if softmax else 2.5)
     generator = subject.generator(seed)
     uniform = functools.partial(
@@ -225,7 +223,8 @@ def fused_routing(subject: Subject, method: str, seed: int = 7) -> Outcome:
     if reasons:
         return Outcome(NOT_SUPPORTED, note="; ".join(reasons))
     arguments = nvfp4_moe_from_logits_arguments(module.prepared, routing, module.kernel)
-    inside = torch.ops.fp4moe.nvfp4_moe_from_logits.default(hidden, logits, bias, *arguments)
+    both = torch.ops.fp4moe.moe_from_logits, torch.ops.fp4moe.nvfp4_moe_from_logits
+    inside = both[not weights.biased].default(hidden, logits, bias, *arguments)
     return compare(inside, module(hidden, *route(logits, bias, routing)), SAME_KERNEL)
 
 
