@@ -71,8 +71,8 @@ def replace_moe(
     Hooks of accelerate that only move inputs to the experts' device go over to the fused experts.
 
     Args:
-        model: any module that holds Hugging Face experts modules, or blocks that loop over a
-            ModuleList of expert MLPs.
+        model: any module that holds experts modules with stacked weights, such as those of
+            transformers, or blocks that loop over a ModuleList of expert MLPs.
         kernel: "auto" or a kernel's name, see `fp4moe.why_not`.
         strict: a block that cannot be replaced is an error; False leaves such blocks as they are
             and logs the reasons.
