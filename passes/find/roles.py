@@ -167,6 +167,8 @@ def _meetings(
             waiting[node] = carried
             continue
         from_hidden.add(node)
+        if not carried:
+            continue
         by_role = {role: frozenset(w for w in behind[node] if roles[w] == role) for role in weights}
         # The last product says whose it is; gate and up at once are none.
         last = [role for role in by_role if by_role[role] and role != "down"]

@@ -67,8 +67,8 @@ def make_probes(region: Region) -> Probes:
         # as_strided windows survive .to(device) only by a copy; the buffer is moved instead.
         shape = (experts, rows, columns)
         probes[role] = buffer.to(device).as_strided(shape, (EXPERT_SHIFT, columns, 1))
-    moved = region.weights.keys() - region.biases.keys()
-    return {n: p if n in moved else p.to(device) for n, p in probes.items()}
+    windows = region.weights.keys() - region.biases.keys()
+    return {n: p if n in windows else p.to(device) for n, p in probes.items()}
 
 
 def compared_tokens(probes: Probes) -> torch.Tensor:

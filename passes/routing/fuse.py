@@ -1,9 +1,10 @@
 """Name the routing in front of each fused operator and, on request, hand it to the kernel.
 
-Before: logits [T, E] -> softmax or sigmoid, top-k, sum, div, ... -> float_moe or nvfp4_moe; or
+Before: logits [T, E] -> softmax or sigmoid, top-k, sum, div, ... -> float_moe, moe or nvfp4_moe; or
         choose_experts instead, where a model's routers are fused.
-After:  logits [T, E] -> float_moe_from_logits or nvfp4_moe_from_logits. A factor per expert
-(Gemma4) goes with the float weights, or into the global scales of the packed down projection.
+After:  logits [T, E] -> float_moe_from_logits, moe_from_logits or nvfp4_moe_from_logits. A factor
+per expert (Gemma4) goes with the float weights, or into the global scales and the bias of the
+packed down projection.
 Structure proposes (slice.py), numbers decide (forms.py). Not handled: logits that
 are not [T, E], methods without renormalisation, factors per expert that are not stored.
 """
