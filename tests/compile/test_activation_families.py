@@ -32,7 +32,7 @@ from fp4moe.passes import rewrite_exported
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-GPT_OSS = "silu(alpha=1.702,beta=1,limit=7)"
+GPT_OSS = "silu(alpha=1.702,beta=1,limit=1.5)"
 SPARSE = {"mlp_layer_types": ["sparse"] * 2}
 INDEXED = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 2, "index_kpool": 4}
 KDA = {"linear_head_dim": 16, "linear_num_heads": 4, "hc_mult": 2}
@@ -48,7 +48,7 @@ FORMS = {
     "privacy_filter": f"gated (gate_up) {GPT_OSS}, transposed weights, biases",
     "minimax_m3": f"gated (gate_up) {GPT_OSS}",
     "deepseek_v4": "gated (gate_up) silu(limit=10)",
-    "hy_v4": "gated (gate_up) silu(limit=10)",
+    "hy_v4": "gated (gate_up) silu(limit=1.5)",
     "glm5_next": "gated (gate_up) silu(limit=10)",
     "inkling2": "gated (gate_up) silu_softcap(alpha=4,beta=25)",
     "beam": "gated (gate_up) silu",

@@ -41,6 +41,7 @@ EXPERTS = torch.ops.fp4moe.nvfp4_moe.default
 LIMITS = {torch.float32: 2 * 4 * 16 * EPS, torch.bfloat16: 4 * 2**-8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_the_models_own_router(name, dtype):
@@ -51,6 +52,7 @@ def test_logits_are_those_of_the_models_own_router(name, dtype):
     assert relative(logits(fused), expected) <= LIMITS[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "attribute", "value"),
     [
@@ -98,6 +100,7 @@ def test_a_router_returns_what_the_models_own_returns(name, dtype):
             torch.testing.assert_close(new_weights, weights, rtol=rtol, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_class_of_the_table(name):
     model = build(name)

@@ -64,6 +64,7 @@ def relative(actual, expected):
     return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REPLACED)
 def test_replaced_model_is_the_model_with_dequantised_weights(name, record_property):
     model = build(name)
@@ -103,6 +104,7 @@ def test_replaced_model_is_the_model_with_dequantised_weights(name, record_prope
     assert name in ACTIVATIONS or not any("(" in text for text in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REPLACED)
 def test_packed_weights_are_the_nearest_codes_of_the_original_ones(name):
     model = build(name)
@@ -124,6 +126,7 @@ def test_packed_weights_are_the_nearest_codes_of_the_original_ones(name):
             assert 0.05 < relative(packed, weight) < 0.13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [f for f in REPLACED if f not in NOT_GENERATIVE])
 def test_generate_in_eager_mode_gives_the_twins_tokens(name):
     model = build(name)
@@ -139,6 +142,7 @@ def test_generate_in_eager_mode_gives_the_twins_tokens(name):
     assert tokens[0].tolist() == tokens[1].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("strict", [True, False])
 def test_families_that_compute_something_else_are_refused_untouched(name, strict, caplog):

@@ -332,6 +332,7 @@ def test_activations(activation, gated):
     compare(MODES["sorted"], layer(1, 64, 64, activation, gated), torch.bfloat16, 1, 1, CUT)
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 @pytest.mark.skipif(
