@@ -416,7 +416,8 @@ def signature(function, constants, hidden="*bf16"):
         "partial": "*bf16",
     }
     pointers |= dict.fromkeys(("counts", "order", "tiles", "num_tiles", "words", "scales"), "*i32")
-    pointers |= dict.fromkeys(("global_scale", "routing_weights", "weights", "bias"), "*fp32")
+    floats = ("global_scale", "routing_weights", "weights", "bias", "output_scale")
+    pointers |= dict.fromkeys(floats, "*fp32")
     pointers |= {"logits": "*bf16", "table": "*i64", "expected": "*i64", "changed": "*i32"}
     types = {
         name: "constexpr" if name in constants else pointers.get(name, "i32")
