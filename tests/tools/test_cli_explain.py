@@ -11,7 +11,7 @@ import transformers
 from tiny_models import COMMON, enlarge_experts, family, finish
 
 import fp4moe
-from fp4moe.errors import CheckpointError, UnsupportedError
+from fp4moe.errors import CheckpointError
 from fp4moe.tools.cli_explain import explain_source
 
 MODELOPT = {"quant_algo": "NVFP4", "producer": {"name": "modelopt", "version": "0.31.0"}}
@@ -137,12 +137,13 @@ def test_classes_that_are_multimodal_only(build, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["deepseek_v4", "hy_v4"])
-def test_experts_that_cannot_be_packed(name, tmp_path):
+def test_packed_experts_with_a_clamp(name, tmp_path):
     model = family(name, "eager", torch.bfloat16)
     model.config.architectures = [type(model).__name__]
     model.save_pretrained(tmp_path / "float")
     fp4moe.quantize_checkpoint(tmp_path / "float", tmp_path / "packed", progress=False)
     report = explain_source(str(tmp_path / "packed"))
-    assert loadable(report) == set() and "_apply_gate" in report.checkpoint
-    with pytest.raises(UnsupportedError, match="_apply_gate"):
-        fp4moe.from_pretrained(tmp_path / "packed", progress=False)
+    loaded = fp4moe.from_pretrained(tmp_path / "packed", progress=False)
+    experts = {p: m for p, m in loaded.named_modules() if isinstance(m, fp4moe.FusedExperts)}
+    assert loadable(report) == set(experts) != set()
+    assert {m.layer.activation for m in experts.values()} <= {"silu(limit=1.5)", "silu(limit=10)"}

@@ -93,10 +93,8 @@ def _find_router(model: nn.Module, path: str) -> tuple[str | None, str]:
         return None, f"its parent has several routers: {', '.join(known)}"
     near = [f"{n} ({k})" for n, k in children.items() if any(w in n for w in ROUTER_WORDS)]
     if near:
-        return (
-            None,
-            f"{', '.join(near)} beside it is no router of a class in fp4moe.models.routers.ROUTERS",
-        )
+        known_as = "a class in fp4moe.models.routers.ROUTERS"
+        return None, f"{', '.join(near)} beside it is no router of {known_as}"
     return None, f"its parent {type(parent).__name__} holds no router beside it"
 
 
@@ -126,7 +124,9 @@ def _describe(router: Any, num_experts: int | None) -> tuple[Routing | None, str
 
 def _probes(router: Any, form: RouterForm) -> Iterator[tuple[Any, torch.dtype]]:
     yield router, attrgetter(form.projection)(router).dtype
-    precise = copy.deepcopy(router).float()
+    # A copied hook may bring a copy of all that it belongs to.
+    hooks = [table for name, table in vars(router).items() if name.endswith("_hooks")]
+    precise = copy.deepcopy(router, {id(table): type(table)() for table in hooks}).float()
     yield precise, torch.float32
     if form.bias is not None:
         # Negative scores tell -inf from 0 for the experts of dropped groups.
