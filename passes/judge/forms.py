@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.experts import GATE_UP_LAYOUTS
-from fp4moe.formats import NVFP4
+from fp4moe.formats import DEFAULT_FORMAT
 from fp4moe.identity.float_weights import SEPARATE, StoredForm
 
 __all__ = ["SEPARATE", "Form", "possible_forms"]
@@ -39,7 +39,7 @@ class Form:
     def stored(self, kernel: str, hidden_alignment: int) -> StoredForm:
         """Return what the weights mean and what to pack them into, as the operator takes it."""
         return StoredForm(
-            NVFP4.name,
+            DEFAULT_FORMAT,
             self.activation,
             self.layout or "",
             self.transposed,

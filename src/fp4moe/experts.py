@@ -14,7 +14,7 @@ import torch
 
 from .activations import Activation, get_activation
 from .errors import ShapeError, check_choice, must
-from .formats import FORMATS, NVFP4, StoredMatrix, WeightFormat
+from .formats import DEFAULT_FORMAT, FORMATS, StoredMatrix, WeightFormat
 from .formats.base import SLOTS
 from .layer import Layer
 from .pack import (
@@ -72,7 +72,7 @@ class ExpertWeights:
     intermediate_scale: torch.Tensor
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
-    format: str = NVFP4.name
+    format: str = DEFAULT_FORMAT
 
     def __post_init__(self) -> None:
         check_choice("format", self.format, FORMATS, caller="ExpertWeights")
@@ -238,7 +238,7 @@ class ExpertWeights:
         cls, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]
     ) -> ExpertWeights:
         """Build from `tensors()` and `metadata()` (its format entry is optional)."""
-        fields = {"format": NVFP4.name, **metadata}
+        fields = {"format": DEFAULT_FORMAT, **metadata}
         check_choice("format", fields["format"], FORMATS, caller="ExpertWeights.from_tensors")
         container = FORMATS[fields["format"]].container
         gate_up, down = (container(*(tensors[f"{g}.{part}"] for part in SLOTS)) for g in _GEMMS)
@@ -261,7 +261,7 @@ class ExpertWeights:
         gate: torch.Tensor | None = None,
         gate_up: torch.Tensor | None = None,
         activation: str | Activation,
-        format: str = NVFP4.name,
+        format: str = DEFAULT_FORMAT,
         layout: str = "gate_up",
         transposed: bool = False,
         gate_bias: torch.Tensor | None = None,

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from ..activations import Activation, get_activation
 from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
-from ..formats import NVFP4
+from ..formats import DEFAULT_FORMAT, FORMATS
 from ..fused import tensor_versions
 from ..kernels import PreparedWeights
 from ..models.block import ACTIVATION_SCALES, Candidate
@@ -33,8 +33,7 @@ from .ranges import Ranges
 __all__ = ["BlockRanges", "Recorder", "make_recorders"]
 
 logger = logging.getLogger("fp4moe")
-# The largest magnitude that a block scale and a code can hold when the global scale is 1.
-LARGEST = NVFP4.element_max * NVFP4.scale_max
+LARGEST = FORMATS[DEFAULT_FORMAT].amax_per_global_scale
 # (local expert, rows [N, H] float32) -> input of down [N, I] float32.
 Inner = Callable[[int, torch.Tensor], torch.Tensor]
 

@@ -94,6 +94,11 @@ class WeightFormat:
         }
         return self.container(**parts)
 
+    @property
+    def amax_per_global_scale(self) -> float:
+        """The largest magnitude that a global scale of 1 can express."""
+        raise NotImplementedError
+
     def global_scale(self, extremes: torch.Tensor) -> torch.Tensor:
         """Return the global scale of values whose smallest and largest ones are among these."""
         raise NotImplementedError

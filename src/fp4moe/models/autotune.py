@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, UnsupportedError, must
-from ..formats import NVFP4
+from ..formats import FORMATS
 from ..kernels import choose_kernel, current_capability
 from ..kernels.flashinfer.library import (
     CUBINS,
@@ -146,7 +146,7 @@ def _stand_ins(model: nn.Module) -> list[FusedExperts]:
         if _is_tuned(choose_kernel("auto", asked, capability)[0]):
             # The kernel sees padded sizes, and the tuner's times do not depend on the values.
             hidden, inner = (
-                round_up(size, NVFP4.block_size)
+                round_up(size, FORMATS[asked.format].multiple)
                 for size in (asked.hidden_size, asked.intermediate_size)
             )
             asked = dataclasses.replace(asked, hidden_size=hidden, intermediate_size=inner)
