@@ -22,6 +22,7 @@ from fp4moe.checkpoint.plan_checks import ExpertsFacts
 from fp4moe.checkpoint.read import read_experts
 from fp4moe.errors import CheckpointError, UnsupportedError
 from fp4moe.reference import moe_definition, reference
+from fp4moe.testing import relative_error
 
 NAMES = ["deepseek_v4", "hy_v4", "gpt_oss", "inkling2", "minimax_m3", "privacy_filter"]
 NAMES += ["beam", "glm5_next", "step3p7"]
@@ -84,8 +85,8 @@ def test_what_is_written_is_the_model_with_dequantised_weights(name, tmp_path):
     original = type(model).from_pretrained(tmp_path / "float", dtype=torch.float32).eval()
     twin = float_twin(original, model)
     # As in test_hf_families: the same float32 products, in another order.
-    assert makers.relative_error(logits(model), logits(twin)) < 2e-6
-    assert makers.relative_error(logits(model), logits(original)) > 1e-3
+    assert relative_error(logits(model), logits(twin)) < 2e-6
+    assert relative_error(logits(model), logits(original)) > 1e-3
     biases = [key for key in makers.load_tensors(tmp_path / "packed") if EXPERT_BIAS.search(key)]
     assert bool(biases) == (name in BIASED)
 

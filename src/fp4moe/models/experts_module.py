@@ -158,7 +158,7 @@ def _top_k(config: Any) -> int | None:
 
 def _shape_reasons(candidate: Candidate, storage: Storage) -> list[str]:
     """Return which parameters do not go with the first one."""
-    assert candidate.num_experts and candidate.hidden_size is not None
+    assert candidate.num_experts is not None and candidate.hidden_size is not None
     assert candidate.intermediate_size is not None
     sizes = candidate.num_experts, candidate.hidden_size, candidate.intermediate_size
     shapes = {n: tuple(p.shape) for n, p in candidate.parameters.items()}
