@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fp4moe
 from fp4moe import fused_moe
 from fp4moe.errors import UnsupportedError
+from fp4moe.identity.value_watch import ValueWatch
 from fp4moe.kernels import KERNELS, base, measured
 from fp4moe.kernels.reference import REFERENCE
 from fp4moe.models.routers import FusedRouter
@@ -222,3 +223,15 @@ def test_from_pretrained_lays_weights_out_once(name, routing, flipped, tmp_path)
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, plain(IDS).logits)
     assert flipped.calls["run"] == 2
+
+
+def test_no_values_are_looked_at_where_the_kernel_reads_the_weights_themselves(monkeypatch):
+    weights = layer()
+    x, ids, routing = tokens(5, weights)
+    own = weights.tensors()
+    assert weights.operands()["gate_up_packed"] is own["gate_up.packed"]
+    looks = []
+    monkeypatch.setattr(ValueWatch, "read", lambda self, pairs: looks.append(pairs))
+    for _ in range(2):
+        fused_moe(x, weights, ids, routing, kernel="reference")
+    assert not looks

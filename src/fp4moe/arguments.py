@@ -61,15 +61,19 @@ class Settings(NamedTuple):
 
 def _read_operands(args: Sequence[Any], between: int) -> tuple[Operands, Sequence[Any], Settings]:
     """Return (operands, the `between` arguments behind them, settings) of either operator."""
-    names = NVFP4_OPERANDS if len(args) == len(NVFP4_OPERANDS) + between + 5 else OPERANDS
-    operands = dict(zip(names, args, strict=False))
-    middle, rest = args[len(names) :][:between], args[len(names) + between :]
-    if names is OPERANDS:
-        rest = (*rest[1:], rest[0])
-        # Nodes of a graph stand for biases that are there.
-        if all(_is_empty(operands[name]) for name in Operands._fields[-2:]):
-            operands = {name: operands[name] for name in NVFP4_OPERANDS}
-    return Operands(**operands), middle, Settings(*rest)
+    count = len(NVFP4_OPERANDS)
+    if len(args) == count + between + 5:
+        middle, settings = args[count : count + between], Settings(*args[count + between :])
+        return Operands(*args[:count]), middle, settings
+    count = len(OPERANDS)
+    named = dict(zip(OPERANDS, args, strict=False))
+    middle, (format, *others) = args[count : count + between], args[count + between :]
+    activation, gated, kernel, num_experts, expert_offset = others
+    # Nodes of a graph stand for biases that are there.
+    if all(_is_empty(named[name]) for name in Operands._fields[-2:]):
+        named = {name: named[name] for name in NVFP4_OPERANDS}
+    settings = Settings(activation, gated, kernel, num_experts, expert_offset, format)
+    return Operands(**named), middle, settings
 
 
 def _is_empty(tensor: Any) -> bool:

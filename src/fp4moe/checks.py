@@ -261,14 +261,15 @@ def _check_weights(name: str, given: MoeArguments | MoeFromLogitsArguments) -> N
     biased = operands[-1] is not None or operands[-2] is not None
     sizes = local, rows, hidden_padded, intermediate
     # A symbolic size cannot be a key.
-    find = _expected if all(isinstance(n, int) for n in sizes) else _expected.__wrapped__
-    expected = find(format, biased, *sizes)
-    for tensor, (part, dtype, shape) in zip(operands[: len(expected)], expected, strict=True):
-        if (
-            tensor is None
-            or tensor.shape != shape
-            or tensor.dtype != dtype
-            or tensor.device != device
+    plain = type(local) is type(hidden_padded) is type(columns) is int
+    expected = (_expected if plain else _expected.__wrapped__)(format, biased, *sizes)
+    # This runs at every call of the operator.
+    for tensor, (part, dtype, shape) in zip(operands, expected, strict=False):
+        if not (
+            tensor is not None
+            and tensor.shape == shape
+            and tensor.dtype == dtype
+            and tensor.device == device
         ):
             rule, got = f"be {dtype} {list(shape)} on {device}", "none"
             got = got if tensor is None else _describe(tensor)

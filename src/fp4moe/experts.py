@@ -184,10 +184,13 @@ class ExpertWeights:
 
     def operands(self) -> dict[str, torch.Tensor]:
         """Return the tensors as the operator takes them: 8-bit ones as bytes, dotless names."""
-        return {
-            name.replace(".", "_"): t.view(torch.uint8) if t.dtype.itemsize == 1 else t
-            for name, t in self.tensors().items()
-        }
+
+        # What is there as bytes stays the same object, by which `fused_moe` knows it.
+        def crossing(tensor: torch.Tensor) -> torch.Tensor:
+            plain = tensor.dtype.itemsize > 1 or tensor.dtype == torch.uint8
+            return tensor if plain else tensor.view(torch.uint8)
+
+        return {name.replace(".", "_"): crossing(t) for name, t in self.tensors().items()}
 
     def metadata(self) -> dict[str, Any]:
         """Return what is not a tensor, as plain JSON values."""
