@@ -174,10 +174,8 @@ class ExpertWeights:
             for gemm in _GEMMS
             for part, tensor in getattr(self, gemm).parts().items()
         }
-        named |= {
-            "hidden_scale": self.hidden_scale,
-            "intermediate_scale": self.intermediate_scale,
-        }
+        scales = ("hidden_scale", "intermediate_scale")
+        named |= {name: getattr(self, name) for name in scales}
         if self.gate_up_bias is not None and self.down_bias is not None:
             named |= {"gate_up.bias": self.gate_up_bias, "down.bias": self.down_bias}
         return named
@@ -300,8 +298,7 @@ class ExpertWeights:
             expert_offset: global id of the first expert given.
 
         Returns:
-            Weights whose H and I are zero-padded to multiples of 16. An expert's gate and up share
-            one global scale.
+            Weights, H and I zero-padded to multiples of 16; gate and up share a global scale.
 
         Raises:
             ShapeError: shapes, dtypes or devices disagree, or a value is inf or NaN; names the

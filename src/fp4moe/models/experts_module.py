@@ -27,6 +27,7 @@ from .named_activation import named_activation
 from .storage import (
     STAMPS,
     Storage,
+    beyond_reasons,
     holds_experts,
     is_stamped,
     possible_storages,
@@ -207,7 +208,8 @@ def _verify(module: Any, storage: Storage, activation: str) -> list[str]:
         eager.config = _EagerConfig(module.config)
     forward = functools.partial(type(module).forward, eager)
     parts = storage.split(_tensors(module, storage))
-    return verify_against_definition(forward, parts, activation, beyond=not stamped)
+    reasons = verify_against_definition(forward, parts, activation)
+    return reasons if stamped or reasons else beyond_reasons(module, storage)
 
 
 def float_parameters(

@@ -18,7 +18,8 @@ from torch import nn
 from ..experts import split_gate_up
 from .named_activation import named_activation
 
-__all__ = ["STAMPS", "Storage", "holds_experts", "is_stamped", "possible_storages", "probe_forward"]
+__all__ = ["STAMPS", "Storage", "beyond_reasons", "holds_experts", "is_stamped"]
+__all__ += ["possible_storages", "probe_forward"]
 
 # What `use_experts_implementation` sets on every instance.
 STAMPS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -191,11 +192,7 @@ def probe_forward(module: Any, storage: Storage) -> tuple[str | None, str]:
     if storage.gated:
         parts["gate"][..., 0] = 1.0
     parts["down"][:, 0, 0] = 1.0
-    probe = object.__new__(type(module))
-    vars(probe).update(vars(module))
-    probe._parameters = {
-        name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()
-    }
+    probe = _holding(module, tensors)
 
     def combine(gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
         hidden = torch.zeros(up.shape[1], HIDDEN, dtype=torch.float32, device="cpu")
@@ -207,3 +204,33 @@ def probe_forward(module: Any, storage: Storage) -> tuple[str | None, str]:
         return type(module).forward(probe, hidden, ids, weights)[:, 0][None]
 
     return named_activation(combine, storage.gated)
+
+
+def beyond_reasons(module: nn.Module, storage: Storage) -> list[str]:
+    """Return why the id behind the last expert may be one that adds to the output.
+
+    Asked of tiny experts on a CPU: on a GPU an index beyond would end the process's use of it.
+    """
+    experts = getattr(module, storage.first).shape[0]
+    shapes = storage.shapes(experts, HIDDEN, INNER).items()
+    tensors = {n: torch.ones(shape, dtype=torch.float32, device="cpu") for n, shape in shapes}
+    ids = torch.full((2, 1), experts, dtype=torch.int64, device="cpu")
+    hidden, weights = (torch.ones(2, n, dtype=torch.float32, device="cpu") for n in (HIDDEN, 1))
+    with torch.no_grad():
+        try:
+            result = type(module).forward(_holding(module, tensors), hidden, ids, weights)
+        except Exception:  # whatever its code raises: it has no such id
+            return []
+    if bool((result == 0).all()):
+        return []
+    return [f"expert id {experts}, behind the last of its weights, adds to the output"]
+
+
+def _holding(module: Any, tensors: Parts) -> Any:
+    """Return a shallow copy of the module with these parameters."""
+    probe = object.__new__(type(module))
+    vars(probe).update(vars(module))
+    probe._parameters = {
+        name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()
+    }
+    return probe
