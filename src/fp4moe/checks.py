@@ -262,7 +262,7 @@ def _check_weights(name: str, given: MoeArguments | MoeFromLogitsArguments) -> N
     sizes = local, rows, hidden_padded, intermediate
     # A symbolic size cannot be a key.
     plain = type(local) is type(hidden_padded) is type(columns) is int
-    expected = (_expected if plain else _expected.__wrapped__)(format, biased, *sizes)
+    expected = (_expected if plain else _expected.__wrapped__)(format, gated, biased, *sizes)
     # This runs at every call of the operator.
     for tensor, (part, dtype, shape) in zip(operands, expected, strict=False):
         if not (
@@ -278,10 +278,17 @@ def _check_weights(name: str, given: MoeArguments | MoeFromLogitsArguments) -> N
 
 @functools.lru_cache(maxsize=1024)
 def _expected(
-    format: str, biased: bool, local: int, rows: int, hidden: int, intermediate: int
+    format: str,
+    gated: bool,
+    biased: bool,
+    local: int,
+    rows: int,
+    hidden: int,
+    intermediate: int,
 ) -> tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]:
     """Return (name, dtype, shape) of each operand, in order."""
-    sizes = {"gate_up": (local, rows, hidden), "down": (local, hidden, intermediate)}
+    halves = 2 if gated else 1
+    sizes = {"gate_up": (local, rows, hidden, halves), "down": (local, hidden, intermediate)}
     found = [
         (f"{gemm}_{part}", torch.uint8 if dtype.itemsize == 1 else dtype, shape)
         for gemm, size in sizes.items()

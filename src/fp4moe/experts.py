@@ -88,7 +88,8 @@ class ExpertWeights:
             )
         local, rows, _ = self.gate_up.packed.shape
         hidden, intermediate = self.hidden_padded, self.intermediate_padded
-        sizes = (local, (1 + self.gated) * intermediate, hidden), (local, hidden, intermediate)
+        halves = 1 + self.gated
+        sizes = (local, halves * intermediate, hidden, halves), (local, hidden, intermediate)
         expected = {
             f"{gemm}.{part}": found
             for gemm, size in zip(_GEMMS, sizes, strict=True)

@@ -51,15 +51,16 @@ def quantize_experts(
     _check_float_weights(parts, down)
     experts, intermediate, hidden = parts["up"].shape
     i_padded, h_padded = (round_up(size, format.multiple) for size in (intermediate, hidden))
-    first = format.zeros(experts, len(parts) * i_padded, h_padded, down.device)
-    second = format.zeros(experts, h_padded, i_padded, down.device)
+    halves = len(parts)
+    first = format.zeros(experts, halves * i_padded, h_padded, halves, down.device)
+    second = format.zeros(experts, h_padded, i_padded, device=down.device)
     for expert in range(experts):
         shared_scale = _global_scale(format, parts, expert)
         for index, weight in enumerate(parts.values()):
-            place = slice(index * i_padded, index * i_padded + i_padded)
-            _quantize_into(format, first, expert, place, weight[expert], shared_scale, method)
+            half = index, halves
+            _quantize_into(format, first, expert, half, weight[expert], shared_scale, method)
         scale = _global_scale(format, {"down": down}, expert)
-        _quantize_into(format, second, expert, slice(0, h_padded), down[expert], scale, method)
+        _quantize_into(format, second, expert, (0, 1), down[expert], scale, method)
     return first, second
 
 
@@ -237,7 +238,7 @@ def _quantize_into(
     format: WeightFormat,
     out: StoredMatrix,
     expert: int,
-    place: slice,
+    half: tuple[int, int],
     weight: torch.Tensor,
     global_scale: torch.Tensor,
     method: str,
@@ -245,13 +246,16 @@ def _quantize_into(
     columns = round_up(weight.shape[1], format.multiple)
     if columns != weight.shape[1]:
         weight = F.pad(weight, (0, columns - weight.shape[1]))
-    values = format.quantize(weight, global_scale, method).parts()
-    rows = slice(place.start, place.start + weight.shape[0])
-    for (name, whole), part in zip(out.parts().items(), format.parts, strict=True):
+    index, halves = half
+    for name, part in format.quantize(weight, global_scale, method).parts().items():
+        whole = getattr(out, name)
         # Float8 has no assignment to a slice everywhere; its bytes do.
-        plain = torch.uint8 if part.dtype.itemsize == 1 else part.dtype
-        where = (expert, rows) if part.columns else expert
-        whole.view(plain)[where] = values[name].view(plain)
+        plain = torch.uint8 if whole.dtype.itemsize == 1 else whole.dtype
+        if whole.ndim == 3:
+            start = index * (whole.shape[1] // halves)
+            whole.view(plain)[expert, start : start + part.shape[0]] = part.view(plain)
+        elif whole.numel():
+            whole[expert] = part
 
 
 def activation_scale(

@@ -27,12 +27,12 @@ def resized(
     format = weights.number_format
 
     def matrix(old: StoredMatrix, rows: int, columns: int, halves: int) -> StoredMatrix:
-        shapes = format.shapes(weights.local_experts, rows, columns)
+        shapes = format.shapes(weights.local_experts, rows, columns, halves)
         parts = old.parts()
         for name, (dtype, shape) in shapes.items():
             if len(shape) == 3:
                 size = dtype.itemsize
-                found = resize(parts[name].view(torch.uint8), rows, shape[2] * size, halves)
+                found = resize(parts[name].view(torch.uint8), shape[1], shape[2] * size, halves)
                 parts[name] = found.view(dtype)
         return format.container(**parts)
 
@@ -64,7 +64,7 @@ def slice_experts(weights: ExpertWeights, start: int, stop: int) -> ExpertWeight
         )
 
     def part(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor[start:stop]
+        return tensor if tensor is None or not tensor.numel() else tensor[start:stop]
 
     container = weights.number_format.container
     return dataclasses.replace(
@@ -81,8 +81,15 @@ def slice_experts(weights: ExpertWeights, start: int, stop: int) -> ExpertWeight
 def slice_intermediate(weights: ExpertWeights, start: int, stop: int) -> ExpertWeights:
     """Return intermediate columns start..stop-1; only the first slice keeps the bias of down."""
     format = weights.number_format
-    multiple = format.multiple
-    if not 0 <= start < stop <= weights.intermediate_padded or start % multiple or stop % multiple:
+    # A block of scales that lies in two slices would be in neither.
+    blocks = [b for b in (format.scales or format.codes)[1:] if b]
+    multiple = max(format.multiple, *blocks)
+    stop_multiple = format.multiple if stop == weights.intermediate_padded else multiple
+    if (
+        not 0 <= start < stop <= weights.intermediate_padded
+        or start % multiple
+        or stop % stop_multiple
+    ):
         must(
             "slice_intermediate: start and stop",
             f"be multiples of {multiple} with 0 <= start < stop <= {weights.intermediate_padded}",
@@ -90,14 +97,19 @@ def slice_intermediate(weights: ExpertWeights, start: int, stop: int) -> ExpertW
             "Move them to a block boundary.",
         )
 
-    def rows(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.unflatten(1, (1 + weights.gated, -1))[:, :, start:stop].flatten(1, 2)
+    def rows(tensor: torch.Tensor, covered: int | None = 1) -> torch.Tensor:
+        if covered is None:
+            return tensor
+        of_half = slice(start // covered, -(-stop // covered))
+        return tensor.unflatten(1, (1 + weights.gated, -1))[:, :, of_half].flatten(1, 2)
 
     first, down = weights.gate_up.parts(), weights.down.parts()
-    for name, part in zip(first, format.parts, strict=True):
-        if part.columns:
-            first[name] = rows(first[name])
-            down[name] = down[name][..., start // part.columns : stop // part.columns]
+    for name, part in (("packed", format.codes), ("block_scale", format.scales)):
+        if part is not None:
+            first[name] = rows(first[name], part.rows)
+            if part.columns is not None:
+                of_row = slice(start // part.columns, -(-stop // part.columns))
+                down[name] = down[name][..., of_row]
     down_bias = weights.down_bias
     return dataclasses.replace(
         weights,

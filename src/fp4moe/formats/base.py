@@ -17,20 +17,24 @@ SLOTS = ("packed", "block_scale", "global_scale")
 
 
 class Part(NamedTuple):
-    """One tensor of a stored matrix.
+    """Codes or block scales of a stored matrix: a grid of entries, the last ones cut off.
 
     Attributes:
         dtype: of the tensor; one of 8 bits crosses an operator as uint8.
-        columns: elements of the contraction axis that one entry covers; None: all of them, and all
-            rows, one entry a matrix.
+        columns: elements of the contraction axis that one entry covers; None: all of them.
+        rows: output rows of gate, of up or of down that one entry covers; None: all of them.
     """
 
     dtype: torch.dtype
     columns: int | None
+    rows: int | None = 1
 
-    def shape(self, experts: int, rows: int, columns: int) -> tuple[int, ...]:
-        """Return its shape for a stored matrix [experts, rows, columns]."""
-        return (experts,) if self.columns is None else (experts, rows, columns // self.columns)
+    def shape(self, experts: int, rows: int, columns: int, halves: int) -> tuple[int, ...]:
+        """Return its shape for `halves` matrices [experts, rows / halves, columns], stacked."""
+        each = rows // halves
+        down = -(-each // (self.rows or max(each, 1)))
+        across = -(-columns // (self.columns or max(columns, 1)))
+        return (experts, halves * down, across)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,27 +59,40 @@ class WeightFormat:
 
     Attributes:
         name: what the format is called in schemas and reports.
-        parts: of SLOTS, in order. multiple: what both sizes of a stored matrix are multiples of.
+        codes: the elements. scales: one factor for each block of elements, or None.
+        globally_scaled: whether each expert's matrix has one more factor, float32.
+        multiple: what both sizes of a stored matrix are multiples of.
     """
 
     name: str
-    parts: tuple[Part, Part, Part]
+    codes: Part
+    scales: Part | None
+    globally_scaled: bool
     multiple: int
 
     def shapes(
-        self, experts: int, rows: int, columns: int
+        self, experts: int, rows: int, columns: int, halves: int = 1
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Return (dtype, shape) of each part of a stored matrix [experts, rows, columns]."""
-        named = zip(SLOTS, self.parts, strict=True)
-        return {name: (part.dtype, part.shape(experts, rows, columns)) for name, part in named}
+        """Return (dtype, shape) of each of SLOTS for a stored matrix [experts, rows, columns].
 
-    def part(self, name: str) -> Part:
-        """Return the part of that name."""
-        return self.parts[SLOTS.index(name)]
+        Args:
+            halves: matrices that the rows consist of, 2 for gate and up; scales lie apart in each.
+        """
+        size = experts, rows, columns, halves
+        absent: tuple[torch.dtype, tuple[int, ...]] = (torch.float32, (0,))
+        return {
+            "packed": (self.codes.dtype, self.codes.shape(*size)),
+            "block_scale": (self.scales.dtype, self.scales.shape(*size)) if self.scales else absent,
+            "global_scale": (torch.float32, (experts,)) if self.globally_scaled else absent,
+        }
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Return the dtype of each of SLOTS."""
+        return {name: dtype for name, (dtype, _) in self.shapes(1, 1, 1).items()}
 
     def elements(self, packed_columns: int) -> int:
         """Return the elements in a row of so many columns of codes."""
-        return packed_columns * (self.parts[0].columns or 1)
+        return packed_columns * (self.codes.columns or 1)
 
     @property
     def container(self) -> type[StoredMatrix]:
@@ -83,14 +100,19 @@ class WeightFormat:
         return StoredMatrix
 
     def zeros(
-        self, experts: int, rows: int, columns: int, device: torch.device | None = None
+        self,
+        experts: int,
+        rows: int,
+        columns: int,
+        halves: int = 1,
+        device: torch.device | None = None,
     ) -> StoredMatrix:
-        """Return a matrix of zeros: zero bytes are zero codes and zero scales."""
+        """Return a matrix of zeros: zero bytes are zero codes."""
         parts = {
             name: torch.zeros(shape, dtype=torch.uint8, device=device).view(dtype)
             if dtype.itemsize == 1
             else torch.zeros(shape, dtype=dtype, device=device)
-            for name, (dtype, shape) in self.shapes(experts, rows, columns).items()
+            for name, (dtype, shape) in self.shapes(experts, rows, columns, halves).items()
         }
         return self.container(**parts)
 

@@ -78,7 +78,9 @@ class _NVFP4(BlockScaledFormat):
 # E2M1 elements, E4M3 block scales (subnormal minimum 2^-9), one float32 global scale per tensor.
 NVFP4 = _NVFP4(
     name="nvfp4",
-    parts=(Part(torch.uint8, 2), Part(torch.float8_e4m3fn, 16), Part(torch.float32, None)),
+    codes=Part(torch.uint8, 2),
+    scales=Part(torch.float8_e4m3fn, 16),
+    globally_scaled=True,
     multiple=16,
     grid=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
     element_bits=4,

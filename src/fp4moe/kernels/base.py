@@ -280,8 +280,9 @@ def logical_weights(operands: Operands, layer: Layer) -> ExpertWeights:
         for gemm in ("gate_up", "down")
         for part in ("packed", "block_scale", "global_scale")
     }
+    dtypes = FORMATS[layer.format].dtypes()
     for name, tensor in tensors.items():
-        dtype = FORMATS[layer.format].part(name.rpartition(".")[2]).dtype
+        dtype = dtypes[name.rpartition(".")[2]]
         tensors[name] = tensor if tensor.dtype == dtype else tensor.view(dtype)
     tensors["hidden_scale"] = operands.hidden_scale
     tensors["intermediate_scale"] = operands.intermediate_scale
