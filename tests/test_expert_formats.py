@@ -218,7 +218,7 @@ def test_the_definition_is_what_transformers_computes_of_the_decoded_weights(for
     with torch.no_grad():
         theirs = module.eval()(x, ids, routing)
     ours = fused_moe(x, weights, ids, routing, kernel="reference")
-    # Both sum float32 products of up to 80 terms, in orders of their own: 80 x 2^-24 = 5e-6 at most,
+    # Both sum float32 products of up to 80 terms, in orders of their own: at most 80 x 2^-24 = 5e-6,
     # some 80^0.5 x 2^-24 = 5e-7 on average.
     assert relative_error(ours, theirs) < 1e-6
 
@@ -247,9 +247,9 @@ def test_rounded_activations_by_hand(format, gated):
     assert relative_error(got, want) < 2e-3
 
 
-# Relative root mean square of the rounding of one tensor. A step of e4m3 is 2^-3 of the lower end of
-# its binade: 2^-3 / 12^0.5 of it, half of that of the upper end. e2m1 with a fitting scale has steps
-# of 0.5 to 2 for values of 1.4 to 2.7: 0.5 / 12^0.5 / 2.7 and more, below 0.5 / 12^0.5.
+# Relative root mean square of the rounding of one tensor. A step of e4m3 is 2^-3 of the lower end
+# of its binade: 2^-3 / 12^0.5 of it, half of that of the upper end. e2m1 with a fitting scale has
+# steps of 0.5 to 2 for values of 1.4 to 2.7: 0.5 / 12^0.5 / 2.7 and more, below 0.5 / 12^0.5.
 E4M3, E2M1 = (0.018, 0.036), (0.053, 0.144)
 
 
