@@ -218,8 +218,8 @@ def test_the_definition_is_what_transformers_computes_of_the_decoded_weights(for
     with torch.no_grad():
         theirs = module.eval()(x, ids, routing)
     ours = fused_moe(x, weights, ids, routing, kernel="reference")
-    # Both sum float32 products of up to 80 terms, in orders of their own: at most 80 x 2^-24 = 5e-6,
-    # some 80^0.5 x 2^-24 = 5e-7 on average.
+    # Both sum up to 80 float32 products in orders of their own: 80 x 2^-24 = 5e-6 at most, some
+    # 80^0.5 x 2^-24 = 5e-7 on average.
     assert relative_error(ours, theirs) < 1e-6
 
 

@@ -6,6 +6,7 @@ scratch is bounded, and its largest magnitudes come block by block.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -23,6 +24,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PIECE = 1 << 20
 
 
+@dataclasses.dataclass(frozen=True)
 class ScaledFormat(WeightFormat):
     """A format without a global scale; a subclass encodes and decodes one piece of rows."""
 
