@@ -266,10 +266,11 @@ def test_accuracy(format, gated):
     exact = moe_definition(x, ids, routing, **floats, activation=activation)
     first = {n: torch.einsum("th,eih->tei", x, floats[n]) for n in floats if n != "down"}
     inner = get_activation(activation).combine(first["up"], first.get("gate"))
-    # The ranges that calibration would find.
-    largest = number_format.activation_range or 1.0
-    scales = {"hidden_scale": x.abs().max() / largest}
-    scales |= {"intermediate_scale": inner.abs().max() / largest}
+    # The scales that calibration would find.
+    scales = {}
+    if largest := number_format.activation_range:
+        ends = {"hidden_scale": x, "intermediate_scale": inner}
+        scales = {name: value.abs().max() / largest for name, value in ends.items()}
     weights = ExpertWeights.quantize(**floats, activation=activation, format=format, **scales)
     found = {
         kernel: relative_error(fused_moe(x, weights, ids, routing, kernel=kernel), exact)
