@@ -320,3 +320,26 @@ def test_the_operator(format, kernel, biased):
         wrong = dict(zip(schema, args, strict=True))
         wrong["gate_up_packed"] = wrong["gate_up_packed"][:, :-1]
         OP(*wrong.values())
+
+
+@pytest.mark.gpu
+@every_format
+def test_gpu_has_the_same_bytes_and_the_same_layer(format):
+    floats = float_weights(3, 200, 704, biased=True, dtype=torch.bfloat16)
+    on_gpu = {name: w.cuda() for name, w in floats.items()}
+    weights = ExpertWeights.quantize(**floats, activation="silu", format=format)
+    assert_same_tensors(
+        ExpertWeights.quantize(**on_gpu, activation="silu", format=format).to("cpu"), weights
+    )
+    moved = weights.to("cuda")
+    for name, part in moved.dequantize().items():
+        assert torch.equal(part.cpu(), weights.dequantize()[name])
+    x, ids, routing = routed(33)
+    number_format, scale = FORMATS[format], weights.hidden_scale
+    rounded = number_format.round_activation(x.cuda(), scale.cuda()).cpu()
+    assert torch.equal(rounded, number_format.round_activation(x, scale))
+    for kernel in ("reference", "reference_w4a4"):
+        want = fused_moe(x, weights, ids, routing, kernel=kernel)
+        got = fused_moe(x.cuda(), moved, ids.cuda(), routing.cuda(), kernel=kernel).cpu()
+        # Other orders of the sums, and what is near a tie then; TF32 is off by default.
+        assert relative_error(got, want) < 5e-3
