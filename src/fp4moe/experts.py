@@ -356,7 +356,7 @@ class ExpertWeights:
         return named
 
     def padded(self, *, hidden_multiple: int = 1, intermediate_multiple: int = 1) -> ExpertWeights:
-        """Zero-pad H and I to multiples; exact, since padded codes and scales are zero.
+        """Zero-pad H and I to multiples; exact, since padded codes are zero.
 
         Gate and up are padded each on its own, so that their boundary stays in the middle.
         """
