@@ -185,7 +185,6 @@ class ExpertWeights:
     def operands(self) -> dict[str, torch.Tensor]:
         """Return the tensors as the operator takes them: 8-bit ones as bytes, dotless names."""
 
-        # What is there as bytes stays the same object, by which `fused_moe` knows it.
         def crossing(tensor: torch.Tensor) -> torch.Tensor:
             plain = tensor.dtype.itemsize > 1 or tensor.dtype == torch.uint8
             return tensor if plain else tensor.view(torch.uint8)
