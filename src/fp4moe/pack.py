@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .errors import must
-from .formats import StoredMatrix, WeightFormat
+from .errors import must, refuse
+from .formats import FORMATS, StoredMatrix, WeightFormat
 from .padding import round_up
 
 __all__ = [
@@ -48,6 +48,7 @@ def quantize_experts(
         parts: {"gate" (gated only), "up"}, each [L, I, H]. down: [L, H, I].
         method: "max" or "mse".
     """
+    format.check_method(method, caller="ExpertWeights.quantize")
     _check_float_weights(parts, down)
     experts, intermediate, hidden = parts["up"].shape
     i_padded, h_padded = (round_up(size, format.multiple) for size in (intermediate, hidden))
@@ -55,11 +56,11 @@ def quantize_experts(
     first = format.zeros(experts, halves * i_padded, h_padded, halves, down.device)
     second = format.zeros(experts, h_padded, i_padded, device=down.device)
     for expert in range(experts):
-        shared_scale = _global_scale(format, parts, expert)
+        shared_scale = _shared_scale(format, parts, expert)
         for index, weight in enumerate(parts.values()):
             half = index, halves
             _quantize_into(format, first, expert, half, weight[expert], shared_scale, method)
-        scale = _global_scale(format, {"down": down}, expert)
+        scale = _shared_scale(format, {"down": down}, expert)
         _quantize_into(format, second, expert, (0, 1), down[expert], scale, method)
     return first, second
 
@@ -218,7 +219,7 @@ def _padded_bias(
     return out
 
 
-def _global_scale(
+def _shared_scale(
     format: WeightFormat, weights: dict[str, torch.Tensor], expert: int
 ) -> torch.Tensor:
     # From the largest magnitude of all of them: an all-zero gate must not bring its scale of 1.
@@ -231,7 +232,7 @@ def _global_scale(
                 f"values from {float(pair[0])} to {float(pair[1])}",
                 "Find the layer that made them.",
             )
-    return format.global_scale(torch.stack(list(ends.values())))
+    return format.shared_scale(torch.stack(list(ends.values())))
 
 
 def _quantize_into(
@@ -240,14 +241,14 @@ def _quantize_into(
     expert: int,
     half: tuple[int, int],
     weight: torch.Tensor,
-    global_scale: torch.Tensor,
+    shared_scale: torch.Tensor,
     method: str,
 ) -> None:
     columns = round_up(weight.shape[1], format.multiple)
     if columns != weight.shape[1]:
         weight = F.pad(weight, (0, columns - weight.shape[1]))
     index, halves = half
-    for name, part in format.quantize(weight, global_scale, method).parts().items():
+    for name, part in format.quantize(weight, shared_scale, method).parts().items():
         whole = getattr(out, name)
         # Float8 has no assignment to a slice everywhere; its bytes do.
         plain = torch.uint8 if whole.dtype.itemsize == 1 else whole.dtype
@@ -259,6 +260,7 @@ def _quantize_into(
 
 
 def activation_scale(
+    format: str,
     name: str,
     value: float | torch.Tensor,
     count: int,
@@ -267,11 +269,15 @@ def activation_scale(
 ) -> torch.Tensor:
     """Return the decode multipliers of activations as float32 [count], checked."""
     scale = torch.as_tensor(value, dtype=torch.float32, device=device).detach().reshape(-1)
+    range = FORMATS[format].activation_range
     if scale.numel() not in (1, count) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
         must(
             f"{caller}: {name}",
             f"be positive and finite, one value or {count}",
             value,
-            "Pass amax / (6 * 448), or 1.0 where it is unknown.",
+            f"Pass amax / {range:g}, or 1.0 where it is unknown." if range else "Leave it out.",
         )
+    if range is None and not bool((scale == 1).all()):
+        reason = f"kernels of {format} compute the scales of activations from each input"
+        refuse(caller, f"{name} = {value} has no use", reason, "Leave it out.")
     return scale.expand(count).clone()

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import UnsupportedError, check_choice, must
 from ..formats import FORMATS
-from ..formats.nvfp4 import METHODS
+from ..formats.base import METHODS
 from ..kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
     HIDDEN_ALIGNMENTS,
