@@ -64,7 +64,7 @@ class Candidate:
         storage: how the module keeps stacked experts; None for a list of them.
         activation, gated, num_experts, top_k, hidden_size, intermediate_size: None where unknown.
         biased: whether gate, up or down has a bias.
-        quantize: packs the weights ("max" or "mse").
+        quantize: packs the weights, by method ("max" or "mse") and number format.
         build: makes the module that takes its place out of the fused experts.
         verify: runs the float block against the definition and returns the reasons where they
             differ.
@@ -82,7 +82,7 @@ class Candidate:
     top_k: int | None = None
     hidden_size: int | None = None
     intermediate_size: int | None = None
-    quantize: Callable[[str], ExpertWeights] | None = None
+    quantize: Callable[[str, str], ExpertWeights] | None = None
     build: Callable[[FusedExperts], nn.Module] = lambda fused: fused
     verify: Callable[[], list[str]] | None = None
 
