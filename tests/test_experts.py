@@ -17,6 +17,7 @@ from fp4moe import fused_moe
 from fp4moe.activations import ACTIVATIONS, PAIRED
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.experts import GATE_UP_LAYOUTS, ExpertWeights, split_gate_up
+from fp4moe.formats import FORMATS
 from fp4moe.formats.nvfp4 import NVFP4Values, dequantize_nvfp4, quantize_nvfp4
 from fp4moe.reference import moe_definition, reference, reference_w4a4
 
@@ -613,7 +614,7 @@ REFUSED = {
         "ExpertWeights.from_state_dict: state must hold ['down.block_scale', "
         "'down.global_scale', 'down.packed', 'gate_up.block_scale', 'gate_up.global_scale', "
         "'gate_up.packed', 'hidden_scale', 'intermediate_scale'] and metadata with a "
-        "format of nvfp4; missing [], unexpected [], metadata None. "
+        f"format of {', '.join(FORMATS)}; missing [], unexpected [], metadata None. "
         "Pass what ExpertWeights.state_dict returned.",
     ),
 }
@@ -651,8 +652,8 @@ def test_a_state_that_does_not_fit_is_refused(change):
         state["bias"] = torch.zeros(1)
         part = "missing [], unexpected ['bias']"
     else:
-        state["metadata"] = state["metadata"] | {"format": "mxfp4"}
-        part = "'format': 'mxfp4'"
+        state["metadata"] = state["metadata"] | {"format": "int3"}
+        part = "'format': 'int3'"
     with pytest.raises(ShapeError) as error:
         ExpertWeights.from_state_dict(state)
     assert part in str(error.value)
@@ -668,7 +669,7 @@ def test_unknown_names():
         ),
         (
             {"method": "min"},
-            "quantize_nvfp4: method must be one of max, mse; got 'min'. Choose one of these.",
+            "ExpertWeights.quantize: method must be one of max, mse; got 'min'. Pass one of these.",
         ),
     ):
         with pytest.raises(UnsupportedError) as error:

@@ -43,9 +43,10 @@ class ExpertWeights:
     the padded sizes:
 
     Attributes:
-        gate_up: packed [L, M, Hp/2] uint8, block_scale [L, M, Hp/16] e4m3, global_scale [L]
+        gate_up: of [L, M, Hp], the parts that `number_format.shapes(L, M, Hp, 1 + gated)` lists.
+            NVFP4: packed [L, M, Hp/2] uint8, block_scale [L, M, Hp/16] e4m3, global_scale [L]
             float32.
-        down: packed [L, Hp, Ip/2], block_scale [L, Hp, Ip/16], global_scale [L].
+        down: the same of [L, Hp, Ip].
         activation: text of an `fp4moe.Activation`, applied to gate (or to up when not
             gated).
         gated: whether gate_up has gate rows.
@@ -53,7 +54,7 @@ class ExpertWeights:
         num_experts: experts of the whole layer; L of them are here, from `expert_offset` on.
         expert_offset: global id of the first local expert.
         hidden_scale: float32 [1], decode multiplier of the quantised input (ModelOpt's
-            input_scale).
+            input_scale) in formats with an `activation_range`.
         intermediate_scale: float32 [L], the same for the input of down. 1.0 means uncalibrated.
         format: name of the number format of gate_up and down.
         gate_up_bias, down_bias: float32, as long as the rows of gate_up [L, M] and of down
@@ -294,16 +295,18 @@ class ExpertWeights:
             hidden_scale: decode multiplier of the quantised input in the W4A4 path; 1.0 =
                 uncalibrated.
             intermediate_scale: the same for the input of down, one float or [L].
-            method: "max" or "mse", see `quantize_nvfp4`.
+            method: one that the format has: "max", or for NVFP4 "mse", see `quantize_nvfp4`.
             num_experts: experts of the whole layer; default L.
             expert_offset: global id of the first expert given.
 
         Returns:
-            Weights, H and I zero-padded to multiples of 16; gate and up share a global scale.
+            Weights, H and I zero-padded to the format's multiple. Gate and up share what an
+            expert has one of: NVFP4's global scale, FP8's scale.
 
         Raises:
             ShapeError: shapes, dtypes or devices disagree, or a value is inf or NaN; names the
                 argument.
+            UnsupportedError: an unknown name, or a method that the format does not have.
         """
         activation = get_activation(activation, caller="ExpertWeights.quantize")
         check_choice("format", format, FORMATS, caller="ExpertWeights.quantize")
@@ -337,22 +340,16 @@ class ExpertWeights:
 
         With biases also "gate_bias" (gated only), "up_bias": [L, I] and "down_bias": [L, H].
         """
-        rows = self.number_format.dequantize(self.gate_up, dtype)[..., : self.hidden_size]
-        halves = dict(
-            zip(
-                ("gate", "up") if self.gated else ("up",),
-                rows.split(self.intermediate_padded, 1),
-                strict=True,
-            )
-        )
-        named = {name: half[:, : self.intermediate_size] for name, half in halves.items()}
-        named["down"] = self.number_format.dequantize(self.down, dtype)[
-            :, : self.hidden_size, : self.intermediate_size
-        ]
+        format, names = self.number_format, ("gate", "up") if self.gated else ("up",)
+        rows = format.dequantize(self.gate_up, dtype, len(names))[..., : self.hidden_size]
+        halves = zip(names, rows.split(self.intermediate_padded, 1), strict=True)
+        named = {name: half[:, : self.intermediate_size] for name, half in halves}
+        down = format.dequantize(self.down, dtype)
+        named["down"] = down[:, : self.hidden_size, : self.intermediate_size]
         if self.gate_up_bias is None or self.down_bias is None:
             return named
         biases = self.gate_up_bias.to(dtype).split(self.intermediate_padded, 1)
-        for name, half in zip(halves, biases, strict=True):
+        for name, half in zip(names, biases, strict=True):
             named[f"{name}_bias"] = half[:, : self.intermediate_size]
         named["down_bias"] = self.down_bias.to(dtype)[:, : self.hidden_size]
         return named
@@ -374,7 +371,7 @@ class ExpertWeights:
         return resized(self, pad_matrix, hidden, intermediate)
 
     def unpadded(self) -> ExpertWeights:
-        """Undo `padded`: cut H and I to hidden_size and intermediate_size, rounded up to 16.
+        """Undo `padded`: cut H and I to hidden_size and intermediate_size, rounded up.
 
         What is cut off is taken to be zero and not looked at: the host does not wait for a device.
         """

@@ -48,6 +48,7 @@ def quantize_experts(
         parts: {"gate" (gated only), "up"}, each [L, I, H]. down: [L, H, I].
         method: "max" or "mse".
     """
+    format.check_method(method, caller="ExpertWeights.quantize")
     _check_float_weights(parts, down)
     experts, intermediate, hidden = parts["up"].shape
     i_padded, h_padded = (round_up(size, format.multiple) for size in (intermediate, hidden))
@@ -55,11 +56,11 @@ def quantize_experts(
     first = format.zeros(experts, halves * i_padded, h_padded, halves, down.device)
     second = format.zeros(experts, h_padded, i_padded, device=down.device)
     for expert in range(experts):
-        shared_scale = _global_scale(format, parts, expert)
+        shared_scale = _shared_scale(format, parts, expert)
         for index, weight in enumerate(parts.values()):
             half = index, halves
             _quantize_into(format, first, expert, half, weight[expert], shared_scale, method)
-        scale = _global_scale(format, {"down": down}, expert)
+        scale = _shared_scale(format, {"down": down}, expert)
         _quantize_into(format, second, expert, (0, 1), down[expert], scale, method)
     return first, second
 
@@ -218,7 +219,7 @@ def _padded_bias(
     return out
 
 
-def _global_scale(
+def _shared_scale(
     format: WeightFormat, weights: dict[str, torch.Tensor], expert: int
 ) -> torch.Tensor:
     # From the largest magnitude of all of them: an all-zero gate must not bring its scale of 1.
@@ -231,7 +232,7 @@ def _global_scale(
                 f"values from {float(pair[0])} to {float(pair[1])}",
                 "Find the layer that made them.",
             )
-    return format.global_scale(torch.stack(list(ends.values())))
+    return format.shared_scale(torch.stack(list(ends.values())))
 
 
 def _quantize_into(
@@ -240,14 +241,14 @@ def _quantize_into(
     expert: int,
     half: tuple[int, int],
     weight: torch.Tensor,
-    global_scale: torch.Tensor,
+    shared_scale: torch.Tensor,
     method: str,
 ) -> None:
     columns = round_up(weight.shape[1], format.multiple)
     if columns != weight.shape[1]:
         weight = F.pad(weight, (0, columns - weight.shape[1]))
     index, halves = half
-    for name, part in format.quantize(weight, global_scale, method).parts().items():
+    for name, part in format.quantize(weight, shared_scale, method).parts().items():
         whole = getattr(out, name)
         # Float8 has no assignment to a slice everywhere; its bytes do.
         plain = torch.uint8 if whole.dtype.itemsize == 1 else whole.dtype

@@ -82,8 +82,8 @@ def slice_intermediate(weights: ExpertWeights, start: int, stop: int) -> ExpertW
     """Return intermediate columns start..stop-1; only the first slice keeps the bias of down."""
     format = weights.number_format
     # A block of scales that lies in two slices would be in neither.
-    blocks = [b for b in (format.scales or format.codes)[1:] if b]
-    multiple = max(format.multiple, *blocks)
+    _, columns, rows_of_block = format.scales or format.codes
+    multiple = max(format.multiple, columns or 1, rows_of_block or 1)
     stop_multiple = format.multiple if stop == weights.intermediate_padded else multiple
     if (
         not 0 <= start < stop <= weights.intermediate_padded

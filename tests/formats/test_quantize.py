@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.formats import NVFP4
 from fp4moe.formats import nvfp4 as quantize
-from fp4moe.formats.four_bits import pack_codes, unpack_codes
+from fp4moe.formats.four_bits import e2m1_values, pack_codes, unpack_codes
 from fp4moe.formats.nvfp4 import (
     NVFP4Values,
     dequantize_nvfp4,
@@ -489,4 +489,4 @@ def test_pack_and_unpack_are_inverses():
 
 
 def test_grid_from_arithmetic_is_the_format_s_grid():
-    assert tuple(quantize._grid(torch.device("cpu")).tolist()) == NVFP4.grid
+    assert tuple(e2m1_values(torch.device("cpu")).tolist()) == NVFP4.grid

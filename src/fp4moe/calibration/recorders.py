@@ -33,7 +33,7 @@ from .ranges import Ranges
 __all__ = ["BlockRanges", "Recorder", "make_recorders"]
 
 logger = logging.getLogger("fp4moe")
-LARGEST = FORMATS[DEFAULT_FORMAT].amax_per_global_scale
+LARGEST = FORMATS[DEFAULT_FORMAT].activation_range
 # (local expert, rows [N, H] float32) -> input of down [N, I] float32.
 Inner = Callable[[int, torch.Tensor], torch.Tensor]
 

@@ -11,9 +11,13 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["BlockScaledFormat", "Part", "StoredMatrix", "WeightFormat"]
+from ..errors import check_choice, refuse
+
+__all__ = ["METHODS", "BlockScaledFormat", "Part", "StoredMatrix", "WeightFormat"]
 
 SLOTS = ("packed", "block_scale", "global_scale")
+# Ways to choose scales: by the largest magnitude, or for the least squared error.
+METHODS = ("max", "mse")
 
 
 class Part(NamedTuple):
@@ -62,6 +66,7 @@ class WeightFormat:
         codes: the elements. scales: one factor for each block of elements, or None.
         globally_scaled: whether each expert's matrix has one more factor, float32.
         multiple: what both sizes of a stored matrix are multiples of.
+        methods: those of METHODS that it has.
     """
 
     name: str
@@ -69,6 +74,7 @@ class WeightFormat:
     scales: Part | None
     globally_scaled: bool
     multiple: int
+    methods: tuple[str, ...] = dataclasses.field(default=("max",), kw_only=True)
 
     def shapes(
         self, experts: int, rows: int, columns: int, halves: int = 1
@@ -94,6 +100,14 @@ class WeightFormat:
         """Return the elements in a row of so many columns of codes."""
         return packed_columns * (self.codes.columns or 1)
 
+    def check_method(self, method: str, *, caller: str) -> None:
+        """Raise UnsupportedError unless the format has that way to choose its scales."""
+        check_choice("method", method, METHODS, caller=caller)
+        if method not in self.methods:
+            what = f"format {self.name} cannot be quantised with method {method!r}"
+            reason = "its scales are defined by the largest magnitude alone"
+            refuse(caller, what, reason, f"Pass method={self.methods[0]!r}.")
+
     @property
     def container(self) -> type[StoredMatrix]:
         """The class of stored matrices."""
@@ -117,26 +131,39 @@ class WeightFormat:
         return self.container(**parts)
 
     @property
-    def amax_per_global_scale(self) -> float:
-        """The largest magnitude that a global scale of 1 can express."""
-        raise NotImplementedError
+    def activation_range(self) -> float | None:
+        """The largest activation that a scale of 1 can express; None: the scale is not stored."""
+        return None
 
-    def global_scale(self, extremes: torch.Tensor) -> torch.Tensor:
-        """Return the global scale of values whose smallest and largest ones are among these."""
-        raise NotImplementedError
+    def shared_scale(self, extremes: torch.Tensor) -> torch.Tensor:
+        """Return the float32 scale that gate and up of an expert share, 0-d.
+
+        Args:
+            extremes: finite float32 values, the smallest and the largest weight among them.
+        """
+        return torch.ones_like(extremes.reshape(-1)[0])
 
     def quantize(
-        self, weight: torch.Tensor, global_scale: torch.Tensor, method: str
+        self, weight: torch.Tensor, shared_scale: torch.Tensor, method: str
     ) -> StoredMatrix:
-        """Quantise one matrix [rows, columns] whose columns are a multiple of `multiple`."""
+        """Quantise one matrix [rows, columns] whose columns are a multiple of `multiple`.
+
+        Args:
+            shared_scale: of `shared_scale`; formats without one ignore it. method: one of
+                `methods`.
+        """
         raise NotImplementedError
 
-    def dequantize(self, stored: StoredMatrix, dtype: torch.dtype) -> torch.Tensor:
-        """Return the matrices [..., rows, columns]."""
+    def dequantize(self, stored: StoredMatrix, dtype: torch.dtype, halves: int = 1) -> torch.Tensor:
+        """Return the matrices [..., rows, columns]; halves: those that the rows consist of."""
         raise NotImplementedError
 
     def round_activation(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Round float32 x [..., K] as kernels of this format round their input."""
+        """Round float32 x [..., K] as kernels of this format round their input.
+
+        Args:
+            scale: the decode multiplier; formats that compute theirs from x ignore it.
+        """
         raise NotImplementedError
 
     def round_intermediate(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -170,8 +197,8 @@ class BlockScaledFormat(WeightFormat):
         return self.grid[-1]
 
     @property
-    def amax_per_global_scale(self) -> float:
-        """The largest magnitude that a global scale of 1 can express: element_max x scale_max."""
+    def activation_range(self) -> float:
+        """element_max x scale_max."""
         return self.element_max * self.scale_max
 
     def packed_columns(self, columns: int) -> int:

@@ -1,4 +1,4 @@
-"""Two codes of four bits in a byte, low nibble = even element."""
+"""E2M1 codes of four bits, two in a byte, low nibble = even element."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from ..errors import must
 
-__all__ = ["pack_codes", "unpack_codes"]
+__all__ = ["e2m1_values", "pack_codes", "unpack_codes"]
 
 
 def pack_codes(codes: torch.Tensor) -> torch.Tensor:
@@ -23,3 +23,10 @@ def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
         got = f"{packed.dtype} {tuple(packed.shape)}"
         must("unpack_codes: packed", "be uint8 with a last axis", got, "Cast or reshape it.")
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+
+
+def e2m1_values(device: torch.device) -> torch.Tensor:
+    """Return the values of the codes 0 to 7, float32: 0, 0.5, 1, 1.5, 2, 3, 4, 6."""
+    # By arithmetic: no copy from the host is allowed while a CUDA graph is captured.
+    code = torch.arange(8, dtype=torch.float32, device=device)
+    return torch.where(code < 4, code / 2, torch.where(code < 6, code - 2, 2 * code - 8))

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..errors import UnsupportedError, must
-from .base import BlockScaledFormat, Part, StoredMatrix
-from .four_bits import unpack_codes
+from .base import METHODS, BlockScaledFormat, Part, StoredMatrix
+from .four_bits import e2m1_values, unpack_codes
 from .nvfp4_rounding import round_activation, round_intermediate
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "quantize_nvfp4",
 ]
 
-METHODS = ("max", "mse")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Scales are computed by the piece, codes by the chunk; a CPU's chunk stays near its L2 cache.
@@ -57,15 +56,15 @@ class NVFP4Values(StoredMatrix):
 class _NVFP4(BlockScaledFormat):
     container = NVFP4Values
 
-    def global_scale(self, extremes: torch.Tensor) -> torch.Tensor:
+    def shared_scale(self, extremes: torch.Tensor) -> torch.Tensor:
         return nvfp4_global_scale(extremes)
 
     def quantize(
-        self, weight: torch.Tensor, global_scale: torch.Tensor, method: str
+        self, weight: torch.Tensor, shared_scale: torch.Tensor, method: str
     ) -> StoredMatrix:
-        return quantize_nvfp4(weight, global_scale, method)
+        return quantize_nvfp4(weight, shared_scale, method)
 
-    def dequantize(self, stored: StoredMatrix, dtype: torch.dtype) -> torch.Tensor:
+    def dequantize(self, stored: StoredMatrix, dtype: torch.dtype, halves: int = 1) -> torch.Tensor:
         return dequantize_nvfp4(stored, dtype)
 
     def round_activation(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -82,6 +81,7 @@ NVFP4 = _NVFP4(
     scales=Part(torch.float8_e4m3fn, 16),
     globally_scaled=True,
     multiple=16,
+    methods=METHODS,
     grid=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
     element_bits=4,
     block_size=16,
@@ -192,7 +192,7 @@ def dequantize_nvfp4(q: StoredMatrix, dtype: torch.dtype = torch.float32) -> tor
     g_blocks = _expand(g, scale.shape)
     size = min(_chunk_blocks(packed.device), scale.numel())
     # A byte is looked up as two bfloat16 in one int32: every E2M1 value is exact in bfloat16.
-    grid = _grid(packed.device)
+    grid = e2m1_values(packed.device)
     both = unpack_codes(torch.arange(256, dtype=torch.uint8, device=packed.device)).int()
     table = torch.cat((grid, 0 - grid))[both].bfloat16().view(torch.int32)
     index, pairs = torch.empty(2, size * 8, dtype=torch.int32, device=packed.device)
@@ -314,12 +314,6 @@ def _block_error(a: torch.Tensor, step: torch.Tensor, norm: torch.Tensor) -> tor
     return y.mul_(step).sub_(a).mul_(norm).square_().sum(0)
 
 
-def _grid(device: torch.device) -> torch.Tensor:
-    # NVFP4.grid by arithmetic: no copy from the host is allowed while a CUDA graph is captured.
-    code = torch.arange(8, dtype=torch.float32, device=device)
-    return torch.where(code < 4, code / 2, torch.where(code < 6, code - 2, 2 * code - 8))
-
-
 def _chunk_blocks(device: torch.device) -> int:
     return CHUNK_BLOCKS["cpu" if device.type == "cpu" else "other"]
 
@@ -362,7 +356,7 @@ def _amax(name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def _scale_of(amax: torch.Tensor) -> torch.Tensor:
-    g = (amax / NVFP4.amax_per_global_scale).clamp_(min=2.0**-149)
+    g = (amax / NVFP4.activation_range).clamp_(min=2.0**-149)
     return torch.where(amax == 0, 1.0, g)
 
 

@@ -17,7 +17,6 @@ from torch import nn
 
 from ..errors import UnsupportedError, check_choice, must
 from ..formats import DEFAULT_FORMAT, FORMATS
-from ..formats.nvfp4 import METHODS
 from ..kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
     HIDDEN_ALIGNMENTS,
@@ -94,7 +93,7 @@ def replace_moe(
     """
     check_kernel_name(kernel, caller="replace_moe")
     check_choice("format", format, FORMATS, caller="replace_moe")
-    check_choice("method", method, METHODS, caller="replace_moe")
+    FORMATS[format].check_method(method, caller="replace_moe")
     check_choice("hidden_alignment", hidden_alignment, HIDDEN_ALIGNMENTS, caller="replace_moe")
     check_choice("routing", routing, ROUTINGS, caller="replace_moe")
     _refuse_others(model, kernel, format)
