@@ -60,7 +60,7 @@ Gemma4ForCausalLM: 2 blocks (2 replaceable), experts 295 kB""",
 block                   module        status    experts  top-k  H x I    padded   activation       kernel     bytes
 model.layers.0.experts  FusedExperts  replaced  8        -      64 x 48  64 x 48  gated gelu_tanh  reference  41.6 kB
 model.layers.1.experts  FusedExperts  replaced  8        -      64 x 48  64 x 48  gated gelu_tanh  reference  41.6 kB
-model.layers.0.experts, model.layers.1.experts: activation ranges are not calibrated (only W4A4 kernels use them)
+model.layers.0.experts, model.layers.1.experts: activation ranges are not calibrated (only kernels that round activations use them)
 Gemma4ForCausalLM: 2 blocks (2 replaced), experts 83.1 kB""",
         )
 
@@ -81,7 +81,7 @@ NemotronHForCausalLM: 2 blocks (2 replaceable), experts 98.3 kB""",
 block                         module        status    experts  top-k  H x I    padded   activation  kernel     bytes
 model.layers.1.mixer.experts  FusedExperts  replaced  8        -      32 x 48  32 x 48  relu2       reference  13.9 kB
 model.layers.3.mixer.experts  FusedExperts  replaced  8        -      32 x 48  32 x 48  relu2       reference  13.9 kB
-model.layers.1.mixer.experts, model.layers.3.mixer.experts: activation ranges are not calibrated (only W4A4 kernels use them)
+model.layers.1.mixer.experts, model.layers.3.mixer.experts: activation ranges are not calibrated (only kernels that round activations use them)
 NemotronHForCausalLM: 2 blocks (2 replaced), experts 27.8 kB""",
         )
 
@@ -93,7 +93,7 @@ block                   module           status           experts  top-k  H x I 
 a.layers.0.mlp.experts  FusedExperts     replaced         8        -      64 x 48  64 x 48  gated silu  reference  41.6 kB
 a.layers.1.mlp.experts  Qwen3MoeExperts  replaceable      8        2      64 x 48  64 x 48  gated silu  reference  295 kB
 b.mlp.experts           GptOssExperts    not replaceable  8        2      64 x 96  -        gated ?     -          598 kB
-a.layers.0.mlp.experts: activation ranges are not calibrated (only W4A4 kernels use them)
+a.layers.0.mlp.experts: activation ranges are not calibrated (only kernels that round activations use them)
 b.mlp.experts: it has a norm behind each expert
 b.mlp.experts: its _apply_gate is not act(gate) * up with one of our activations; closest is identity, relative error 0.84 (a norm, a clamp or a variant?)
 ModuleDict: 3 blocks (1 replaced, 1 replaceable, 1 not replaceable), experts 934 kB""",
@@ -148,7 +148,7 @@ def test_rows_before_and_after_gemma4():
     after = explain(model).blocks[1]
     expected |= {"module": "FusedExperts", "status": "replaced", "top_k": None}
     expected |= {"nbytes": values // 2 + values // 16 + 8 * 3 * 4 + 4}
-    note = "activation ranges are not calibrated (only W4A4 kernels use them)"
+    note = "activation ranges are not calibrated (only kernels that round activations use them)"
     assert after == BlockReport(**expected | {"reasons": (note,)})
 
 

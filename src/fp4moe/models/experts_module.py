@@ -196,7 +196,7 @@ def _quantize(
     method: str, format: str, *, module: Any, storage: Storage, activation: str
 ) -> ExpertWeights:
     options = storage.quantize_arguments(_tensors(module, storage))
-    options |= stored_activation_scales(module)
+    options |= stored_activation_scales(module, format)
     with torch.no_grad():
         return ExpertWeights.quantize(
             **options, activation=activation, method=method, format=format

@@ -224,7 +224,7 @@ def _quantize(
 
     with torch.no_grad():
         packed = stack_experts(len(experts), quantized)
-        for name, scale in stored_activation_scales(block).items():
+        for name, scale in stored_activation_scales(block, format).items():
             getattr(packed, name).copy_(scale)
     return packed
 

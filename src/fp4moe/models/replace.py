@@ -294,8 +294,11 @@ def _fused_row(path: str, module: FusedExperts, router: FusedRouter | None) -> B
     meta, prepared = module.metadata, module.prepared.operands
     notes = [f"its router chooses in one launch ({router.routing.method})"] if router else []
     scales = module.activation_scales()
-    if not prepared.hidden_scale.is_meta and all(bool((s == 1).all()) for s in scales):
-        notes.append("activation ranges are not calibrated (only W4A4 kernels use them)")
+    stored = FORMATS[module.layer.format].activation_range is not None
+    if stored and not prepared.hidden_scale.is_meta and all(bool((s == 1).all()) for s in scales):
+        notes.append(
+            "activation ranges are not calibrated (only kernels that round activations use them)"
+        )
     _, hidden, columns = prepared.down_packed.shape
     return BlockReport(
         path=path,
