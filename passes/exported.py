@@ -31,7 +31,8 @@ from fp4moe.formats import DEFAULT_FORMAT
 from fp4moe.kernels import DEFAULT_HIDDEN_ALIGNMENT
 
 from .report import RewriteReport, report_no_match
-from .rewrite import RewriteSettings, Rewritten, rewrite_graph
+from .rewrite import Rewritten, rewrite_graph
+from .settings import RewriteSettings
 
 __all__ = ["rewrite_exported"]
 

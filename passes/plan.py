@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -25,9 +25,7 @@ from .insert import FUSED_OPERATORS, output_sizes
 from .judge.forms import Form
 from .judge.verify import Verdict, judge_region
 from .report import BlockMatch
-
-if TYPE_CHECKING:
-    from .rewrite import RewriteSettings
+from .settings import RewriteSettings
 
 __all__ = ["Plan", "Planner"]
 

@@ -14,23 +14,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from fp4moe.errors import check_choice
-from fp4moe.formats import DEFAULT_FORMAT, FORMATS
-from fp4moe.kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
+from fp4moe.formats import DEFAULT_FORMAT
+from fp4moe.kernels import DEFAULT_HIDDEN_ALIGNMENT
 
 from .find.symbolic import has_shapes, in_original, with_shapes
 from .graph.subgraphs import subgraph_calls
 from .insert import FUSED_OPERATORS, insert_operator
 from .plan import Planner
-from .report import ON_NO_MATCH, RewriteReport, report_no_match
+from .report import RewriteReport, report_no_match
 from .routing.fuse import fuse_routing
+from .settings import RewriteSettings
 
-__all__ = ["RewriteSettings", "Rewritten", "rewrite_graph", "rewrite_moe"]
+__all__ = ["Rewritten", "rewrite_graph", "rewrite_moe"]
 
 logger = logging.getLogger("fp4moe")
 
@@ -41,29 +41,6 @@ class Rewritten:
 
     path: str
     weight_nodes: tuple[fx.Node, ...]
-
-
-class RewriteSettings(NamedTuple):
-    """What `rewrite_moe` is asked for, see there."""
-
-    kernel: str = "auto"
-    verify: bool = True
-    hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT
-    routing: str = "given"
-    format: str = DEFAULT_FORMAT
-
-    def checked(self, on_no_match: str, *, caller: str) -> RewriteSettings:
-        """Raise UnsupportedError unless each is one of its choices; returns the same."""
-        check_kernel_name(self.kernel, caller=caller)
-        for name, value, choices in (
-            ("format", self.format, FORMATS),
-            ("verify", self.verify, (True, False)),
-            ("hidden_alignment", self.hidden_alignment, HIDDEN_ALIGNMENTS),
-            ("routing", self.routing, ROUTINGS),
-            ("on_no_match", on_no_match, ON_NO_MATCH),
-        ):
-            check_choice(name, value, choices, caller=caller)
-        return self
 
 
 def rewrite_moe(

@@ -20,7 +20,8 @@ from ..kernels import DEFAULT_HIDDEN_ALIGNMENT
 from ..models.experts_module import is_experts_module
 from ..passes.lift import lift_packed
 from ..passes.report import RewriteReport, report_no_match
-from ..passes.rewrite import RewriteSettings, rewrite_graph
+from ..passes.rewrite import rewrite_graph
+from ..passes.settings import RewriteSettings
 from .packed_inputs import WithPackedInputs
 from .tensorrt import BACKENDS, import_torch_tensorrt, with_defaults
 

@@ -28,7 +28,8 @@ from ..formats import DEFAULT_FORMAT
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT
 from ..passes.graph.dataflow import meta_value
 from ..passes.report import RewriteReport, report_no_match
-from ..passes.rewrite import RewriteSettings, rewrite_graph
+from ..passes.rewrite import rewrite_graph
+from ..passes.settings import RewriteSettings
 
 __all__ = ["MoePass"]
 
