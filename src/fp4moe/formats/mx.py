@@ -55,7 +55,7 @@ class _MXFP4(_MX):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scales, scaled = _scaled(x, E2M1_MAX)
         bounds = torch.tensor(E2M1_BOUNDS, dtype=torch.float32, device=x.device)
-        code = torch.bucketize(scaled.abs(), bounds).to(torch.uint8)
+        code = torch.bucketize(scaled.abs().contiguous(), bounds).to(torch.uint8)
         # As in ModelOpt, what is not above zero has the sign: 0 is written as -0.
         return scales, pack_codes(code | (scaled <= 0).to(torch.uint8) << 3)
 
