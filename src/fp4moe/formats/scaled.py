@@ -6,6 +6,7 @@ scratch is bounded, and its largest magnitudes come block by block.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -23,6 +24,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PIECE = 1 << 20
 
 
+@dataclasses.dataclass(frozen=True)
 class ScaledFormat(WeightFormat):
     """A format without a global scale; a subclass encodes and decodes one piece of rows."""
 
@@ -39,7 +41,7 @@ class ScaledFormat(WeightFormat):
         block = self.scales.rows or 1
         peaks = []
         for piece in _pieces(rows, columns, block):
-            x = weight.detach()[piece]
+            x = weight.detach()[piece].contiguous()
             x = x.float() if x.dtype == torch.float64 else x
             low, high = torch.aminmax(x)
             peaks.append(torch.maximum(high, -low).float())
