@@ -25,7 +25,7 @@ from triton_layers import (
 
 from fp4moe.formats import FORMATS
 from fp4moe.kernels.measured import choose_tiles
-from fp4moe.kernels.triton.kernel import TRITON, run_with
+from fp4moe.kernels.triton.kernel import TRITON
 from fp4moe.kernels.triton.layout_fp8 import (
     fp8_from_slabs,
     fp8_to_slabs,
@@ -61,7 +61,7 @@ def test_the_layout_of_codes(shape):
     assert torch.equal(fp8_from_slabs(slabs), codes)
     words = slabs.view(torch.int32).flatten().tolist()
     # A second way: bit by bit, as the module's text says.
-    experts, rows, columns = shape
+    _, rows, columns = shape
     for _ in range(50):
         e, r, c = (int(torch.randint(0, n, ())) for n in shape)
         word, half, lane, place = c % 64 // 16, c % 16 // 8, c % 8 // 2, c % 2
@@ -165,10 +165,8 @@ def test_every_format_compiles(capability, tmp_path, monkeypatch):
         tile = Tile(64, 64, 1, 4, 3, 16 * odd)
         config = fitted(Config("sorted", tile, tile), format, not odd)
         pointers = {"scales": "*fp32"} if format.startswith("fp8") else {}
-        for function, own in (
-            (gemm.gate_up_kernel, config.gate_up),
-            (gemm.down_kernel, config.down),
-        ):
+        for function in (gemm.gate_up_kernel, gemm.down_kernel):
+            own = config.gate_up if function is gemm.gate_up_kernel else config.down
             constants = {"SLOTS": own.slots, "MORE": own.more, "ROWS": own.rows}
             constants |= {"SLABS": own.slabs, "STAGES": own.stages, "MODE": 1, "WHOLE": not odd}
             constants |= {"ASSEMBLY": True, "WAIT": capability == 90, "FORMAT": format}

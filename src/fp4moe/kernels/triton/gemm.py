@@ -1,4 +1,4 @@
-"""The GEMMs of quantised experts in Triton: gate and up with the activation, down with the weighting.
+"""The GEMMs of experts in Triton: gate and up with the activation, down with the weighting.
 
 Weights stand on the M side of the tensor core, tokens on its N side. A program takes ROWS rows of
 one expert (of gate and of up each) for up to SLOTS + MORE slots: what is decoded once is multiplied
@@ -248,7 +248,7 @@ def gate_up_kernel(
     SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr,
     ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
     FP16: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
-    FORMAT: tl.constexpr = "nvfp4",
+    FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Write combine(up x, gate x), or combine(up x), to out [slots, intermediate].
 
@@ -272,7 +272,7 @@ def down_kernel(
     num_slots, hidden_padded, intermediate, slabs, expert_offset, local_experts,
     MODE: tl.constexpr, SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr,
     SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr,
-    WAIT: tl.constexpr, FORMAT: tl.constexpr = "nvfp4",
+    WAIT: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Write routing weight * (down x + bias) of every slot to out [slots, hidden_padded].
 
