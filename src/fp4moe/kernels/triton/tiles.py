@@ -9,7 +9,7 @@ import dataclasses
 
 from ...errors import UnsupportedError, must
 
-__all__ = ["MODES", "Config", "Tile", "parse_config"]
+__all__ = ["MODES", "Config", "Tile", "fitted", "parse_config"]
 
 MODES = ("slot", "sorted")
 
@@ -52,6 +52,34 @@ class Config:
 
     def __str__(self) -> str:
         return f"{self.mode} {self.gate_up} {self.down}"
+
+
+# Shared memory that every target has for one program, less what Triton takes beside.
+SHARED_BYTES = 96 * 1024
+
+
+def fitted(config: Config, format: str, gated: bool) -> Config:
+    """Return a config that was measured with NVFP4, as another format can run it.
+
+    Codes of eight bits take twice the shared memory. fp8_block keeps the sum of each 128 columns
+    apart: as many registers again, and no more than two slabs.
+    """
+
+    def fit(tile: Tile, parts: int) -> Tile:
+        slots, more, rows, slabs = tile.slots, tile.more, tile.rows, tile.slabs
+        if format == "fp8_block":
+            slabs = min(slabs, 2)
+            # 128 values a thread in both sums.
+            while parts * rows * (slots + more) > 64 * 32 * tile.warps and rows > 32:
+                rows //= 2
+        code_bytes = 32 if format in ("nvfp4", "mxfp4") else 64
+        stage = slabs * (parts * rows * (code_bytes + 4) + (slots + more) * 128)
+        stages = max(1, min(tile.stages, SHARED_BYTES // stage))
+        return dataclasses.replace(tile, rows=rows, slabs=slabs, stages=stages)
+
+    if format == "nvfp4":
+        return config
+    return Config(config.mode, fit(config.gate_up, 1 + gated), fit(config.down, 1))
 
 
 def parse_config(text: str) -> Config:

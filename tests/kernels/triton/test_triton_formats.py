@@ -1,0 +1,185 @@
+"""Kernel `triton` with the FP8 and MX formats: layout, decoding, results, compilation.
+
+The interpreter's cases are started by test_triton.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from triton_layers import (
+    CUT,
+    HAS_TRITON,
+    INTERPRETED,
+    MODES,
+    compare,
+    compile_for,
+    compiled,
+    interpreted,
+    layer,
+    relative,
+)
+
+from fp4moe.formats import FORMATS
+from fp4moe.kernels.measured import choose_tiles
+from fp4moe.kernels.triton.kernel import TRITON
+from fp4moe.kernels.triton.layout_fp8 import (
+    fp8_from_slabs,
+    fp8_to_slabs,
+    powers_from_slabs,
+    powers_to_slabs,
+)
+from fp4moe.kernels.triton.tiles import Config, Tile, fitted
+from fp4moe.reference import reference
+from fp4moe.testing import random_codes
+
+NAMES = [name for name in FORMATS if name != "nvfp4"]
+# Three roundings to bfloat16 at most, each below 2^-9.
+ROUNDED = 3 * 2.0**-9
+GPT_OSS = "silu(alpha=1.702,beta=1,limit=0.5)"
+
+if HAS_TRITON and not INTERPRETED:
+    from fp4moe.kernels.triton import activation, gemm
+
+
+def uneven(weights):
+    """The same layer with scales that differ from row to row, block to block, gate to up."""
+    for stored in (weights.gate_up, weights.down):
+        scale = stored.block_scale
+        if scale.dtype == torch.float32:
+            scale *= 0.5 + torch.rand_like(scale)
+    return weights
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64), (3, 128, 192)])
+def test_the_layout_of_codes(shape):
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8)
+    slabs = fp8_to_slabs(codes)
+    assert torch.equal(fp8_from_slabs(slabs), codes)
+    words = slabs.view(torch.int32).flatten().tolist()
+    # A second way: bit by bit, as the module's text says.
+    _, rows, columns = shape
+    for _ in range(50):
+        e, r, c = (int(torch.randint(0, n, ())) for n in shape)
+        word, half, lane, place = c % 64 // 16, c % 16 // 8, c % 8 // 2, c % 2
+        slab = (e * (rows // 64) + r // 64) * (columns // 64) + c // 64
+        found = words[(slab * 64 + r % 64) * 16 + lane * 4 + word] >> (16 * place)
+        places = ((4, 5, 6, 7, 8, 9, 10, 15), (0, 1, 2, 3, 12, 13, 14, 11))[half]
+        assert sum((found >> p & 1) << bit for bit, p in enumerate(places)) == codes[e, r, c]
+
+
+def test_the_layout_of_powers():
+    scale = torch.randint(0, 256, (2, 128, 6), dtype=torch.uint8)
+    slabs = powers_to_slabs(scale)
+    assert torch.equal(powers_from_slabs(slabs), scale)
+    # [expert, row tile, slab, row, byte]
+    assert slabs.flatten()[(((1 * 2 + 1) * 3 + 2) * 64 + 5) * 2 + 1] == scale[1, 64 + 5, 5]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("format", NAMES)
+def test_restore_undoes_prepare(format, gated):
+    weights = uneven(layer(2, 160, 96, "silu", gated, format=format))
+    prepared = TRITON.prepare(weights, hidden_alignment=256)
+    assert prepared.operands.down_packed.shape[:2] == (2, 192)
+    back = TRITON.restore(prepared)
+    assert back.metadata() == weights.metadata()
+    for name, tensor in weights.tensors().items():
+        assert torch.equal(back.tensors()[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@interpreted
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("format", NAMES)
+def test_small_layers(format, mode, poisoned_empty):
+    # Gate and up end within a block of 128 rows; both sizes end within a slab.
+    cases = {
+        "sorted": ("gelu_tanh", True, torch.bfloat16),
+        "more": ("relu2", False, torch.bfloat16),
+        "slot": ("silu", True, torch.float16),
+    }
+    activation, gated, dtype = cases[mode]
+    window = {"num_experts": 4, "expert_offset": 1}
+    weights = uneven(layer(2, 160, 224, activation, gated, format=format, **window))
+    compare(fitted(MODES[mode], format, gated), weights, dtype, 2, 2, CUT)
+
+
+@interpreted
+@pytest.mark.parametrize("format", NAMES)
+def test_biases_and_parameters(format, poisoned_empty):
+    weights = layer(2, 64, 96, GPT_OSS, True, format=format, biased=True)
+    compare(fitted(MODES["sorted"], format, True), weights, torch.float32, 3, 2, CUT)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 5, 33, 300, 2100])
+@pytest.mark.parametrize(("activation", "gated"), [("gelu_tanh", True), ("relu2", False)])
+@pytest.mark.parametrize("format", NAMES)
+def test_on_the_gpu(format, activation, gated, tokens, dtype, poisoned_empty):
+    window = {"num_experts": 16, "expert_offset": 3, "device": "cuda"}
+    weights = uneven(layer(9, 352, 224, activation, gated, format=format, **window))
+    config = choose_tiles((9, 0), gated, 384, 256, 9, tokens * 5, format)
+    compare(config, weights, dtype, tokens, 5, ROUNDED, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("activation", [GPT_OSS, "silu_step(limit=0.2)", "gelu"])
+@pytest.mark.parametrize("format", NAMES)
+def test_activations_and_biases_on_the_gpu(format, activation, mode, poisoned_empty):
+    weights = uneven(layer(7, 256, 192, activation, True, "cuda", True, format=format))
+    config = fitted(MODES[mode], format, True)
+    compare(config, weights, torch.bfloat16, 37, 4, ROUNDED, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 16, 128, 1024])
+@pytest.mark.parametrize("format", NAMES)
+def test_equal_bits_at_full_size(format, tokens):
+    from fp4moe.tools.bench import SHAPES
+
+    shape = dataclasses.replace(SHAPES["gemma4"], format=format)
+    weights = random_codes(shape, "cuda")
+    prepared = TRITON.prepare(weights, hidden_alignment=256)
+    hidden = torch.randn(tokens, 2816, device="cuda").bfloat16()
+    ids = torch.rand(tokens, 128, device="cuda").topk(8).indices
+    routing_weights = torch.rand(tokens, 8, device="cuda")
+    call = prepared.call(hidden, ids, routing_weights)
+    first = TRITON(call)
+    assert all(torch.equal(TRITON(call), first) for _ in range(20))
+    if tokens <= 16:
+        expected = reference(hidden.float(), weights, ids, routing_weights)
+        assert relative(first, expected) < ROUNDED
+
+
+@compiled
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+def test_every_format_compiles(capability, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for number, format in enumerate(NAMES):
+        odd = number % 2 == 1
+        tile = Tile(64, 64, 1, 4, 3, 16 * odd)
+        config = fitted(Config("sorted", tile, tile), format, not odd)
+        pointers = {"scales": "*fp32"} if format.startswith("fp8") else {}
+        for function in (gemm.gate_up_kernel, gemm.down_kernel):
+            own = config.gate_up if function is gemm.gate_up_kernel else config.down
+            constants = {"SLOTS": own.slots, "MORE": own.more, "ROWS": own.rows}
+            constants |= {"SLABS": own.slabs, "STAGES": own.stages, "MODE": 1, "WHOLE": not odd}
+            constants |= {"ASSEMBLY": True, "WAIT": capability == 90, "FORMAT": format}
+            further = {"pointers": pointers}
+            if function is gemm.gate_up_kernel:
+                constants |= {"GATED": not odd, "FP16": odd}
+                constants |= activation.activation_constants("gelu_tanh" if not odd else "relu2")
+                further["hidden"] = "*fp16" if odd else "*bf16"
+            if odd:
+                constants["bias"] = None
+            kernel = compile_for(capability, function, constants, own.warps, further)
+            label = (function.__name__, format)
+            assert kernel.asm["cubin"], label
+            text = kernel.asm["ptx"]
+            assert not re.search(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]", text), label
+            assert kernel.metadata.shared <= 99 * 1024, (label, kernel.metadata.shared)
