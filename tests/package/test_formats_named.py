@@ -8,8 +8,8 @@ import pathlib
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Folders whose business a single format is: codes, layouts, and what files call them.
 OF_A_FORMAT = ("formats", "kernels", "checkpoint")
-# The public name, a class that bears it, and random codes, which are those of one format.
-NAMED = {"__init__.py", "linear.py", "testing.py"}
+# The public name, and random codes, which are those of one format.
+NAMED = {"__init__.py", "testing.py"}
 
 
 def identifiers(source: str) -> set[str]:

@@ -24,6 +24,7 @@ from ..checkpoint.naming import FLOAT, FORMS, OTHER, Convention, fail, name_keys
 from ..checkpoint.plan import Model, Plan, inside, make_plan
 from ..checkpoint.plan_checks import ExpertsFacts, LinearFacts
 from ..checkpoint.read import read_experts, read_linear
+from ..checkpoint.stored import stored_bytes
 from ..checks import HIDDEN_DTYPES
 from ..errors import CheckpointError, UnsupportedError, must
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, Layer, choose_kernel, current_capability
@@ -31,7 +32,6 @@ from ..models.experts_module import is_stacked_experts
 from ..models.routers import fuse_router
 from ..models.routing_plan import plan_fused_routing
 from ..module import FusedExperts
-from ..padding import round_up
 from ..progress import progress_bar
 from .key_names import KeyNames, may_skip, optional_names
 from .probe_experts import describe_on_meta
@@ -199,9 +199,7 @@ class Loading:
         if path in self.plan.linears:
             keys = list(self.plan.linears[path].matrix.keys.values())
         elif self.plan.experts[path].form == "float":
-            f = self.plan.experts[path].facts
-            hidden, rows = (round_up(n, 16) for n in (f.hidden_size, f.intermediate_size))
-            return f.num_experts * (2 + f.gated) * hidden * rows * 9 // 16
+            return stored_bytes(self.plan.experts[path].facts)
         else:
             keys = self.plan.experts[path].keys
         specs = [self.files.shapes[key] for key in keys]
