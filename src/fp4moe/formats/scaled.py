@@ -39,7 +39,7 @@ class ScaledFormat(WeightFormat):
         block = self.scales.rows or 1
         peaks = []
         for piece in _pieces(rows, columns, block):
-            x = weight.detach()[piece]
+            x = weight.detach()[piece].contiguous()
             x = x.float() if x.dtype == torch.float64 else x
             low, high = torch.aminmax(x)
             peaks.append(torch.maximum(high, -low).float())
