@@ -285,23 +285,6 @@ def test_algorithms_of_modelopt(algorithm, form):
             modelopt_convention({"quant_algo": algorithm, "group_size": 16})
 
 
-@pytest.mark.parametrize(
-    ("entry", "form"),
-    [
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8_block"),
-        ({"quant_method": "fp8", "weight_block_size": None}, "fp8"),
-        ({"quant_method": "fbgemm_fp8"}, "fp8_channel"),
-        ({"quant_method": "mxfp4"}, "mxfp4"),
-    ],
-)
-@pytest.mark.parametrize("name", MODELS)
-def test_methods_of_transformers_are_named(tmp_path, name, entry, form):
-    made = files.make(name, tmp_path / "source")
-    config = made.config | {"quantization_config": entry}
-    with pytest.raises(CheckpointError, match=f"'{entry['quant_method']}', which is {FORMS[form]}"):
-        files.load(made.write(tmp_path / "other", made.floats, None, config))
-
-
 GROUPS = {
     "fp8": ("float-quantized", {"num_bits": 8, "strategy": "tensor"}),
     "fp8_channel, column": ("float-quantized", {"num_bits": 8, "strategy": "channel"}),

@@ -12,7 +12,7 @@ from typing import Any
 
 from .naming import KNOWN, Convention, fail, scale_form, strings
 
-__all__ = ["COMPRESSED_NAMES", "compressed_convention", "is_compressed_tensors", "is_nvfp4"]
+__all__ = ["COMPRESSED_NAMES", "compressed_convention", "is_compressed_tensors", "is_read"]
 
 PACKED = {"packed": "weight_packed", "block_scale": "weight_scale"}
 PLAIN = {"packed": "weight", "block_scale": "weight_scale"}
@@ -37,15 +37,11 @@ def is_compressed_tensors(quantization: Mapping[str, Any]) -> bool:
     return quantization.get("quant_method") == "compressed-tensors"
 
 
-def is_nvfp4(quantization: Mapping[str, Any]) -> bool:
-    """Whether files of this configuration hold NVFP4 weights: the ones read here."""
-    if quantization.get("format") == "nvfp4-pack-quantized":
-        return True
+def is_read(quantization: Mapping[str, Any]) -> bool:
+    """Whether files of this configuration hold weights of a format that is read here."""
     groups = quantization.get("config_groups")
-    return isinstance(groups, dict) and any(
-        isinstance(group, dict) and group.get("format") == "nvfp4-pack-quantized"
-        for group in groups.values()
-    )
+    entries = [quantization, *(groups.values() if isinstance(groups, dict) else ())]
+    return any(isinstance(entry, dict) and entry.get("format") in KINDS for entry in entries)
 
 
 def compressed_convention(quantization: Mapping[str, Any]) -> Convention:

@@ -73,6 +73,7 @@ class Convention:
         ignored: the configuration's patterns of modules left alone.
         reciprocal: names on disk of scales that are stored as encode multipliers.
         interleaved: a stack of gate and up has their rows in turn where the class has.
+        aliases: other name on disk -> the one in names.
     """
 
     name: str
@@ -81,11 +82,13 @@ class Convention:
     ignored: tuple[str, ...] = ()
     reciprocal: frozenset[str] = frozenset()
     interleaved: bool = False
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def parts(self) -> dict[str, str]:
         """Name on disk -> part, in any format."""
-        return {leaf: part for row in self.names.values() for part, leaf in row.items()}
+        found = {leaf: part for row in self.names.values() for part, leaf in row.items()}
+        return found | {other: found[leaf] for other, leaf in self.aliases.items()}
 
     def announces(self, form: str) -> bool:
         """Whether the configuration names a format, or its twin of rows or of tensors."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from ..formats import FORMATS
 from .header import Spec
-from .naming import FLOAT, FLOATS, FORMS, Convention, Matrix, fail, name_keys
+from .naming import FLOAT, FLOATS, FORMS, Convention, Matrix, fail, form_words, name_keys
 from .plan_checks import (
     ExpertsFacts,
     LinearFacts,
@@ -253,7 +253,7 @@ def _add(matrix: Matrix, leaf: str, key: str, convention: Convention, problems: 
     part = convention.parts.get(leaf, "packed")
     if part in matrix.keys:
         problems.duplicated |= {matrix.keys[part], key}
-    matrix.keys[part], matrix.leaves[part] = key, leaf
+    matrix.keys[part], matrix.leaves[part] = key, convention.aliases.get(leaf, leaf)
 
 
 def _experts_form(
@@ -275,7 +275,13 @@ def _experts_form(
         kinds: dict[str, set[str]] = {}
         for (_, projection), forms in whole.items():
             kinds.setdefault(preferred(forms, convention.forms), set()).add(projection)
-        problems.mixed[path] = kinds
+        found_kinds = " and ".join(
+            f"{', '.join(sorted(projections))} of {form_words(form)}"
+            for form, projections in sorted(kinds.items())
+        )
+        problems.refused[path] = (
+            f"all matrices of a layer must be of one format, and the file has {found_kinds}"
+        )
         return None
     forms = {form_of(matrix, shapes, convention.forms) for matrix in found.values()}
     scaled = any(set(matrix.keys) - {"packed"} for matrix in found.values())

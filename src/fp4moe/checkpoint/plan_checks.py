@@ -60,8 +60,8 @@ class Problems:
         self.duplicated: set[str] = set()
         self.wrong: dict[str, str] = {}
         self.unread: dict[str, set[str]] = {}
-        # Experts module -> format -> its projections, where there are several formats.
-        self.mixed: dict[str, dict[str, set[str]]] = {}
+        # Experts module -> why it cannot be packed.
+        self.refused: dict[str, str] = {}
         self.hint = ""
 
     def check(self) -> None:
@@ -78,18 +78,9 @@ class Problems:
                 f"{OTHER}.",
                 error=CheckpointError,
             )
-        for path, kinds in sorted(self.mixed.items()):
-            reason = " and ".join(
-                f"{', '.join(sorted(projections))} of {form_words(form)}"
-                for form, projections in sorted(kinds.items())
-            )
-            refuse(
-                "from_pretrained",
-                f"the experts {path} cannot be packed",
-                f"all matrices of a layer must be of one format, and the file has {reason}",
-                OTHER + ".",
-                error=CheckpointError,
-            )
+        for path, reason in sorted(self.refused.items())[:1]:
+            what = f"the experts {path} cannot be packed"
+            refuse("from_pretrained", what, reason, f"{OTHER}.", error=CheckpointError)
         parts = [
             listed(kind, keys)
             for kind, keys in (
@@ -144,6 +135,13 @@ def check_experts(
         if projection == "down_proj":
             rows, columns = columns, rows
         if form != "float":
+            scales = FORMATS[form].scales
+            block = (scales.rows if scales else None) or 1
+            if halves == 2 and rows % block and 2 * rows > block:
+                problems.refused[path] = (
+                    f"gate and up of {rows} rows lie in one stack, where a block of {block} rows "
+                    "covers some of both"
+                )
             size = (lead, halves * rows, columns, halves)
             name = f"{path}.{middle}"
             _check_packed(form, matrix, name, size, convention, shapes, problems)

@@ -321,6 +321,7 @@ def _seen(files: CheckpointFiles, key: str, invert: bool) -> torch.Tensor:
 
 def _codes(files: CheckpointFiles, key: str, shape: tuple[int, ...]) -> torch.Tensor:
     codes = files.tensor(key).reshape(shape)
+    codes = codes.view(torch.uint8) if codes.dtype == torch.int8 else codes
     # e4m3 has no infinity: all bits but the sign are NaN.
     if codes.dtype == torch.float8_e4m3fn:
         if bool(codes.view(torch.uint8).bitwise_and(0x7F).eq(0x7F).any()):

@@ -22,6 +22,7 @@ __all__ += ["stored_bytes"]
 
 E8M0 = torch.float8_e8m0fnu
 # How a file may store the numbers of a part of this dtype; powers of two are numbers, too.
+CODE_DTYPES = {torch.uint8: (torch.uint8, torch.int8)}
 SCALE_DTYPES = {torch.float32: (*FLOATS, E8M0), torch.uint8: (torch.uint8, E8M0)}
 
 
@@ -65,8 +66,12 @@ def spellings(
         dtype, shape = shapes[part]
         own = shape if lead else shape[1:]
         if dtype != torch.float32:
-            kinds = (dtype,) if part == "packed" else SCALE_DTYPES.get(dtype, (dtype,))
-            found[part] = Spelling(kinds, (own,))
+            kinds = (CODE_DTYPES if part == "packed" else SCALE_DTYPES).get(dtype, (dtype,))
+            block = row_block(format)
+            # gpt-oss' blocks have an axis of their own.
+            apart = part == "packed" and lead and columns % block == 0 and format.codes.columns == 2
+            blocks = ((*own[:-1], columns // block, block // 2),) if apart else ()
+            found[part] = Spelling(kinds, (own, *blocks))
             continue
         also: tuple[tuple[int, ...], ...] = ()
         if part == "global_scale" and halves > 1:
@@ -82,9 +87,11 @@ def spellings(
 def forms_of(matrix: Matrix, shapes: Mapping[str, Spec]) -> list[str]:
     """Return the names of all formats that these codes and block scales can be of."""
     weight, scale = (matrix.spec(part, shapes) for part in ("packed", "block_scale"))
-    if weight is None or scale is None or len(weight[1]) not in (2, 3):
+    if weight is None or scale is None or len(weight[1]) not in (2, 3, 4):
         return []
     *lead, rows, packed_columns = weight[1]
+    if len(lead) == 2:
+        *lead, rows, packed_columns = lead[0], lead[1], rows * packed_columns
     found = []
     for name, format in FORMATS.items():
         columns = format.elements(packed_columns)
@@ -116,7 +123,7 @@ def form_of(
     if weight is None:
         return None
     powers = scale is not None and scale[0] in SCALE_DTYPES[torch.uint8]
-    if weight[0] == torch.uint8:
+    if weight[0] in CODE_DTYPES[torch.uint8] and (weight[0] == torch.uint8 or powers):
         likely = ["mxfp4", "nvfp4"] if powers else ["nvfp4", "mxfp4"]
     elif weight[0] == torch.float8_e4m3fn:
         likely = ["mxfp8"] if powers else ["fp8", "fp8_channel", "fp8_block", "mxfp8"]
