@@ -140,7 +140,7 @@ def test_gpt_oss(tmp_path, registered):
     assert torch.equal(makers.logits(other), makers.logits(model))
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gemma4"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "nemotron_h"])
 def test_who_passes_a_configuration_of_transformers_gets_its_quantizer(tmp_path, registered, name):
     files.save("transformers", name, "float", tmp_path)
     asked = FineGrainedFP8Config(dequantize=True)

@@ -220,7 +220,7 @@ def dequantise_matrix(tensors, module):
         return _fine_grained(weight, tensors[f"{module}.weight_scale_inv"])
     if scale is not None and scale.dtype == torch.uint8:
         return _mx(weight, scale)
-    if scale is not None and scale.numel() > 1:
+    if scale is not None and scale.numel() > 1 and weight.dtype != torch.uint8:
         return _fp8(weight, scale)
     if weight.dtype == torch.uint8:
         shape = torch.Size((weight.shape[0], weight.shape[1] * 2))

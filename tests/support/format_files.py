@@ -55,9 +55,15 @@ def sizes(**changes):
     return mock.patch.dict(tiny_models.COMMON, changes or SIZES)
 
 
+def of_modelopt(kind):
+    """Return the sizes for ModelOpt, which needs whole blocks in a fused gate and up."""
+    return SIZES | ({"moe_intermediate_size": 256} if kind.startswith("FP8_2D") else {})
+
+
 def save(tool, name, kind, directory):
     """Write a checkpoint of a tiny model with one of the tables' kinds."""
-    with sizes(**(WHOLE if tool == "transformers" else SIZES)):
+    own = {"transformers": WHOLE, "modelopt": of_modelopt(kind)}
+    with sizes(**own.get(tool, SIZES)):
         if tool == "modelopt":
             makers.save_modelopt(name, directory, kind)
         elif tool == "compressed":
