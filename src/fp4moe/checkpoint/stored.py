@@ -22,24 +22,18 @@ __all__ += ["stored_bytes"]
 
 E8M0 = torch.float8_e8m0fnu
 # How a file may store the numbers of a part of this dtype; powers of two are numbers, too.
-CODE_DTYPES = {torch.uint8: (torch.uint8, torch.int8)}
 SCALE_DTYPES = {torch.float32: (*FLOATS, E8M0), torch.uint8: (torch.uint8, E8M0)}
 
 
 class Spelling(NamedTuple):
-    """What a part may be stored as; loose: axes of one element do not count."""
+    """The dtypes and shapes that a part may be stored with."""
 
     dtypes: tuple[torch.dtype, ...]
     shapes: tuple[tuple[int, ...], ...]
-    loose: bool = False
 
     def accepts(self, spec: Spec) -> bool:
         """Whether a tensor of this dtype and shape is one."""
-        dtype, shape = spec
-        if self.loose:
-            known = {tuple(n for n in one if n != 1) for one in self.shapes}
-            return dtype in self.dtypes and tuple(n for n in shape if n != 1) in known
-        return dtype in self.dtypes and shape in self.shapes
+        return spec[0] in self.dtypes and spec[1] in self.shapes
 
     def __str__(self) -> str:
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
@@ -62,26 +56,43 @@ def spellings(
     """
     found: dict[str, Spelling] = {}
     shapes = format.shapes(*(lead or (1,)), rows, columns, halves)
+    powers = shapes["block_scale"][0] == torch.uint8
     for part in needed_parts(format):
         dtype, shape = shapes[part]
-        own = shape if lead else shape[1:]
-        if dtype != torch.float32:
-            kinds = (CODE_DTYPES if part == "packed" else SCALE_DTYPES).get(dtype, (dtype,))
-            block = row_block(format)
-            # gpt-oss' blocks have an axis of their own.
-            apart = part == "packed" and lead and columns % block == 0 and format.codes.columns == 2
-            blocks = ((*own[:-1], columns // block, block // 2),) if apart else ()
-            found[part] = Spelling(kinds, (own, *blocks))
+        if dtype == torch.float32:
+            sizes = _grids(lead, *shape[1:]) if part == "block_scale" else _numbers(lead, halves)
+            kinds = SCALE_DTYPES[dtype] if part == "block_scale" else FLOATS
+            found[part] = Spelling(kinds, sizes)
             continue
-        also: tuple[tuple[int, ...], ...] = ()
-        if part == "global_scale" and halves > 1:
-            also = ((*lead, halves),)
-        if lead and (part == "global_scale" or own[1:] in ((1, 1), (halves, 1))):
-            also = (*also, lead, ())
-        found[part] = Spelling(SCALE_DTYPES[dtype], tuple(dict.fromkeys((own, *also))), True)
-    single = ((), lead, (*lead, halves)) if halves > 1 else ((), lead)
-    found["input_scale"] = Spelling(FLOATS, tuple(dict.fromkeys(single)), True)
+        sizes = (shape if lead else shape[1:],)
+        if part == "block_scale":
+            kinds = SCALE_DTYPES.get(dtype, (dtype,))
+        elif dtype == torch.uint8 and powers:
+            # DeepSeek's bytes have a sign, gpt-oss' blocks an axis of their own.
+            kinds = (torch.uint8, torch.int8)
+            if lead:
+                sizes = (*sizes, (*lead, rows, columns // 32, 16))
+        else:
+            kinds = (dtype,)
+        found[part] = Spelling(kinds, sizes)
+    found["input_scale"] = Spelling(FLOATS, _numbers(lead, halves))
     return found
+
+
+def _numbers(lead: tuple[int, ...], halves: int) -> tuple[tuple[int, ...], ...]:
+    """One number a matrix, or for all; gate and up of a stack may have one each."""
+    each = [(*lead, 1, 1)[:axes] for axes in range(len(lead), 4)] if lead else []
+    return tuple(dict.fromkeys(((), (1,), *each, *([(*lead, halves)] if halves > 1 else ()))))
+
+
+def _grids(lead: tuple[int, ...], rows: int, columns: int) -> tuple[tuple[int, ...], ...]:
+    """Numbers of blocks, with or without axes of one element; one of a matrix may be of all."""
+    grids = [(*lead, rows, columns), (*lead, rows, 1, columns, 1)]
+    if columns == 1:
+        grids.append((*lead, rows))
+    if rows * columns == 1 or (lead and (rows, columns) == (2, 1)):
+        grids += _numbers(lead, 1)
+    return tuple(dict.fromkeys(grids))
 
 
 def forms_of(matrix: Matrix, shapes: Mapping[str, Spec]) -> list[str]:
@@ -123,7 +134,7 @@ def form_of(
     if weight is None:
         return None
     powers = scale is not None and scale[0] in SCALE_DTYPES[torch.uint8]
-    if weight[0] in CODE_DTYPES[torch.uint8] and (weight[0] == torch.uint8 or powers):
+    if weight[0] == torch.uint8 or (weight[0] == torch.int8 and powers):
         likely = ["mxfp4", "nvfp4"] if powers else ["nvfp4", "mxfp4"]
     elif weight[0] == torch.float8_e4m3fn:
         likely = ["mxfp8"] if powers else ["fp8", "fp8_channel", "fp8_block", "mxfp8"]
