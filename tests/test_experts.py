@@ -529,17 +529,17 @@ REFUSED = {
     "hidden_scale": (
         lambda: quantized(hidden_scale=0.0),
         f"{Q}hidden_scale must be positive and finite, one value or 1; got 0.0. "
-        "Pass amax / (6 * 448), or 1.0 where it is unknown.",
+        "Pass amax / 2688, or 1.0 where it is unknown.",
     ),
     "intermediate_scale": (
         lambda: quantized(intermediate_scale=math.nan),
         f"{Q}intermediate_scale must be positive and finite, one value or 3; got nan. "
-        "Pass amax / (6 * 448), or 1.0 where it is unknown.",
+        "Pass amax / 2688, or 1.0 where it is unknown.",
     ),
     "two intermediate scales of three": (
         lambda: quantized(intermediate_scale=torch.ones(2)),
         f"{Q}intermediate_scale must be positive and finite, one value or 3; got "
-        "tensor([1., 1.]). Pass amax / (6 * 448), or 1.0 where it is unknown.",
+        "tensor([1., 1.]). Pass amax / 2688, or 1.0 where it is unknown.",
     ),
     "offset": (
         lambda: quantized(num_experts=4, expert_offset=2),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fp4moe.errors import ShapeError
+from fp4moe.formats import FORMATS
 from fp4moe.layer import Layer
 from fp4moe.reference import reference
 from fp4moe.testing import float_weights, make_layer, random_codes, relative_error
@@ -52,13 +53,26 @@ def test_one_generator_gives_one_layer_and_options_reach_quantize():
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_random_codes_are_a_layer_whose_outputs_are_near_1(gated):
-    layer = Layer("gelu_tanh" if gated else "relu2", gated, 256, 128, 4)
+@pytest.mark.parametrize("format", FORMATS)
+def test_random_codes_are_a_layer_whose_outputs_are_near_1(format, gated):
+    layer = Layer("gelu_tanh" if gated else "relu2", gated, 256, 128, 4, format=format)
     weights = random_codes(layer)
     assert weights.layer() == layer
     ids = torch.rand(200, 4).topk(2).indices
     out = reference(torch.randn(200, 256), weights, ids, torch.full((200, 2), 0.5))
     assert 0.1 < out.square().mean().sqrt() < 10
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_format_reaches_quantize(format):
+    generator = torch.Generator().manual_seed(0)
+    weights = make_layer(2, 64, 32, format=format, generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    floats = float_weights(2, 64, 32, generator=generator)
+    assert weights.format == format
+    for name, got in weights.dequantize().items():
+        # The coarsest are four bits: 1 / 6 of a block's largest value at each of them.
+        assert 0.01 < relative_error(got, floats[name]) < 0.15
 
 
 def test_random_codes_pad_nothing():

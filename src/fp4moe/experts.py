@@ -185,7 +185,6 @@ class ExpertWeights:
     def operands(self) -> dict[str, torch.Tensor]:
         """Return the tensors as the operator takes them: 8-bit ones as bytes, dotless names."""
 
-        # What is there as bytes stays the same object, by which `fused_moe` knows it.
         def crossing(tensor: torch.Tensor) -> torch.Tensor:
             plain = tensor.dtype.itemsize > 1 or tensor.dtype == torch.uint8
             return tensor if plain else tensor.view(torch.uint8)
@@ -292,8 +291,8 @@ class ExpertWeights:
                 H] (down).
             gate_bias, up_bias: [L, I], any float dtype. gate_up_bias: [L, 2 * I] instead of them,
                 ordered as `layout` says. down_bias: [L, H]. Zero where the others are given.
-            hidden_scale: decode multiplier of the quantised input in the W4A4 path; 1.0 =
-                uncalibrated.
+            hidden_scale: decode multiplier of the quantised input, for formats with an
+                `activation_range`; 1.0 = uncalibrated.
             intermediate_scale: the same for the input of down, one float or [L].
             method: one that the format has: "max", or for NVFP4 "mse", see `quantize_nvfp4`.
             num_experts: experts of the whole layer; default L.
@@ -306,17 +305,18 @@ class ExpertWeights:
         Raises:
             ShapeError: shapes, dtypes or devices disagree, or a value is inf or NaN; names the
                 argument.
-            UnsupportedError: an unknown name, or a method that the format does not have.
+            UnsupportedError: an unknown name; a method or a scale that the format does not have.
         """
         activation = get_activation(activation, caller="ExpertWeights.quantize")
         check_choice("format", format, FORMATS, caller="ExpertWeights.quantize")
         parts = gate_and_up(up, gate, gate_up, layout, transposed)
         down = oriented(down, transposed)
         activation.check_gate(len(parts) == 2, caller="ExpertWeights.quantize")
-        first, second = quantize_experts(FORMATS[format], parts, down, method)
+        scheme = FORMATS[format]
+        first, second = quantize_experts(scheme, parts, down, method)
         experts, intermediate, hidden = parts["up"].shape
         given = (gate_bias, up_bias, gate_up_bias, down_bias)
-        biases = stack_biases(FORMATS[format], parts, down, *given, layout)
+        biases = stack_biases(scheme, parts, down, *given, layout)
         return cls(
             gate_up=first,
             down=second,
@@ -329,9 +329,9 @@ class ExpertWeights:
             intermediate_size=intermediate,
             num_experts=experts if num_experts is None else num_experts,
             expert_offset=expert_offset,
-            hidden_scale=activation_scale("hidden_scale", hidden_scale, 1, down.device),
+            hidden_scale=activation_scale(format, "hidden_scale", hidden_scale, 1, down.device),
             intermediate_scale=activation_scale(
-                "intermediate_scale", intermediate_scale, experts, down.device
+                format, "intermediate_scale", intermediate_scale, experts, down.device
             ),
         )
 
@@ -355,7 +355,7 @@ class ExpertWeights:
         return named
 
     def padded(self, *, hidden_multiple: int = 1, intermediate_multiple: int = 1) -> ExpertWeights:
-        """Zero-pad H and I to multiples; exact, since padded codes and scales are zero.
+        """Zero-pad H and I to multiples; exact, since padded codes are zero.
 
         Gate and up are padded each on its own, so that their boundary stays in the middle.
         """

@@ -162,11 +162,13 @@ class FusedExperts(PackedModule):
 
         Raises:
             ShapeError: a value is not positive and finite, or there are too many or too few.
+            UnsupportedError: the format has no such scales, and a value is not 1.
         """
         prepared, caller = self.prepared, f"{type(self).__name__}.set_activation_scales"
         count, device = prepared.operands.down_packed.shape[0], prepared.operands.down_packed.device
-        hidden = activation_scale("hidden_scale", hidden_scale, 1, device, caller)
-        inner = activation_scale("intermediate_scale", intermediate_scale, count, device, caller)
+        format, given = self.layer.format, (device, caller)
+        hidden = activation_scale(format, "hidden_scale", hidden_scale, 1, *given)
+        inner = activation_scale(format, "intermediate_scale", intermediate_scale, count, *given)
         self._copy_tensors(get_kernel(self.kernel).update_scales(prepared, hidden, inner))
 
     @property

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .errors import must
-from .formats import StoredMatrix, WeightFormat
+from .errors import must, refuse
+from .formats import FORMATS, StoredMatrix, WeightFormat
 from .padding import round_up
 
 __all__ = [
@@ -260,6 +260,7 @@ def _quantize_into(
 
 
 def activation_scale(
+    format: str,
     name: str,
     value: float | torch.Tensor,
     count: int,
@@ -268,11 +269,15 @@ def activation_scale(
 ) -> torch.Tensor:
     """Return the decode multipliers of activations as float32 [count], checked."""
     scale = torch.as_tensor(value, dtype=torch.float32, device=device).detach().reshape(-1)
+    range = FORMATS[format].activation_range
     if scale.numel() not in (1, count) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
         must(
             f"{caller}: {name}",
             f"be positive and finite, one value or {count}",
             value,
-            "Pass amax / (6 * 448), or 1.0 where it is unknown.",
+            f"Pass amax / {range:g}, or 1.0 where it is unknown." if range else "Leave it out.",
         )
+    if range is None and not bool((scale == 1).all()):
+        reason = f"kernels of {format} compute the scales of activations from each input"
+        refuse(caller, f"{name} = {value} has no use", reason, "Leave it out.")
     return scale.expand(count).clone()

@@ -6,14 +6,14 @@ Not handled here: inputs and routing; the self-test's layers, whose scales are c
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from .errors import must
 from .experts import ExpertWeights
-from .formats import NVFP4
-from .formats.nvfp4 import NVFP4Values
+from .formats import DEFAULT_FORMAT, FORMATS, Part, StoredMatrix, WeightFormat
 from .layer import Layer
 
 __all__ = ["float_weights", "make_layer", "random_codes", "relative_error"]
@@ -70,16 +70,18 @@ def make_layer(
     activation: str = "silu",
     gated: bool = True,
     *,
+    format: str = DEFAULT_FORMAT,
     biased: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
     **options: Any,
 ) -> ExpertWeights:
-    """Return a layer of random weights, see `float_weights`, in NVFP4.
+    """Return a quantised layer of random weights, see `float_weights`.
 
     Args:
         experts: those that are here; `num_experts` and `expert_offset` say of how many.
+        format: of the weights, a name of `fp4moe.formats.FORMATS`.
         dtype: of the float weights before they are quantised.
         **options: further arguments of `ExpertWeights.quantize`.
     """
@@ -93,46 +95,36 @@ def make_layer(
         device=device,
         generator=generator,
     )
-    return ExpertWeights.quantize(**named, activation=activation, **options)
+    return ExpertWeights.quantize(**named, activation=activation, format=format, **options)
 
 
 def random_codes(layer: Layer, device: torch.device | str = "cpu", seed: int = 0) -> ExpertWeights:
-    """Return random NVFP4 codes and block scales: a large layer at once, without float weights.
+    """Return random codes and scales of the layer's format: at once, without float weights.
 
-    Global scales make outputs near 1 for inputs near 1, activation scales are 1.
+    Scales make outputs near 1 for inputs near 1; those of activations are 1.
 
     Args:
-        layer: its hidden_size and intermediate_size are multiples of 16.
+        layer: its hidden_size and intermediate_size are multiples of the format's `multiple`.
 
     Raises:
         ShapeError: they are not.
     """
+    format = FORMATS[layer.format]
     sizes = (layer.hidden_size, layer.intermediate_size)
-    if any(size % NVFP4.block_size for size in sizes):
+    if any(size % format.multiple for size in sizes):
         must(
             "random_codes: hidden_size and intermediate_size",
-            f"be multiples of {NVFP4.block_size}",
+            f"be multiples of {format.multiple}",
             f"{sizes[0]} and {sizes[1]}",
             "Round them up, or use make_layer, which pads.",
         )
     generator = torch.Generator(device).manual_seed(seed)
     ones = torch.ones(layer.num_experts, dtype=torch.float32, device=device)
-
-    def draw(low: int, high: int, rows: int, columns: int) -> torch.Tensor:
-        shape = (layer.num_experts, rows, columns)
-        return torch.randint(
-            low, high, shape, dtype=torch.uint8, device=device, generator=generator
-        )
-
-    def values(rows: int, columns: int) -> NVFP4Values:
-        # Block scales of 0.5 to 2, in steps of E4M3.
-        scale = draw(0x30, 0x41, rows, NVFP4.scale_columns(columns)).view(NVFP4.scale_dtype)
-        factor = ones.new_full((layer.num_experts,), columns**-0.5 / 3)
-        return NVFP4Values(draw(0, 256, rows, NVFP4.packed_columns(columns)), scale, factor)
-
+    halves = 1 + layer.gated
+    rows = halves * layer.intermediate_size
     return ExpertWeights(
-        gate_up=values((1 + layer.gated) * layer.intermediate_size, layer.hidden_size),
-        down=values(layer.hidden_size, layer.intermediate_size),
+        gate_up=_random_matrix(format, layer.num_experts, rows, sizes[0], halves, generator),
+        down=_random_matrix(format, layer.num_experts, *sizes, 1, generator),
         activation=layer.activation,
         gated=layer.gated,
         hidden_size=layer.hidden_size,
@@ -141,7 +133,49 @@ def random_codes(layer: Layer, device: torch.device | str = "cpu", seed: int = 0
         expert_offset=layer.expert_offset,
         hidden_scale=ones[:1].clone(),
         intermediate_scale=ones,
+        format=layer.format,
     )
+
+
+def _random_matrix(
+    format: WeightFormat,
+    experts: int,
+    rows: int,
+    columns: int,
+    halves: int,
+    generator: torch.Generator,
+) -> StoredMatrix:
+    """Return values of a root mean square near columns^-0.5, by the dtype of each part."""
+    device = generator.device
+    size = experts, rows, columns, halves
+
+    def draw(low: int, high: int, part: Part) -> torch.Tensor:
+        shape = part.shape(*size)
+        return torch.randint(
+            low, high, shape, dtype=torch.uint8, device=device, generator=generator
+        )
+
+    # What is left to the scales: e2m1's codes have a root mean square of 3, those of e4m3 of 1.
+    factor = columns**-0.5 / (3 if format.codes.dtype == torch.uint8 else 1)
+    block_scale = torch.empty(0, dtype=torch.float32, device=device)
+    global_scale = block_scale
+    if format.globally_scaled:
+        global_scale = torch.full((experts,), factor, dtype=torch.float32, device=device)
+        factor = 1.0
+    if format.scales is not None:
+        # 0.5 to 2 times the factor, in steps of E4M3 or of powers of two.
+        if format.scales.dtype == torch.uint8:
+            exponent = 127 + round(math.log2(factor))
+            block_scale = draw(exponent - 1, exponent + 2, format.scales)
+        else:
+            steps = draw(0x30, 0x41, format.scales).view(torch.float8_e4m3fn)
+            own = format.scales.dtype != torch.float32
+            block_scale = steps if own else steps.float() * factor
+    if format.codes.dtype == torch.uint8:
+        return format.container(draw(0, 256, format.codes), block_scale, global_scale)
+    # No NaN: magnitudes of 0.5 to 2, and a sign.
+    codes = draw(0x30, 0x41, format.codes) | draw(0, 2, format.codes) << 7
+    return format.container(codes.view(format.codes.dtype), block_scale, global_scale)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -415,6 +415,12 @@ def test_scales_from_text(saved, tmp_path):
     report = calibrated(model, *batches)
     assert sum(report.blocks[0].tokens) == 4 * (len(lines[0]) + 64 + 64)
     assert scales == {b.path: (b.hidden_scale, list(b.intermediate_scale)) for b in report.blocks}
+    for path, (hidden, inner) in scales_from_text(
+        saved, text, format="fp8", length=64, device="cpu", progress=False
+    ).items():
+        assert [hidden, *inner] == pytest.approx(
+            [6 * s for s in (scales[path][0], *scales[path][1])]
+        )
     assert list(scales) == [f"model.layers.{i}.mixer.experts" for i in (1, 3, 5, 7)]
 
 

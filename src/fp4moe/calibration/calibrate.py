@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from ..borrowed import Borrowed
 from ..errors import UnsupportedError, must
+from ..formats import DEFAULT_FORMAT
 from ..progress import progress_bar
 from ..report import format_table
-from .recorders import BlockRanges, make_recorders
+from .recorders import BlockRanges, activation_range, make_recorders
 from .texts import check_ids, encode, load_text_model, read_texts
 
 __all__ = [
@@ -80,12 +81,14 @@ def calibrate(model: nn.Module, *, percentile: float | None = None) -> Iterator[
                 model(**batch)
         print(report)
 
-    At the end each block gets `hidden_scale` and `intermediate_scale` = range / (6 * 448), as
-    ModelOpt's `input_scale` is defined. Fused experts hold them in their state_dict. Float experts
-    remember them until `replace_moe` (or `experts_implementation="fp4moe"`) packs them. Only W4A4
-    kernels use them. A second calibration replaces the first; the model runs as it is, so a layer
-    behind quantised activations sees their rounding. Inside the context, fused experts of a kernel
-    with a layout of its own are held in checkpoint order, too: twice the memory of their weights.
+    At the end each block gets `hidden_scale` and `intermediate_scale` = range / what a scale of 1
+    expresses (6 * 448 in NVFP4, 448 in FP8), as ModelOpt's `input_scale` is defined. Fused experts
+    hold them in their state_dict. Float experts remember them until `replace_moe` (or
+    `experts_implementation="fp4moe"`) packs them, in any format. Only kernels that quantise
+    activations use them; formats whose kernels compute such scales from each input have none. A
+    second calibration replaces the first; the model runs as it is, so a layer behind quantised
+    activations sees their rounding. Inside the context, fused experts of a kernel with a layout of
+    its own are held in checkpoint order, too: twice the memory of their weights.
 
     Inside the context torch.compile is off (`torch.compiler.set_stance("force_eager")`, for the
     whole process): a compiled graph would not show its activations.
@@ -170,6 +173,7 @@ def scales_from_text(
     directory: str | os.PathLike,
     text: str | os.PathLike,
     *,
+    format: str = DEFAULT_FORMAT,
     percentile: float | None = None,
     length: int = 512,
     device: str | torch.device | None = None,
@@ -180,6 +184,7 @@ def scales_from_text(
     Args:
         directory: what `AutoModelForCausalLM.from_pretrained` takes, with its tokenizer.
         text: a JSON Lines file; each line is an object whose "text" is a string.
+        format: of the experts that the scales are for.
         percentile: see `calibrate`.
         length: tokens of each text that are read, from its start.
         device: default the GPU, if there is one.
@@ -187,16 +192,18 @@ def scales_from_text(
 
     Returns:
         By the dotted name of each experts module: (hidden_scale, intermediate_scale of each
-        expert), global scales as decode multipliers.
+        expert), decode multipliers of that format.
 
     Raises:
         CheckpointError: the directory or the text cannot be read; names the line.
         UnsupportedError, ShapeError: see `calibrate`.
     """
+    activation_range(format, caller="scales_from_text")
     texts = read_texts(text)
     model, tokenizer = load_text_model(directory, device=device)
     options: dict[str, Any] = {"percentile": percentile, "length": length, "progress": progress}
     report = calibrate_on_texts(model, tokenizer, texts, **options)
     if progress:
         tqdm.write(str(report), file=sys.stderr)
-    return {b.path: (b.hidden_scale, list(b.intermediate_scale)) for b in report.blocks}
+    scales = {block.path: block.scales(format) for block in report.blocks}
+    return {path: (hidden, list(inner)) for path, (hidden, inner) in scales.items()}

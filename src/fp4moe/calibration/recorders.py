@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..activations import Activation, get_activation
-from ..errors import UnsupportedError, must
+from ..errors import UnsupportedError, check_choice, must, refuse
 from ..experts import ExpertWeights
 from ..formats import DEFAULT_FORMAT, FORMATS
 from ..fused import tensor_versions
@@ -30,10 +30,10 @@ from ..module import FusedExperts
 from ..precision import without_autocast
 from .ranges import Ranges
 
-__all__ = ["BlockRanges", "Recorder", "make_recorders"]
+__all__ = ["BlockRanges", "Recorder", "activation_range", "make_recorders"]
 
 logger = logging.getLogger("fp4moe")
-LARGEST = FORMATS[DEFAULT_FORMAT].activation_range
+DYNAMIC = "its kernels compute the scales of activations from each input"
 # (local expert, rows [N, H] float32) -> input of down [N, I] float32.
 Inner = Callable[[int, torch.Tensor], torch.Tensor]
 
@@ -48,22 +48,42 @@ class BlockRanges:
         hidden_range: of the block's input.
         intermediate_ranges: of the input of down, one for each local expert. An expert without a
             value other than 0 has the largest of the others.
+        format: whose scales the properties are: that of fused experts, else the default one.
     """
 
     path: str
     tokens: tuple[int, ...]
     hidden_range: float
     intermediate_ranges: tuple[float, ...]
+    format: str = DEFAULT_FORMAT
 
     @property
     def hidden_scale(self) -> float:
-        """Global scale (decode multiplier) of the input."""
-        return self.hidden_range / LARGEST
+        """Scale (decode multiplier) of the input."""
+        return self.scales(self.format)[0]
 
     @property
     def intermediate_scale(self) -> tuple[float, ...]:
-        """Global scales of the inputs of down."""
-        return tuple(value / LARGEST for value in self.intermediate_ranges)
+        """Scales of the inputs of down."""
+        return self.scales(self.format)[1]
+
+    def scales(self, format: str) -> tuple[float, tuple[float, ...]]:
+        """Return (that of the input, those of the inputs of down) for a format that has them."""
+        range = activation_range(format, caller="BlockRanges.scales")
+        return self.hidden_range / range, tuple(v / range for v in self.intermediate_ranges)
+
+
+def activation_range(format: str, *, caller: str) -> float:
+    """Return what a scale of 1 expresses in that format.
+
+    Raises:
+        UnsupportedError: no such format, or it has no scales to calibrate.
+    """
+    check_choice("format", format, FORMATS, caller=caller)
+    range = FORMATS[format].activation_range
+    if range is None:
+        refuse(caller, f"format {format} needs no calibration", DYNAMIC, "Leave it out.")
+    return range
 
 
 def _scales(block: BlockRanges) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +100,11 @@ class Recorder:
         self.tokens = [0] * experts
         self.hidden = Ranges(1, percentile)
         self.intermediate = Ranges(experts, percentile)
+
+    @property
+    def format(self) -> str:
+        """Number format of the block's weights, the default one where they are not packed."""
+        return DEFAULT_FORMAT
 
     def attach(self) -> list[RemovableHandle]:
         """Register the hooks; returns their handles."""
@@ -114,7 +139,8 @@ class Recorder:
         ranges = self.intermediate.values()
         ranges = torch.where(ranges > 0, ranges, ranges.max())
         hidden = float(self.hidden.values())
-        return BlockRanges(self.path, tuple(self.tokens), hidden, tuple(ranges.tolist()))
+        found = hidden, tuple(ranges.tolist())
+        return BlockRanges(self.path, tuple(self.tokens), *found, self.format)
 
     def store(self, block: BlockRanges) -> None:
         """Leave the scales with the float module, for whoever packs it."""
@@ -125,6 +151,11 @@ class _FusedRecorder(Recorder):
     """FusedExperts."""
 
     module: FusedExperts
+
+    @property
+    def format(self) -> str:
+        return self.module.layer.format
+
     _logical: tuple[PreparedWeights, list[tuple[int, int]], ExpertWeights] | None = None
 
     def weights(self) -> ExpertWeights:
@@ -225,12 +256,17 @@ def _positional(names: Sequence[str], args: Sequence, kwargs: dict[str, Any]) ->
 
 def make_recorders(model: nn.Module, percentile: float | None) -> list[Recorder]:
     """Return a recorder for each block that can be calibrated; logs the others."""
+    fused = [(p, m) for p, m in model.named_modules() if isinstance(m, FusedExperts)]
     found: list[Recorder] = [
         _FusedRecorder(path, module, module.activation_scales()[1].numel(), percentile)
-        for path, module in model.named_modules()
-        if isinstance(module, FusedExperts)
+        for path, module in fused
+        if FORMATS[module.layer.format].activation_range
     ]
-    refused = []
+    refused = [
+        f"{path or 'the model'}: experts in {module.layer.format} need none, {DYNAMIC}"
+        for path, module in fused
+        if not FORMATS[module.layer.format].activation_range
+    ]
     for candidate in find_candidates(model):
         if candidate.reasons:
             refused.append(f"{candidate.path or 'the model'}: {'; '.join(candidate.reasons)}")
