@@ -396,7 +396,7 @@ def _quantized(
         floats |= {name: b[expert : expert + 1].to(device) for name, b in biases.items()}
         one = _quantize_one(floats, facts, bool(stacks), f"{path}, expert {expert}")
         for name, tensor in one.tensors().items():
-            if name == "hidden_scale":
+            if name == "hidden_scale" or not tensor.numel():
                 whole[name] = tensor
                 continue
             if expert == 0:
@@ -425,6 +425,7 @@ def _quantize_one(
             activation=facts.activation,
             layout=layout,
             transposed=facts.transposed and stacked,
+            format=facts.format,
         )
     except ShapeError as error:
         raise CheckpointError(

@@ -50,7 +50,8 @@ METHODS = {"fbgemm_fp8": "fp8_channel"}
 class Options:
     """Keywords of fp4moe.from_pretrained that transformers does not know.
 
-    files is the checkpoint if it is open already: its headers are read once.
+    files is the checkpoint if it is open already: its headers are read once. format is that of
+    float experts.
     """
 
     kernel: str = "auto"
@@ -58,6 +59,7 @@ class Options:
     routing: str = "given"
     progress: bool = True
     files: CheckpointFiles | None = None
+    format: str = DEFAULT_FORMAT
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Options:
         """Return this one: transformers copies configurations."""
@@ -168,7 +170,10 @@ class Loading:
         plain = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
         self.shapes = {name: shape for name, (_, shape) in plain.items()}
         described = Model(
-            experts=experts,
+            experts={
+                path: dataclasses.replace(facts, format=self.options.format)
+                for path, facts in experts.items()
+            },
             linears={
                 path: LinearFacts(m.out_features, m.in_features, m.bias is not None)
                 for path, m in model.named_modules()
