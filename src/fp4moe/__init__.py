@@ -17,7 +17,7 @@ from .formats.nvfp4 import NVFP4Values, dequantize_nvfp4, quantize_nvfp4
 from .fused import fused_moe
 from .kernels import why_not
 from .kernels.flashinfer.library import set_flashinfer
-from .linear import FP8Linear, NVFP4Linear
+from .linear import FP8Linear, NVFP4Linear, PackedLinear
 from .module import FusedExperts
 from .version import __version__
 
@@ -43,6 +43,7 @@ __all__ = [
     "ModelReport",
     "NVFP4Linear",
     "NVFP4Values",
+    "PackedLinear",
     "__version__",
     "autotune",
     "backend",

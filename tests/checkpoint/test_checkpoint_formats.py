@@ -8,6 +8,7 @@ import pathlib
 import shutil
 
 import checkpoint_makers as makers
+import format_files as files
 import pytest
 import torch
 from fuzzing import fuzz
@@ -30,13 +31,6 @@ EIGHT = {"weights": {"num_bits": 8, "type": "float"}}
 def gemma(tmp_path_factory):
     directory = tmp_path_factory.mktemp("gemma")
     makers.save_modelopt("gemma4", directory, "NVFP4_EXPERTS_ONLY_CFG")
-    return directory
-
-
-@pytest.fixture(scope="module")
-def nemotron(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("nemotron")
-    makers.save_modelopt("nemotron_h_latent", directory, "mixed")
     return directory
 
 
@@ -343,10 +337,30 @@ EDIT = st.tuples(
 )
 
 
+# How the files that are edited are written.
+WRITTEN = {
+    "modelopt NVFP4 and FP8": lambda d: makers.save_modelopt("nemotron_h_latent", d, "mixed"),
+    "modelopt FP8": lambda d: files.save("modelopt", "qwen3_moe", "FP8_DEFAULT_CFG", d),
+    "compressed FP8_BLOCK": lambda d: files.save("compressed", "gemma4", "FP8_BLOCK", d),
+    "compressed MXFP8": lambda d: files.save("compressed", "nemotron_h", "MXFP8", d),
+    "compressed MXFP4": lambda d: files.save("compressed", "qwen3_moe", "MXFP4A16", d),
+    "transformers fp8": lambda d: files.save("transformers", "nemotron_h", "ue8m0", d),
+    "gpt-oss": lambda d: files.save_gpt_oss(d, packed=True),
+}
+
+
+@pytest.fixture(scope="module", params=WRITTEN)
+def packed(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("packed")
+    with torch.random.fork_rng():
+        WRITTEN[request.param](directory)
+    return directory
+
+
 @pytest.mark.slow
-@fuzz(40)
+@fuzz(20)
 @hypothesis.given(st.lists(EDIT, min_size=1, max_size=2))
-def test_edited_key_sets_are_refused_or_equal(nemotron, tmp_path_factory, edits):
+def test_edited_key_sets_are_refused_or_equal(packed, tmp_path_factory, edits):
     swapped = []
 
     def change(tensors):
@@ -360,14 +374,14 @@ def test_edited_key_sets_are_refused_or_equal(nemotron, tmp_path_factory, edits)
             edit(tensors, key, other, number)
 
     directory = tmp_path_factory.mktemp("edited")
-    makers.rewrite(nemotron, directory, change)
+    makers.rewrite(packed, directory, change)
     try:
         model = load(directory)
     except CheckpointError as error:
         assert str(error).startswith(("from_pretrained: ", "CheckpointFiles."))
     else:
         if not any(swapped):
-            reference = makers.logits(load(nemotron))
+            reference = makers.logits(load(packed))
             # A cast of a norm to float16 moves what was bfloat16 by nothing, or to a subnormal.
             assert relative_error(makers.logits(model), reference) < 1e-3
     shutil.rmtree(directory)
@@ -376,16 +390,17 @@ def test_edited_key_sets_are_refused_or_equal(nemotron, tmp_path_factory, edits)
 JSON = st.sampled_from([None, 0, 17, -1.5, "", "NVFP4", "x" * 300, [], [1], {}, {"a": []}, True])
 
 
-@fuzz(40)
+@fuzz(20)
 @hypothesis.given(st.lists(st.tuples(st.integers(0, 1000), JSON), min_size=1, max_size=2))
-def test_edited_quantisation_configurations_are_refused_or_equal(nemotron, tmp_path_factory, edits):
+def test_edited_quantisation_configurations_are_refused_or_equal(packed, tmp_path_factory, edits):
     directory = pathlib.Path(tmp_path_factory.mktemp("edited"))
-    for file in pathlib.Path(nemotron).iterdir():
+    for file in pathlib.Path(packed).iterdir():
         shutil.copy(file, directory)
-    path = directory / "hf_quant_config.json"
+    beside = (directory / "hf_quant_config.json").exists()
+    path = directory / ("hf_quant_config.json" if beside else "config.json")
     content = json.loads(path.read_text())
     for number, value in edits:
-        places = list(_places(content))
+        places = list(_places(content if beside else content["quantization_config"]))
         if places:
             container, key = places[number % len(places)]
             container[key] = copy.deepcopy(value)
@@ -395,7 +410,7 @@ def test_edited_quantisation_configurations_are_refused_or_equal(nemotron, tmp_p
     except CheckpointError as error:
         assert str(error).startswith(("from_pretrained: ", "CheckpointFiles."))
     else:
-        assert torch.equal(makers.logits(model), makers.logits(load(nemotron)))
+        assert torch.equal(makers.logits(model), makers.logits(load(packed)))
     shutil.rmtree(directory)
 
 

@@ -1,4 +1,4 @@
-"""Quantised weights that nothing announces, and forms that are not read: each named as it is."""
+"""Quantised weights that nothing announces, each named as it is; every form beside others."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import re
 
 import nvfp4_files as files
 import pytest
+import tiny_models
 import torch
 import transformers
 
+import fp4moe
+from fp4moe.checkpoint.compressed_tensors import compressed_convention
+from fp4moe.checkpoint.modelopt import modelopt_convention
 from fp4moe.errors import CheckpointError, UnsupportedError
+from fp4moe.testing import relative_error
 
 MODELS = ("qwen3_moe", "nemotron_h")
 E8M0 = torch.float8_e8m0fnu
@@ -132,17 +137,16 @@ def test_a_configuration_inside_text_config_is_read(tmp_path, name, registered):
 def store(form, weight):
     """One matrix [N, K] of a form as its tools write it: names behind the module and tensors."""
     rows, columns = weight.shape
-    codes, packed = (
-        weight.float().to(files.E4M3),
-        torch.zeros(rows, columns // 2, dtype=torch.uint8),
-    )
-    powers = torch.full((rows, columns // 32), 120, dtype=torch.uint8)
-    one, blocks = torch.tensor(0.5), torch.full((-(-rows // 32), -(-columns // 32)), 0.5)
+    codes = (weight.float() * 256).to(files.E4M3)
+    packed = torch.randint(256, (rows, columns // 2)).to(torch.uint8)
+    powers = torch.randint(115, 122, (rows, columns // 32)).to(torch.uint8)
+    one, blocks = torch.tensor(2.0**-7), torch.rand(-(-rows // 128), -(-columns // 128)) / 99
+    each = torch.rand(rows) / 99
     return {
         "fp8": {"weight": codes, "weight_scale": one, "input_scale": one.clone()},
         "fp8, power of two": {"weight": codes, "weight_scale": one.to(E8M0)},
-        "fp8_channel": {"weight": codes, "weight_scale": torch.full((rows,), 0.5)},
-        "fp8_channel, column": {"weight": codes, "weight_scale": torch.full((rows, 1), 0.5)},
+        "fp8_channel": {"weight": codes, "weight_scale": each},
+        "fp8_channel, column": {"weight": codes, "weight_scale": each[:, None].bfloat16()},
         "fp8_block": {"weight": codes, "weight_scale": blocks.bfloat16()},
         "fp8_block, four axes": {"weight": codes, "weight_scale": blocks[:, None, :, None].clone()},
         "mxfp8": {"weight": codes, "weight_scale": powers},
@@ -150,6 +154,21 @@ def store(form, weight):
         "mxfp4": {"weight": packed, "weight_scale": powers},
         "mxfp4, e8m0": {"weight": packed, "weight_scale": powers.view(E8M0)},
     }[form]
+
+
+def values(form, parts):
+    """The float32 weight that the tensors of `store` stand for, by formulas of their own."""
+    codes, scale = parts["weight"], parts["weight_scale"]
+    if codes.dtype == torch.uint8:
+        weight = files.GRID[torch.stack([codes & 15, codes >> 4], -1).flatten(-2).long()]
+    else:
+        weight = codes.float()
+    scale = 2.0 ** (scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
+    blocks = {"fp8": weight.shape, "fp8_channel": (1, weight.shape[1]), "fp8_block": (128, 128)}
+    down, across = blocks.get(form.split(",")[0], (1, 32))
+    whole = scale.reshape(-(-weight.shape[0] // down), -(-weight.shape[1] // across))
+    whole = whole.repeat_interleave(down, 0).repeat_interleave(across, 1)
+    return weight * whole[: weight.shape[0], : weight.shape[1]]
 
 
 FORMS = {
@@ -163,52 +182,77 @@ STORED = [
     *("fp8", "fp8, power of two", "fp8_channel", "fp8_channel, column", "fp8_block"),
     *("fp8_block, four axes", "mxfp8", "mxfp8, e8m0", "mxfp4", "mxfp4, e8m0"),
 ]
+ALGORITHMS = ["NVFP4", "FP8", "MXFP8", "FP8_BLOCK_SCALES", "mxfp4"]
 MIXED = {
     "producer": {"name": "modelopt"},
     "quantization": {
         "quant_algo": "MIXED_PRECISION",
-        "quantized_layers": {
-            "a": {"quant_algo": "NVFP4"},
-            "b": {"quant_algo": "FP8"},
-            "c": {"quant_algo": "MXFP8", "group_size": 32},
-        },
+        "quantized_layers": {name: {"quant_algo": name} for name in ALGORITHMS},
     },
 }
 
 
-def stored(made, form, pattern):
-    """The packed checkpoint with the weights that match in another form."""
+def stored(made, form, pattern, found=None):
+    """The packed checkpoint with the weights that match in another form; their values in found."""
     tensors = dict(made.tensors)
     for key, weight in made.floats.items():
         if re.search(pattern, key):
-            head = key.removesuffix("weight")
+            head, parts = key.removesuffix("weight"), store(form, weight)
             for leaf in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
                 tensors.pop(f"{head}{leaf}", None)
-            tensors |= {f"{head}{leaf}": value for leaf, value in store(form, weight).items()}
+            tensors |= {f"{head}{leaf}": value for leaf, value in parts.items()}
+            if found is not None:
+                found[key] = values(form, parts)
     return tensors
 
 
+@pytest.fixture
+def large(monkeypatch):
+    """Sizes that are blocks of 32, and one block of 128 and a part of another."""
+    for name, size in {"hidden_size": 192, "moe_intermediate_size": 160}.items():
+        monkeypatch.setitem(tiny_models.COMMON, name, size)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["gemma4", "qwen3_moe", "nemotron_h"])
+@pytest.mark.parametrize("where", ["experts", "linears"])
 @pytest.mark.parametrize("form", STORED)
-def test_experts_of_other_forms_are_named(tmp_path, name, form):
+def test_every_form_beside_others(tmp_path, large, name, where, form):
     made = files.make(name, tmp_path / "source")
-    # Of Gemma4's experts one half only.
-    half = r"(gate|up)_proj\." if name == "gemma4" else ""
-    tensors = stored(made, form, rf"experts\.\d+\.{half}")
+    pattern = r"experts\.\d+\." if where == "experts" else r"[qo]_proj\.weight"
+    tensors = stored(made, form, pattern, made.values)
+    model = files.load(made.write(tmp_path / "other", tensors, MIXED))
+    assert {w.format for w in files.experts(model)} == {
+        form.split(",")[0] if where == "experts" else "nvfp4"
+    }
+    linears = [m for m in model.modules() if isinstance(m, fp4moe.PackedLinear)]
+    assert {m.format for m in linears} == ({form.split(",")[0]} if where == "linears" else set())
+    # The same float32 products in another order: a few units of 2^-24 a layer.
+    assert relative_error(files.logits(model), made.expected(tmp_path / "float")) < 5e-6
+
+
+@pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
+@pytest.mark.parametrize("form", [form for form in STORED if "," not in form])
+def test_experts_of_two_formats_are_named(tmp_path, large, name, form):
+    made = files.make(name, tmp_path / "source")
+    tensors = stored(made, form, r"experts\.\d+\.(gate|up)_proj\.")
     directory = made.write(tmp_path / "other", tensors, MIXED)
-    message = rf"got {FORMS[form.split(',')[0]]} in 2 \('model\.layers\.0\..*experts'.*not read"
+    message = (
+        r"^from_pretrained: the experts model\.layers\.0\.(mlp\.)?experts cannot be packed, "
+        rf"because all .* of one format, and the file has .*gate_proj, up_proj of {FORMS[form]}"
+    )
     with pytest.raises(CheckpointError, match=message):
         files.load(directory)
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("form", STORED[4:])
-def test_linears_of_other_forms_are_named(tmp_path, name, form):
+def test_blocks_of_other_sizes_are_refused(tmp_path, large, name):
     made = files.make(name, tmp_path / "source")
-    directory = made.write(tmp_path / "other", stored(made, form, r"o_proj\.weight"), MIXED)
-    with pytest.raises(CheckpointError, match=rf"got {FORMS[form.split(',')[0]]} in \d \('model"):
-        files.load(directory)
+    tensors = stored(made, "fp8_block", r"experts\.\d+\.")
+    key = next(k for k in tensors if k.endswith("down_proj.weight_scale"))
+    tensors[key] = torch.full((6, 5), 0.5)
+    with pytest.raises(CheckpointError, match=r"is float32 \[6, 5\], must be .* \[2, 2\]"):
+        files.load(made.write(tmp_path / "other", tensors, MIXED))
 
 
 @pytest.mark.slow
@@ -234,32 +278,11 @@ def test_a_form_that_is_not_read_closes_no_checkpoint_that_has_no_use_for_it(tmp
         ("W4A8_MXFP4_FP8", "mxfp4"),
     ],
 )
-@pytest.mark.parametrize("name", MODELS)
-def test_algorithms_of_modelopt_are_named(tmp_path, name, algorithm, form):
-    made = files.make(name, tmp_path / "source")
-    entry = {"quant_algo": algorithm, "group_size": 32}
-    quantization = {"producer": {"name": "modelopt"}, "quantization": entry}
-    with pytest.raises(
-        CheckpointError, match=rf"got '{algorithm}', which is {FORMS[form]} and not"
-    ):
-        files.load(made.write(tmp_path / "other", None, quantization))
-
-
-@pytest.mark.parametrize(
-    ("entry", "form"),
-    [
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8_block"),
-        ({"quant_method": "fp8", "weight_block_size": None}, "fp8"),
-        ({"quant_method": "fbgemm_fp8"}, "fp8_channel"),
-        ({"quant_method": "mxfp4"}, "mxfp4"),
-    ],
-)
-@pytest.mark.parametrize("name", MODELS)
-def test_methods_of_transformers_are_named(tmp_path, name, entry, form):
-    made = files.make(name, tmp_path / "source")
-    config = made.config | {"quantization_config": entry}
-    with pytest.raises(CheckpointError, match=f"'{entry['quant_method']}', which is {FORMS[form]}"):
-        files.load(made.write(tmp_path / "other", made.floats, None, config))
+def test_algorithms_of_modelopt(algorithm, form):
+    assert modelopt_convention({"quant_algo": algorithm}).forms == {form}
+    if form.startswith("mx"):
+        with pytest.raises(CheckpointError, match=rf"{form.upper()} blocks of 32"):
+            modelopt_convention({"quant_algo": algorithm, "group_size": 16})
 
 
 GROUPS = {
@@ -274,24 +297,12 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("form", GROUPS)
-def test_formats_of_compressed_tensors_are_named(tmp_path, name, form):
-    made = files.make(name, tmp_path / "source")
+def test_formats_of_compressed_tensors(form):
     kind, weights = GROUPS[form]
-    entry = {
-        "quant_method": "compressed-tensors",
-        "format": kind,
-        "config_groups": {"group_0": {"weights": {"type": "float", **weights}}},
-    }
-    tensors = stored(made, form, r"experts\.\d+\.")
-    tensors = {
-        f"{k}_packed"
-        if kind.startswith("mxfp4") and v.dtype == torch.uint8 and k[-1] == "t"
-        else k: v
-        for k, v in tensors.items()
-    }
-    config = made.config | {"quantization_config": entry}
-    message = rf"got {FORMS[form.split(',')[0]]} in 2 \('model\.layers"
-    with pytest.raises(CheckpointError, match=message):
-        files.load(made.write(tmp_path / "other", tensors, None, config))
+    group = {"weights": {"type": "float", **weights}}
+    entry = {"format": kind, "config_groups": {"group_0": group}}
+    assert compressed_convention(entry).forms == {form.split(",")[0]}
+    group["weights"]["block_structure"] = [64, 64]
+    with pytest.raises(CheckpointError, match=r"have blocks of \[128, 128\]"):
+        compressed_convention(entry)

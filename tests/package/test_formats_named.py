@@ -11,10 +11,11 @@ from fp4moe.formats import FORMATS, WeightFormat
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Folders whose business a single format is: codes, layouts, and what files call them.
 OF_A_FORMAT = ("formats", "kernels", "checkpoint")
-# The public name, and a class that bears it.
-OBJECTS_IN = {"__init__.py", "linear.py"}
-# What is meant where a layer or a call does not say it; and what headers of files call a format.
-NAMES_IN = {"arguments.py", "layer.py", "loading.py", "cli_explain.py"}
+# The public name.
+OBJECTS_IN = {"__init__.py"}
+# What is meant where a layer or a call does not say it; classes that bear a name; what files call
+# a format.
+NAMES_IN = {"arguments.py", "layer.py", "linear.py", "loading.py"}
 
 
 def identifiers(source: str) -> set[str]:

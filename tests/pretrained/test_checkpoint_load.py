@@ -452,7 +452,7 @@ def test_inf_in_a_float_expert_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "algorithm", ["W4A8_AWQ", "NVFP4_AWQ", "MXFP4", None, 4, {"a": 1}], ids=str
+    "algorithm", ["W4A8_AWQ", "NVFP4_AWQ", "INT4_AWQ", None, 4, {"a": 1}], ids=str
 )
 def test_unknown_algorithms_are_refused(checkpoint, tmp_path, algorithm, registered):
     def config(name, content):

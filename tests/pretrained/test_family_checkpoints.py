@@ -15,7 +15,7 @@ from tiny_models import COMMON, FAMILIES, enlarge_experts, family, finish, route
 
 import fp4moe
 from fp4moe.checkpoint.files import CheckpointFiles
-from fp4moe.checkpoint.modelopt import MODELOPT_PARTS
+from fp4moe.checkpoint.modelopt import MODELOPT_NAMES
 from fp4moe.checkpoint.naming import Convention, Matrix
 from fp4moe.checkpoint.plan import ExpertsPlan
 from fp4moe.checkpoint.plan_checks import ExpertsFacts
@@ -200,15 +200,16 @@ def test_unlike_scales_move_into_down_and_the_bias(gpt_oss, tmp_path):
     makers.rewrite(gpt_oss / "packed", tmp_path, other_scale)
     path = FIRST.rpartition(".")[0].rpartition(".")[0]
     projections = ("gate_proj", "up_proj", "down_proj")
-    parts = {"weight": "weight", "scale": "weight_scale", "global_scale": "weight_scale_2"}
+    parts = MODELOPT_NAMES["nvfp4"]
     matrices, biases = {}, {}
     for which in ((expert, name) for expert in range(8) for name in projections):
         module = f"{path}.{which[0]}.{which[1]}"
-        matrices[which] = Matrix({part: f"{module}.{leaf}" for part, leaf in parts.items()})
+        keys = {part: f"{module}.{leaf}" for part, leaf in parts.items() if part != "input_scale"}
+        matrices[which] = Matrix(keys)
         biases[which] = f"{module}.bias"
     facts = ExpertsFacts(8, 64, 96, "silu", True, biases=("gate_up_proj", "down_proj"))
     plan = ExpertsPlan(facts, "nvfp4", matrices, biases)
-    convention = Convention("ModelOpt", MODELOPT_PARTS, False, frozenset({"nvfp4"}))
+    convention = Convention("ModelOpt", MODELOPT_NAMES, frozenset({"nvfp4"}))
     options = {"device": torch.device("cpu"), "dtype": torch.float32}
     found = {}
     for folder in (tmp_path, gpt_oss / "packed"):

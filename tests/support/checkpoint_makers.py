@@ -71,10 +71,10 @@ def save_modelopt(name, directory, kind="NVFP4_DEFAULT_CFG"):
 
     model = build(name)
     ids = torch.randint(1, 110, (2, 32), generator=torch.Generator().manual_seed(0))
-    mtq.quantize(model, modelopt_config(kind), lambda m: m(ids))
     with warnings.catch_warnings():
-        # modelopt 0.47 copies its own FP8 scale the slow way.
-        warnings.filterwarnings("ignore", message="To copy construct from a tensor")
+        # ModelOpt's own: of how it copies a scale, and of amax where there is none to calibrate.
+        warnings.simplefilter("ignore")
+        mtq.quantize(model, modelopt_config(kind), lambda m: m(ids))
         export_hf_checkpoint(model, export_dir=directory)
 
 
@@ -149,9 +149,14 @@ def save_compressed(name, directory, preset="NVFP4", shared=True, input_amax=3.0
         module.quantization_status = QuantizationStatus.FROZEN
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
+    save_state(name, model, directory)
+    compressor.update_config(str(directory))
+
+
+def save_state(name, model, directory):
+    """Write a model as one file, under the names that its checkpoints have."""
     directory = pathlib.Path(directory)
     model.config.save_pretrained(directory)
-    compressor.update_config(str(directory))
     tensors = {k: t.contiguous() for k, t in model.state_dict().items()}
     if model.config.get_text_config().tie_word_embeddings:
         del tensors["lm_head.weight"]
@@ -201,10 +206,22 @@ def dequantise_matrix(tensors, module):
         packed = tensors[f"{module}.weight_packed"]
         rows, columns = packed.shape
         values = unpack_fp4_from_uint8(packed, rows, columns * 2, dtype=torch.float32)
-        scale = tensors[f"{module}.weight_scale"].float()
+        scale = tensors[f"{module}.weight_scale"]
+        if scale.dtype == torch.uint8:
+            from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+            scale, args = torch.exp2(scale.float() - 127), _float_args(4, "group", group_size=32)
+            return dequantize(values, scale, args=args, dtype=torch.float32)
+        scale = scale.float()
         step = scale / tensors[f"{module}.weight_global_scale"]
         return values * step.repeat_interleave(16, 1)
     weight, scale = tensors[f"{module}.weight"], tensors.get(f"{module}.weight_scale")
+    if f"{module}.weight_scale_inv" in tensors:
+        return _fine_grained(weight, tensors[f"{module}.weight_scale_inv"])
+    if scale is not None and scale.dtype == torch.uint8:
+        return _mx(weight, scale)
+    if scale is not None and scale.numel() > 1 and weight.dtype != torch.uint8:
+        return _fp8(weight, scale)
     if weight.dtype == torch.uint8:
         shape = torch.Size((weight.shape[0], weight.shape[1] * 2))
         return NVFP4QTensor(shape, torch.float32, weight).dequantize(
@@ -214,6 +231,49 @@ def dequantise_matrix(tensors, module):
             block_sizes={-1: 16},
         )
     return weight.float() if scale is None else weight.float() * scale.float()
+
+
+def _fp8(weight, scale):
+    """By compressed-tensors a row or a block, which it pads; ModelOpt's scales have more axes."""
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+    from modelopt.torch.quantization.qtensor.fp8_tensor import FP8QTensor
+
+    if scale.ndim == 4:
+        stored = FP8QTensor(weight.shape, torch.float32, weight)
+        with warnings.catch_warnings():  # ModelOpt's own, of how it indexes
+            warnings.simplefilter("ignore")
+            return stored.dequantize(
+                torch.float32, scale=scale[:, 0, :, 0], block_sizes={0: 128, 1: 128}
+            )
+    if scale.ndim == 1:
+        stored = FP8QTensor(weight.shape, torch.float32, weight)
+        return stored.dequantize(torch.float32, scale=scale[:, None])
+    rows = scale.shape == (len(weight), 1)
+    args = _float_args(8, *(("channel",) if rows else ("block", [128, 128])))
+    return dequantize(weight, scale.float(), args=args, dtype=torch.float32)
+
+
+def _float_args(bits, strategy, blocks=None, **others):
+    from compressed_tensors.quantization import QuantizationArgs
+
+    return QuantizationArgs(
+        num_bits=bits, type="float", strategy=strategy, block_structure=blocks, **others
+    )
+
+
+def _mx(weight, scale):
+    from modelopt.torch.quantization.qtensor import MXFP4QTensor, MXFP8QTensor
+
+    four = weight.dtype == torch.uint8
+    shape = torch.Size((weight.shape[0], weight.shape[1] * (1 + four)))
+    stored = (MXFP4QTensor if four else MXFP8QTensor)(shape, torch.float32, weight)
+    return stored.dequantize(torch.float32, scale=scale, block_sizes={-1: 32}).float()
+
+
+def _fine_grained(weight, scale):
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    return Fp8Dequantize(None)._dequantize_one(weight, scale, output_dtype=torch.float32)
 
 
 def reference_model(directory):
@@ -230,7 +290,7 @@ def reference_model(directory):
         for module, weight in floats.items()
         if not re.search(r"experts\.\d+\.", module)
     }
-    side = re.compile(r".*(_scale|_scale_2|_packed|_global_scale)")
+    side = re.compile(r".*(_scale|_scale_2|_packed|_global_scale|_scale_inv)")
     for key, tensor in tensors.items():
         if key not in state and not side.fullmatch(key) and ".experts." not in key:
             state[key] = tensor.float() if tensor.is_floating_point() else tensor
@@ -262,6 +322,7 @@ def _is_matrix(tensors, module):
     return (
         f"{module}.weight_packed" in tensors
         or f"{module}.weight_scale" in tensors
+        or f"{module}.weight_scale_inv" in tensors
         or (re.search(r"\.experts\.\d+\.", module) is not None and f"{module}.weight" in tensors)
     )
 

@@ -91,7 +91,8 @@ def test_a_quantisation_that_is_only_in_hf_quant_config(name, tmp_path):
 @pytest.mark.parametrize(
     ("written", "said"),
     [
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "quant_method 'fp8'"),
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, "[64, 64]"),
+        ({"quant_method": "fbgemm_fp8"}, "quant_method 'fbgemm_fp8'"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes'"),
         (MODELOPT | {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "'W4A8_AWQ'"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "'pack-quantized'"),

@@ -1,9 +1,8 @@
-"""compressed-tensors' `nvfp4-pack-quantized` files, as llm-compressor writes them.
+"""compressed-tensors' files, as llm-compressor writes them.
 
-Names: `weight_packed` (uint8), `weight_scale` (e4m3), `weight_global_scale` and
-`input_global_scale` ([1], the reciprocals of ModelOpt's); FP8 layers of mixed files have `weight`
-(e4m3), `weight_scale` and `input_scale` (decode multipliers). Not handled: other formats, sparsity,
-zero points, transforms.
+Names: `weight_packed` (codes of 4 bits) or `weight` (e4m3), `weight_scale`; NVFP4 has
+`weight_global_scale` and `input_global_scale` ([1], the reciprocals of ModelOpt's), FP8
+`input_scale` (a decode multiplier). Not handled: integers, sparsity, zero points, transforms.
 """
 
 from __future__ import annotations
@@ -13,22 +12,23 @@ from typing import Any
 
 from .naming import KNOWN, Convention, fail, scale_form, strings
 
-__all__ = ["COMPRESSED_PARTS", "compressed_convention", "is_compressed_tensors", "is_nvfp4"]
+__all__ = ["COMPRESSED_NAMES", "compressed_convention", "is_compressed_tensors", "is_read"]
 
-COMPRESSED_PARTS = {
-    "weight_packed": "weight",
-    "weight": "weight",
-    "weight_scale": "scale",
-    "weight_global_scale": "global_scale",
-    "input_global_scale": "input_scale",
-    "input_scale": "fp8_input_scale",
+PACKED = {"packed": "weight_packed", "block_scale": "weight_scale"}
+PLAIN = {"packed": "weight", "block_scale": "weight_scale"}
+STATIC = {"input_scale": "input_scale"}
+GLOBAL = {"global_scale": "weight_global_scale", "input_scale": "input_global_scale"}
+# Format -> what files of it call themselves, and its parts.
+ROWS = {
+    "nvfp4": ("nvfp4-pack-quantized", PACKED | GLOBAL),
+    "fp8": ("float-quantized", PLAIN | STATIC),
+    "fp8_channel": ("float-quantized", PLAIN | STATIC),
+    "fp8_block": ("float-quantized", PLAIN),
+    "mxfp8": ("mxfp8-quantized", PLAIN),
+    "mxfp4": ("mxfp4-pack-quantized", PACKED),
 }
-FORMATS = {
-    "nvfp4-pack-quantized": ("nvfp4",),
-    "float-quantized": ("fp8", "fp8_channel", "fp8_block"),
-    "mxfp8-quantized": ("mxfp8",),
-    "mxfp4-pack-quantized": ("mxfp4",),
-}
+COMPRESSED_NAMES = {form: names for form, (_, names) in ROWS.items()}
+KINDS = {kind for kind, _ in ROWS.values()}
 MIXED = "mixed-precision"
 
 
@@ -37,15 +37,11 @@ def is_compressed_tensors(quantization: Mapping[str, Any]) -> bool:
     return quantization.get("quant_method") == "compressed-tensors"
 
 
-def is_nvfp4(quantization: Mapping[str, Any]) -> bool:
-    """Whether files of this configuration hold NVFP4 weights: the ones read here."""
-    if quantization.get("format") == "nvfp4-pack-quantized":
-        return True
+def is_read(quantization: Mapping[str, Any]) -> bool:
+    """Whether files of this configuration hold weights of a format that is read here."""
     groups = quantization.get("config_groups")
-    return isinstance(groups, dict) and any(
-        isinstance(group, dict) and group.get("format") == "nvfp4-pack-quantized"
-        for group in groups.values()
-    )
+    entries = [quantization, *(groups.values() if isinstance(groups, dict) else ())]
+    return any(isinstance(entry, dict) and entry.get("format") in KINDS for entry in entries)
 
 
 def compressed_convention(quantization: Mapping[str, Any]) -> Convention:
@@ -55,8 +51,9 @@ def compressed_convention(quantization: Mapping[str, Any]) -> Convention:
         CheckpointError: a format is unknown, or an entry is not of its kind.
     """
     overall = quantization.get("format")
-    if overall != MIXED and overall not in FORMATS:
-        fail("have a known format", repr(overall)[:100], f"Known are {', '.join(FORMATS)}, {MIXED}")
+    if overall != MIXED and overall not in KINDS:
+        known = ", ".join(sorted(KINDS))
+        fail("have a known format", repr(overall)[:100], f"Known are {known}, {MIXED}")
     status = quantization.get("quantization_status", "compressed")
     if status != "compressed":
         fail("be compressed", f"quantization_status {status!r}", "Save it compressed")
@@ -74,10 +71,10 @@ def compressed_convention(quantization: Mapping[str, Any]) -> Convention:
             fail("have objects in config_groups", repr(group)[:100], "Check config.json")
         form = scale_form(group, f"config_groups[{name!r}]")
         stored = group.get("format") or overall
-        if form is not None and form not in FORMATS.get(str(stored), ()):
+        if form is not None and stored != ROWS[form][0]:
             got = f"format {stored!r} for {form} in {name!r}"
             fail("have a format that fits its weights", got, KNOWN)
         forms |= {form} if form else set()
     ignored = strings(quantization.get("ignore"), "ignore")
-    parts = COMPRESSED_PARTS
-    return Convention("compressed-tensors", parts, True, frozenset(forms), ignored)
+    reciprocal = frozenset(GLOBAL.values())
+    return Convention("compressed-tensors", COMPRESSED_NAMES, frozenset(forms), ignored, reciprocal)

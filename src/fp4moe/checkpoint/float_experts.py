@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from ..errors import CheckpointError, UnsupportedError, must
-from ..formats import NVFP4
+from ..formats import DEFAULT_FORMAT, FORMATS
 from .header import Spec, name_keys
 from .mtp import mtp_module, plain_name
 
@@ -165,6 +165,7 @@ def find_experts(
     patterns: Collection[str] | None,
     layers: int | None = None,
     storages: Storages | None = None,
+    form: str = DEFAULT_FORMAT,
 ) -> tuple[list[Experts], list[str]]:
     """Return the experts layers that are to be quantised, in the order of their first key.
 
@@ -175,6 +176,7 @@ def find_experts(
         layers: of the model's decoder; what is numbered behind them is multi-token prediction's.
         storages: how the model's class stacks them; None where it is not known: gate rows first,
             [E, out, in].
+        form: the format that they are to have; its blocks must fit their columns.
 
     Returns:
         The layers, and the names of those of multi-token prediction that were left out.
@@ -213,7 +215,8 @@ def find_experts(
             error=UnsupportedError,
         )
     ways = {name: _storage(name, storages or {}) for name in taken}
-    return [_read_layer(name, inside[name], shapes, ways[name]) for name in taken], left
+    multiple = FORMATS[form].multiple
+    return [_read_layer(name, inside[name], shapes, ways[name], multiple) for name in taken], left
 
 
 def _storage(module: str, storages: Storages) -> tuple[str, bool]:
@@ -233,7 +236,11 @@ def _storage(module: str, storages: Storages) -> tuple[str, bool]:
 
 
 def _read_layer(
-    module: str, keys: list[str], shapes: Mapping[str, Spec], storage: tuple[str, bool]
+    module: str,
+    keys: list[str],
+    shapes: Mapping[str, Spec],
+    storage: tuple[str, bool],
+    multiple: int,
 ) -> Experts:
     stacked = [
         (way, {match["name"]: key for key in keys if (match := way.pattern.fullmatch(key))})
@@ -270,10 +277,10 @@ def _read_layer(
     else:
         layer = _read_single(module, single, shapes)
     parts = [part for group in layer.groups() for part in group]
-    if uneven := {part.name for part in parts if part.shape[1] % NVFP4.block_size}:
+    if uneven := {part.name for part in parts if part.shape[1] % multiple}:
         must(
             f"quantize_checkpoint: the columns of {module}",
-            f"be multiples of {NVFP4.block_size}",
+            f"be multiples of {multiple}",
             f"others in {name_keys(uneven)}",
             "Leave this layer out with layers=; replace_moe pads such layers.",
             error=UnsupportedError,

@@ -1,6 +1,6 @@
 """ModelOpt's exports: `hf_quant_config.json`, or `quantization_config` in config.json.
 
-Names: `weight` (uint8 codes, or e4m3), `weight_scale` (e4m3 per 16 values, or one float32 for FP8),
+Names: `weight` (codes), `weight_scale` (block scales; of blocks of rows with axes of one element),
 `weight_scale_2` (the global scale, a decode multiplier), `input_scale`. Scalars are 0-d or [1].
 The module lists hold damaged names for NemotronH, so they only announce algorithms here.
 """
@@ -8,13 +8,14 @@ The module lists hold damaged names for NemotronH, so they only announce algorit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from .naming import FORMS, KNOWN, OTHER, Convention, fail, scale_form, strings
+from ..formats import FORMATS
+from .naming import KNOWN, Convention, fail, row_block, scale_form, strings
 
 __all__ = [
     "MODELOPT_METHODS",
-    "MODELOPT_PARTS",
+    "MODELOPT_NAMES",
     "announces_nvfp4",
     "is_modelopt",
     "modelopt_convention",
@@ -23,25 +24,33 @@ __all__ = [
 
 # The names that it goes by as quant_method.
 MODELOPT_METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed")
+WEIGHTS_ONLY = "W4A16_NVFP4"
 
-MODELOPT_PARTS = {
-    "weight": "weight",
-    "weight_scale": "scale",
-    "weight_scale_2": "global_scale",
-    "input_scale": "input_scale",
+
+class Row(NamedTuple):
+    """What ModelOpt calls a format: its algorithms, the first as written, and its parts.
+
+    group_size is what it writes beside the algorithm.
+    """
+
+    algorithms: tuple[str, ...]
+    names: Mapping[str, str]
+    group_size: int | None = None
+
+
+SCALED = {"packed": "weight", "block_scale": "weight_scale"}
+STATIC = {"input_scale": "input_scale"}
+ROWS = {
+    "nvfp4": Row(("NVFP4", WEIGHTS_ONLY), SCALED | {"global_scale": "weight_scale_2"} | STATIC, 16),
+    "fp8": Row(("FP8",), SCALED | STATIC),
+    "fp8_channel": Row(("FP8_PER_CHANNEL_PER_TOKEN",), SCALED),
+    "fp8_block": Row(("fp8_pb_wo", "FP8_PB_WO", "FP8_BLOCK_SCALES"), SCALED),
+    "mxfp8": Row(("MXFP8",), SCALED, 32),
+    "mxfp4": Row(("mxfp4", "W4A8_MXFP4_FP8"), SCALED),
 }
-ALGORITHMS = {
-    "NVFP4": "nvfp4",
-    "W4A16_NVFP4": "nvfp4",
-    "FP8": "fp8",
-    "FP8_PER_CHANNEL_PER_TOKEN": "fp8_channel",
-    "FP8_PB_WO": "fp8_block",
-    "FP8_BLOCK_SCALES": "fp8_block",
-    "MXFP8": "mxfp8",
-    "MXFP4": "mxfp4",
-    "W4A8_MXFP4_FP8": "mxfp4",
-}
-READ = ("nvfp4", "fp8")
+MODELOPT_NAMES = {form: row.names for form, row in ROWS.items()}
+# ModelOpt writes them in either case.
+ALGORITHMS = {name.upper(): form for form, row in ROWS.items() for name in row.algorithms}
 
 
 def is_modelopt(quantization: Mapping[str, Any]) -> bool:
@@ -82,18 +91,13 @@ def modelopt_convention(quantization: Mapping[str, Any]) -> Convention:
         fail("have an object as quantization", repr(inner)[:100], "Check hf_quant_config.json")
     ignored = strings(inner.get("exclude_modules", inner.get("ignore")), "ignore")
     forms = _forms(inner)
-    return Convention("ModelOpt", MODELOPT_PARTS, False, frozenset(forms), ignored)
+    return Convention("ModelOpt", MODELOPT_NAMES, frozenset(forms), ignored)
 
 
 def _forms(inner: Mapping[str, Any]) -> set[str]:
     algorithm = inner.get("quant_algo")
     if algorithm != "MIXED_PRECISION":
-        form = _form(inner, "quant_algo")
-        if form not in READ:
-            # In a mixture it may be of modules that the model has no use for: see the plan.
-            got = f"{algorithm!r}, which is {FORMS[form]} and not read yet"
-            fail("have a known algorithm as quant_algo", got, OTHER)
-        return {form}
+        return {_form(inner, "quant_algo")}
     layers = inner.get("quantized_layers")
     if isinstance(layers, dict) and layers:
         found = set()
@@ -117,11 +121,13 @@ def _forms(inner: Mapping[str, Any]) -> set[str]:
 
 
 def _form(entry: Mapping[str, Any], where: str) -> str:
-    """The form of `quant_algo`, which ModelOpt writes in either case."""
+    """The format of `quant_algo`."""
     algorithm, size = entry.get("quant_algo"), entry.get("group_size")
     form = ALGORITHMS.get(algorithm.upper()) if isinstance(algorithm, str) else None
     if form is None:
         fail(f"have a known algorithm as {where}", repr(algorithm)[:100], KNOWN)
-    if form == "nvfp4" and size not in (None, 16):
-        fail("have NVFP4 blocks of 16", f"group_size {size!r} for {where}", KNOWN)
+    block = row_block(FORMATS[form])
+    if block > 1 and size not in (None, block):
+        rule = f"have {form.upper()} blocks of {block}"
+        fail(rule, f"group_size {size!r} for {where}", KNOWN)
     return form

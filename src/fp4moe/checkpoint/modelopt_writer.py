@@ -1,4 +1,4 @@
-"""ModelOpt's configuration of a checkpoint whose experts are NVFP4.
+"""ModelOpt's layout of a checkpoint whose experts are quantised, and its configuration.
 
 Source: the exports of nvidia-modelopt 0.47.0 that test_checkpoint_writer.py makes. What is
 quantised, and its names: float_experts.py.
@@ -10,13 +10,17 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..formats import NVFP4
+import torch
+
+from ..formats import FORMATS, StoredMatrix
 from ..version import __version__
 from .float_experts import Experts, is_stack
 from .header import Spec
+from .modelopt import MODELOPT_NAMES, ROWS, WEIGHTS_ONLY
 from .mtp import mtp_module
+from .stored import needed_parts
 
-__all__ = ["exclude_modules", "quantization_configs"]
+__all__ = ["exclude_modules", "quantization_configs", "written", "written_specs"]
 
 # The version of ModelOpt whose layout this is.
 LAYOUT_VERSION = "0.47.0"
@@ -63,7 +67,49 @@ def _paths(names: Iterable[str]) -> list[list[str]]:
     return [name.split(".") for name in names]
 
 
-def quantization_configs(excluded: list[str], calibrated: bool) -> tuple[dict[str, Any], ...]:
+def written_specs(
+    name: str, shape: tuple[int, int], form: str, *, calibrated: bool
+) -> dict[str, Spec]:
+    """Return what is written for one matrix: key -> (dtype, shape).
+
+    Args:
+        name: of its module.
+        shape: (rows, columns). form: its format. calibrated: with an input_scale.
+    """
+    format, names = FORMATS[form], MODELOPT_NAMES[form]
+    specs = {
+        f"{name}.{names[part]}": (dtype, _shape(form, part, size[1:]))
+        for part, (dtype, size) in format.shapes(1, *shape).items()
+        if part in needed_parts(format)
+    }
+    if calibrated:
+        specs[f"{name}.{names['input_scale']}"] = (torch.float32, ())
+    return specs
+
+
+def written(name: str, stored: StoredMatrix, form: str) -> list[tuple[str, torch.Tensor]]:
+    """Return the keys and tensors of one quantised matrix [rows, columns]."""
+    return [
+        (f"{name}.{MODELOPT_NAMES[form][part]}", tensor.reshape(_shape(form, part, tensor.shape)))
+        for part, tensor in stored.parts().items()
+        if part in needed_parts(FORMATS[form])
+    ]
+
+
+def _shape(form: str, part: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """How ModelOpt writes a part: blocks have axes between their counts, rows have one axis."""
+    scales = FORMATS[form].scales
+    if part != "block_scale" or scales is None or scales.dtype != torch.float32:
+        return tuple(shape)
+    rows, columns = shape
+    if rows * columns == 1 and scales.rows != 1:
+        return ()
+    return (rows,) if scales.columns is None else (rows, 1, columns, 1)
+
+
+def quantization_configs(
+    excluded: list[str], calibrated: bool, form: str
+) -> tuple[dict[str, Any], ...]:
     """Return hf_quant_config.json, and "quantization_config" for config.json."""
     # Loaders such as TensorRT-LLM's ask for this producer: here it is the name of the layout.
     producer = {
@@ -71,20 +117,27 @@ def quantization_configs(excluded: list[str], calibrated: bool) -> tuple[dict[st
         "version": LAYOUT_VERSION,
         "written_by": f"fp4moe {__version__}",
     }
-    numbers = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": NVFP4.block_size}
-    group: dict[str, Any] = {"input_activations": numbers} if calibrated else {}
-    algorithm = "NVFP4" if calibrated else "W4A16_NVFP4"
+    row = ROWS[form]
+    algorithm = WEIGHTS_ONLY if form == "nvfp4" and not calibrated else row.algorithms[0]
+    size = {} if row.group_size is None else {"group_size": row.group_size}
     legacy = {
         "producer": producer,
         "quantization": {
             "quant_algo": algorithm,
             "kv_cache_quant_algo": None,
-            "group_size": NVFP4.block_size,
+            **size,
             "exclude_modules": excluded,
         },
     }
+    groups: dict[str, Any] = {}
+    if "input_scale" in row.names:
+        # The other algorithms have no groups in its files.
+        bits = 8 // (FORMATS[form].codes.columns or 1)
+        numbers = {"dynamic": False, "num_bits": bits, "type": "float", **size}
+        group: dict[str, Any] = {"input_activations": numbers} if calibrated else {}
+        groups = {"config_groups": {"group_0": group | {"weights": numbers, "targets": ["Linear"]}}}
     current = {
-        "config_groups": {"group_0": group | {"weights": numbers, "targets": ["Linear"]}},
+        **groups,
         "ignore": excluded,
         "quant_algo": algorithm,
         "producer": producer,

@@ -1,7 +1,8 @@
 """How a quantised checkpoint names its tensors: what ModelOpt's and compressed-tensors' share.
 
 A matrix is one Linear, one projection of one expert, or one projection of all experts stacked.
-Its form is read off its tensors; the lists in the configuration only name the algorithms.
+Its form is read off its tensors (stored.py); the lists in the configuration only name the
+algorithms.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import CheckpointError, must
+from ..formats import WeightFormat
 from .header import Spec, name_keys
 
 __all__ = [
@@ -26,11 +28,12 @@ __all__ = [
     "OTHER",
     "Convention",
     "Matrix",
+    "Names",
     "fail",
-    "form_of",
     "form_words",
     "listed",
     "name_keys",
+    "row_block",
     "scale_form",
     "strings",
 ]
@@ -48,8 +51,9 @@ FORMS = {
 OTHER = (
     "Use an NVFP4 checkpoint, or the float model, whose experts from_pretrained quantises to NVFP4"
 )
-# Scales of MX blocks: bytes that are exponents.
-POWERS = (torch.uint8, torch.float8_e8m0fnu)
+# Tools that announce one of these write the other for some Linears.
+ROWS_OR_TENSORS = frozenset({"fp8", "fp8_channel"})
+Names = Mapping[str, Mapping[str, str]]
 
 
 def fail(rule: str, got: object, fix: str) -> NoReturn:
@@ -63,18 +67,34 @@ class Convention:
 
     Attributes:
         name: the tool.
-        parts: name on disk -> part: "weight", "scale" (a block scale beside 4-bit codes, an FP8
-            scale beside e4m3), "global_scale", "input_scale", "fp8_input_scale".
-        reciprocal: global and NVFP4 input scales are stored as encode multipliers.
+        names: format -> part -> name on disk. Parts are those of `WeightFormat`, and
+            "input_scale", the static scale of the activations.
         forms: names of `FORMS`, as the configuration announces them.
         ignored: the configuration's patterns of modules left alone.
+        reciprocal: names on disk of scales that are stored as encode multipliers.
+        interleaved: a stack of gate and up has their rows in turn where the class has.
+        aliases: other name on disk -> the one in names.
     """
 
     name: str
-    parts: Mapping[str, str]
-    reciprocal: bool
+    names: Names
     forms: frozenset[str]
     ignored: tuple[str, ...] = ()
+    reciprocal: frozenset[str] = frozenset()
+    interleaved: bool = False
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def parts(self) -> dict[str, str]:
+        """Name on disk -> part, in any format."""
+        found = {leaf: part for row in self.names.values() for part, leaf in row.items()}
+        return found | {other: found[leaf] for other, leaf in self.aliases.items()}
+
+    def announces(self, form: str) -> bool:
+        """Whether the configuration names a format, or its twin of rows or of tensors."""
+        return form in self.forms or (
+            form in ROWS_OR_TENSORS and bool(ROWS_OR_TENSORS & self.forms)
+        )
 
     @functools.cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -93,42 +113,30 @@ class Convention:
 
 
 # A checkpoint without quantisation: only weights.
-FLOAT = Convention("none", {"weight": "weight"}, False, frozenset())
+FLOAT = Convention("none", {"float": {"packed": "weight"}}, frozenset())
 
 
 @dataclasses.dataclass
 class Matrix:
-    """The keys of one matrix by part."""
+    """The keys of one matrix by part, and the names on disk in which they end."""
 
     keys: dict[str, str] = dataclasses.field(default_factory=dict)
+    leaves: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def spec(self, part: str, shapes: Mapping[str, Spec]) -> Spec | None:
         """Return dtype and shape of a part, None where there is none."""
         return shapes[self.keys[part]] if part in self.keys else None
 
 
-def form_of(matrix: Matrix, shapes: Mapping[str, Spec]) -> str | None:
-    """Return a name of `FORMS`, "float" or another dtype; None where the weight is missing."""
-    weight, scale = (matrix.spec(part, shapes) for part in ("weight", "scale"))
-    if weight is None:
-        return None
-    if weight[0] == torch.uint8:
-        return "mxfp4" if scale is not None and scale[0] in POWERS else "nvfp4"
-    if weight[0] != torch.float8_e4m3fn:
-        return "float" if weight[0] in FLOATS else str(weight[0]).removeprefix("torch.")
-    *rows, columns = weight[1]
-    stack = tuple(rows[:-1])
-    shape = () if scale is None else scale[1]
-    if shape in {(), (1,), stack, (*stack, 1), (*stack, 1, 1)} - {(1, 1)}:
-        return "fp8"
-    if scale is not None and scale[0] in POWERS and shape == (*rows, columns // 32):
-        return "mxfp8"
-    return "fp8_channel" if shape in {tuple(rows), (*rows, 1)} else "fp8_block"
-
-
 def form_words(form: str) -> str:
     """How a refusal names a form, or a dtype that is none."""
     return FORMS.get(form, f"{form} weights of an unknown form")
+
+
+def row_block(format: WeightFormat) -> int:
+    """What the columns of a stored matrix are a multiple of: its blocks of a row are whole."""
+    scales = format.scales
+    return scales.columns if scales and scales.columns and scales.rows == 1 else 1
 
 
 def scale_form(group: Mapping[str, Any], where: str) -> str | None:
@@ -139,6 +147,9 @@ def scale_form(group: Mapping[str, Any], where: str) -> str | None:
     if not isinstance(weights, dict):
         fail(f"describe weights in {where} by an object", repr(weights)[:100], "Check config.json")
     bits, kind, size = (weights.get(k) for k in ("num_bits", "type", "group_size"))
+    blocks = weights.get("block_structure")
+    if blocks not in (None, BLOCK):
+        fail(f"have blocks of {BLOCK} in {where}", f"block_structure {blocks!r}"[:100], KNOWN)
     strategies = {"channel": "fp8_channel", "block": "fp8_block"}
     forms = {
         (4, 16): "nvfp4",
@@ -151,10 +162,12 @@ def scale_form(group: Mapping[str, Any], where: str) -> str | None:
     if plain and isinstance(bits, int) and (bits, size) in forms:
         return forms[bits, size]
     got = f"{bits}-bit {kind} with group_size {size}"
-    fail(f"hold NVFP4 (group size 16) or FP8 weights in {where}", got, KNOWN)
+    fail(f"hold weights of a known format in {where}", got, KNOWN)
 
 
-KNOWN = "Known are NVFP4, W4A16_NVFP4, FP8 and mixtures of these (MIXED_PRECISION)"
+# Rows and columns that share a scale of fp8_block.
+BLOCK = [128, 128]
+KNOWN = f"Known are {', '.join(FORMS.values())}, and mixtures of these"
 
 
 def strings(value: object, name: str) -> tuple[str, ...]:

@@ -11,8 +11,9 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
 
+from ..formats import FORMATS
 from .header import Spec
-from .naming import FLOAT, FLOATS, FORMS, Convention, Matrix, fail, form_of, name_keys
+from .naming import FLOAT, FLOATS, FORMS, Convention, Matrix, fail, form_words, name_keys
 from .plan_checks import (
     ExpertsFacts,
     LinearFacts,
@@ -22,6 +23,7 @@ from .plan_checks import (
     check_linear,
 )
 from .rename_hint import rename_hint
+from .stored import form_of, forms_of, preferred
 
 __all__ = [
     "ExpertsFacts",
@@ -47,10 +49,6 @@ UNUSED = re.compile(
     r".*\.(?:[kqv]_(?:proj\.)?(?:[kqv]_)?(?:scale|zero_point)|[kv]_proj\.[kv]_bias"
     r"|kv_(?:scale|zero_point)|output_scale|prob_scale)"
 )
-
-
-# The forms of Linears that are read, and as what; None is one whose weight is missing.
-LINEAR_FORMS = {None: "nvfp4", "nvfp4": "nvfp4", "fp8": "fp8", "fp8_channel": "fp8"}
 
 
 @dataclasses.dataclass
@@ -155,9 +153,9 @@ def make_plan(shapes: Mapping[str, Spec], convention: Convention, model: Model) 
                 # A float experts module may have other tensors that only its class knows.
                 rest.append(key)
                 continue
-            which, part = entry
-            if part != "bias":
-                _add(experts[path].setdefault(which, Matrix()), part, key, problems)
+            which, leaf = entry
+            if leaf != "bias":
+                _add(experts[path].setdefault(which, Matrix()), leaf, key, convention, problems)
                 continue
             if which in biases[path]:
                 problems.duplicated |= {biases[path][which], key}
@@ -165,38 +163,42 @@ def make_plan(shapes: Mapping[str, Spec], convention: Convention, model: Model) 
             continue
         if (stack := _stack_elsewhere(key, shapes, model)) is not None:
             path, projection = stack
-            _add(experts[path].setdefault((None, projection), Matrix()), "weight", key, problems)
+            whole_stack = experts[path].setdefault((None, projection), Matrix())
+            _add(whole_stack, "weight", key, convention, problems)
             continue
         module, _, leaf = name.rpartition(".")
         if module in model.linears and leaf in convention.parts:
-            _add(linears.setdefault(module, Matrix()), convention.parts[leaf], key, problems)
+            _add(linears.setdefault(module, Matrix()), leaf, key, convention, problems)
         else:
             rest.append(key)
     plan = Plan(convention)
     for path, facts in model.experts.items():
         found = experts[path]
-        form = _experts_form(found, shapes)
-        whole = ExpertsPlan(facts, form, found, biases[path])
+        form = _experts_form(path, found, shapes, convention, problems)
+        whole = ExpertsPlan(facts, form or "", found, biases[path])
         if form == "float" and not model.quantize:
             if found:
                 check_experts(path, facts, form, found, convention, shapes, problems)
             rest += whole.keys
             continue
-        if form not in ("float", "nvfp4"):
+        if form is None:
+            continue
+        if form != "float" and form not in FORMATS:
             problems.unread.setdefault(form, set()).add(path)
             continue
         check_experts(path, facts, form, found, convention, shapes, problems)
         check_biases(path, facts, biases[path], shapes, problems)
         plan.experts[path] = whole
     for path, matrix in linears.items():
-        kind = form_of(matrix, shapes)
-        if kind == "float" and set(matrix.keys) == {"weight"}:
+        kind = form_of(matrix, shapes, convention.forms)
+        if kind == "float" and set(matrix.keys) == {"packed"}:
             rest += matrix.keys.values()
             continue
-        if kind not in LINEAR_FORMS:
-            problems.unread.setdefault(str(kind), set()).add(path)
+        kind = kind or preferred(FORMATS, convention.forms)
+        if kind not in FORMATS:
+            problems.unread.setdefault(kind, set()).add(path)
             continue
-        facts_of, kind = model.linears[path], LINEAR_FORMS[kind]
+        facts_of = model.linears[path]
         check_linear(path, facts_of, kind, matrix, convention, shapes, problems)
         plan.linears[path] = LinearPlan(facts_of, kind, matrix)
     _place_rest(rest, shapes, model, plan, problems)
@@ -216,7 +218,10 @@ def inside(name: str, paths: Collection[str]) -> str | None:
 
 
 def _parse(tail: str, convention: Convention) -> tuple[tuple[int | None, str], str] | None:
-    """Read `7.up_proj.weight_scale`, `gate_up_proj`, `down_proj_weight_scale_2` and the like."""
+    """Read `7.up_proj.weight_scale`, `gate_up_proj`, `down_proj_weight_scale_2` and the like.
+
+    Returns (expert, projection), and the name of the part on disk.
+    """
     match = TAIL.fullmatch(tail)
     if match is None:
         return None
@@ -225,13 +230,12 @@ def _parse(tail: str, convention: Convention) -> tuple[tuple[int | None, str], s
     if (leaf is None and number is not None) or (before and behind):
         return None
     leaf = leaf or "weight"
-    part = "bias" if leaf == "bias" else convention.parts.get(leaf)
-    if part is None and number is None:
-        part = convention.parts.get(f"weight_{leaf}")
-    if part is None:
+    if leaf not in convention.parts and number is None and leaf != "bias":
+        leaf = f"weight_{leaf}"
+    if leaf not in (*convention.parts, "bias"):
         return None
     expert = None if number is None else int(number)
-    return (expert, PROJECTIONS.get(projection, projection)), part
+    return (expert, PROJECTIONS.get(projection, projection)), leaf
 
 
 def _stack_elsewhere(key: str, shapes: Mapping[str, Spec], model: Model) -> tuple[str, str] | None:
@@ -244,21 +248,48 @@ def _stack_elsewhere(key: str, shapes: Mapping[str, Spec], model: Model) -> tupl
     return None if path is None else (path, match[1])
 
 
-def _add(matrix: Matrix, part: str, key: str, problems: Problems) -> None:
+def _add(matrix: Matrix, leaf: str, key: str, convention: Convention, problems: Problems) -> None:
+    # A stack's codes may have no name of their own behind that of the projection.
+    part = convention.parts.get(leaf, "packed")
     if part in matrix.keys:
         problems.duplicated |= {matrix.keys[part], key}
-    matrix.keys[part] = key
+    matrix.keys[part], matrix.leaves[part] = key, convention.aliases.get(leaf, leaf)
 
 
-def _experts_form(found: Mapping[tuple[int | None, str], Matrix], shapes: Mapping) -> str:
-    """Packed where any part of the module says so: a lost scale must not make it float."""
-    forms = {form_of(matrix, shapes) for matrix in found.values()}
-    scaled = any(set(matrix.keys) - {"weight"} for matrix in found.values())
-    others = sorted({form for form in forms if form not in ("float", "nvfp4", None)})
-    known = [form for form in others if form in FORMS]
-    if known or (others and "nvfp4" not in forms):
+def _experts_form(
+    path: str,
+    found: Mapping[tuple[int | None, str], Matrix],
+    shapes: Mapping[str, Spec],
+    convention: Convention,
+    problems: Problems,
+) -> str | None:
+    """Packed where any part of the module says so: a lost scale must not make it float.
+
+    None, and a problem, where its matrices are of several formats.
+    """
+    whole = {which: forms_of(matrix, shapes) for which, matrix in found.items()}
+    whole = {which: forms for which, forms in whole.items() if forms}
+    if whole:
+        if common := set.intersection(*map(set, whole.values())):
+            return preferred((form for form in FORMS if form in common), convention.forms)
+        kinds: dict[str, set[str]] = {}
+        for (_, projection), forms in whole.items():
+            kinds.setdefault(preferred(forms, convention.forms), set()).add(projection)
+        found_kinds = " and ".join(
+            f"{', '.join(sorted(projections))} of {form_words(form)}"
+            for form, projections in sorted(kinds.items())
+        )
+        problems.refused[path] = (
+            f"all matrices of a layer must be of one format, and the file has {found_kinds}"
+        )
+        return None
+    forms = {form_of(matrix, shapes, convention.forms) for matrix in found.values()}
+    scaled = any(set(matrix.keys) - {"packed"} for matrix in found.values())
+    others = sorted(form for form in forms if form not in ("float", None))
+    known = [form for form in FORMS if form in others]
+    if others:
         return (known or others)[0]
-    return "nvfp4" if scaled or "nvfp4" in forms else "float"
+    return preferred(FORMATS, convention.forms) if scaled else "float"
 
 
 def _refuse_unannounced(shapes: Mapping[str, Spec], model: Model) -> None:

@@ -6,20 +6,16 @@ Headers only. What is wrong is collected, so that one error names all of it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
-import torch
-
-from ..errors import CheckpointError, must
-from ..formats import NVFP4
+from ..errors import CheckpointError, must, refuse
+from ..formats import FORMATS
 from .header import Spec
-from .naming import FLOATS, OTHER, Convention, Matrix, form_words, listed, name_keys
+from .naming import FLOATS, OTHER, Convention, Matrix, form_words, listed, name_keys, row_block
+from .stored import Spelling, needed_parts, spellings
 
 __all__ = ["ExpertsFacts", "LinearFacts", "Problems", "check_biases", "check_experts"]
 __all__ += ["check_linear"]
-
-NVFP4_NEEDED = ("weight", "scale", "global_scale")
-FP8_PARTS = {"weight", "scale", "input_scale", "fp8_input_scale"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +62,8 @@ class Problems:
         self.duplicated: set[str] = set()
         self.wrong: dict[str, str] = {}
         self.unread: dict[str, set[str]] = {}
+        # Experts module -> why it cannot be packed.
+        self.refused: dict[str, str] = {}
         self.hint = ""
 
     def check(self) -> None:
@@ -77,12 +75,14 @@ class Problems:
             )
             must(
                 "from_pretrained: checkpoint",
-                "hold NVFP4 or float experts, and NVFP4, FP8 (one scale per tensor or row) or "
-                "float Linears",
+                "hold experts and Linears that are float or of a known format",
                 got,
-                f"These are not read yet. {OTHER}.",
+                f"{OTHER}.",
                 error=CheckpointError,
             )
+        for path, reason in sorted(self.refused.items())[:1]:
+            what = f"the experts {path} cannot be packed"
+            refuse("from_pretrained", what, reason, f"{OTHER}.", error=CheckpointError)
         parts = [
             listed(kind, keys)
             for kind, keys in (
@@ -114,7 +114,7 @@ def check_experts(
     shapes: Mapping[str, Spec],
     problems: Problems,
 ) -> None:
-    """Check one experts module, whose form is "nvfp4" or "float"."""
+    """Check one experts module, whose form is a format or "float"."""
     stacked = {projection for expert, projection in found if expert is None}
     whole: set[tuple[int | None, str]]
     if stacked:
@@ -128,26 +128,30 @@ def check_experts(
         whole = {(expert, name) for expert in range(facts.num_experts) for name in names}
     for which in set(found) - whole:
         problems.unexpected |= set(found[which].keys.values())
-    on_disk = {part: name for name, part in reversed(list(convention.parts.items()))}
     for expert, projection in whole:
         matrix = found.get((expert, projection), Matrix())
-        # An input scale may be missing: calibration writes none for an expert without tokens.
-        needed = set(NVFP4_NEEDED if form == "nvfp4" else ("weight",))
         middle = projection if expert is None else f"{expert}.{projection}"
-        for part in needed - set(matrix.keys):
-            problems.missing.add(f"{path}.{middle}.{on_disk[part]}")
         lead = (facts.num_experts,) if expert is None else ()
         rows, columns = facts.intermediate_size, facts.hidden_size
-        if projection in ("gate_up_proj", "w13"):
-            rows *= 2
+        halves = 2 if projection in ("gate_up_proj", "w13") else 1
         if projection == "down_proj":
             rows, columns = columns, rows
-        if form == "nvfp4":
-            _check_nvfp4(matrix, lead, rows, columns, projection, convention, shapes, problems)
-        else:
-            transposed = facts.transposed and expert is None
-            size = (columns, rows) if transposed else (rows, columns)
-            _check_spec(matrix, "weight", FLOATS, {(*lead, *size)}, shapes, problems)
+        if form != "float":
+            scales = FORMATS[form].scales
+            block = (scales.rows if scales else None) or 1
+            if halves == 2 and rows % block and 2 * rows > block:
+                problems.refused[path] = (
+                    f"gate and up of {rows} rows lie in one stack, where a block of {block} rows "
+                    "covers some of both"
+                )
+            size = (lead, halves * rows, columns, halves)
+            name = f"{path}.{middle}"
+            _check_packed(form, matrix, name, size, convention, shapes, problems)
+            continue
+        if "packed" not in matrix.keys:
+            problems.missing.add(f"{path}.{middle}.weight")
+        size = (columns, halves * rows) if facts.transposed and lead else (halves * rows, columns)
+        _check_spec(matrix, "packed", Spelling(FLOATS, ((*lead, *size),)), shapes, problems)
 
 
 def check_biases(
@@ -177,86 +181,64 @@ def check_biases(
             problems.missing.add(f"{path}.{suffix}")
         else:
             matrix = Matrix({"bias": key})
-            _check_spec(matrix, "bias", FLOATS, {shape}, shapes, problems)
-
-
-def _check_nvfp4(
-    matrix: Matrix,
-    lead: tuple[int, ...],
-    rows: int,
-    columns: int,
-    projection: str,
-    convention: Convention,
-    shapes: Mapping[str, Spec],
-    problems: Problems,
-) -> None:
-    if columns % NVFP4.block_size or "nvfp4" not in convention.forms:
-        for key in matrix.keys.values():
-            problems.wrong[key] = (
-                f"is of NVFP4, which {convention.name} does not announce for this checkpoint"
-                if "nvfp4" not in convention.forms
-                else f"has rows of {columns}, no multiple of {NVFP4.block_size}"
-            )
-        return
-    for part in set(matrix.keys) - {*NVFP4_NEEDED, "input_scale"}:
-        problems.unexpected.add(matrix.keys[part])
-    packed = (*lead, rows, NVFP4.packed_columns(columns))
-    scales = (*lead, rows, NVFP4.scale_columns(columns))
-    single: set[tuple[int, ...]] = {(), (1,)}
-    for count in lead:
-        single |= {(count,), (count, 1), (count, 1, 1)}
-        if projection == "gate_up_proj":
-            single.add((count, 2))
-    _check_spec(matrix, "weight", (torch.uint8,), {packed}, shapes, problems)
-    _check_spec(matrix, "scale", (NVFP4.scale_dtype,), {scales}, shapes, problems)
-    for part in ("global_scale", "input_scale"):
-        _check_spec(matrix, part, FLOATS, single, shapes, problems)
+            _check_spec(matrix, "bias", Spelling(FLOATS, (shape,)), shapes, problems)
 
 
 def check_linear(
     path: str,
     facts: LinearFacts,
-    form: str | None,
+    form: str,
     matrix: Matrix,
     convention: Convention,
     shapes: Mapping[str, Spec],
     problems: Problems,
 ) -> None:
-    """Check one quantised Linear of form "nvfp4" or "fp8"; None is one whose weight is missing."""
-    rows, columns = facts.out_features, facts.in_features
-    on_disk = {part: name for name, part in reversed(list(convention.parts.items()))}
-    needed = ("weight", "scale") if form == "fp8" else NVFP4_NEEDED
-    for part in set(needed) - set(matrix.keys):
-        problems.missing.add(f"{path}.{on_disk[part]}")
-    if form in ("nvfp4", None):
-        _check_nvfp4(matrix, (), rows, columns, "", convention, shapes, problems)
-        return
-    if not {"fp8", "fp8_channel"} & convention.forms:
+    """Check one quantised Linear of a format."""
+    size = (), facts.out_features, facts.in_features, 1
+    _check_packed(form, matrix, path, size, convention, shapes, problems)
+
+
+def _check_packed(
+    form: str,
+    matrix: Matrix,
+    name: str,
+    size: tuple[tuple[int, ...], int, int, int],
+    convention: Convention,
+    shapes: Mapping[str, Spec],
+    problems: Problems,
+) -> None:
+    """Check one matrix of a format; size: as the arguments of `spellings`."""
+    format, names = FORMATS[form], convention.names.get(form, {})
+    # An input scale may be missing: calibration writes none for an expert without tokens.
+    for part in needed_parts(format):
+        if part not in matrix.keys:
+            problems.missing.add(f"{name}.{names.get(part, part)}")
+    block, columns = row_block(format), size[2]
+    if columns % block or not convention.announces(form) or not names:
         for key in matrix.keys.values():
             problems.wrong[key] = (
-                f"is of FP8, which {convention.name} does not announce for this checkpoint"
+                f"has rows of {columns}, no multiple of {block}"
+                if convention.announces(form) and names
+                else f"is of {form_words(form).partition(' (')[0]}, which {convention.name} does "
+                "not announce for this checkpoint"
             )
         return
-    for part in set(matrix.keys) - FP8_PARTS:
-        problems.unexpected.add(matrix.keys[part])
-    scales = {(), (1,), (rows,), (rows, 1)}
-    _check_spec(matrix, "weight", (torch.float8_e4m3fn,), {(rows, columns)}, shapes, problems)
-    _check_spec(matrix, "scale", FLOATS, scales, shapes, problems)
-    for part in ("input_scale", "fp8_input_scale"):
-        _check_spec(matrix, part, FLOATS, {(), (1,)}, shapes, problems)
+    known = spellings(format, *size)
+    for part, key in matrix.keys.items():
+        if part not in names or matrix.leaves[part] not in (names[part], "weight"):
+            problems.unexpected.add(key)
+        else:
+            _check_spec(matrix, part, known[part], shapes, problems)
 
 
 def _check_spec(
     matrix: Matrix,
     part: str,
-    dtypes: Collection[torch.dtype],
-    allowed: set[tuple[int, ...]],
+    known: Spelling,
     shapes: Mapping[str, Spec],
     problems: Problems,
 ) -> None:
     spec = matrix.spec(part, shapes)
-    if spec is not None and (spec[0] not in dtypes or spec[1] not in allowed):
-        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        sizes = " or ".join(str(list(shape)) for shape in sorted(allowed))
+    if spec is not None and not known.accepts(spec):
         got = f"{str(spec[0]).removeprefix('torch.')} {list(spec[1])}"
-        problems.wrong[matrix.keys[part]] = f"is {got}, must be {kinds} {sizes}"
+        problems.wrong[matrix.keys[part]] = f"is {got}, must be {known}"

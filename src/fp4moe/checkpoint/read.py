@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 
 import torch
@@ -15,10 +16,10 @@ import torch
 from ..activations import get_activation
 from ..errors import CheckpointError, ShapeError
 from ..experts import ExpertWeights
-from ..formats import NVFP4
-from ..formats.nvfp4 import NVFP4Values
-from ..linear import FP8Linear, NVFP4Linear
+from ..formats import FORMATS, StoredMatrix
+from ..linear import PackedLinear, packed_linear
 from ..pack import split_gate_up
+from ..padding import round_up
 from .files import CheckpointFiles
 from .naming import Convention, Matrix, fail
 from .plan import ExpertsFacts, ExpertsPlan, LinearPlan
@@ -52,7 +53,7 @@ def read_experts(
 ) -> ReadExperts:
     """Read one experts module.
 
-    An expert has one global scale for gate and up. Where those of the file differ, gate's is kept
+    A format with global scales has one for gate and up. Where the file's differ, gate's is kept
     and s = up's / gate's moves into down, which is exact since up enters linearly: what is up / s
     here meets down x s. The range of down's input and up's bias are divided by s as well. An
     activation that clamps or shifts up forbids it.
@@ -74,35 +75,42 @@ def read_experts(
     """
     if plan.form == "float":
         return ReadExperts(_quantized(files, path, plan, device, dtype))
-    facts = plan.facts
+    facts, format = plan.facts, FORMATS[plan.form]
     projections = ("gate_proj", "up_proj") if facts.gated else ("up_proj",)
-    parts = [_projection(files, plan, convention, name) for name in projections]
-    down = _projection(files, plan, convention, "down_proj")
-    inputs = [_input_scales(files, plan, convention, name) for name in (*projections, "down_proj")]
+    inner, outer = (
+        round_up(n, format.multiple) for n in (facts.intermediate_size, facts.hidden_size)
+    )
+    halves = len(projections)
+    first = format.zeros(facts.num_experts, halves * inner, outer, halves, CPU)
+    second = format.zeros(facts.num_experts, outer, inner, device=CPU)
+    reader = _Reader(files, plan, convention)
+    scales = [
+        reader.fill(name, _half(first, half, halves)) for half, name in enumerate(projections)
+    ]
+    down_scale = reader.fill("down_proj", second)
+    inputs = [reader.input_scales(name) for name in (*projections, "down_proj")]
     # fmax prefers a number to NaN: one of the two scales of an input is enough.
     hidden, unseen = _fill(functools.reduce(torch.fmax, inputs[:-1]))
-    inner, unseen_by_down = _fill(inputs[-1])
-    ratio = parts[-1].global_scale / parts[0].global_scale
-    moved = down.global_scale * ratio, inner / ratio
-    activation = get_activation(facts.activation)
-    linear = not activation.needs_gate or bool((ratio == 1).all())
-    if not linear or not all(_normal(scale) for scale in moved):
-        got = f"gate {parts[0].global_scale.tolist()} and up {parts[-1].global_scale.tolist()}"
-        fail(f"have global scales of gate and up that are alike in {path}", got[:200], FIX)
+    intermediate, unseen_by_down = _fill(inputs[-1])
     biases = _biases(files, plan, dtype)
+    ratio = torch.ones_like(intermediate)
+    if format.globally_scaled:
+        ratio = scales[-1] / scales[0]
+        moved = down_scale * ratio, intermediate / ratio
+        activation = get_activation(facts.activation)
+        linear = not activation.needs_gate or bool((ratio == 1).all())
+        if not linear or not all(_normal(scale) for scale in moved):
+            got = f"gate {scales[0].tolist()} and up {scales[-1].tolist()}"
+            fail(f"have global scales of gate and up that are alike in {path}", got[:200], FIX)
+        first = dataclasses.replace(first, global_scale=scales[0])
+        second = dataclasses.replace(second, global_scale=moved[0])
+        intermediate = moved[1]
     if "up_bias" in biases:
         biases["up_bias"] = biases["up_bias"] / ratio[:, None]
-    both = _both(biases, facts)
+    both = _both(biases, facts, inner, outer)
     weights = ExpertWeights(
-        gate_up=NVFP4Values(
-            torch.cat([part.packed for part in parts], 1),
-            # torch 2.11 cannot concatenate e4m3 on every device; bytes it can.
-            torch.cat([part.block_scale.view(torch.uint8) for part in parts], 1).view(
-                NVFP4.scale_dtype
-            ),
-            parts[0].global_scale,
-        ),
-        down=dataclasses.replace(down, global_scale=moved[0]),
+        gate_up=first,
+        down=second,
         activation=facts.activation,
         gated=facts.gated,
         hidden_size=facts.hidden_size,
@@ -110,9 +118,10 @@ def read_experts(
         num_experts=facts.num_experts,
         expert_offset=0,
         hidden_scale=hidden.amax().reshape(1),
-        intermediate_scale=moved[1],
+        intermediate_scale=intermediate,
         gate_up_bias=both.get("gate_up_bias"),
         down_bias=both.get("down_bias"),
+        format=plan.form,
     )
     return ReadExperts(
         weights.to(device), int((ratio != 1).sum()), tuple(sorted(unseen | unseen_by_down))
@@ -126,75 +135,133 @@ def read_linear(
     *,
     device: torch.device,
     dtype: torch.dtype,
-) -> NVFP4Linear | FP8Linear:
+) -> PackedLinear:
     """Read one quantised Linear; dtype is that of its bias. Raises as `read_experts` does.
 
     An input scale of 0 or infinity, of a Linear that saw no token, is left out: none is used here.
     """
-    keys = plan.matrix.keys
-    weight = files.tensor(keys["weight"]).clone()
+    keys, facts, format = plan.matrix.keys, plan.facts, FORMATS[plan.form]
+    names = convention.names[plan.form]
     bias = files.tensor(keys["bias"]).to(dtype, copy=True) if "bias" in keys else None
     if bias is not None and not bool(torch.isfinite(bias).all()):
         fail("hold finite numbers", f"inf or NaN in {keys['bias']!r}", FIX)
-    part = "input_scale" if "input_scale" in keys else "fp8_input_scale"
     input_scale = None
-    if part in keys:
-        # ModelOpt's FP8 layers and compressed-tensors' have it as a decode multiplier.
-        invert = convention.reciprocal and part == "input_scale"
-        stored = _seen(files, keys[part], invert).reshape(())
-        input_scale = stored if float(stored) else None
-    linear: NVFP4Linear | FP8Linear
-    if plan.form == "nvfp4":
-        scale = _block_scale(files, keys["scale"]).clone()
-        global_scale = _scalars(files, keys["global_scale"], convention.reciprocal).reshape(())
-        linear = NVFP4Linear(weight, scale, global_scale, bias, input_scale)
-    else:
-        if bool(weight.view(torch.uint8).bitwise_and(127).eq(127).any()):
-            fail("hold no NaN", f"NaN in {keys['weight']!r}", FIX)
-        rows = _scalars(files, keys["scale"], False)
-        rows = rows.reshape(()) if rows.numel() == 1 else rows.reshape(-1, 1)
-        linear = FP8Linear(weight, rows, bias, input_scale)
+    if "input_scale" in keys:
+        stored = _seen(files, keys["input_scale"], names["input_scale"] in convention.reciprocal)
+        input_scale = stored.reshape(()) if float(stored) else None
+    shapes = format.shapes(1, facts.out_features, facts.in_features)
+    weight = _codes(files, keys["packed"], shapes["packed"][1]).clone()[0]
+    scale = _scales(files, keys["block_scale"], *shapes["block_scale"]).clone()[0]
+    global_scale = None
+    if format.globally_scaled:
+        invert = names["global_scale"] in convention.reciprocal
+        global_scale = _numbers(files, keys["global_scale"], invert).reshape(())
+    linear = packed_linear(plan.form, weight, scale, global_scale, bias, input_scale)
     return linear.to(device)
 
 
+CPU = torch.device("cpu")
 FIX = "Download it again, or quantise the model again"
 
 
-def _projection(
-    files: CheckpointFiles, plan: ExpertsPlan, convention: Convention, name: str
-) -> NVFP4Values:
-    """One projection of all experts: packed [E, N, K / 2] and its scales, global_scale [E]."""
-    count = plan.facts.num_experts
-    stack, rows = _stack(plan, name)
-    if stack is not None:
-        keys = stack.keys
-        scale = _scalars(files, keys["global_scale"], convention.reciprocal)
-        packed, scales = files.tensor(keys["weight"]), _block_scale(files, keys["scale"])
-        if rows == slice(None):
-            # The model must not keep the file mapped; the halves of a stack are copied later.
-            packed, scales = packed.clone(), scales.clone()
-        return NVFP4Values(packed[:, rows], scales[:, rows], _spread(scale, count, rows))
-    each = [plan.matrices[expert, name].keys for expert in range(count)]
-    rows_columns, blocks = (files.shapes[each[0][part]][1] for part in ("weight", "scale"))
-    packed = torch.empty((count, *rows_columns), dtype=torch.uint8, device="cpu")
-    scales = torch.empty((count, *blocks), dtype=NVFP4.scale_dtype, device="cpu")
-    global_scale = torch.empty(count, dtype=torch.float32, device="cpu")
-    for expert, keys in enumerate(each):
-        packed[expert] = files.tensor(keys["weight"])
-        block = _block_scale(files, keys["scale"])
-        scales.view(torch.uint8)[expert] = block.view(torch.uint8)
-        value = _scalars(files, keys["global_scale"], convention.reciprocal)
-        global_scale[expert] = value.reshape(())
-    return NVFP4Values(packed, scales, global_scale)
+def _half(stored: StoredMatrix, half: int, halves: int) -> StoredMatrix:
+    """The rows of gate or of up, as views."""
+    parts = {
+        name: part.chunk(halves, 1)[half] if part.ndim == 3 else part
+        for name, part in stored.parts().items()
+    }
+    return dataclasses.replace(stored, **parts)
 
 
-def _stack(plan: ExpertsPlan, name: str) -> tuple[Matrix | None, slice]:
-    """The stack that holds a projection, and its rows there; None where experts are separate."""
-    if (None, name) in plan.matrices:
-        return plan.matrices[None, name], slice(None)
-    stack = plan.matrices.get((None, "gate_up_proj"))
-    size = plan.facts.intermediate_size
-    return stack, slice(0, size) if name == "gate_proj" else slice(size, 2 * size)
+@dataclasses.dataclass
+class _Reader:
+    """Reads the projections of one experts module, one key after the other."""
+
+    files: CheckpointFiles
+    plan: ExpertsPlan
+    convention: Convention
+
+    def fill(self, name: str, out: StoredMatrix) -> torch.Tensor:
+        """Copy one projection of all experts, [E, N, K], into `out`; returns global scales [E]."""
+        facts, format = self.plan.facts, FORMATS[self.plan.form]
+        rows, columns = facts.intermediate_size, facts.hidden_size
+        if name == "down_proj":
+            rows, columns = columns, rows
+        count = facts.num_experts
+        stack, which = self._stack(name)
+        global_scale = torch.ones(count, dtype=torch.float32, device=CPU)
+        if stack is not None:
+            self._copy(stack.keys, format.shapes(count, rows, columns), which, out)
+            if format.globally_scaled:
+                scale = self._numbers(stack.keys["global_scale"], "global_scale")
+                global_scale = _spread(scale, count, which)
+            return global_scale
+        for expert in range(count):
+            keys = self.plan.matrices[expert, name].keys
+            one = {part: t[expert : expert + 1] for part, t in out.parts().items()}
+            shapes = format.shapes(1, rows, columns)
+            self._copy(keys, shapes, None, dataclasses.replace(out, **one))
+            if format.globally_scaled:
+                value = self._numbers(keys["global_scale"], "global_scale")
+                global_scale[expert] = value.reshape(())
+        return global_scale
+
+    def input_scales(self, name: str) -> torch.Tensor:
+        """[E] float32 input scales of one projection; NaN where there is none, 0 without tokens."""
+        count = self.plan.facts.num_experts
+        leaf = self.convention.names[self.plan.form].get("input_scale")
+        invert = leaf in self.convention.reciprocal
+        scales = torch.full((count,), torch.nan, dtype=torch.float32, device=CPU)
+        stack, which = self._stack(name)
+        if stack is not None:
+            if "input_scale" in stack.keys:
+                stored = _seen(self.files, stack.keys["input_scale"], invert)
+                scales = _spread(stored, count, which)
+            return scales
+        for expert in range(count):
+            keys = self.plan.matrices[expert, name].keys
+            if "input_scale" in keys:
+                scales[expert] = _seen(self.files, keys["input_scale"], invert).reshape(())
+        return scales
+
+    def _stack(self, name: str) -> tuple[Matrix | None, int | None]:
+        """The stack that holds a projection, and as which half; no stack: experts are separate."""
+        if (None, name) in self.plan.matrices:
+            return self.plan.matrices[None, name], None
+        return self.plan.matrices.get((None, "gate_up_proj")), int(name != "gate_proj")
+
+    def _numbers(self, key: str, part: str) -> torch.Tensor:
+        names = self.convention.names[self.plan.form]
+        return _numbers(self.files, key, names[part] in self.convention.reciprocal)
+
+    def _copy(
+        self,
+        keys: Mapping[str, str],
+        shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        half: int | None,
+        out: StoredMatrix,
+    ) -> None:
+        """Copy codes and block scales of the file, or one half of their rows, into `out`.
+
+        shapes: of the half.
+        """
+        for part in ("packed", "block_scale"):
+            dtype, (count, rows, columns) = shapes[part]
+            whole = (count, rows if half is None else 2 * rows, columns)
+            if part == "packed":
+                tensor = _codes(self.files, keys[part], whole)
+            else:
+                tensor = _scales(self.files, keys[part], dtype, whole)
+            if half is not None:
+                interleaved = self.convention.interleaved and self.plan.facts.layout.endswith(
+                    "interleaved"
+                )
+                tensor = tensor[:, half::2] if interleaved else tensor.chunk(2, 1)[half]
+            # Bytes: not every device copies e4m3.
+            to = getattr(out, part)[:, :rows, :columns]
+            if dtype.itemsize == 1:
+                to, tensor = to.view(torch.uint8), tensor.view(torch.uint8)
+            to.copy_(tensor)
 
 
 def _biases(
@@ -219,46 +286,28 @@ def _biases(
     return found
 
 
-def _both(biases: Mapping[str, torch.Tensor], facts: ExpertsFacts) -> dict[str, torch.Tensor]:
-    """Float32 biases of both GEMMs, as ExpertWeights takes them; {} without any."""
+def _both(
+    biases: Mapping[str, torch.Tensor], facts: ExpertsFacts, inner: int, outer: int
+) -> dict[str, torch.Tensor]:
+    """Float32 biases of both GEMMs, zero-padded as ExpertWeights takes them; {} without any."""
     if not biases:
         return {}
-    sizes = {"gate": facts.intermediate_size, "up": facts.intermediate_size}
-    sizes["down"] = facts.hidden_size
 
-    def one(name: str) -> torch.Tensor:
-        zeros = torch.zeros(facts.num_experts, sizes[name], dtype=torch.float32, device="cpu")
-        return biases.get(f"{name}_bias", zeros).float()
+    def one(name: str, size: int) -> torch.Tensor:
+        padded = torch.zeros(facts.num_experts, size, dtype=torch.float32, device=CPU)
+        if (bias := biases.get(f"{name}_bias")) is not None:
+            padded[:, : bias.shape[1]] = bias
+        return padded
 
-    first = [one(name) for name in ("gate", "up")[not facts.gated :]]
-    return {"gate_up_bias": torch.cat(first, 1), "down_bias": one("down")}
+    first = [one(name, inner) for name in ("gate", "up")[not facts.gated :]]
+    return {"gate_up_bias": torch.cat(first, 1), "down_bias": one("down", outer)}
 
 
-def _spread(scale: torch.Tensor, count: int, rows: slice) -> torch.Tensor:
+def _spread(scale: torch.Tensor, count: int, half: int | None) -> torch.Tensor:
     """One value, one an expert, or one for gate and one for up of each expert -> [E]."""
-    if scale.ndim == 2 and scale.shape[1] == 2:
-        return scale[:, 1 if rows.start else 0].clone()
+    if half is not None and scale.numel() == 2 * count:
+        return scale.reshape(count, 2)[:, half].clone()
     return scale.reshape(-1).expand(count).clone()
-
-
-def _input_scales(
-    files: CheckpointFiles, plan: ExpertsPlan, convention: Convention, name: str
-) -> torch.Tensor:
-    """[E] float32 input scales of one projection; NaN where there is none, 0 without tokens."""
-    count = plan.facts.num_experts
-    scales = torch.full((count,), torch.nan, dtype=torch.float32, device="cpu")
-    stack, rows = _stack(plan, name)
-    if stack is not None:
-        if "input_scale" in stack.keys:
-            stored = _seen(files, stack.keys["input_scale"], convention.reciprocal)
-            scales = _spread(stored, count, rows)
-        return scales
-    for expert in range(count):
-        keys = plan.matrices[expert, name].keys
-        if "input_scale" in keys:
-            stored = _seen(files, keys["input_scale"], convention.reciprocal)
-            scales[expert] = stored.reshape(())
-    return scales
 
 
 def _seen(files: CheckpointFiles, key: str, invert: bool) -> torch.Tensor:
@@ -270,23 +319,44 @@ def _seen(files: CheckpointFiles, key: str, invert: bool) -> torch.Tensor:
     return torch.where(torch.isfinite(value), value, 0)
 
 
-def _block_scale(files: CheckpointFiles, key: str) -> torch.Tensor:
+def _codes(files: CheckpointFiles, key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    codes = files.tensor(key).reshape(shape)
+    codes = codes.view(torch.uint8) if codes.dtype == torch.int8 else codes
+    # e4m3 has no infinity: all bits but the sign are NaN.
+    if codes.dtype == torch.float8_e4m3fn:
+        if bool(codes.view(torch.uint8).bitwise_and(0x7F).eq(0x7F).any()):
+            fail("hold no NaN", f"NaN in {key!r}", FIX)
+    return codes
+
+
+def _scales(
+    files: CheckpointFiles, key: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Block scales as a format has them; float ones may be one for all experts, or one each."""
     scale = files.tensor(key)
-    # e4m3 has no infinity: 0x7F and 0xFF are NaN, and the sign bit is the highest.
-    if bool(scale.view(torch.uint8).ge(0x7F).any()):
+    if dtype == torch.float32:
+        numbers = _numbers(files, key, False, zero=shape[-2:] != (1, 1))
+        if numbers.numel() < math.prod(shape):
+            numbers = numbers.reshape(-1, 1, 1).expand(shape)
+        return numbers.reshape(shape)
+    codes = scale.view(torch.uint8)
+    # Powers of two have one NaN, e4m3 two, and a sign.
+    bad = codes.ge(0x7F) if dtype == torch.float8_e4m3fn else codes.eq(0xFF)
+    if bool(bad.any()):
         fail("hold block scales that are numbers and not negative", f"others in {key!r}", FIX)
-    return scale
+    return codes.view(dtype).reshape(shape)
 
 
-def _scalars(files: CheckpointFiles, key: str, invert: bool) -> torch.Tensor:
-    """Global scales, or those of FP8 weights, as float32 decode multipliers."""
+def _numbers(files: CheckpointFiles, key: str, invert: bool, zero: bool = False) -> torch.Tensor:
+    """Scales as float32 decode multipliers; zero: whether one may be 0, for a block of zeros."""
     stored = files.tensor(key).to(torch.float32, copy=True)
     value = stored.reciprocal() if invert else stored
     for tensor in (stored, value):
-        sound = torch.isfinite(tensor) & (tensor > 0)
+        sound = torch.isfinite(tensor) & ((tensor >= 0) if zero else (tensor > 0))
         if not bool(sound.all()):
             bad = float(stored[~sound][0]) if stored.ndim else float(stored)
-            fail("hold scales that are finite and above 0", f"{bad} in {key!r}", FIX)
+            rule = f"hold scales that are finite and {'not negative' if zero else 'above 0'}"
+            fail(rule, f"{bad} in {key!r}", FIX)
     return value
 
 
@@ -311,7 +381,7 @@ def _quantized(
     whole: dict[str, torch.Tensor] = {}
     metadata: dict = {}
     stacks = {
-        name: files.tensor(matrix.keys["weight"])
+        name: files.tensor(matrix.keys["packed"])
         for (expert, name), matrix in plan.matrices.items()
         if expert is None
     }
@@ -320,7 +390,7 @@ def _quantized(
         floats = {
             name: tensor[expert : expert + 1].to(device, dtype) for name, tensor in stacks.items()
         } or {
-            name: files.tensor(plan.matrices[expert, name].keys["weight"]).to(device, dtype)[None]
+            name: files.tensor(plan.matrices[expert, name].keys["packed"]).to(device, dtype)[None]
             for name in ("gate_proj", "up_proj", "down_proj")[not facts.gated :]
         }
         floats |= {name: b[expert : expert + 1].to(device) for name, b in biases.items()}
@@ -334,7 +404,7 @@ def _quantized(
                 whole[name] = torch.empty(size, dtype=tensor.dtype, device=device)
             # Bytes: not every device copies e4m3.
             to, source = whole[name][expert], tensor[0]
-            if tensor.dtype == NVFP4.scale_dtype:
+            if tensor.dtype.itemsize == 1:
                 to, source = to.view(torch.uint8), source.view(torch.uint8)
             to.copy_(source)
         metadata = one.metadata()

@@ -9,13 +9,12 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
-
 from ..errors import must
-from ..formats import NVFP4
+from ..formats import FORMATS
 from .files import WEIGHTS, CheckpointFiles
 from .float_experts import Bias, Experts, Part
 from .header import Spec, name_keys
+from .modelopt_writer import written_specs
 from .mtp import plain_name
 from .safetensors_writer import ShardLayout
 
@@ -49,13 +48,14 @@ def plan_shards(
     found: Sequence[Experts],
     scales: Mapping[str, float],
     max_shard_bytes: int,
+    form: str,
 ) -> list[Shard]:
-    """Cut the work into files, in the order of the source's files."""
+    """Cut the work into files, in the order of the source's files; form: of the experts."""
     groups: list[list[Step]] = [[]]
     specs: list[dict[str, Spec]] = [{}]
     size = 0
     for step in _steps(files, found):
-        produced = _produced(step, files.shapes, scales)
+        produced = _produced(step, files.shapes, scales, form)
         count = sum(_nbytes(spec) for spec in produced.values())
         if groups[-1] and size + count > max_shard_bytes:
             groups.append([])
@@ -76,7 +76,9 @@ def plan_shards(
     ]
 
 
-def input_scales(found: Sequence[Experts], calibration: Calibration | None) -> dict[str, float]:
+def input_scales(
+    found: Sequence[Experts], calibration: Calibration | None, form: str
+) -> dict[str, float]:
     """The input_scale of every quantised module by its written name; empty when uncalibrated.
 
     Raises:
@@ -106,7 +108,7 @@ def input_scales(found: Sequence[Experts], calibration: Calibration | None) -> d
                 f"quantize_checkpoint: calibration of {layer.module}",
                 f"be positive and finite, one number and one or {layer.count}",
                 f"{len(each)} in the second place, from {min(numbers)} to {max(numbers)}",
-                "Pass amax / 2688.",
+                f"Pass amax / {FORMATS[form].activation_range:g}.",
             )
         scales |= {part.name: float(hidden) for parts in layer.first for part in parts}
         scales |= {part.name: float(each[part.expert]) for part in layer.down}
@@ -135,23 +137,16 @@ def _steps(files: CheckpointFiles, found: Sequence[Experts]) -> Iterator[Step]:
 
 
 def _produced(
-    step: Step, shapes: Mapping[str, Spec], scales: Mapping[str, float]
+    step: Step, shapes: Mapping[str, Spec], scales: Mapping[str, float], form: str
 ) -> dict[str, Spec]:
-    """The keys that a step writes."""
+    """The keys that a step writes in a format."""
     if isinstance(step, str):
         return {step: shapes[step]}
     if isinstance(step, Bias):
         return {step.name: (shapes[step.source][0], (step.size,))}
     produced: dict[str, Spec] = {}
     for part in step:
-        rows, columns = part.shape
-        produced |= {
-            f"{part.name}.weight": (torch.uint8, (rows, NVFP4.packed_columns(columns))),
-            f"{part.name}.weight_scale": (NVFP4.scale_dtype, (rows, NVFP4.scale_columns(columns))),
-            f"{part.name}.weight_scale_2": (torch.float32, ()),
-        }
-        if scales:
-            produced[f"{part.name}.input_scale"] = (torch.float32, ())
+        produced |= written_specs(part.name, part.shape, form, calibrated=bool(scales))
     return produced
 
 

@@ -17,10 +17,12 @@ from tqdm import tqdm
 
 from ..borrowed import Borrowed
 from ..errors import CheckpointError, must
-from ..formats.nvfp4 import nvfp4_global_scale, quantize_nvfp4
+from ..formats import FORMATS
 from .files import CheckpointFiles
 from .float_experts import Bias
 from .header import name_keys
+from .modelopt import MODELOPT_NAMES
+from .modelopt_writer import written
 from .write_plan import Shard, Step, read_bytes
 
 __all__ = ["shard_tensors", "worker_threads"]
@@ -51,11 +53,13 @@ def shard_tensors(
     files: CheckpointFiles,
     shard: Shard,
     scales: Mapping[str, float],
-    method: str,
+    how: tuple[str, str],
     workers: ThreadPoolExecutor,
     bar: tqdm,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the keys and tensors of one file to be written; the bar counts bytes read.
+
+    how: the format of the experts, and the method.
 
     Raises:
         CheckpointError: weights of experts hold inf or NaN.
@@ -69,7 +73,7 @@ def shard_tensors(
             files.close()
             mapped = source
         weights = _map(files, step)
-        work = workers.submit(_quantize, step, weights, scales, method)
+        work = workers.submit(_quantize, step, weights, scales, how)
         begun.append((read_bytes(step, files.shapes), work))
         if len(begun) > AHEAD:
             yield from _oldest(begun, bar)
@@ -101,7 +105,7 @@ def _map(files: CheckpointFiles, step: Step) -> list[torch.Tensor]:
 
 
 def _quantize(
-    step: Step, weights: Sequence[torch.Tensor], scales: Mapping[str, float], method: str
+    step: Step, weights: Sequence[torch.Tensor], scales: Mapping[str, float], how: tuple[str, str]
 ) -> list[tuple[str, torch.Tensor]]:
     """What one step writes; the parts of experts are quantised."""
     if isinstance(step, str):
@@ -117,16 +121,12 @@ def _quantize(
             "Download it again, or leave the layer out with layers=.",
             error=CheckpointError,
         )
-    global_scale = nvfp4_global_scale(ends)
+    form, method = how
+    shared_scale = FORMATS[form].shared_scale(ends)
     tensors = []
     for part, weight in zip(step, weights, strict=True):
-        values = quantize_nvfp4(weight, global_scale, method)
-        tensors += [
-            (f"{part.name}.weight", values.packed),
-            (f"{part.name}.weight_scale", values.block_scale),
-            (f"{part.name}.weight_scale_2", values.global_scale),
-        ]
+        tensors += written(part.name, FORMATS[form].quantize(weight, shared_scale, method), form)
         if scales:
             scale = torch.tensor(scales[part.name], dtype=torch.float32, device="cpu")
-            tensors.append((f"{part.name}.input_scale", scale))
+            tensors.append((f"{part.name}.{MODELOPT_NAMES[form]['input_scale']}", scale))
     return tensors

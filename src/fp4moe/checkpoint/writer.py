@@ -1,4 +1,4 @@
-"""Float Hugging Face checkpoint to ModelOpt-layout NVFP4: file by file, resumable.
+"""Float Hugging Face checkpoint to ModelOpt's layout in a format: file by file, resumable.
 
 Not handled here: names (modelopt_writer.py), plans (write_plan.py), tensors (write_stream.py),
 unfinished runs (partial_run.py). Only experts are quantised.
@@ -18,12 +18,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..errors import CheckpointError, UnsupportedError, must
-from ..formats.nvfp4 import METHODS
+from ..errors import CheckpointError, check_choice, must, refuse
+from ..formats import DEFAULT_FORMAT, FORMATS
 from ..progress import progress_bar
 from ..version import __version__
 from .files import INDEX, PICKLES, CheckpointFiles
 from .float_experts import Experts, Storages, find_experts
+from .modelopt import MODELOPT_NAMES
 from .modelopt_writer import exclude_modules, quantization_configs
 from .mtp import decoder_layers
 from .partial_run import (
@@ -44,6 +45,7 @@ from .write_stream import shard_tensors, worker_threads
 __all__ = ["FOR_OTHERS", "WriteReport", "write_checkpoint"]
 
 logger = logging.getLogger("fp4moe")
+CALLER = "quantize_checkpoint"
 # Weights in other files, and code, which is never executed and so never handed on.
 NOT_COPIED = (".py", ".safetensors", ".index.json", ".gguf", ".h5", ".msgpack", *PICKLES)
 FOR_OTHERS = "for other programs: fp4moe.from_pretrained refuses these experts"
@@ -58,12 +60,13 @@ class WriteReport:
         directory: the finished checkpoint.
         layers: names of the quantised experts modules.
         source_bytes, written_bytes: of tensors read, of weight files written.
-        quantized_share: part of the source's tensor bytes that is now NVFP4, 0 to 1.
+        quantized_share: part of the source's tensor bytes that is now quantised, 0 to 1.
         resumed: weight files that an earlier run had finished.
         not_copied: files and directories of the source that have no copy.
         left_as_they_are: experts modules of multi-token prediction, copied as they are.
         not_run_here: why fp4moe itself cannot run the experts yet, so that from_pretrained refuses
             the files; programs that read ModelOpt's layout may.
+        format: what the experts are now.
     """
 
     directory: str
@@ -75,11 +78,12 @@ class WriteReport:
     not_copied: tuple[str, ...]
     left_as_they_are: tuple[str, ...] = ()
     not_run_here: tuple[str, ...] = ()
+    format: str = DEFAULT_FORMAT
 
     def __str__(self) -> str:
         text = (
             f"{self.directory}: {len(self.layers)} experts layers, {self.quantized_share:.1%} of "
-            f"the bytes, are NVFP4; {self.source_bytes / 1e9:.3g} GB became "
+            f"the bytes, are {self.format.upper()}; {self.source_bytes / 1e9:.3g} GB became "
             f"{self.written_bytes / 1e9:.3g} GB"
         )
         if self.not_run_here:
@@ -95,6 +99,7 @@ def write_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
+    format: str,
     method: str,
     layers: str | Sequence[str] | None,
     calibration: Calibration | None,
@@ -107,9 +112,9 @@ def write_checkpoint(
     Args:
         asked: why from_pretrained will refuse the experts, and how the model stacks them, see
             `find_experts`; asked before hours are spent on them.
-        src, dst, method, layers, calibration, max_shard_bytes, progress: as there.
+        src, dst, format, method, layers, calibration, max_shard_bytes, progress: as there.
     """
-    patterns = _check_arguments(method, layers, max_shard_bytes)
+    patterns = _check_arguments(format, method, layers, calibration, max_shard_bytes)
     target = _target(dst)
     with CheckpointFiles.open(src) as files:
         if files.quantization is not None:
@@ -121,12 +126,15 @@ def write_checkpoint(
                 error=CheckpointError,
             )
         not_run_here, storages = asked(files)
-        found, left = find_experts(files.shapes, patterns, decoder_layers(files.config), storages)
-        scales = input_scales(found, calibration)
-        shards = plan_shards(files, found, scales, int(max_shard_bytes))
+        found, left = find_experts(
+            files.shapes, patterns, decoder_layers(files.config), storages, format
+        )
+        scales = input_scales(found, calibration, format)
+        shards = plan_shards(files, found, scales, int(max_shard_bytes), format)
         names = set(os.listdir(files.directory))
         copied = sorted(name for name in names if _is_copied(files.directory, name))
         arguments = {
+            "format": format,
             "method": method,
             "layers": patterns,
             "calibration": hashlib.sha256(json.dumps(scales).encode()).hexdigest(),
@@ -134,7 +142,7 @@ def write_checkpoint(
             "source": fingerprint(files, copied),
             "version": __version__,
         }
-        small = _configuration(files, found, shards, calibrated=calibration is not None)
+        small = _configuration(files, found, shards, format, calibrated=calibration is not None)
         try:
             with locked(target + ".partial", target):
                 finished = _write(files, target, arguments, shards, copied, small, scales, progress)
@@ -159,6 +167,7 @@ def write_checkpoint(
             tuple(sorted(names - {*copied, *files.shards, *WRITTEN})),
             tuple(left),
             tuple(not_run_here),
+            format,
         )
     if progress:
         tqdm.write(str(report))
@@ -166,16 +175,21 @@ def write_checkpoint(
 
 
 def _check_arguments(
-    method: str, layers: str | Sequence[str] | None, max_shard_bytes: float
+    format: str,
+    method: str,
+    layers: str | Sequence[str] | None,
+    calibration: Calibration | None,
+    max_shard_bytes: float,
 ) -> list[str] | None:
     """Check what needs no files; returns the patterns."""
-    if method not in METHODS:
-        must(
-            "quantize_checkpoint: method",
-            f"be one of {', '.join(METHODS)}",
-            repr(method),
-            "Choose one of these.",
-            error=UnsupportedError,
+    check_choice("format", format, FORMATS, caller=CALLER)
+    FORMATS[format].check_method(method, caller=CALLER)
+    if calibration is not None and "input_scale" not in MODELOPT_NAMES[format]:
+        refuse(
+            CALLER,
+            f"activation ranges cannot be written for format {format}",
+            "its activations are rounded with scales found while running",
+            "Leave calibration out, or choose nvfp4 or fp8.",
         )
     if not 1 <= max_shard_bytes < math.inf:
         must(
@@ -227,11 +241,16 @@ def _is_copied(directory: str, name: str) -> bool:
 
 
 def _configuration(
-    files: CheckpointFiles, found: list[Experts], shards: list[Shard], *, calibrated: bool
+    files: CheckpointFiles,
+    found: list[Experts],
+    shards: list[Shard],
+    form: str,
+    *,
+    calibrated: bool,
 ) -> dict[str, Any]:
     """File name -> content of the JSON files, config.json last."""
     excluded = exclude_modules(files.shapes, found, decoder_layers(files.config))
-    legacy, current = quantization_configs(excluded, calibrated)
+    legacy, current = quantization_configs(excluded, calibrated, form)
     contents: dict[str, Any] = {"hf_quant_config.json": legacy}
     if len(shards) > 1:
         weight_map = {key: shard.layout.name for shard in shards for key in shard.layout.places}
@@ -272,7 +291,8 @@ def _write(
     )
     with bar, worker_threads() as workers:
         for shard in left:
-            tensors = shard_tensors(files, shard, scales, arguments["method"], workers, bar)
+            how = arguments["format"], arguments["method"]
+            tensors = shard_tensors(files, shard, scales, how, workers, bar)
             write_shard(partial, shard.layout, tensors)
     for name in copied:
         copy_file(files.path(name), os.path.join(partial, name))

@@ -19,11 +19,13 @@ from torch import nn
 
 from ..checkpoint.compressed_tensors import compressed_convention, is_compressed_tensors
 from ..checkpoint.files import CheckpointFiles
+from ..checkpoint.huggingface import huggingface_convention, is_huggingface
 from ..checkpoint.modelopt import is_modelopt, modelopt_convention
 from ..checkpoint.naming import FLOAT, FORMS, OTHER, Convention, fail, name_keys
 from ..checkpoint.plan import Model, Plan, inside, make_plan
 from ..checkpoint.plan_checks import ExpertsFacts, LinearFacts
 from ..checkpoint.read import read_experts, read_linear
+from ..checkpoint.stored import stored_bytes
 from ..checks import HIDDEN_DTYPES
 from ..errors import CheckpointError, UnsupportedError, must
 from ..formats import DEFAULT_FORMAT
@@ -32,7 +34,6 @@ from ..models.experts_module import is_stacked_experts
 from ..models.routers import fuse_router
 from ..models.routing_plan import plan_fused_routing
 from ..module import FusedExperts
-from ..padding import round_up
 from ..progress import progress_bar
 from .key_names import KeyNames, may_skip, optional_names
 from .probe_experts import describe_on_meta
@@ -41,13 +42,8 @@ __all__ = ["Loading", "Options", "Placeholder", "convention_of"]
 
 logger = logging.getLogger("fp4moe")
 
-# What transformers' own methods store, for the refusal.
-METHODS = {
-    "fp8": "fp8_block",
-    "fbgemm_fp8": "fp8_channel",
-    "mxfp8": "mxfp8",
-    "mxfp4": "mxfp4",
-}
+# What other methods of transformers store, for the refusal.
+METHODS = {"fbgemm_fp8": "fp8_channel"}
 
 
 @dataclasses.dataclass
@@ -82,15 +78,18 @@ def convention_of(quantization: Mapping[str, Any] | None) -> Convention:
         return modelopt_convention(quantization)
     if is_compressed_tensors(quantization):
         return compressed_convention(quantization)
+    if is_huggingface(quantization):
+        return huggingface_convention(quantization)
     method = quantization.get("quant_method")
     form = METHODS.get(method) if isinstance(method, str) else None
     got = f"quant_method {method!r}"
-    if method == "fp8" and quantization.get("weight_block_size", ()) is None:
-        form = "fp8"
     if form is not None:
         rule = "hold a quantisation that is read here"
         fail(rule, f"{got}, which is {FORMS[form]} and not read yet", OTHER)
-    known = "Known are ModelOpt's and compressed-tensors' NVFP4 files and float checkpoints"
+    known = (
+        "Known are ModelOpt's and compressed-tensors' files, quant_method fp8, mxfp8 and mxfp4, "
+        "and float checkpoints"
+    )
     fail("be quantised by a known tool", got, known)
 
 
@@ -162,13 +161,10 @@ class Loading:
         for path, module in model.named_modules():
             if is_stacked_experts(module):
                 facts, reasons = describe_on_meta(path, module, model.config)
-                if facts is not None:
-                    # What any device would be asked to run; the device itself is known later.
-                    asked = Layer.of(facts), current_capability()
-                    reasons = reasons or choose_kernel(self.options.kernel, *asked)[1]
-                    experts[path] = facts
-                if reasons:
+                if facts is None:
                     refused[path] = reasons
+                else:
+                    experts[path] = facts
         convention = convention_of(self.files.quantization)
         names = KeyNames(model, conversions, {*experts, *refused}, convention)
         plain = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
@@ -194,6 +190,14 @@ class Loading:
         if refused:
             self._refuse(refused, names)
         plan = self.plan = make_plan(self.files.shapes, convention, described)
+        for path, found in plan.experts.items():
+            # What any device would be asked to run; the device itself is known later.
+            form = DEFAULT_FORMAT if found.form == "float" else found.form
+            asked = Layer.of(found.facts, format=form), current_capability()
+            if reasons := choose_kernel(self.options.kernel, *asked)[1]:
+                refused[path] = reasons
+        if refused:
+            self._refuse(refused, names)
         self._check_ties(plan)
         self._note(plan, convention)
         for path in (*plan.experts, *plan.linears):
@@ -205,9 +209,7 @@ class Loading:
         if path in self.plan.linears:
             keys = list(self.plan.linears[path].matrix.keys.values())
         elif self.plan.experts[path].form == "float":
-            f = self.plan.experts[path].facts
-            hidden, rows = (round_up(n, 16) for n in (f.hidden_size, f.intermediate_size))
-            return f.num_experts * (2 + f.gated) * hidden * rows * 9 // 16
+            return stored_bytes(self.plan.experts[path].facts)
         else:
             keys = self.plan.experts[path].keys
         specs = [self.files.shapes[key] for key in keys]

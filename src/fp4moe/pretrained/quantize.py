@@ -12,6 +12,7 @@ from ..checkpoint.float_experts import Storages
 from ..checkpoint.write_plan import Calibration
 from ..checkpoint.writer import FOR_OTHERS, WriteReport, write_checkpoint
 from ..errors import CheckpointError
+from ..formats import DEFAULT_FORMAT
 from ..models.experts_module import find_experts
 from .from_config import experts_refusals, model_on_meta
 
@@ -24,6 +25,7 @@ def quantize_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
+    format: str = DEFAULT_FORMAT,
     method: str = "max",
     layers: str | Sequence[str] | None = None,
     calibration: Calibration | None = None,
@@ -62,6 +64,7 @@ def quantize_checkpoint(
     return write_checkpoint(
         src,
         dst,
+        format=format,
         method=method,
         layers=layers,
         calibration=calibration,

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
-from ..checkpoint.compressed_tensors import is_nvfp4
+from ..checkpoint.compressed_tensors import is_read
 from ..checkpoint.header import read_json
+from ..checkpoint.huggingface import HUGGINGFACE_METHODS
 from ..checkpoint.modelopt import MODELOPT_METHODS, announces_nvfp4, resembles_modelopt
 from ..errors import UnsupportedError, must
 from .loading import Loading, Options
@@ -130,41 +132,76 @@ def register_method() -> None:
 
 
 def register_formats() -> None:
-    """Register it for ModelOpt's files and for compressed-tensors' NVFP4 ones; safe to repeat.
+    """Register it for ModelOpt's files, compressed-tensors' and transformers' own; safe to repeat.
 
-    compressed-tensors' other formats stay with transformers' own quantizer, as do all others that
-    it knows. Configurations are then read together with ModelOpt's hf_quant_config.json, which
-    transformers alone does not open: it would leave the experts random.
+    Of compressed-tensors those of a format that is read here: the others stay with transformers'
+    own quantizer, as do all methods that are not named here, and whatever is loaded with a
+    quantization_config of transformers' own as an argument. Configurations are then read together
+    with ModelOpt's hf_quant_config.json, which transformers alone does not open: it would leave
+    the experts random.
 
     Raises:
         UnsupportedError: another quantizer claims ModelOpt's files.
     """
-    from transformers.quantizers import auto
-
     for method in MODELOPT_METHODS:
         _claim(method)
     _read_hf_quant_config()
+    _share("compressed-tensors", is_read)
+    for method in HUGGINGFACE_METHODS:
+        _share(method, lambda entry: True)
+    _respect_arguments()
+
+
+def _share(method: str, is_ours: Callable[[dict[str, Any]], bool]) -> None:
+    """Take over what is ours of a method that transformers has a quantizer for."""
+    from transformers.quantizers import auto
+
     config_class, quantizer_class = _classes()
     configs: Any = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     quantizers: Any = auto.AUTO_QUANTIZER_MAPPING
-    name = "compressed-tensors"
-    other_config, other_quantizer = configs[name], quantizers[name]
-    if getattr(other_config, "for_fp4moe", False):
+    if method not in configs:
+        # A version of transformers that does not have it yet.
+        _claim(method)
+        return
+    other_config, other_quantizer = configs[method], quantizers[method]
+    if other_config is config_class or getattr(other_config, "for_fp4moe", False):
         return
 
-    class CompressedTensorsConfig(other_config):  # type: ignore[misc, valid-type]
+    class SharedConfig(other_config):  # type: ignore[misc, valid-type]
         for_fp4moe = True
+        plain = other_config
 
         @classmethod
         def from_dict(cls, config_dict, **kwargs):
-            kind = config_class if is_nvfp4(config_dict) else other_config
+            kind = config_class if is_ours(config_dict) else other_config
             return kind.from_dict(config_dict, **kwargs)
 
     def make_quantizer(quantization_config, **kwargs):
         ours = isinstance(quantization_config, config_class)
         return (quantizer_class if ours else other_quantizer)(quantization_config, **kwargs)
 
-    configs[name], quantizers[name] = CompressedTensorsConfig, make_quantizer
+    configs[method], quantizers[method] = SharedConfig, make_quantizer
+
+
+def _respect_arguments() -> None:
+    """Give a configuration of transformers' own, passed as an argument, its own quantizer."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
+
+    plain = AutoHfQuantizer.merge_quantization_configs
+    if hasattr(plain, "for_fp4moe"):
+        return
+
+    def merge(quantization_config, quantization_config_from_args):
+        if isinstance(quantization_config, dict):
+            method = quantization_config.get("quant_method")
+            shared: Any = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+            own = getattr(shared, "plain", None)
+            if own is not None and isinstance(quantization_config_from_args, own):
+                quantization_config = own.from_dict(quantization_config)
+        return plain(quantization_config, quantization_config_from_args)
+
+    merge.for_fp4moe = True  # type: ignore[attr-defined]
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(merge)  # type: ignore[assignment]
 
 
 def _read_hf_quant_config() -> None:
@@ -178,7 +215,7 @@ def _read_hf_quant_config() -> None:
         config, unused = plain(cls, name, **kwargs)
         entry = _entry(config)
         known = _has_quantizer(entry)
-        if known and (entry.get("quant_method") in MODELOPT_METHODS or is_nvfp4(entry)):
+        if known and (entry.get("quant_method") in MODELOPT_METHODS or is_read(entry)):
             return config, unused
         content = None if os.path.isfile(name) else _hf_quant_config(name, config, kwargs, known)
         if content is not None and (not known or announces_nvfp4(content)):

@@ -18,6 +18,7 @@ from typing import Any
 from ..checkpoint.files import INDEX, WEIGHTS, CheckpointFiles
 from ..checkpoint.header import Spec, read_json
 from ..checkpoint.naming import FLOAT, Convention
+from ..checkpoint.stored import preferred, stored_bytes
 from ..errors import CheckpointError, Fp4MoeError, UnsupportedError, must
 from ..formats import FORMATS
 from ..models.replace import explain
@@ -158,15 +159,16 @@ def _nbytes(spec: Spec) -> int:
 
 def _announced_blocks(report: ModelReport, convention: Convention) -> dict[str, int]:
     """The blocks that are packed if the files hold what the configuration says."""
-    if "nvfp4" not in convention.forms:
-        return {}
     packed = {}
+    # Which of several it is, only the files say.
+    form = preferred(FORMATS, convention.forms)
+    if form not in convention.forms:
+        return packed
     for block in report.blocks:
         left = any(convention.ignores(f"{block.path}{end}") for end in ("", ".0.up_proj"))
         if block.status == "replaceable" and not left:
             assert block.num_experts and block.hidden_size and block.intermediate_size
-            matrices = block.num_experts * (3 if block.gated else 2)
-            packed[block.path] = matrices * block.hidden_size * block.intermediate_size * 9 // 16
+            packed[block.path] = stored_bytes(block, form)
     return packed
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..formats.nvfp4 import METHODS
+from ..formats import DEFAULT_FORMAT, FORMATS
+from ..formats.base import METHODS
 from ..pretrained.quantize import quantize_checkpoint
 
 __all__ = ["add_parser", "run"]
@@ -13,7 +14,7 @@ __all__ = ["add_parser", "run"]
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to those of the program."""
     command = subparsers.add_parser(
-        "quantize", help="write a float checkpoint again with its experts in NVFP4"
+        "quantize", help="write a float checkpoint again with its experts quantised"
     )
     # Optional to argparse, since --layers takes what follows it; see `_paths`.
     command.add_argument("src", nargs="?", help="a directory with safetensors and config.json")
@@ -22,6 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     command.usage = "fp4moe quantize [-h] [options] src dst"
     command.set_defaults(parser=command)
+    command.add_argument("--format", choices=FORMATS, default=DEFAULT_FORMAT, help="of the experts")
     command.add_argument(
         "--method", choices=METHODS, default="max", help="mse is slower and rounds with less error"
     )
@@ -52,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     quantize_checkpoint(
         arguments.src,
         arguments.dst,
+        format=arguments.format,
         method=arguments.method,
         layers=arguments.layers,
         calibration=calibration,
