@@ -19,6 +19,7 @@ from fp4moe.activations import get_activation
 from fp4moe.arguments import MoeArguments, Settings
 from fp4moe.experts import ExpertWeights
 from fp4moe.formats import FORMATS
+from fp4moe.fused import _prepared
 from fp4moe.kernels import KERNELS
 from fp4moe.reference import moe_definition
 from fp4moe.testing import float_weights, make_layer, relative_error
@@ -202,6 +203,19 @@ def test_scales_of_the_fused_rows_are_refused():
         "ExpertWeights: gate_up.block_scale must be torch.float32 [3, 12, 2] on cpu; got "
         "torch.float32 [3, 11, 2] on cpu. Build it with ExpertWeights.quantize.",
     )
+
+
+@every_format
+def test_a_write_to_the_weights_shows_at_the_next_call(format):
+    weights, (x, ids, routing) = make_layer(3, 200, 128, format=format, biased=True), routed()
+    before = fused_moe(x, weights, ids, routing, kernel="reference")
+    # The operator reads these very tensors: nothing has to be watched.
+    assert _prepared[weights]["reference"].pairs == []
+    assert torch.equal(fused_moe(x, weights, ids, routing, kernel="reference"), before)
+    weights.down.packed.data.view(torch.uint8).zero_()
+    after = fused_moe(x, weights, ids, routing, kernel="reference")
+    bias = torch.einsum("tk,tkh->th", routing, weights.down_bias[ids])[:, :200]
+    torch.testing.assert_close(after, bias)
 
 
 @every_format
