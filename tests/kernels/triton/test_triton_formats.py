@@ -5,7 +5,6 @@ The interpreter's cases are started by test_triton.py.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 import pytest
@@ -20,7 +19,6 @@ from triton_layers import (
     compiled,
     interpreted,
     layer,
-    relative,
 )
 
 from fp4moe.formats import FORMATS
@@ -33,7 +31,7 @@ from fp4moe.kernels.triton.layout_fp8 import (
     powers_to_slabs,
 )
 from fp4moe.kernels.triton.tiles import Config, Tile, fitted
-from fp4moe.reference import reference
+from fp4moe.layer import Layer
 from fp4moe.testing import random_codes
 
 NAMES = [name for name in FORMATS if name != "nvfp4"]
@@ -115,9 +113,16 @@ def test_biases_and_parameters(format, poisoned_empty):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("tokens", [1, 5, 33, 300, 2100])
-@pytest.mark.parametrize(("activation", "gated"), [("gelu_tanh", True), ("relu2", False)])
+@pytest.mark.parametrize(
+    ("activation", "gated", "tokens", "dtype"),
+    [
+        ("gelu_tanh", True, 1, torch.bfloat16),
+        ("gelu", True, 5, torch.float32),
+        ("relu2", False, 33, torch.float16),
+        ("silu_step(limit=0.2)", True, 300, torch.bfloat16),
+        ("relu2", False, 2100, torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("format", NAMES)
 def test_on_the_gpu(format, activation, gated, tokens, dtype, poisoned_empty):
     window = {"num_experts": 16, "expert_offset": 3, "device": "cuda"}
@@ -128,32 +133,24 @@ def test_on_the_gpu(format, activation, gated, tokens, dtype, poisoned_empty):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("activation", [GPT_OSS, "silu_step(limit=0.2)", "gelu"])
 @pytest.mark.parametrize("format", NAMES)
-def test_activations_and_biases_on_the_gpu(format, activation, mode, poisoned_empty):
-    weights = uneven(layer(7, 256, 192, activation, True, "cuda", True, format=format))
+def test_biases_and_parameters_on_the_gpu(format, mode, poisoned_empty):
+    weights = uneven(layer(7, 256, 192, GPT_OSS, True, "cuda", True, format=format))
     config = fitted(MODES[mode], format, True)
     compare(config, weights, torch.bfloat16, 37, 4, ROUNDED, "cuda")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 16, 128, 1024])
+@pytest.mark.parametrize("tokens", [1, 128, 1024])
 @pytest.mark.parametrize("format", NAMES)
 def test_equal_bits_at_full_size(format, tokens):
-    from fp4moe.tools.bench import SHAPES
-
-    shape = dataclasses.replace(SHAPES["gemma4"], format=format)
-    weights = random_codes(shape, "cuda")
-    prepared = TRITON.prepare(weights, hidden_alignment=256)
+    shape = Layer("gelu_tanh", True, 2816, 704, 128, 8, format=format)
+    prepared = TRITON.prepare(random_codes(shape, "cuda"), hidden_alignment=256)
     hidden = torch.randn(tokens, 2816, device="cuda").bfloat16()
     ids = torch.rand(tokens, 128, device="cuda").topk(8).indices
-    routing_weights = torch.rand(tokens, 8, device="cuda")
-    call = prepared.call(hidden, ids, routing_weights)
+    call = prepared.call(hidden, ids, torch.rand(tokens, 8, device="cuda"))
     first = TRITON(call)
     assert all(torch.equal(TRITON(call), first) for _ in range(20))
-    if tokens <= 16:
-        expected = reference(hidden.float(), weights, ids, routing_weights)
-        assert relative(first, expected) < ROUNDED
 
 
 @compiled
