@@ -20,10 +20,14 @@ from triton_layers import (
     interpreted,
     layer,
 )
+from triton_ptx import run_ptx
 
-from fp4moe.formats import FORMATS
+from fp4moe.formats import FORMATS, StoredMatrix
 from fp4moe.kernels.measured import choose_tiles
+from fp4moe.kernels.triton.decode_fp8 import MXFP8_SHIFT
+from fp4moe.kernels.triton.decode_mxfp4 import MXFP4_SHIFT
 from fp4moe.kernels.triton.kernel import TRITON
+from fp4moe.kernels.triton.layout import to_slabs as nvfp4_to_slabs
 from fp4moe.kernels.triton.layout_fp8 import (
     fp8_from_slabs,
     fp8_to_slabs,
@@ -38,6 +42,30 @@ NAMES = [name for name in FORMATS if name != "nvfp4"]
 # Three roundings to bfloat16 at most, each below 2^-9.
 ROUNDED = 3 * 2.0**-9
 GPT_OSS = "silu(alpha=1.702,beta=1,limit=0.5)"
+
+if INTERPRETED and HAS_TRITON:
+    # Here, since a kernel sees the names of its module alone.
+    import triton
+    import triton.language as tl
+
+    from fp4moe.kernels.triton.weights import load_weights
+
+    @triton.jit
+    def decode(
+        words, scales, out, total_rows, slabs, SLABS: tl.constexpr, FP16: tl.constexpr,
+        FORMAT: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0) * 64 + tl.arange(0, 64)
+        slab = tl.program_id(1) * SLABS
+        expert = tl.program_id(2)
+        w = load_weights(
+            words, scales, expert, row, total_rows, slab, slabs, SLABS, 64, False, FP16, False,
+            FORMAT,
+        )  # fmt: skip
+        column = slab * 64 + tl.arange(0, SLABS * 64)
+        at = (expert * total_rows + row)[:, None] * (slabs * 64) + column[None, :]
+        tl.store(out + at, w, mask=(column < slabs * 64)[None, :])
+
 
 if HAS_TRITON and not INTERPRETED:
     from fp4moe.kernels.triton import activation, gemm
@@ -77,6 +105,77 @@ def test_the_layout_of_powers():
     assert slabs.flatten()[(((1 * 2 + 1) * 3 + 2) * 64 + 5) * 2 + 1] == scale[1, 64 + 5, 5]
 
 
+def codes_and_scales(format, fp16):
+    """Every code but NaN with every scale that the decoder is exact with, [2, 128, 64 x N]."""
+    first, last = {"mxfp8": (105, 127), "mxfp4": (94, 130)}[format] if fp16 else (3, 254)
+    if INTERPRETED and not fp16:
+        first = 10  # its cast to subnormal numbers of bfloat16 is wrong
+    columns = -(-(last - first + 1) // 2 // 2) * 64
+    scale = torch.arange(2 * 128 * columns // 32) % (last - first + 1) + first
+    scale = scale.to(torch.uint8).reshape(2, 128, -1)
+    codes = torch.randint(0, 256, (2, 128, columns), dtype=torch.uint8)
+    if format == "mxfp4":
+        codes = codes[..., ::2].contiguous()
+    else:
+        codes[(codes & 127) == 127] = 0
+    return codes, scale
+
+
+def values_of(format, codes, scale):
+    if format.startswith("fp8"):
+        return codes.view(torch.float8_e4m3fn).float()
+    stored = StoredMatrix(codes.view(FORMATS[format].codes.dtype), scale, torch.empty(0))
+    return FORMATS[format].dequantize(stored, torch.float32)
+
+
+def slabs_of(format, codes, scale):
+    to_slabs = nvfp4_to_slabs if format == "mxfp4" else fp8_to_slabs
+    words = to_slabs(codes).view(-1).view(torch.int32)
+    return words, powers_to_slabs(scale).view(-1).view(torch.int32)
+
+
+SHIFTS = {"fp8": 0, "mxfp8": MXFP8_SHIFT, "mxfp4": MXFP4_SHIFT}
+
+
+@interpreted
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("format", SHIFTS)
+def test_weights_are_exact(format, fp16):
+    codes, scale = codes_and_scales("mxfp8" if format == "fp8" else format, fp16)
+    expected = values_of(format, codes, scale)
+    slabs = expected.shape[2] // 64
+    out = torch.empty(expected.shape, dtype=torch.float16 if fp16 else torch.bfloat16)
+    words, scales = slabs_of(format, codes, scale)
+    decode[(2, -(-slabs // 4), 2)](words, scales, out, 128, slabs, 4, fp16, format)
+    assert torch.equal(out.double(), expected.double() * 2.0 ** (SHIFTS[format] if fp16 else 0))
+
+
+@compiled
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("format", SHIFTS)
+def test_the_ptx_is_exact(format, fp16):
+    from fp4moe.kernels.triton import decode_fp8, decode_mxfp4
+
+    codes, scale = codes_and_scales("mxfp8" if format == "fp8" else format, fp16)
+    expected = values_of(format, codes, scale)
+    words, scales = (t.long() & 0xFFFFFFFF for t in slabs_of(format, codes, scale))
+    module = decode_mxfp4 if format == "mxfp4" else decode_fp8
+    name = "FLOAT16" if fp16 else "BFLOAT16"
+    name += "_SCALED_PROGRAM" if format == "mxfp8" else "_PROGRAM"
+    # [expert, row tile, slab, row, lane, word], and two rows a word of scales.
+    count = 2 if format == "mxfp4" else 4
+    words = words.view(2, 2, -1, 64, 4, count)
+    own = torch.stack((scales & 0xFFFF, scales >> 16), -1).view(2, 2, -1, 64, 1)
+    # The other row's bytes stand above and must not matter.
+    own = (own | 0xA5A50000).expand(words.shape[:-1])
+    inputs = {f"${16 + i}": words[..., i] for i in range(count)} | {f"${16 + count}": own}
+    program = getattr(module, name).value
+    got = run_ptx(program, inputs, torch.float16 if fp16 else torch.bfloat16).double()
+    # [expert, row tile, slab, row, lane, (block, half), place] to rows and columns.
+    got = got.view(*words.shape[:-1], 8, 2).permute(0, 1, 3, 2, 5, 4, 6).reshape(expected.shape)
+    assert torch.equal(got, expected.double() * 2.0 ** (SHIFTS[format] if fp16 else 0))
+
+
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("format", NAMES)
 def test_restore_undoes_prepare(format, gated):
@@ -90,19 +189,24 @@ def test_restore_undoes_prepare(format, gated):
 
 
 @interpreted
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "activation", "gated", "dtype"),
+    [("sorted", "gelu_tanh", True, torch.bfloat16), ("slot", "relu2", False, torch.float16)],
+)
 @pytest.mark.parametrize("format", NAMES)
-def test_small_layers(format, mode, poisoned_empty):
+def test_small_layers(format, mode, activation, gated, dtype, poisoned_empty):
     # Gate and up end within a block of 128 rows; both sizes end within a slab.
-    cases = {
-        "sorted": ("gelu_tanh", True, torch.bfloat16),
-        "more": ("relu2", False, torch.bfloat16),
-        "slot": ("silu", True, torch.float16),
-    }
-    activation, gated, dtype = cases[mode]
     window = {"num_experts": 4, "expert_offset": 1}
-    weights = uneven(layer(2, 160, 224, activation, gated, format=format, **window))
+    weights = uneven(layer(2, 96, 160, activation, gated, format=format, **window))
     compare(fitted(MODES[mode], format, gated), weights, dtype, 2, 2, CUT)
+
+
+@interpreted
+@pytest.mark.parametrize("format", ["fp8_block", "mxfp4"])
+def test_more_slots_than_a_power_of_two(format, poisoned_empty):
+    # One expert, and 2 of 3 ids are not its: 16 to 32 of 70 slots with all but certainty.
+    weights = uneven(layer(1, 64, 64, "relu2", False, format=format))
+    compare(fitted(MODES["more"], format, False), weights, torch.bfloat16, 35, 2, CUT)
 
 
 @interpreted
