@@ -8,16 +8,18 @@ import itertools
 import pytest
 import torch
 from refusals import assert_refused
+from safetensors.torch import load_file, save_file
 from torch.library import opcheck
 from transformers import Gemma4TextConfig, NemotronHConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
-from fp4moe import fused_moe
+from fp4moe import FusedExperts, fused_moe
 from fp4moe.activations import get_activation
 from fp4moe.arguments import MoeArguments, Settings
 from fp4moe.experts import ExpertWeights
 from fp4moe.formats import FORMATS
+from fp4moe.fused import _prepared
 from fp4moe.kernels import KERNELS
 from fp4moe.reference import moe_definition
 from fp4moe.testing import float_weights, make_layer, relative_error
@@ -192,6 +194,45 @@ def test_experts_are_sliced_moved_and_stored(format):
     }
 
 
+def test_scales_of_the_fused_rows_are_refused():
+    """2 x 704 rows in one tensor have 11 blocks; one of them would hold rows of gate and of up."""
+    state = layer("fp8_block").state_dict()
+    state["gate_up.block_scale"] = state["gate_up.block_scale"][:, :11]
+    assert_refused(
+        lambda: ExpertWeights.from_state_dict(state),
+        "ExpertWeights: gate_up.block_scale must be torch.float32 [3, 12, 2] on cpu; got "
+        "torch.float32 [3, 11, 2] on cpu. Build it with ExpertWeights.quantize.",
+    )
+
+
+@every_format
+def test_a_write_to_the_weights_shows_at_the_next_call(format):
+    weights, (x, ids, routing) = make_layer(3, 200, 128, format=format, biased=True), routed()
+    before = fused_moe(x, weights, ids, routing, kernel="reference")
+    # The operator reads these very tensors: nothing has to be watched.
+    assert _prepared[weights]["reference"].pairs == []
+    assert torch.equal(fused_moe(x, weights, ids, routing, kernel="reference"), before)
+    weights.down.packed.data.view(torch.uint8).zero_()
+    after = fused_moe(x, weights, ids, routing, kernel="reference")
+    bias = torch.einsum("tk,tkh->th", routing, weights.down_bias[ids])[:, :200]
+    torch.testing.assert_close(after, bias)
+
+
+@every_format
+def test_a_module_of_each_format(format, tmp_path):
+    weights, (x, ids, routing) = layer(format), routed()
+    module = FusedExperts(weights, kernel="reference")
+    want = module(x, ids, routing)
+    assert torch.equal(want, fused_moe(x, weights, ids, routing, kernel="reference"))
+    state = module.state_dict()
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "experts.safetensors")
+    other = FusedExperts(make_layer(3, 200, 704, format=format, biased=True), kernel="reference")
+    other.to(torch.float16)
+    other.load_state_dict(load_file(tmp_path / "experts.safetensors"))
+    assert_same_tensors(other.weights, weights)
+    assert torch.equal(other(x, ids, routing), want)
+
+
 @every_format
 @pytest.mark.parametrize("form", ["silu", "gelu_tanh", "relu2"])
 def test_the_definition_is_what_transformers_computes_of_the_decoded_weights(format, form):
@@ -320,3 +361,26 @@ def test_the_operator(format, kernel, biased):
         wrong = dict(zip(schema, args, strict=True))
         wrong["gate_up_packed"] = wrong["gate_up_packed"][:, :-1]
         OP(*wrong.values())
+
+
+@pytest.mark.gpu
+@every_format
+def test_gpu_has_the_same_bytes_and_the_same_layer(format):
+    floats = float_weights(3, 200, 704, biased=True, dtype=torch.bfloat16)
+    on_gpu = {name: w.cuda() for name, w in floats.items()}
+    weights = ExpertWeights.quantize(**floats, activation="silu", format=format)
+    assert_same_tensors(
+        ExpertWeights.quantize(**on_gpu, activation="silu", format=format).to("cpu"), weights
+    )
+    moved = weights.to("cuda")
+    for name, part in moved.dequantize().items():
+        assert torch.equal(part.cpu(), weights.dequantize()[name])
+    x, ids, routing = routed(33)
+    number_format, scale = FORMATS[format], weights.hidden_scale
+    rounded = number_format.round_activation(x.cuda(), scale.cuda()).cpu()
+    assert torch.equal(rounded, number_format.round_activation(x, scale))
+    for kernel in ("reference", "reference_w4a4"):
+        want = fused_moe(x, weights, ids, routing, kernel=kernel)
+        got = fused_moe(x.cuda(), moved, ids.cuda(), routing.cuda(), kernel=kernel).cpu()
+        # Other orders of the sums, and what is near a tie then; TF32 is off by default.
+        assert relative_error(got, want) < 5e-3

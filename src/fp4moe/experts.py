@@ -185,7 +185,6 @@ class ExpertWeights:
     def operands(self) -> dict[str, torch.Tensor]:
         """Return the tensors as the operator takes them: 8-bit ones as bytes, dotless names."""
 
-        # What is there as bytes stays the same object, by which `fused_moe` knows it.
         def crossing(tensor: torch.Tensor) -> torch.Tensor:
             plain = tensor.dtype.itemsize > 1 or tensor.dtype == torch.uint8
             return tensor if plain else tensor.view(torch.uint8)
@@ -356,7 +355,7 @@ class ExpertWeights:
         return named
 
     def padded(self, *, hidden_multiple: int = 1, intermediate_multiple: int = 1) -> ExpertWeights:
-        """Zero-pad H and I to multiples; exact, since padded codes and scales are zero.
+        """Zero-pad H and I to multiples; exact, since padded codes are zero.
 
         Gate and up are padded each on its own, so that their boundary stays in the middle.
         """

@@ -155,7 +155,8 @@ def _prepare_once(weights: ExpertWeights, kernel: str) -> tuple:
     versions, arguments = tensor_versions(tensors), _prepare(weights, kernel)
     if all(type(t) in PLAIN for t in arguments if isinstance(t, torch.Tensor)):
         pairs = []
-        if arguments[0] is not weights.gate_up.packed and not capturing(tensors[0].device):
+        copied = arguments[0].data_ptr() != weights.gate_up.packed.data_ptr()
+        if copied and not capturing(tensors[0].device):
             pairs = [(tensor, Mark(tensor)) for tensor in tensors]
         entries[kernel] = found = _Prepared(tensors, versions, arguments, pairs, ValueWatch())
         if pairs:

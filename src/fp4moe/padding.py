@@ -1,6 +1,6 @@
 """Zero padding of byte matrices and its inverse; gate and up rows are padded each on their own.
 
-A zero byte is two FP4 zeros, and as a block scale it is zero: padding with it is exact.
+A zero byte is a code of zero, or two, in every format, whatever its scale: padding is exact.
 """
 
 from __future__ import annotations

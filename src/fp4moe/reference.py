@@ -5,8 +5,8 @@
     ),  e = expert_ids[t, k]
 
 `moe_definition` takes float weights, `reference` and `reference_w4a4` quantised ones. Each hit
-expert is computed once for all its tokens. Nothing is rounded between the two GEMMs, except by the
-W4A4 quantiser.
+expert is computed once for all its tokens. Nothing is rounded between the two GEMMs, except by
+`reference_w4a4`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def reference(
     expert_ids: torch.Tensor,
     routing_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Compute the layer with activations as they are and dequantised weights (W4A16).
+    """Compute the layer with activations as they are and dequantised weights, of any format.
 
     Args:
         hidden: [T, H] bfloat16, float16 or float32. weights: the quantised experts.
@@ -126,16 +126,17 @@ def reference_w4a4(
     *,
     intermediate_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Compute the layer as the Blackwell kernel does: input and intermediate in NVFP4 too (W4A4).
+    """Compute the layer as kernels do that round input and intermediate by the weights' format.
 
-    The input is rounded to bfloat16 and quantised with `hidden_scale`, the intermediate with
-    `intermediate_scale`; each expert's output is rounded to bfloat16 before the weighted sum in
-    float32. `intermediate_dtype` is what gate, up and then the intermediate are rounded to before
-    it is quantised: float32 in TRT-LLM-Gen, which quantises by the format's `round_intermediate`
-    and adds biases before it rounds; bfloat16 in CUTLASS, which quantises by `round_activation`,
-    rounds each bias, too, and adds it after the rounding. Else as `reference`. Source: FlashInfer
-    0.7.2, fp4_quantize and CUTLASS' activation and finalize kernels; the machine code of
-    TRT-LLM-Gen.
+    NVFP4 to NVFP4 (W4A4), FP8 formats and MXFP8 to themselves, MXFP4 to MXFP8; see each format's
+    `round_activation`. The input is rounded to bfloat16 and then with `hidden_scale`, the
+    intermediate with `intermediate_scale`, where the format stores such scales; each expert's
+    output is rounded to bfloat16 before the weighted sum in float32. `intermediate_dtype` is what
+    gate, up and then the intermediate are rounded to before it is quantised: float32 in
+    TRT-LLM-Gen, which quantises by the format's `round_intermediate` and adds biases before it
+    rounds; bfloat16 in CUTLASS, which quantises by `round_activation`, rounds each bias, too, and
+    adds it after the rounding. Else as `reference`. Source: FlashInfer 0.7.2, fp4_quantize and
+    CUTLASS' activation and finalize kernels; the machine code of TRT-LLM-Gen.
     """
     rounded = hidden.to(torch.bfloat16).float()
     x = weights.number_format.round_activation(rounded, weights.hidden_scale)

@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from allocated_bytes import AllocatedBytes
 from modelopt_linear import modelopt_export
 from refusals import assert_refused
 from weight_cases import DTYPES, assert_same_bytes, quantized, weight_cases
@@ -187,6 +188,23 @@ def test_strides_and_pieces_do_not_matter(monkeypatch, name):
         assert torch.equal(got.block_scale, want.block_scale)
     assert torch.equal(format.dequantize(want, torch.bfloat16), decoded)
     assert torch.equal(format.dequantize(want, torch.float32).bfloat16(), decoded)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "mxfp8", "mxfp4"])
+def test_scratch_is_bounded(monkeypatch, name):
+    monkeypatch.setattr(scaled, "PIECE", 1 << 15)
+    format = FORMATS[name]
+    for rows in (512, 2048):
+        x = torch.randn(rows, 256, dtype=torch.bfloat16)
+        shared = format.shared_scale(torch.stack(torch.aminmax(x.float())))
+        with AllocatedBytes(x, shared) as allocated:
+            q = format.quantize(x, shared, "max")
+        # A few float32 copies of a piece, whatever the rows.
+        assert allocated.peak - q.packed.nbytes - q.block_scale.nbytes < 6 * 4 * (1 << 15)
+        with AllocatedBytes(*q.parts().values()) as allocated:
+            out = format.dequantize(q, torch.bfloat16)
+        indices = 6 * 8 * rows
+        assert allocated.peak - out.nbytes < 6 * 4 * (1 << 15) + indices
 
 
 def test_gate_and_up_share_the_scale_of_the_larger_one():

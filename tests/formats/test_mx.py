@@ -176,6 +176,17 @@ def test_gpt_oss_blocks_are_read_as_transformers_reads_them():
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_files_of_transformers_are_read_as_it_reads_them(name):
+    module = "transformers.integrations.finegrained_fp8"
+    operation = pytest.importorskip(module, reason="optional package").Fp8Dequantize(None)
+    q = quantized(FORMATS[name], torch.randn(64, 128))
+    # It knows two codes in a byte by their dtype.
+    codes = q.packed.view(torch.int8) if name == "mxfp4" else q.packed
+    theirs = operation._dequantize_one(codes, q.block_scale, torch.float32)
+    assert torch.equal(FORMATS[name].dequantize(q, torch.float32), theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_strides_and_pieces_do_not_matter(monkeypatch, name):
     format, x = FORMATS[name], torch.randn(50, 96).bfloat16()
     want = quantized(format, x)

@@ -16,14 +16,12 @@ import torch.nn.functional as F
 
 from .base import Part
 from .four_bits import e2m1_values, pack_codes, unpack_codes
-from .scaled import E4M3_MAX, ScaledFormat, block_amax, to_e4m3
+from .scaled import E4M3_MAX, ScaledFormat, block_amax, multiply_blocks, to_e4m3
 
 __all__ = ["MXFP4", "MXFP8", "e8m0_scales", "e8m0_values"]
 
 BLOCK = 32
 E2M1_MAX = 6.0
-# Magnitudes halfway between two codes; a tie goes to the lower one.
-E2M1_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +52,9 @@ class _MXFP4(_MX):
         self, x: torch.Tensor, shared_scale: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scales, scaled = _scaled(x, E2M1_MAX)
-        bounds = torch.tensor(E2M1_BOUNDS, dtype=torch.float32, device=x.device)
-        code = torch.bucketize(scaled.abs(), bounds).to(torch.uint8)
         # As in ModelOpt, what is not above zero has the sign: 0 is written as -0.
-        return scales, pack_codes(code | (scaled <= 0).to(torch.uint8) << 3)
+        sign = (scaled <= 0).to(torch.uint8) << 3
+        return scales, pack_codes(_e2m1_codes(scaled.abs_()) | sign)
 
     def _decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
         values = e2m1_values(codes.device)
@@ -81,10 +78,22 @@ def e8m0_scales(amax: torch.Tensor, element_max: float) -> torch.Tensor:
     return ((bits >> 23) - (exponent - 1) + above).clamp(0, 254).to(torch.uint8)
 
 
+def _e2m1_codes(magnitude: torch.Tensor) -> torch.Tensor:
+    """Round float32 magnitudes up to 6 to codes 0 to 7; a tie goes to the lower one."""
+
+    # ceil(x - 0.5) is the nearest integer, ties down. Steps are 0.5 below 2, 1 below 4, and 2.
+    def steps(size: float, first: int) -> torch.Tensor:
+        return (magnitude / size).sub_(0.5).ceil_().add_(first)
+
+    codes = torch.minimum(torch.minimum(steps(0.5, 0), steps(1.0, 2)), steps(2.0, 4))
+    return codes.to(torch.uint8)
+
+
 def _scaled(x: torch.Tensor, element_max: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [R, K] -> scale bytes [R, K / 32] and x / scale [R, K] in float32, which is exact."""
     scales = e8m0_scales(block_amax(x, 1, BLOCK).float(), element_max)
-    return scales, x.float() * e8m0_values(254 - scales).repeat_interleave(BLOCK, 1)
+    scaled = x.to(torch.float32, copy=True)
+    return scales, multiply_blocks(scaled, e8m0_values(254 - scales), BLOCK)
 
 
 MXFP8 = _MXFP8("mxfp8", Part(torch.float8_e4m3fn, 1), Part(torch.uint8, BLOCK), False, BLOCK)

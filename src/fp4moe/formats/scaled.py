@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ..errors import must
 from .base import Part, StoredMatrix, WeightFormat
 
-__all__ = ["E4M3_MAX", "ScaledFormat", "block_amax", "to_e4m3"]
+__all__ = ["E4M3_MAX", "ScaledFormat", "block_amax", "multiply_blocks", "to_e4m3"]
 
 E4M3_MAX = 448.0
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -68,13 +68,13 @@ class ScaledFormat(WeightFormat):
         columns = self.elements(width)
         out = torch.empty(len(codes), rows, columns, dtype=dtype, device=codes.device)
         each, blocks = rows // halves, scales.shape[1] // halves
-        row = torch.arange(rows, device=codes.device)
+        row = torch.arange(rows, dtype=torch.int64, device=codes.device)
         block = row // each * blocks + row % each // (self.scales.rows or each)
         for index in range(len(codes)):
             for piece in _pieces(rows, columns, 1):
                 factor = self._decode_scales(scales[index][block[piece]])
-                factor = factor.repeat_interleave(self.scales.columns or columns, 1)[:, :columns]
-                out[index, piece] = self._decode_codes(codes[index, piece]).mul_(factor)
+                values = self._decode_codes(codes[index, piece])
+                out[index, piece] = multiply_blocks(values, factor, self.scales.columns)
         return out.reshape(*lead, rows, columns)
 
     def _encode(
@@ -111,9 +111,20 @@ def to_e4m3(x: torch.Tensor) -> torch.Tensor:
 
 def block_amax(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """[R, K] -> the largest magnitudes [R / rows, K / columns], rounded up, in the dtype of x."""
-    x = F.pad(x, (0, -x.shape[1] % columns, 0, -x.shape[0] % rows))
+    padding = 0, -x.shape[1] % columns, 0, -x.shape[0] % rows
+    x = F.pad(x, padding) if any(padding) else x
     blocks = x.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
     return torch.maximum(blocks.amax((1, 3)), -blocks.amin((1, 3)))
+
+
+def multiply_blocks(x: torch.Tensor, factor: torch.Tensor, columns: int | None) -> torch.Tensor:
+    """Multiply x [R, K] in place by factor [R, blocks]; columns: those of a block, None = all."""
+    if columns is None:
+        return x.mul_(factor)
+    if x.shape[1] % columns:
+        return x.mul_(factor.repeat_interleave(columns, 1)[:, : x.shape[1]])
+    x.unflatten(1, (-1, columns)).mul_(factor.unsqueeze(-1))
+    return x
 
 
 def _pieces(rows: int, columns: int, block: int) -> Iterator[slice]:
