@@ -23,9 +23,7 @@ from triton_layers import (
 from triton_ptx import run_ptx
 
 from fp4moe.formats import FORMATS, StoredMatrix
-from fp4moe.kernels.measured import choose_tiles
-from fp4moe.kernels.triton.decode_fp8 import MXFP8_SHIFT
-from fp4moe.kernels.triton.decode_mxfp4 import MXFP4_SHIFT
+from fp4moe.kernels.measured import SHIPPED, choose_tiles, read
 from fp4moe.kernels.triton.kernel import TRITON
 from fp4moe.kernels.triton.layout import to_slabs as nvfp4_to_slabs
 from fp4moe.kernels.triton.layout_fp8 import (
@@ -34,7 +32,7 @@ from fp4moe.kernels.triton.layout_fp8 import (
     powers_from_slabs,
     powers_to_slabs,
 )
-from fp4moe.kernels.triton.tiles import Config, Tile, fitted
+from fp4moe.kernels.triton.tiles import Config, Tile, fitted, parse_config
 from fp4moe.layer import Layer
 from fp4moe.testing import random_codes
 
@@ -134,7 +132,8 @@ def slabs_of(format, codes, scale):
     return words, powers_to_slabs(scale).view(-1).view(torch.int32)
 
 
-SHIFTS = {"fp8": 0, "mxfp8": MXFP8_SHIFT, "mxfp4": MXFP4_SHIFT}
+# With float16 activations, weights are multiplied by two to this power.
+SHIFTS = {"fp8": 0, "mxfp8": 7, "mxfp4": 10}
 
 
 @interpreted
@@ -257,12 +256,30 @@ def test_equal_bits_at_full_size(format, tokens):
     assert all(torch.equal(TRITON(call), first) for _ in range(20))
 
 
+@pytest.mark.parametrize("format", [*NAMES, "nvfp4"])
+def test_shipped_tiles_fit(format):
+    """Eight bits a code: no more shared memory; and wgmma still has its 64 rows."""
+    for layer in read(SHIPPED):
+        for config in layer.tiles.values():
+            found = fitted(config, format, layer.gated)
+            assert (found == config) if format == "nvfp4" else parse_config(str(found)) == found
+            for tile, parts in ((found.gate_up, 1 + layer.gated), (found.down, 1)):
+                codes = parts * tile.rows * (32 if format.endswith("fp4") else 64)
+                # Triton keeps one stage less than it is told on capability 9.0, never more.
+                size = tile.stages * tile.slabs * (codes + (tile.slots + tile.more) * 128)
+                assert size <= 96 * 1024 or format == "nvfp4"
+                assert parts * tile.rows >= 64 and tile.warps in (4, 8)
+                assert format != "fp8_block" or tile.slabs <= 2
+
+
 @compiled
 @pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
 def test_every_format_compiles(capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for number, format in enumerate(NAMES):
-        odd = number % 2 == 1
+    # What targets share is compiled with every format for two of them.
+    names = NAMES if capability in (80, 90) else ["fp8_block", "mxfp8", "mxfp4"]
+    for format in names:
+        odd = names.index(format) % 2 == 1
         tile = Tile(64, 64, 1, 4, 3, 16 * odd)
         config = fitted(Config("sorted", tile, tile), format, not odd)
         pointers = {"scales": "*fp32"} if format.startswith("fp8") else {}
