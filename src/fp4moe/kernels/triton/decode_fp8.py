@@ -2,9 +2,9 @@
 
 Where the bits are: see `layout_fp8`. A code's bits at a bfloat16's sign and low exponent are its
 value times 2^-120, subnormals included, at a float16's its value times 2^-8; one multiplication
-gives the value without rounding. An instruction is counted for a weight: 1.75 in bfloat16, 2.75 in
-float16. With a power of two for each 32 columns (MXFP8) one more multiplication and some to unpack
-the scales: 2.5 and 3.6.
+gives the value without rounding. That is 1.75 instructions a weight in bfloat16, 2.75 in float16.
+With a power of two for each 32 columns (MXFP8) one more multiplication and what unpacks the scales:
+2.5 and 3.7. Codes are taken not to be NaN.
 """
 
 from __future__ import annotations

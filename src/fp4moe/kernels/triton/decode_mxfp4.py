@@ -1,7 +1,8 @@
 """Decode MXFP4 weights in registers: codes as NVFP4's, a power of two for each 32 columns.
 
 Two multiplications: the first makes a code's bits its value (see `decode_nvfp4`), the second is by
-the scale; both are exact, see `decode_mxfp4`. 2.8 instructions a weight in bfloat16.
+the scale; both are exact, see `decode_mxfp4`. 2.25 instructions a weight in
+bfloat16, 3.9 in float16.
 """
 
 from __future__ import annotations

@@ -162,8 +162,7 @@ def _down_tile(
 ):  # fmt: skip
     at = tl.maximum(slot, 0).to(tl.int64) * intermediate
     at_more = tl.maximum(more, 0).to(tl.int64) * intermediate
-    place = tl.arange(0, ROWS)
-    row = block * ROWS + place
+    row = block * ROWS + tl.arange(0, ROWS)
     if ROWS > 64:
         row = tl.minimum(row, hidden_padded - 1)
     acc = tl.zeros((ROWS, SLOTS), dtype=tl.float32)
@@ -176,13 +175,13 @@ def _down_tile(
             SLABS, ROWS, WHOLE, False, ASSEMBLY, FORMAT,
         )  # fmt: skip
         acc = _add_block(
-            w, tl.trans(y), acc, scales, expert, block * ROWS, place, slab, hidden_padded, slabs,
+            w, tl.trans(y), acc, scales, expert, block * ROWS, row, slab, hidden_padded, slabs,
             SLABS, 1, ASSEMBLY, WAIT, FORMAT,
         )  # fmt: skip
         if MORE:
             y = _load_tokens(x, at_more, more >= 0, column, intermediate, WHOLE)
             acc_more = _add_block(
-                w, tl.trans(y), acc_more, scales, expert, block * ROWS, place, slab,
+                w, tl.trans(y), acc_more, scales, expert, block * ROWS, row, slab,
                 hidden_padded, slabs, SLABS, 1, ASSEMBLY, WAIT, FORMAT,
             )  # fmt: skip
     scale = row_factor(scales, global_scale, expert, row, hidden_padded, 1, False, FORMAT)

@@ -66,16 +66,15 @@ def fitted(config: Config, format: str, gated: bool) -> Config:
     """
 
     def fit(tile: Tile, parts: int) -> Tile:
-        slots, more, rows, slabs = tile.slots, tile.more, tile.rows, tile.slabs
+        slots, rows, slabs, warps = tile.slots + tile.more, parts * tile.rows, tile.slabs, 4
         if format == "fp8_block":
             slabs = min(slabs, 2)
-            # 128 values a thread in both sums.
-            while parts * rows * (slots + more) > 64 * 32 * tile.warps and rows > 32:
-                rows //= 2
+            # More than 64 values a thread in each sum would leave no registers.
+            warps = 8 if rows * slots > 64 * 32 * tile.warps else 4
         code_bytes = 32 if format in ("nvfp4", "mxfp4") else 64
-        stage = slabs * (parts * rows * (code_bytes + 4) + (slots + more) * 128)
+        stage = slabs * (rows * (code_bytes + 4) + slots * 128)
         stages = max(1, min(tile.stages, SHARED_BYTES // stage))
-        return dataclasses.replace(tile, rows=rows, slabs=slabs, stages=stages)
+        return dataclasses.replace(tile, slabs=slabs, warps=max(warps, tile.warps), stages=stages)
 
     if format == "nvfp4":
         return config

@@ -42,39 +42,40 @@ def load_weights(
     SCALED: tl.constexpr = FORMAT == "nvfp4" or FORMAT == "mxfp4" or FORMAT == "mxfp8"
     slab = slab0 + tl.arange(0, SLABS)
     words += tl.maximum(expert, 0).to(tl.int64) * total_rows * slabs * WORDS
-    word_row = (row // 64) * (slabs * (64 * WORDS)) + (row % 64) * WORDS
-    word_at = (slab * (64 * WORDS))[:, None, None] + word_row[None, :, None]
-    word_at += tl.arange(0, WORDS)[None, None, :]
-    # Not a scalar condition & a block's: triton 3.9's interpreter makes that one of integers.
-    there = slab < tl.where(expert >= 0, slabs, 0)
-    if WHOLE:
-        word = tl.load(words + word_at)
-    else:
-        word = tl.load(words + word_at, mask=there[:, None, None], other=0)
-    word = word.to(tl.uint32, bitcast=True)
     if SCALED:
-        if FORMAT == "nvfp4":
+        if SHARED == 1:
             scales += tl.maximum(expert, 0).to(tl.int64) * total_rows * slabs
-            scale_row = (row // 64) * (slabs * 64) + row % 64
-            scale_at = (slab * 64)[:, None] + scale_row[None, :]
         else:
             scales += tl.maximum(expert, 0).to(tl.int64) * (total_rows // SHARED) * slabs
-            scale_row = (row // 64) * (slabs * (64 // SHARED)) + row % 64 // SHARED
-            scale_at = (slab * (64 // SHARED))[:, None] + scale_row[None, :]
-        if WHOLE:
+    word_row = (row // 64) * (slabs * (64 * WORDS)) + (row % 64) * WORDS
+    if SCALED:
+        scale_row = (row // 64) * (slabs * (64 // SHARED)) + row % 64 // SHARED
+    word_at = (slab * (64 * WORDS))[:, None, None] + word_row[None, :, None]
+    word_at += tl.arange(0, WORDS)[None, None, :]
+    if SCALED:
+        scale_at = (slab * (64 // SHARED))[:, None] + scale_row[None, :]
+    if WHOLE:
+        word = tl.load(words + word_at)
+        if SCALED:
             scale = tl.load(scales + scale_at)
-        else:
+    else:
+        # Not a scalar condition & a block's: triton 3.9's interpreter makes that one of integers.
+        there = slab < tl.where(expert >= 0, slabs, 0)
+        word = tl.load(words + word_at, mask=there[:, None, None], other=0)
+        if SCALED:
             scale = tl.load(scales + scale_at, mask=there[:, None], other=0)
+    word = word.to(tl.uint32, bitcast=True)
+    if SCALED:
         scale = scale.to(tl.uint32, bitcast=True)
-        if FORMAT == "nvfp4":
-            w = decode_slabs(word, scale, SLABS, ROWS, FP16, ASSEMBLY)
-        else:
+        if SHARED == 2:
             # A neighbour's two bytes stand beside a row's own.
             scale = scale >> (row % SHARED * 16)[None, :].to(tl.uint32)
-            if FORMAT == "mxfp8":
-                w = decode_mxfp8(word, scale, SLABS, ROWS, FP16, ASSEMBLY)
-            else:
-                w = decode_mxfp4(word, scale, SLABS, ROWS, FP16, ASSEMBLY)
+    if FORMAT == "nvfp4":
+        w = decode_slabs(word, scale, SLABS, ROWS, FP16, ASSEMBLY)
+    elif FORMAT == "mxfp4":
+        w = decode_mxfp4(word, scale, SLABS, ROWS, FP16, ASSEMBLY)
+    elif FORMAT == "mxfp8":
+        w = decode_mxfp8(word, scale, SLABS, ROWS, FP16, ASSEMBLY)
     else:
         w = decode_fp8(word, SLABS, ROWS, FP16, ASSEMBLY)
     return w
@@ -111,7 +112,7 @@ def add_scaled(
     """Return acc + product x the scales of fp8_block's 128 x 128, the same for all rows of a part.
 
     product: [rows, slots] of at most 128 columns from `slab` on. first_row: of a part. place: of
-    rows, eight of gate and eight of up by turns.
+    rows, with two PARTS eight of gate and eight of up by turns.
     """
     tl.static_assert(SLABS <= 2)
     columns = (slabs + 1) // 2
