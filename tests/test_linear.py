@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fp4moe
-from fp4moe.errors import ShapeError
+from fp4moe.errors import ShapeError, UnsupportedError
+from fp4moe.formats import FORMATS
 
 E4M3 = torch.float8_e4m3fn
 
@@ -134,3 +135,69 @@ def test_refuses_other_biases_and_scales():
         fp4moe.FP8Linear(*stored, input_scale=torch.ones(1))
     with pytest.raises(ShapeError, match=r"weight_scale must be .* \[\] or \[8, 1\]"):
         fp4moe.FP8Linear(stored[0], torch.ones(8))
+
+
+# Of every format: a weight as the format's own quantiser stores it.
+
+
+def format_parts(form, rows, columns):
+    format, weight = FORMATS[form], torch.randn(rows, columns)
+    scale = format.shared_scale(torch.stack(torch.aminmax(weight)))
+    stored = format.quantize(weight, scale, "max")
+    number = form == "fp8"
+    block_scale = stored.block_scale.reshape(()) if number else stored.block_scale
+    parts = [stored.packed, block_scale]
+    parts += [stored.global_scale] if format.globally_scaled else []
+    return parts, format.dequantize(stored, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(1, 32), (33, 96), (160, 192), (256, 128), (128, 160)], ids=str)
+@pytest.mark.parametrize("form", FORMATS)
+def test_each_format_equals_a_linear_of_what_it_stands_for(form, size, dtype):
+    parts, decoded = format_parts(form, *size)
+    bias = torch.randn(size[0])
+    linear = fp4moe.PackedLinear(form, *parts, bias=bias)
+    assert torch.equal(linear.dequantized(), decoded)
+    hidden = torch.randn(2, 3, size[1]).to(dtype)
+    expected = torch.nn.functional.linear(hidden, decoded.to(dtype), bias.to(dtype))
+    assert torch.equal(linear(hidden), expected)
+    assert f"format={form}" in repr(linear)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_each_format_is_kept_cast_saved_and_compiled(form, fresh_dynamo):
+    parts, decoded = format_parts(form, 160, 192)
+    linear = fp4moe.PackedLinear(form, *parts, input_scale=torch.tensor(0.1))
+    for cast in (linear.bfloat16(), linear.float()):
+        assert torch.equal(cast.dequantized(), decoded)
+    names = {"weight", "weight_scale", "input_scale"}
+    state = linear.state_dict()
+    assert set(state) == names | ({"weight_scale_2"} if form == "nvfp4" else set())
+    other = fp4moe.PackedLinear(form, *format_parts(form, 160, 192)[0], input_scale=torch.ones(()))
+    other.load_state_dict(state)
+    assert torch.equal(other.dequantized(), decoded)
+    hidden = torch.randn(3, 192)
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(hidden), linear(hidden))
+
+
+@pytest.mark.parametrize("form", ["fp8_block", "mxfp8", "mxfp4"])
+def test_each_format_refuses_tensors_that_do_not_fit(form):
+    (weight, scale), _ = format_parts(form, 160, 192)
+    plain = scale.float()
+    for other in (scale[:-1], plain.double(), scale[None], scale.to("meta")):
+        with pytest.raises(ShapeError, match=r"^PackedLinear: weight_scale must be torch\."):
+            fp4moe.PackedLinear(form, weight, other)
+    with pytest.raises(ShapeError, match=r"^PackedLinear: weight(_scale)? must be"):
+        fp4moe.PackedLinear(form, weight[:, :-64], scale)
+    with pytest.raises(ShapeError, match=r"weight_scale_2 must be None, since .* has no global"):
+        fp4moe.PackedLinear(form, weight, scale, torch.ones(()))
+    with pytest.raises(UnsupportedError, match=r"format must be one of nvfp4, .*; got 'fp7'"):
+        fp4moe.PackedLinear("fp7", weight, scale)
+
+
+def test_a_global_scale_is_asked_for():
+    parts, _ = format_parts("nvfp4", 8, 32)
+    with pytest.raises(ShapeError, match=r"weight_scale_2 must be torch.float32 .*; got None"):
+        fp4moe.PackedLinear("nvfp4", *parts[:2])

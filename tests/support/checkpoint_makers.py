@@ -48,10 +48,22 @@ def save_float(name, directory, dtype=torch.bfloat16, **options):
 
 
 def modelopt_config(kind):
-    """A preset, or FP8 for what is not an expert (as the recipe of Nemotron Super)."""
+    """A preset, or FP8 beside NVFP4.
+
+    "mixed": FP8 for what is not an expert (as the recipe of Nemotron Super); "fp8 experts": for
+    experts alone. Both have an FP8 cache.
+    """
     pytest.importorskip("modelopt", reason="optional package")
     import modelopt.torch.quantization as mtq
 
+    if kind == "fp8 experts":
+        config = copy.deepcopy(mtq.NVFP4_DEFAULT_CFG)
+        for quantizer in ("weight", "input"):
+            name = f"*mlp.experts*{quantizer}_quantizer*"
+            for pattern in (name, name.replace("mlp.", "")):
+                config["quant_cfg"].append({"quantizer_name": pattern, "cfg": E4M3, "enable": True})
+        config["quant_cfg"] += mtq.FP8_KV_CFG["quant_cfg"]
+        return config
     if kind != "mixed":
         return getattr(mtq, kind)
     config = copy.deepcopy(mtq.NVFP4_EXPERTS_ONLY_CFG)

@@ -1,9 +1,7 @@
 """How a float checkpoint stores the experts of a layer, and the names that they are written under.
 
 Source of the names: the exports of nvidia-modelopt 0.47.0 that test_checkpoint_writer.py makes. A
-stack is split into experts.<id>.<projection>; names that are per expert already stay as they are.
-Each gets .weight, .weight_scale, .weight_scale_2 and, calibrated, .input_scale; a bias stays as it
-is, as .bias.
+stack is split into experts.<id>.<projection>, a bias is .bias; names per expert stay as they are.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 
 import torch
@@ -23,6 +22,17 @@ from ..padding import round_up
 from .files import CheckpointFiles
 from .naming import Convention, Matrix, fail
 from .plan import ExpertsFacts, ExpertsPlan, LinearPlan
+from .values import (
+    CPU,
+    FIX,
+    fill_unseen,
+    is_normal,
+    read_block_scales,
+    read_codes,
+    read_input_scales,
+    read_numbers,
+    spread,
+)
 
 __all__ = ["ReadExperts", "read_experts", "read_linear"]
 
@@ -90,8 +100,8 @@ def read_experts(
     down_scale = reader.fill("down_proj", second)
     inputs = [reader.input_scales(name) for name in (*projections, "down_proj")]
     # fmax prefers a number to NaN: one of the two scales of an input is enough.
-    hidden, unseen = _fill(functools.reduce(torch.fmax, inputs[:-1]))
-    intermediate, unseen_by_down = _fill(inputs[-1])
+    hidden, unseen = fill_unseen(functools.reduce(torch.fmax, inputs[:-1]))
+    intermediate, unseen_by_down = fill_unseen(inputs[-1])
     biases = _biases(files, plan, dtype)
     ratio = torch.ones_like(intermediate)
     if format.globally_scaled:
@@ -99,7 +109,7 @@ def read_experts(
         moved = down_scale * ratio, intermediate / ratio
         activation = get_activation(facts.activation)
         linear = not activation.needs_gate or bool((ratio == 1).all())
-        if not linear or not all(_normal(scale) for scale in moved):
+        if not linear or not all(is_normal(scale) for scale in moved):
             got = f"gate {scales[0].tolist()} and up {scales[-1].tolist()}"
             fail(f"have global scales of gate and up that are alike in {path}", got[:200], FIX)
         first = dataclasses.replace(first, global_scale=scales[0])
@@ -147,21 +157,19 @@ def read_linear(
         fail("hold finite numbers", f"inf or NaN in {keys['bias']!r}", FIX)
     input_scale = None
     if "input_scale" in keys:
-        stored = _seen(files, keys["input_scale"], names["input_scale"] in convention.reciprocal)
+        stored = read_input_scales(
+            files, keys["input_scale"], names["input_scale"] in convention.reciprocal
+        )
         input_scale = stored.reshape(()) if float(stored) else None
     shapes = format.shapes(1, facts.out_features, facts.in_features)
-    weight = _codes(files, keys["packed"], shapes["packed"][1]).clone()[0]
-    scale = _scales(files, keys["block_scale"], *shapes["block_scale"]).clone()[0]
+    weight = read_codes(files, keys["packed"], shapes["packed"][1]).clone()[0]
+    scale = read_block_scales(files, keys["block_scale"], *shapes["block_scale"]).clone()[0]
     global_scale = None
     if format.globally_scaled:
         invert = names["global_scale"] in convention.reciprocal
-        global_scale = _numbers(files, keys["global_scale"], invert).reshape(())
+        global_scale = read_numbers(files, keys["global_scale"], invert).reshape(())
     linear = packed_linear(plan.form, weight, scale, global_scale, bias, input_scale)
     return linear.to(device)
-
-
-CPU = torch.device("cpu")
-FIX = "Download it again, or quantise the model again"
 
 
 def _half(stored: StoredMatrix, half: int, halves: int) -> StoredMatrix:
@@ -194,7 +202,7 @@ class _Reader:
             self._copy(stack.keys, format.shapes(count, rows, columns), which, out)
             if format.globally_scaled:
                 scale = self._numbers(stack.keys["global_scale"], "global_scale")
-                global_scale = _spread(scale, count, which)
+                global_scale = spread(scale, count, which)
             return global_scale
         for expert in range(count):
             keys = self.plan.matrices[expert, name].keys
@@ -215,13 +223,14 @@ class _Reader:
         stack, which = self._stack(name)
         if stack is not None:
             if "input_scale" in stack.keys:
-                stored = _seen(self.files, stack.keys["input_scale"], invert)
-                scales = _spread(stored, count, which)
+                stored = read_input_scales(self.files, stack.keys["input_scale"], invert)
+                scales = spread(stored, count, which)
             return scales
         for expert in range(count):
             keys = self.plan.matrices[expert, name].keys
             if "input_scale" in keys:
-                scales[expert] = _seen(self.files, keys["input_scale"], invert).reshape(())
+                stored = read_input_scales(self.files, keys["input_scale"], invert)
+                scales[expert] = stored.reshape(())
         return scales
 
     def _stack(self, name: str) -> tuple[Matrix | None, int | None]:
@@ -232,7 +241,7 @@ class _Reader:
 
     def _numbers(self, key: str, part: str) -> torch.Tensor:
         names = self.convention.names[self.plan.form]
-        return _numbers(self.files, key, names[part] in self.convention.reciprocal)
+        return read_numbers(self.files, key, names[part] in self.convention.reciprocal)
 
     def _copy(
         self,
@@ -245,18 +254,16 @@ class _Reader:
 
         shapes: of the half.
         """
+        layout = self.plan.facts.layout if self.convention.interleaved else "gate_up"
         for part in ("packed", "block_scale"):
             dtype, (count, rows, columns) = shapes[part]
             whole = (count, rows if half is None else 2 * rows, columns)
             if part == "packed":
-                tensor = _codes(self.files, keys[part], whole)
+                tensor = read_codes(self.files, keys[part], whole)
             else:
-                tensor = _scales(self.files, keys[part], dtype, whole)
+                tensor = read_block_scales(self.files, keys[part], dtype, whole)
             if half is not None:
-                interleaved = self.convention.interleaved and self.plan.facts.layout.endswith(
-                    "interleaved"
-                )
-                tensor = tensor[:, half::2] if interleaved else tensor.chunk(2, 1)[half]
+                tensor = split_gate_up(tensor, layout)[half]
             # Bytes: not every device copies e4m3.
             to = getattr(out, part)[:, :rows, :columns]
             if dtype.itemsize == 1:
@@ -301,77 +308,6 @@ def _both(
 
     first = [one(name, inner) for name in ("gate", "up")[not facts.gated :]]
     return {"gate_up_bias": torch.cat(first, 1), "down_bias": one("down", outer)}
-
-
-def _spread(scale: torch.Tensor, count: int, half: int | None) -> torch.Tensor:
-    """One value, one an expert, or one for gate and one for up of each expert -> [E]."""
-    if half is not None and scale.numel() == 2 * count:
-        return scale.reshape(count, 2)[:, half].clone()
-    return scale.reshape(-1).expand(count).clone()
-
-
-def _seen(files: CheckpointFiles, key: str, invert: bool) -> torch.Tensor:
-    """Input scales as float32 decode multipliers; 0 where calibration saw no token."""
-    stored = files.tensor(key).to(torch.float32, copy=True)
-    if bad := stored[~(stored >= 0)].tolist():
-        fail("hold input scales that are numbers and not negative", f"{bad[0]} in {key!r}", FIX)
-    value = stored.reciprocal() if invert else stored
-    return torch.where(torch.isfinite(value), value, 0)
-
-
-def _codes(files: CheckpointFiles, key: str, shape: tuple[int, ...]) -> torch.Tensor:
-    codes = files.tensor(key).reshape(shape)
-    codes = codes.view(torch.uint8) if codes.dtype == torch.int8 else codes
-    # e4m3 has no infinity: all bits but the sign are NaN.
-    if codes.dtype == torch.float8_e4m3fn:
-        if bool(codes.view(torch.uint8).bitwise_and(0x7F).eq(0x7F).any()):
-            fail("hold no NaN", f"NaN in {key!r}", FIX)
-    return codes
-
-
-def _scales(
-    files: CheckpointFiles, key: str, dtype: torch.dtype, shape: tuple[int, ...]
-) -> torch.Tensor:
-    """Block scales as a format has them; float ones may be one for all experts, or one each."""
-    scale = files.tensor(key)
-    if dtype == torch.float32:
-        numbers = _numbers(files, key, False, zero=shape[-2:] != (1, 1))
-        if numbers.numel() < math.prod(shape):
-            numbers = numbers.reshape(-1, 1, 1).expand(shape)
-        return numbers.reshape(shape)
-    codes = scale.view(torch.uint8)
-    # Powers of two have one NaN, e4m3 two, and a sign.
-    bad = codes.ge(0x7F) if dtype == torch.float8_e4m3fn else codes.eq(0xFF)
-    if bool(bad.any()):
-        fail("hold block scales that are numbers and not negative", f"others in {key!r}", FIX)
-    return codes.view(dtype).reshape(shape)
-
-
-def _numbers(files: CheckpointFiles, key: str, invert: bool, zero: bool = False) -> torch.Tensor:
-    """Scales as float32 decode multipliers; zero: whether one may be 0, for a block of zeros."""
-    stored = files.tensor(key).to(torch.float32, copy=True)
-    value = stored.reciprocal() if invert else stored
-    for tensor in (stored, value):
-        sound = torch.isfinite(tensor) & ((tensor >= 0) if zero else (tensor > 0))
-        if not bool(sound.all()):
-            bad = float(stored[~sound][0]) if stored.ndim else float(stored)
-            rule = f"hold scales that are finite and {'not negative' if zero else 'above 0'}"
-            fail(rule, f"{bad} in {key!r}", FIX)
-    return value
-
-
-def _fill(scales: torch.Tensor) -> tuple[torch.Tensor, set[int]]:
-    """[E] input scales with the largest for whom none is known, and who these are."""
-    if bool(scales.isnan().all()):
-        return torch.ones_like(scales), set()
-    known = scales > 0
-    largest = float(scales[known].amax()) if bool(known.any()) else 1.0
-    return torch.where(known, scales, largest), set((~known).nonzero().flatten().tolist())
-
-
-def _normal(scales: torch.Tensor) -> bool:
-    """Whether all are finite and so large that float32 keeps all bits."""
-    return bool((torch.isfinite(scales) & (scales >= torch.finfo(torch.float32).tiny)).all())
 
 
 def _quantized(

@@ -34,11 +34,12 @@ REFUSED = ("quantization_config", "state_dict", "gguf_file", "variant", "subfold
 
 
 def register_transformers() -> None:
-    """Make `experts_implementation="fp4moe"` and NVFP4 checkpoints known to transformers.
+    """Make `experts_implementation="fp4moe"` and quantised checkpoints known to transformers.
 
-    Its own `from_pretrained` then loads ModelOpt's and compressed-tensors' NVFP4 checkpoints with
-    fused experts, those too whose only word of it is hf_quant_config.json; float checkpoints stay
-    float. Safe to repeat; importing fp4moe alone registers nothing with transformers.
+    Its own `from_pretrained` then loads what `fp4moe.from_pretrained` reads with fused experts,
+    those checkpoints too whose only word of it is hf_quant_config.json, unless it is handed a
+    quantization_config of its own; float checkpoints stay float. Safe to repeat; importing fp4moe
+    alone registers nothing with transformers.
 
     Raises:
         UnsupportedError: another library has registered ModelOpt's method.
@@ -57,11 +58,12 @@ def from_pretrained(
     progress: bool = True,
     **hf_kwargs: Any,
 ) -> Any:
-    """Load a model with fused NVFP4 experts.
+    """Load a model with fused experts.
 
-    NVFP4 checkpoints of ModelOpt and compressed-tensors are taken as they are: experts go to packed
-    buffers, other quantised Linears become NVFP4Linear or FP8Linear. The experts of a float
-    checkpoint are quantised (method "max") one after the other while it is read.
+    Checkpoints in a format of `fp4moe.formats.FORMATS`, of ModelOpt, compressed-tensors or
+    transformers' `quant_method` fp8, mxfp8 and mxfp4, are taken as they are: experts go to packed
+    buffers, other quantised Linears become PackedLinear (NVFP4Linear, FP8Linear). The experts of a
+    float checkpoint are quantised (method "max") one after the other while it is read.
 
     Args:
         path_or_id: a directory, or the name of a repository on the Hugging Face hub.

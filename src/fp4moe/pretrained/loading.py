@@ -192,7 +192,7 @@ class Loading:
         plan = self.plan = make_plan(self.files.shapes, convention, described)
         for path, found in plan.experts.items():
             # What any device would be asked to run; the device itself is known later.
-            form = DEFAULT_FORMAT if found.form == "float" else found.form
+            form = found.facts.format if found.form == "float" else found.form
             asked = Layer.of(found.facts, format=form), current_capability()
             if reasons := choose_kernel(self.options.kernel, *asked)[1]:
                 refused[path] = reasons
@@ -209,7 +209,8 @@ class Loading:
         if path in self.plan.linears:
             keys = list(self.plan.linears[path].matrix.keys.values())
         elif self.plan.experts[path].form == "float":
-            return stored_bytes(self.plan.experts[path].facts)
+            facts = self.plan.experts[path].facts
+            return stored_bytes(facts, facts.format)
         else:
             keys = self.plan.experts[path].keys
         specs = [self.files.shapes[key] for key in keys]

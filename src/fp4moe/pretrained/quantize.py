@@ -32,7 +32,7 @@ def quantize_checkpoint(
     max_shard_bytes: float = 5e9,
     progress: bool = True,
 ) -> WriteReport:
-    """Write a copy of a Hugging Face checkpoint whose experts are NVFP4, in ModelOpt's layout.
+    """Write a copy of a Hugging Face checkpoint with quantised experts, in ModelOpt's layout.
 
     All other tensors stay as they are, biases of experts too, which are cut out of their stacks as
     `.bias` of each projection; Python files are not copied. Experts that fp4moe itself
@@ -42,15 +42,17 @@ def quantize_checkpoint(
 
     Args:
         src: directory with safetensors and config.json; experts in bfloat16, float16 or float32,
-            fused or one by one, their columns multiples of 16.
+            fused or one by one, their columns multiples of 16 (mxfp8 and mxfp4: 32).
         dst: directory that does not exist yet, or is empty.
-        method: "max" or "mse", as in `quantize_nvfp4`.
+        format: of the experts, a name of `fp4moe.formats.FORMATS`.
+        method: "max", or "mse" with nvfp4, as in `quantize_nvfp4`.
         layers: regular expressions; an experts layer is quantised where one is found in its name,
             such as "model.layers.3.mlp.experts". None takes all but those of multi-token
             prediction: under names of their own (`mtp`), or numbered behind the decoder's layers.
         calibration: experts module -> (hidden_scale, intermediate_scale), decode multipliers
-            amax / 2688; the second is a number or one per expert. Names are those of the model or
-            of its files. The files then say NVFP4 and hold input_scale, else W4A16_NVFP4.
+            amax / 2688 (nvfp4) or amax / 448 (fp8); the second is a number or one per expert.
+            Names are those of the model or of its files. The files then hold input_scale, and say
+            NVFP4, else W4A16_NVFP4; FP8 has one name for both. No other format has such scales.
         max_shard_bytes: bytes of tensors per weight file; a larger tensor has one of its own.
         progress: whether to show a bar over the bytes that are read, and the report.
 
@@ -58,7 +60,8 @@ def quantize_checkpoint(
         CheckpointError: `src` is damaged, incomplete, unsafe or quantised; `dst` exists, is a
             partial run of something else, or another process writes it; the disk is full or
             read-only (the partial run stays).
-        UnsupportedError: no experts are found, or they are stored in an unknown way.
+        UnsupportedError: no experts are found, or they are stored in an unknown way; the format,
+            the method and the calibration do not go together.
         ShapeError: an argument does not fit.
     """
     return write_checkpoint(

@@ -20,7 +20,7 @@ from ..checkpoint.header import Spec, read_json
 from ..checkpoint.naming import FLOAT, Convention
 from ..checkpoint.stored import preferred, stored_bytes
 from ..errors import CheckpointError, Fp4MoeError, UnsupportedError, must
-from ..formats import FORMATS
+from ..formats import DEFAULT_FORMAT, FORMATS
 from ..models.replace import explain
 from ..pretrained.from_config import config_errors, model_on_meta, one_line
 from ..pretrained.loading import Loading, Options, convention_of
@@ -40,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument("model", help="a directory with config.json, that file, or a hub id")
     command.add_argument("--kernel", default="auto", help="auto or a kernel's name")
     help = "what replace_moe would quantise to"
-    command.add_argument("--format", choices=FORMATS, default="nvfp4", help=help)
+    command.add_argument("--format", choices=FORMATS, default=DEFAULT_FORMAT, help=help)
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
 
 
-def explain_source(source: str, kernel: str = "auto", format: str = "nvfp4") -> ModelReport:
+def explain_source(source: str, kernel: str = "auto", format: str = DEFAULT_FORMAT) -> ModelReport:
     """Report on a directory or hub id, see `fp4moe.explain`.
 
     Where its weights are quantised, `checkpoint` says whether from_pretrained reads them, and the

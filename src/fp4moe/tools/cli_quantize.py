@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.calibrate:
         from ..calibration.calibrate import scales_from_text
 
-        calibration = scales_from_text(arguments.src, arguments.calibrate)
+        calibration = scales_from_text(arguments.src, arguments.calibrate, format=arguments.format)
     quantize_checkpoint(
         arguments.src,
         arguments.dst,
