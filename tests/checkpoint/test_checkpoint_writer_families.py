@@ -200,7 +200,7 @@ def test_weights_that_are_not_sparse_may_say_so():
 def test_a_byte_order_mark_is_no_text(tmp_path):
     lines = '{"text": "one"}\n{"text": "two"}\n'
     (tmp_path / "text.jsonl").write_text(lines, encoding="utf-8-sig")
-    assert read_texts(tmp_path / "text.jsonl") == ["one", "two"]
+    assert read_texts(tmp_path / "text.jsonl", caller="quantize") == ["one", "two"]
 
 
 class Counting:

@@ -89,7 +89,10 @@ class Call(NamedTuple):
     Attributes:
         hidden: [T, H], T > 0. expert_ids, routing_weights: [T, K].
         operands, layer: the weights; sizes of the layer may be padded ones.
+        caller: the operator, for messages.
     """
+
+    caller = "moe"
 
     hidden: torch.Tensor
     expert_ids: torch.Tensor
@@ -103,8 +106,10 @@ class LogitsCall(NamedTuple):
 
     Attributes:
         hidden: [T, H], T > 0. router_logits: [T, E]. routing_bias: [E], or [0] for none.
-        routing: how to choose. operands, layer: as in `Call`.
+        routing: how to choose. operands, layer, caller: as in `Call`.
     """
+
+    caller = "moe_from_logits"
 
     hidden: torch.Tensor
     router_logits: torch.Tensor

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError, must
+from ..errors import refuse
 from ..module import FusedExperts
 from .block import ACTIVATION_SCALES, value_reasons
 from .experts_module import FUSED_CHILD, describe_experts, float_parameters
@@ -70,12 +70,11 @@ def _pack(module: Any) -> FusedExperts:
         candidate = describe_experts("experts", module)
         reasons = candidate.reasons or value_reasons(candidate)
         if reasons or candidate.quantize is None:
-            must(
-                "fp4moe: experts",
-                "be ones that can be fused",
-                f"{type(module).__name__}: {'; '.join(reasons)}",
+            refuse(
+                "register_transformers",
+                f"the experts of {type(module).__name__} cannot be fused",
+                "; ".join(reasons),
                 "Choose another experts_implementation.",
-                error=UnsupportedError,
             )
         fused = FusedExperts(candidate.quantize("max")).train(module.training)
         floats = dict(module.named_parameters(recurse=False))

@@ -14,7 +14,7 @@ from typing import Any
 from ..checkpoint.compressed_tensors import is_nvfp4
 from ..checkpoint.header import read_json
 from ..checkpoint.modelopt import MODELOPT_METHODS, announces_nvfp4, resembles_modelopt
-from ..errors import UnsupportedError, must
+from ..errors import refuse
 from .loading import Loading, Options
 from .parallelism import refuse_parallelism
 
@@ -67,12 +67,11 @@ def _classes() -> tuple[Any, Any]:
 
         def validate_environment(self, *args, device_map=None, **kwargs) -> None:
             if isinstance(device_map, dict) and "disk" in device_map.values():
-                must(
-                    "from_pretrained: device_map",
-                    "not name the disk",
-                    "one that does",
-                    "Packed experts cannot be offloaded.",
-                    error=UnsupportedError,
+                refuse(
+                    "from_pretrained",
+                    "device_map cannot name the disk",
+                    "packed experts cannot be offloaded",
+                    "Name devices that hold them.",
                 )
 
         def _process_model_before_weight_loading(
@@ -115,12 +114,11 @@ def _claim(method: str) -> None:
     )
     for registry, kind in zip(registries, _classes(), strict=True):
         if registry.setdefault(method, kind) is not kind:
-            must(
-                f"register_transformers: quantization method {method!r}",
-                "be free",
-                f"{registry[method].__name__} there",
+            refuse(
+                "register_transformers",
+                f"the quantization method {method!r} cannot be registered",
+                f"{registry[method].__name__} is registered under that name",
                 "Call fp4moe.from_pretrained, which does not need it.",
-                error=UnsupportedError,
             )
 
 

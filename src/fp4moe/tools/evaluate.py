@@ -147,11 +147,11 @@ def evaluate(
     if text is None:
         content = b"\n".join(standard_library_text()).decode("utf-8", "replace")
     else:
-        content = read_text(text)
-    calibration = [] if calibrate is None else read_texts(calibrate)
-    loaded, tokenizer = load_text_model(model, device=device)
+        content = read_text(text, caller="evaluate")
+    calibration = [] if calibrate is None else read_texts(calibrate, caller="evaluate")
+    loaded, tokenizer = load_text_model(model, device=device, caller="evaluate")
     windows = text_windows(encode(tokenizer, content), length, tokens, tokenizer.bos_token_id)
-    check_ids(loaded, windows)
+    check_ids(loaded, windows, caller="evaluate")
 
     def run(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return _predict(loaded, windows, batch, name, progress)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ...borrowed import Borrowed
-from ...errors import UnsupportedError, must
+from ...errors import UnsupportedError, must, refuse
 from ...version import installed
 
 __all__ = [
@@ -210,8 +210,11 @@ def library() -> FlashInfer:
     """
     reasons = library_reasons()
     if reasons:
-        raise UnsupportedError(
-            f"flashinfer: the library must be one that is known to be right; {'; '.join(reasons)}."
+        refuse(
+            "moe",
+            "the installed FlashInfer cannot be used",
+            "; ".join(reasons),
+            "See fp4moe.why_not.",
         )
     import flashinfer
     import flashinfer.fused_moe

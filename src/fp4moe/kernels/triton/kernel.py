@@ -65,10 +65,10 @@ class TritonKernel(Kernel):
             if sizes[name] > most
         ]
 
-    def check_device(self, device: torch.device) -> None:
+    def check_device(self, device: torch.device, caller: str) -> None:
         """Raise where Triton does not run; its interpreter runs anywhere."""
         if not interpreted():
-            super().check_device(device)
+            super().check_device(device, caller)
 
     def run(self, call: Call) -> torch.Tensor:
         """Compute [T, H] with the tiles that were measured to be fast."""
