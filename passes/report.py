@@ -116,12 +116,16 @@ class RewriteReport:
 
 
 def report_no_match(
-    report: RewriteReport, on_no_match: str, *, caller: str, why: tuple[str, str, str] | None = None
+    report: RewriteReport,
+    on_no_match: str,
+    *,
+    caller: str,
+    refusal: tuple[str, str, str] | None = None,
 ) -> None:
     """Log the blocks that were left; where nothing is fused, do what on_no_match says.
 
     Args:
-        why: what cannot be done, the reason and the advice, in place of the report's.
+        refusal: what cannot be done, the reason and the advice, in place of the report's.
 
     Raises:
         UnsupportedError: nothing is fused, and on_no_match is "error".
@@ -132,7 +136,11 @@ def report_no_match(
             logger.warning("fp4moe.%s: %s is left as it is: %s", caller, block.path, why)
         return
     ignore = "Pass on_no_match='ignore' to keep it as it is."
-    what, reason, advice = why or ("no experts of the graph can be fused", report.why_none(), "")
+    what, reason, advice = refusal or (
+        "no experts of the graph can be fused",
+        report.why_none(),
+        "",
+    )
     if on_no_match == "error":
         refuse(caller, what, reason, f"{advice} {ignore}".lstrip())
     if on_no_match == "warn":

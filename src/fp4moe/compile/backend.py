@@ -200,10 +200,10 @@ def inductor_options(**settings: Any) -> dict[str, Any]:
 
 def _report_problems(report: RewriteReport, options: BackendOptions) -> None:
     global _warned_eager
-    why, on_no_match = None, options.on_no_match
+    refusal, on_no_match = None, options.on_no_match
     eager = None if report.count or report.already_fused else _eager_experts()
     if eager:
-        why = (
+        refusal = (
             f"the experts of {eager} cannot be captured",
             "the loop of their implementation 'eager' breaks the graph",
             "Call model.set_experts_implementation('grouped_mm') before compiling.",
@@ -212,7 +212,7 @@ def _report_problems(report: RewriteReport, options: BackendOptions) -> None:
         if _warned_eager and on_no_match == "warn":
             on_no_match = "ignore"
         _warned_eager |= on_no_match == "warn"
-    report_no_match(report, on_no_match, caller="backend", why=why)
+    report_no_match(report, on_no_match, caller="backend", refusal=refusal)
 
 
 def _eager_experts() -> str | None:

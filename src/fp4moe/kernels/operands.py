@@ -89,10 +89,7 @@ class Call(NamedTuple):
     Attributes:
         hidden: [T, H], T > 0. expert_ids, routing_weights: [T, K].
         operands, layer: the weights; sizes of the layer may be padded ones.
-        caller: the operator, for messages.
     """
-
-    caller = "moe"
 
     hidden: torch.Tensor
     expert_ids: torch.Tensor
@@ -100,16 +97,19 @@ class Call(NamedTuple):
     operands: Operands
     layer: Layer
 
+    @property
+    def caller(self) -> str:
+        """The operator that the user called, for messages."""
+        return "moe"
+
 
 class LogitsCall(NamedTuple):
     """Checked arguments of a kernel that chooses the experts itself.
 
     Attributes:
         hidden: [T, H], T > 0. router_logits: [T, E]. routing_bias: [E], or [0] for none.
-        routing: how to choose. operands, layer, caller: as in `Call`.
+        routing: how to choose. operands, layer: as in `Call`.
     """
-
-    caller = "moe_from_logits"
 
     hidden: torch.Tensor
     router_logits: torch.Tensor
@@ -117,3 +117,8 @@ class LogitsCall(NamedTuple):
     routing: Routing
     operands: Operands
     layer: Layer
+
+    @property
+    def caller(self) -> str:
+        """The operator that the user called, for messages."""
+        return "moe_from_logits"
