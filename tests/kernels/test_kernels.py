@@ -211,9 +211,7 @@ def test_a_kernel_asked_for_by_name_is_never_replaced(name):
         start = (
             f"{caller}: kernel '{name}' cannot run this layer (relu2, 4 experts of 48 x 32, CPU)"
         )
-        assert str(error.value).startswith(
-            f"{start}, because {name}: {REFUSALS[name]}a CPU. "
-        )
+        assert str(error.value).startswith(f"{start}, because {name}: {REFUSALS[name]}a CPU. ")
 
 
 def test_a_kernel_that_cannot_exist_says_why():

@@ -165,7 +165,7 @@ def version_key(version: str) -> tuple[int, int, int, int]:
     match = re.match(r"(\d+)\.(\d+)\.(\d+)(?:\.post(\d+))?", version)
     if match is None:
         must(
-            "flashinfer: version",
+            "flashinfer-python: version",
             "look like 0.6.13 or 0.7.2.post1",
             repr(version),
             "Install a released version.",
