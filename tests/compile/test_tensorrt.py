@@ -66,7 +66,7 @@ class TestWithoutTensorRT:
 
     def test_lowering_pass_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
-        with pytest.raises(UnsupportedError, match=r"^lowering_pass: torch_tensorrt must be"):
+        with pytest.raises(UnsupportedError, match=r"^lowering_pass: torch_tensorrt cannot be"):
             with fp4moe.tensorrt.lowering_pass():
                 pass
 

@@ -181,7 +181,8 @@ def check_refused(model, reason, count, **options):
         replace_moe(model, progress=False, **options)
     text = str(raised.value)
     assert text.startswith(
-        f"replace_moe: {count} of 2 blocks cannot be replaced, because {LAST if count == 1 else FIRST}: "
+        f"replace_moe: {count} of 2 blocks cannot be replaced, because "
+        f"{LAST if count == 1 else FIRST}: "
     )
     assert reason in text
     assert text.endswith("Pass strict=False to leave these as they are.")

@@ -226,7 +226,7 @@ class Kernel:
     def check(self, call: Call | LogitsCall) -> None:
         """Raise where the device, the activation or the padding does not fit."""
         layer, operands = call.layer, call.operands
-        self.check_device(call.hidden.device, call.caller)
+        self.check_device(call)
         if reasons := self.activation_reasons(layer, True):
             refuse(
                 call.caller,
@@ -256,14 +256,15 @@ class Kernel:
                     "Use its prepare(), which pads.",
                 )
 
-    def check_device(self, device: torch.device, caller: str) -> None:
+    def check_device(self, call: Call | LogitsCall) -> None:
         """Raise where the kernel does not run on the device of hidden."""
         if self.devices is None:
             return
+        device = call.hidden.device
         capability = current_capability(device)
         if not self.devices.include(capability):
             refuse(
-                caller,
+                call.caller,
                 f"kernel {self.name} cannot run",
                 f"hidden is on {device} ({capability_name(capability)}), and the kernel needs a "
                 f"device of compute capability {self.devices}",

@@ -19,7 +19,7 @@ from ...layer import Layer
 from ..base import Kernel, Layout, current_capability, each_matrix
 from ..devices import Devices
 from ..measured import choose_tiles
-from ..operands import Call
+from ..operands import Call, LogitsCall
 from .layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
 from .tiles import MODES, Config, Tile
 
@@ -65,10 +65,10 @@ class TritonKernel(Kernel):
             if sizes[name] > most
         ]
 
-    def check_device(self, device: torch.device, caller: str) -> None:
+    def check_device(self, call: Call | LogitsCall) -> None:
         """Raise where Triton does not run; its interpreter runs anywhere."""
         if not interpreted():
-            super().check_device(device, caller)
+            super().check_device(call)
 
     def run(self, call: Call) -> torch.Tensor:
         """Compute [T, H] with the tiles that were measured to be fast."""
