@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from ..errors import CheckpointError, must, refuse
+from ..errors import CheckpointError, must
 from ..formats import NVFP4
 from .header import Spec
 from .naming import FLOATS, OTHER, Convention, Matrix, form_words, listed, name_keys
@@ -73,12 +73,12 @@ class Problems:
                 f"{form_words(form)} in {name_keys(paths)}"
                 for form, paths in sorted(self.unread.items())
             )
-            refuse(
-                "from_pretrained",
-                "the checkpoint cannot be loaded",
-                "experts are read in NVFP4 and as floats, Linears in NVFP4, FP8 (one scale per "
-                f"tensor or row) and as floats, and it has {got}",
-                f"{OTHER}.",
+            must(
+                "from_pretrained: checkpoint",
+                "hold NVFP4 or float experts, and NVFP4, FP8 (one scale per tensor or row) or "
+                "float Linears",
+                got,
+                f"These are not read yet. {OTHER}.",
                 error=CheckpointError,
             )
         parts = [
