@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedError, must
+from ..errors import refuse
 from ..formats import DEFAULT_FORMAT
 from ..layer import Layer
 from .triton.tiles import Config, fitted, parse_config
@@ -93,12 +93,11 @@ def read(path: pathlib.Path) -> list[Measured]:
         rows = json.loads(path.read_text())["measured"]
         return [_from_json(row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        must(
-            "measurements: file",
-            "be one that fp4moe bench --tune wrote",
-            f"{path}: {error!r}",
-            "Measure again, or delete it.",
-            error=UnsupportedError,
+        refuse(
+            "FP4MOE_MEASURED",
+            f"the measurements in {path} cannot be read",
+            f"of {error!r}",
+            "Measure again with fp4moe bench --tune, or delete the file.",
             cause=error,
         )
 

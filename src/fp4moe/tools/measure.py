@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedError, must
+from ..errors import refuse
 from ..experts import ExpertWeights
 from ..formats import DEFAULT_FORMAT
 from ..kernels import Layer, PreparedWeights, current_capability, measured
@@ -137,23 +137,21 @@ def tune_tokens(
         timed = [(us(config), config) for config in (Config(mode, first, tile) for tile in down)]
         best = min([*timed, *([best] if best else [])], key=lambda pair: pair[0])
     if best is None:
-        must(
-            "bench: tiles",
-            f"compile for {tokens} tokens",
-            "none that does",
+        refuse(
+            "bench",
+            f"no tiles can be chosen for {tokens} tokens",
+            "none of them compiles",
             "See the lines above.",
-            error=UnsupportedError,
         )
     expected = bench.float32_result(x, weights, *routings[0])
     runs = [run_with(best[1], calls[0]) for _ in range(RUNS)]
     error = relative_error(runs[0], expected)
     if not error <= bench.LIMIT or not all(torch.equal(runs[0], other) for other in runs):
-        must(
-            "bench: result",
-            f"be within {bench.LIMIT} of float32 and equal in every run",
-            f"{error:.1e} with {best[1]}",
+        refuse(
+            "bench",
+            f"{best[1]} cannot be measured",
+            f"its error is {error:.1e} with a limit of {bench.LIMIT}, or its runs differ",
             "Report this GPU and the versions.",
-            error=UnsupportedError,
         )
     return best[1]
 

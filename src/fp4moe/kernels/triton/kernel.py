@@ -19,7 +19,7 @@ from ...layer import Layer
 from ..base import Kernel, Layout, current_capability, each_matrix
 from ..devices import Devices
 from ..measured import choose_tiles
-from ..operands import Call
+from ..operands import Call, LogitsCall
 from .layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
 from .layout_fp8 import fp8_from_slabs, fp8_to_slabs, powers_from_slabs, powers_to_slabs
 from .tiles import MODES, Config, Tile
@@ -83,10 +83,10 @@ class TritonKernel(Kernel):
             if sizes[name] > most
         ]
 
-    def check_device(self, device: torch.device) -> None:
+    def check_device(self, call: Call | LogitsCall) -> None:
         """Raise where Triton does not run; its interpreter runs anywhere."""
         if not interpreted():
-            super().check_device(device)
+            super().check_device(call)
 
     def run(self, call: Call) -> torch.Tensor:
         """Compute [T, H] with the tiles that were measured to be fast."""
@@ -124,7 +124,7 @@ def run_with(config: Config, call: Call) -> torch.Tensor:
     window = call.layer.expert_offset, call.operands.down_packed.shape[0]
     out = hidden.new_empty(hidden.shape)
     capability = None if interpreted() else current_capability(hidden.device)
-    form = {"MODE": MODES.index(config.mode), "ASSEMBLY": capability is not None}
+    form: dict[str, Any] = {"MODE": MODES.index(config.mode), "ASSEMBLY": capability is not None}
     form["FORMAT"] = call.layer.format
     form["WAIT"] = capability is not None and capability[0] == 9
     with torch.cuda.device_of(hidden):

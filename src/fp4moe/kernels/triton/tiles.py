@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from ...errors import UnsupportedError, must
-
 __all__ = ["MODES", "Config", "Tile", "fitted", "parse_config"]
 
 MODES = ("slot", "sorted")
@@ -85,7 +83,7 @@ def parse_config(text: str) -> Config:
     """Return the config that `str` wrote.
 
     Raises:
-        UnsupportedError: it is no such text.
+        ValueError: it is no such text.
     """
     config = None
     try:
@@ -100,12 +98,6 @@ def parse_config(text: str) -> Config:
         or str(config) != text
         or (config.mode == "slot" and (config.gate_up.more or config.down.more))
     ):
-        must(
-            "parse_config: text",
-            "be a mode and two tiles of five or six numbers, as in 'sorted 16,64,1,4,4 "
-            "64,128,1,4,4,16'",
-            repr(text),
-            "Measure again with fp4moe bench --tune.",
-            error=UnsupportedError,
-        )
+        example = "sorted 16,64,1,4,4 64,128,1,4,4,16"
+        raise ValueError(f"{text!r} is no mode with two tiles, as in {example!r}")
     return config
