@@ -259,11 +259,11 @@ def test_equal_bits_at_full_size(format, tokens):
 @pytest.mark.parametrize("format", [*NAMES, "nvfp4"])
 def test_shipped_tiles_fit(format):
     """Eight bits a code: no more shared memory; and wgmma still has its 64 rows."""
-    for layer in read(SHIPPED):
-        for config in layer.tiles.values():
-            found = fitted(config, format, layer.gated)
+    for entry in read(SHIPPED):
+        for config in entry.tiles.values():
+            found = fitted(config, format, entry.gated)
             assert (found == config) if format == "nvfp4" else parse_config(str(found)) == found
-            for tile, parts in ((found.gate_up, 1 + layer.gated), (found.down, 1)):
+            for tile, parts in ((found.gate_up, 1 + entry.gated), (found.down, 1)):
                 codes = parts * tile.rows * (32 if format.endswith("fp4") else 64)
                 # Triton keeps one stage less than it is told on capability 9.0, never more.
                 size = tile.stages * tile.slabs * (codes + (tile.slots + tile.more) * 128)
