@@ -27,10 +27,12 @@ from torch.export.graph_signature import (
 )
 
 from fp4moe.errors import UnsupportedError, must
+from fp4moe.formats import DEFAULT_FORMAT
 from fp4moe.kernels import DEFAULT_HIDDEN_ALIGNMENT
 
 from .report import RewriteReport, report_no_match
-from .rewrite import Rewritten, check_settings, rewrite_graph
+from .rewrite import Rewritten, rewrite_graph
+from .settings import RewriteSettings
 
 __all__ = ["rewrite_exported"]
 
@@ -43,6 +45,7 @@ def rewrite_exported(
     *,
     kernel: str = "auto",
     verify: bool = True,
+    format: str = DEFAULT_FORMAT,
     on_no_match: str = "warn",
     hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
     routing: str = "given",
@@ -58,6 +61,7 @@ def rewrite_exported(
         kernel: "auto" or a kernel's name, chosen for the device of the weights.
         verify: False leaves out the checks on large inputs and on further experts; see
             `rewrite_moe`.
+        format: what the weights are quantised to, a name of `fp4moe.formats.FORMATS`.
         on_no_match: "warn", "error" or "ignore" when no block is or was fused.
         hidden_alignment: 128, 256 or 512, what the Blackwell kernel pads the hidden size to.
         routing: "given" keeps the program's own routing; "fused" lets the kernel choose the experts
@@ -76,7 +80,8 @@ def rewrite_exported(
             "Export the model first, or call rewrite_moe.",
             error=UnsupportedError,
         )
-    check_settings(kernel, hidden_alignment, routing, on_no_match, caller="rewrite_exported")
+    settings = RewriteSettings(kernel, verify, hidden_alignment, routing, format)
+    settings.checked(on_no_match, caller="rewrite_exported")
     if exported_program.graph_signature.backward_signature is not None:
         must(
             "rewrite_exported: exported_program",
@@ -92,8 +97,7 @@ def rewrite_exported(
     values = _values(gm, signature, {**constants, **state})
     before = [node.name for node in gm.graph.output_node().all_input_nodes]
     with torch.no_grad():
-        settings = (kernel, verify, hidden_alignment, routing)
-        report, done = rewrite_graph(gm, values, *settings, constants=True)
+        report, done = rewrite_graph(gm, values, settings, constants=True)
     logger.info("rewrite_exported: %s", report)
     report_no_match(report, on_no_match, caller="rewrite_exported")
     if not done and not any(match.fused for match in report.routing):

@@ -2,7 +2,7 @@
 
 The operator takes the float weights and finds the packed ones itself (`float_moe`), or, in a
 program that owns its weights, packed ones that become attributes of the graph (`nvfp4_moe`, or
-`moe` where there are biases).
+`moe` where there are biases or the format is another).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from fp4moe.arguments import MoeArguments, Settings
+from fp4moe.arguments import MoeArguments, Settings, lacks_biases
 from fp4moe.identity.float_weights import FloatWeights, StoredForm
 from fp4moe.kernels import Operands, PreparedWeights
 
 from .find.region import Region
-from .graph.attributes import add_attribute
+from .graph.attributes import add_attribute, insert_nothing
 from .graph.dataflow import meta_value, result_node
 
 __all__ = ["FUSED_OPERATORS", "insert_operator", "output_sizes"]
@@ -132,7 +132,8 @@ class _Maker:
             }
             settings = Settings.of_layer(constants.layer, form.kernel)
             given = MoeArguments(hidden, ids, weights, Operands(**attributes), settings)
-            result = self.call(given.operator, *given.flat())
+            nothing = insert_nothing(self.graph, hidden) if lacks_biases(given) else None
+            result = self.call(given.operator, *given.flat(nothing))
         if weighting == "input" and self.top_k > 1:
             apart = self.reshape(result, [-1, self.top_k, self.width])
             result = self.call(aten.sum.dim_IntList, apart, [1])

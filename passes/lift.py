@@ -1,8 +1,8 @@
 """Make the packed weights of a dynamo graph its inputs, which whoever calls it looks up.
 
 Before: float weights are placeholders, which float_moe reads.
-After:  packed weights are placeholders behind the others, which nvfp4_moe reads; float weights that
-nothing else reads are no placeholders any more.
+After:  packed weights are placeholders behind the others, which nvfp4_moe or moe reads; float
+weights that nothing else reads are no placeholders any more.
 Graphs of higher-order operators get the packed weights from their callers. So CUDA graphs see by
 the addresses whose weights they hold; an operator that finds them would hide it.
 """
@@ -22,12 +22,14 @@ from fp4moe.arguments import (
     MoeArguments,
     MoeFromLogitsArguments,
     Settings,
+    lacks_biases,
 )
 from fp4moe.identity.float_weights import FloatWeights, StoredForm
 from fp4moe.identity.table import find_packed
 from fp4moe.kernels import Operands
 
 from .find.region import innermost_module
+from .graph.attributes import insert_nothing
 from .graph.dataflow import meta_value
 from .graph.subgraphs import SubgraphCall, subgraph_calls
 
@@ -191,7 +193,8 @@ class _Lifting:
             else:
                 ids, weights = given.expert_ids, given.routing_weights
                 call = MoeArguments(given.hidden, ids, weights, operands, settings)
-            fused = self.gm.graph.call_function(call.operator, call.flat())
+            nothing = insert_nothing(self.gm.graph, given.hidden) if lacks_biases(call) else None
+            fused = self.gm.graph.call_function(call.operator, call.flat(nothing))
         fused.meta.update(node.meta)
         node.replace_all_uses_with(fused)
         self.gm.graph.erase_node(node)

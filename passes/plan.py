@@ -25,6 +25,7 @@ from .insert import FUSED_OPERATORS, output_sizes
 from .judge.forms import Form
 from .judge.verify import Verdict, judge_region
 from .report import BlockMatch
+from .settings import RewriteSettings
 
 __all__ = ["Plan", "Planner"]
 
@@ -53,6 +54,7 @@ class Plan:
             module=self.region.module_class,
             rewritten=self.stored is not None,
             form=str(self.verdict.form) if self.verdict.form else None,
+            format=self.stored.format if self.stored else None,
             kernel=self.stored.kernel if self.stored else None,
             reasons=tuple(self.reasons),
         )
@@ -67,7 +69,7 @@ class Planner:
 
     Args:
         gm: the graph. example_inputs: the values of its placeholders, None where computed.
-        kernel, verify, hidden_alignment: as of `rewrite_moe`.
+        settings: of `rewrite_moe`.
         constants: whether the graph is to own its packed weights.
     """
 
@@ -75,13 +77,10 @@ class Planner:
         self,
         gm: fx.GraphModule,
         example_inputs: Sequence[Any],
-        kernel: str,
-        verify: bool,
-        hidden_alignment: int,
+        settings: RewriteSettings,
         constants: bool,
     ):
-        self.constants = constants
-        self.gm, self.kernel, self.verify, self.alignment = gm, kernel, verify, hidden_alignment
+        self.gm, self.settings, self.constants = gm, settings, constants
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.values = dict(zip(placeholders, example_inputs, strict=True))
         self.verdicts: dict[tuple, Verdict] = {}
@@ -134,7 +133,7 @@ class Planner:
         if kernel is None:
             plan.reasons.append(why)
             return plan
-        stored = form.stored(kernel, self.alignment)
+        stored = form.stored(kernel, self.settings.hidden_alignment, self.settings.format)
         try:
             if self.constants:
                 plan.constants = self._packed(floats, stored)
@@ -152,7 +151,7 @@ class Planner:
         if key not in self.packed:
             quantized = pack_float(floats, stored)
             kernel = get_kernel(stored.kernel)
-            self.packed[key] = kernel.prepare(quantized, hidden_alignment=self.alignment)
+            self.packed[key] = kernel.prepare(quantized, hidden_alignment=stored.hidden_alignment)
         return self.packed[key]
 
     def _verdict(self, region: Region) -> Verdict:
@@ -163,9 +162,15 @@ class Planner:
         else:
             known, owner = _verdicts, 0
         functions = tuple(node.target for node in nodes)
-        key = (owner, self.verify, _structure(region), functions, tuple(ACTIVATIONS.items()))
+        key = (
+            owner,
+            self.settings.verify,
+            _structure(region),
+            functions,
+            tuple(ACTIVATIONS.items()),
+        )
         if key not in known:
-            known[key] = judge_region(self.gm, region, self.verify)
+            known[key] = judge_region(self.gm, region, self.settings.verify)
         return known[key]
 
     def _parameters(self) -> set[fx.Node]:
@@ -189,6 +194,7 @@ class Planner:
         joint = form.gated and "second" not in region.weights
         layer = Layer.of(
             form,
+            format=self.settings.format,
             hidden_size=int(meta_value(region.hidden).shape[-1]),
             intermediate_size=(columns if form.transposed else rows) // (1 + joint),
             num_experts=experts,
@@ -196,10 +202,10 @@ class Planner:
         )
         capability = current_capability(first.device)
         try:
-            return select_kernel(self.kernel, layer, capability, caller="rewrite_moe"), ""
+            return select_kernel(self.settings.kernel, layer, capability, caller="rewrite_moe"), ""
         except UnsupportedError as error:
             # A kernel asked for by name is an order, not a preference.
-            if self.kernel != "auto":
+            if self.settings.kernel != "auto":
                 raise
             return None, str(error)
 

@@ -24,7 +24,8 @@ class BlockMatch:
     Attributes:
         path, module: dotted name and class of the module.
         rewritten: whether one operator stands in its place now.
-        form: what it computes, where that is known. kernel: what runs it.
+        form: what it computes, where that is known.
+        format, kernel: what its weights are packed into, and what runs it; None where it was left.
         reasons: why it was left; empty when rewritten.
     """
 
@@ -32,6 +33,7 @@ class BlockMatch:
     module: str
     rewritten: bool
     form: str | None
+    format: str | None
     kernel: str | None
     reasons: tuple[str, ...]
 
@@ -101,9 +103,10 @@ class RewriteReport:
     def __str__(self) -> str:
         lines = []
         if self.blocks:
-            header = ["block", "module", "rewritten", "form", "kernel"]
+            header = ["block", "module", "rewritten", "form", "format", "kernel"]
             rows = [
-                [b.path, b.module, "yes" if b.rewritten else "no", b.form or "-", b.kernel or "-"]
+                [b.path, b.module, "yes" if b.rewritten else "no"]
+                + [cell or "-" for cell in (b.form, b.format, b.kernel)]
                 for b in self.blocks
             ]
             lines.append(format_table(header, rows))

@@ -4,7 +4,7 @@ Before: the nodes of a block, however it is written (sort and grouped_mm, bmm on
 loop over experts, ...).
 After:  one fp4moe.float_moe on the same float weights, whose packed ones it finds when it runs; in
 a program that owns its weights, packed ones as attributes and one fp4moe.nvfp4_moe, or fp4moe.moe
-where there are biases.
+where there are biases or the format is another.
 Kept: routing unless asked, placeholders, size nodes that others use. Not handled: weights that are
 computed in the graph, training.
 """
@@ -19,17 +19,18 @@ from typing import Any
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from fp4moe.errors import check_choice
-from fp4moe.kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
+from fp4moe.formats import DEFAULT_FORMAT
+from fp4moe.kernels import DEFAULT_HIDDEN_ALIGNMENT
 
 from .find.symbolic import has_shapes, in_original, with_shapes
 from .graph.subgraphs import subgraph_calls
 from .insert import FUSED_OPERATORS, insert_operator
 from .plan import Planner
-from .report import ON_NO_MATCH, RewriteReport, report_no_match
+from .report import RewriteReport, report_no_match
 from .routing.fuse import fuse_routing
+from .settings import RewriteSettings
 
-__all__ = ["Rewritten", "check_settings", "rewrite_graph", "rewrite_moe"]
+__all__ = ["Rewritten", "rewrite_graph", "rewrite_moe"]
 
 logger = logging.getLogger("fp4moe")
 
@@ -42,22 +43,13 @@ class Rewritten:
     weight_nodes: tuple[fx.Node, ...]
 
 
-def check_settings(
-    kernel: str, hidden_alignment: int, routing: str, on_no_match: str, *, caller: str
-) -> None:
-    """Raise UnsupportedError unless each is one of its choices."""
-    check_kernel_name(kernel, caller=caller)
-    check_choice("hidden_alignment", hidden_alignment, HIDDEN_ALIGNMENTS, caller=caller)
-    check_choice("routing", routing, ROUTINGS, caller=caller)
-    check_choice("on_no_match", on_no_match, ON_NO_MATCH, caller=caller)
-
-
 def rewrite_moe(
     graph_module: fx.GraphModule,
     example_inputs: Sequence[Any],
     kernel: str = "auto",
     verify: bool = True,
     *,
+    format: str = DEFAULT_FORMAT,
     hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
     routing: str = "given",
     on_no_match: str = "ignore",
@@ -76,6 +68,7 @@ def rewrite_moe(
             False leaves out the further comparisons: on large inputs whose tokens all choose the
             same experts, and on the experts that no token chose. A block that clamps large values,
             drops tokens over a capacity or treats one expert apart is then rewritten all the same.
+        format: what the weights are quantised to, a name of `fp4moe.formats.FORMATS`.
         hidden_alignment: 128, 256 or 512, what the Blackwell kernel pads the hidden size to.
         routing: "given" keeps the graph's own routing; "fused" lets the kernel choose the experts
             where the graph's routing is a method of the kernel's; the report says where not.
@@ -89,9 +82,9 @@ def rewrite_moe(
         UnsupportedError: a value that is none of its choices, the kernel asked for by name cannot
             run a block, or no block with on_no_match="error"; the graph is as it was.
     """
-    check_settings(kernel, hidden_alignment, routing, on_no_match, caller="rewrite_moe")
-    settings = (kernel, verify, hidden_alignment, routing)
-    report, _ = rewrite_graph(graph_module, example_inputs, *settings)
+    settings = RewriteSettings(kernel, verify, hidden_alignment, routing, format)
+    settings.checked(on_no_match, caller="rewrite_moe")
+    report, _ = rewrite_graph(graph_module, example_inputs, settings)
     logger.info("rewrite_moe: %s", report)
     report_no_match(report, on_no_match, caller="rewrite_moe")
     return report
@@ -100,10 +93,7 @@ def rewrite_moe(
 def rewrite_graph(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
-    kernel: str,
-    verify: bool,
-    hidden_alignment: int,
-    routing: str,
+    settings: RewriteSettings,
     *,
     constants: bool = False,
 ) -> tuple[RewriteReport, list[Rewritten]]:
@@ -120,9 +110,7 @@ def rewrite_graph(
     # Everything is decided before the graph changes, so that an error leaves it as it was.
     # Compilers may call under their fake mode, where no number can be asked and nothing packed.
     with unset_fake_temporarily():
-        plans = Planner(
-            searched, example_inputs, kernel, verify, hidden_alignment, constants
-        ).plans()
+        plans = Planner(searched, example_inputs, settings, constants).plans()
     done: list[Rewritten] = []
     # From the last one: a region may read the output of an earlier one.
     for plan in reversed(plans):
@@ -138,7 +126,7 @@ def rewrite_graph(
     if done:
         gm.graph.lint()
         gm.recompile()
-    matches = fuse_routing(gm, example_inputs, rewrite=routing == "fused")
+    matches = fuse_routing(gm, example_inputs, rewrite=settings.routing == "fused")
     report = RewriteReport(tuple(plan.match() for plan in plans), already, matches)
     if not constants:
         values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
@@ -147,7 +135,6 @@ def rewrite_graph(
             if call.graph_module not in seen:
                 seen.add(call.graph_module)
                 inner = [values.get(operand) for operand in call.operands]
-                settings = (kernel, verify, hidden_alignment, routing)
-                found, _done = rewrite_graph(call.graph_module, inner, *settings)
+                found, _done = rewrite_graph(call.graph_module, inner, settings)
                 report = report.with_subgraph(found)
     return report, done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import fx
 
 from .dataflow import meta_value
 
-__all__ = ["add_attribute", "read_attribute"]
+__all__ = ["add_attribute", "insert_nothing", "read_attribute"]
 
 
 def read_attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
@@ -44,4 +45,18 @@ def add_attribute(gm: fx.GraphModule, near: fx.Node, name: str, tensor: torch.Te
     mode = getattr(meta_value(near), "fake_mode", None)
     node.meta[key] = mode.from_tensor(tensor, static_shapes=True) if mode else tensor
     node.meta["nn_module_stack"] = near.meta.get("nn_module_stack")
+    return node
+
+
+def insert_nothing(graph: fx.Graph, like: fx.Node) -> fx.Node:
+    """Insert a float tensor of size 0, which stands for an absent one.
+
+    Args:
+        like: a float tensor, whose device it gets.
+    """
+    node = graph.call_function(torch.ops.aten.new_empty.default, (like, [0]))
+    key = "example_value" if "example_value" in like.meta else "val"
+    value = meta_value(like)
+    with getattr(value, "fake_mode", None) or contextlib.nullcontext():
+        node.meta[key] = value.new_empty([0])
     return node

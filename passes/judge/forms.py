@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.experts import GATE_UP_LAYOUTS
-from fp4moe.formats import DEFAULT_FORMAT
 from fp4moe.identity.float_weights import SEPARATE, StoredForm
 
 __all__ = ["SEPARATE", "Form", "possible_forms"]
@@ -36,10 +35,10 @@ class Form:
     weighting: str = "output"
     biased: bool = False
 
-    def stored(self, kernel: str, hidden_alignment: int) -> StoredForm:
+    def stored(self, kernel: str, hidden_alignment: int, format: str) -> StoredForm:
         """Return what the weights mean and what to pack them into, as the operator takes it."""
         return StoredForm(
-            DEFAULT_FORMAT,
+            format,
             self.activation,
             self.layout or "",
             self.transposed,

@@ -11,7 +11,6 @@ are not [T, E], methods without renormalisation, factors per expert that are not
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from fp4moe.arguments import (
     FloatMoeFromLogitsArguments,
     MoeArguments,
     MoeFromLogitsArguments,
+    lacks_biases,
 )
 from fp4moe.formats import FORMATS
 from fp4moe.identity.float_weights import FloatWeights
@@ -33,7 +33,7 @@ from fp4moe.kernels import Layer, get_kernel
 
 from ..find.region import innermost_module
 from ..find.symbolic import has_shapes
-from ..graph.attributes import add_attribute, read_attribute
+from ..graph.attributes import add_attribute, insert_nothing, read_attribute
 from ..graph.dataflow import Flow, meta_value
 from ..report import RoutingMatch
 from .forms import RoutingForm, recognise
@@ -125,6 +125,9 @@ def _scaled_down(
     """Return (operands times the factor per expert or None, why they cannot be computed)."""
     if form.output_scale is None:
         return None, ""
+    format = _Layer.of(operator).format
+    if not FORMATS[format].globally_scaled:
+        return None, f"{format} has no global scale into which its factor per expert could go"
     if operator.target is FLOAT:
         return None, _factor_reason(values, found.vectors[form.output_scale])
     given = MoeArguments.read(operator.args)
@@ -164,6 +167,7 @@ class _Layer:
     num_experts: int
     intermediate_size: int
     biased: bool
+    format: str
 
     @classmethod
     def of(cls, operator: fx.Node) -> _Layer:
@@ -174,13 +178,14 @@ class _Layer:
             weights = FloatWeights(*(tuple(map(meta_value, group)) for group in groups))
             experts, _hidden, intermediate = form.sizes(weights)
             sizes = int(experts), int(intermediate)
-            return cls(form.activation, form.gated, form.kernel, *sizes, weights.biased)
+            settings = form.activation, form.gated, form.kernel
+            return cls(*settings, *sizes, weights.biased, form.format)
         packed = MoeArguments.read(operator.args)
         down: Any = packed.operands.down_packed
         biased = packed.operands.down_bias is not None
         activation, gated, kernel, experts, _offset, format = packed.settings
         intermediate = FORMATS[format].elements(int(meta_value(down).shape[2]))
-        return cls(activation, gated, kernel, experts, intermediate, biased)
+        return cls(activation, gated, kernel, experts, intermediate, biased, format)
 
 
 def _kernel_reason(operator: fx.Node, form: RoutingForm) -> str:
@@ -213,7 +218,7 @@ def _insert(
     assert form.routing is not None
 
     def vector(number: int | None) -> fx.Node:
-        return _nothing(gm, found.logits) if number is None else found.vectors[number]
+        return insert_nothing(gm.graph, found.logits) if number is None else found.vectors[number]
 
     unscaled = []
     with gm.graph.inserting_before(operator):
@@ -234,7 +239,8 @@ def _insert(
             call = MoeFromLogitsArguments(
                 packed.hidden, logits, bias, operands, form.routing, packed.settings
             )
-            fused = gm.graph.call_function(call.operator, call.flat())
+            nothing = insert_nothing(gm.graph, logits) if lacks_biases(call) else None
+            fused = gm.graph.call_function(call.operator, call.flat(nothing))
     fused.meta.update(operator.meta)
     operator.replace_all_uses_with(fused)
     gm.graph.erase_node(operator)
@@ -242,16 +248,6 @@ def _insert(
         if node.op == "get_attr" and not node.users:
             gm.graph.erase_node(node)
     _erase_unused(gm.graph, flow, found)
-
-
-def _nothing(gm: fx.GraphModule, like: fx.Node) -> fx.Node:
-    """A float tensor of size 0, which stands for an absent one."""
-    node = gm.graph.call_function(torch.ops.aten.new_empty.default, (like, [0]))
-    key = "example_value" if "example_value" in like.meta else "val"
-    value = meta_value(like)
-    with getattr(value, "fake_mode", None) or contextlib.nullcontext():
-        node.meta[key] = value.new_empty([0])
-    return node
 
 
 def _erase_unused(graph: fx.Graph, flow: Flow, found: RoutingSlice) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .identity.float_weights import FloatWeights, StoredForm
-from .kernels import Layer, Operands, Routing
+from .kernels import BIASES, Layer, Operands, Routing
 
 __all__ = [
     "ChooseArguments",
@@ -21,10 +21,14 @@ __all__ = [
     "MoeArguments",
     "MoeFromLogitsArguments",
     "Settings",
+    "has_own_operator",
+    "lacks_biases",
 ]
 
 ROUTING, FLOATS = len(Routing._fields), len(FloatWeights._fields)
-# The operators for NVFP4 without biases, and those for all: their operands, in order.
+# The format that has operators of its own, for layers without biases.
+OF_ITS_OWN = "nvfp4"
+# The operands of these operators, and of those for all, in order.
 NVFP4_OPERANDS = Operands._fields[:-2]
 OPERANDS = (
     *NVFP4_OPERANDS[:3],
@@ -33,6 +37,11 @@ OPERANDS = (
     "down_bias",
     *NVFP4_OPERANDS[6:],
 )
+
+
+def has_own_operator(format: str, biased: bool) -> bool:
+    """Return whether nvfp4_moe takes such a layer; else moe does, with empty tensors for none."""
+    return format == OF_ITS_OWN and not biased
 
 
 class Settings(NamedTuple):
@@ -69,7 +78,6 @@ def _read_operands(args: Sequence[Any], between: int) -> tuple[Operands, Sequenc
     named = dict(zip(OPERANDS, args, strict=False))
     middle, (format, *others) = args[count : count + between], args[count + between :]
     activation, gated, kernel, num_experts, expert_offset = others
-    # Nodes of a graph stand for biases that are there.
     if all(_is_empty(named[name]) for name in Operands._fields[-2:]):
         named = {name: named[name] for name in NVFP4_OPERANDS}
     settings = Settings(activation, gated, kernel, num_experts, expert_offset, format)
@@ -77,19 +85,29 @@ def _read_operands(args: Sequence[Any], between: int) -> tuple[Operands, Sequenc
 
 
 def _is_empty(tensor: Any) -> bool:
+    if not isinstance(tensor, torch.Tensor):
+        # A node of a graph: what it stands for.
+        meta = getattr(tensor, "meta", {})
+        tensor = meta.get("val", meta.get("example_value"))
     return isinstance(tensor, torch.Tensor) and tensor.shape == (0,)
 
 
-def _flat(operands: Operands, middle: Sequence[Any], settings: Settings) -> tuple[Any, ...]:
-    if operands.gate_up_bias is None:
+def _flat(
+    operands: Operands, middle: Sequence[Any], settings: Settings, nothing: Any
+) -> tuple[Any, ...]:
+    biased = operands.gate_up_bias is not None
+    if has_own_operator(settings.format, biased):
         return *operands.flat(), *middle, *settings[:-1]
     named = operands.named()
+    if not biased:
+        nothing = operands.hidden_scale.new_empty(0) if nothing is None else nothing
+        named |= dict.fromkeys(BIASES, nothing)
     return *(named[name] for name in OPERANDS), *middle, settings.format, *settings[:-1]
 
 
-def _operator(operands: Operands, ending: str) -> Any:
-    name = "nvfp4_moe" if operands.gate_up_bias is None else "moe"
-    return getattr(torch.ops.fp4moe, name + ending).default
+def _name(operands: Operands, settings: Settings, ending: str) -> str:
+    own = has_own_operator(settings.format, operands.gate_up_bias is not None)
+    return ("nvfp4_moe" if own else "moe") + ending
 
 
 class ChooseArguments(NamedTuple):
@@ -124,13 +142,22 @@ class MoeArguments(NamedTuple):
         return cls(hidden, ids, weights, operands, settings)
 
     @property
-    def operator(self) -> Any:
+    def name(self) -> str:
         """The operator that takes them: nvfp4_moe where that suffices."""
-        return _operator(self.operands, "")
+        return _name(self.operands, self.settings, "")
 
-    def flat(self) -> tuple[Any, ...]:
-        """Return them in the order of its schema."""
-        return *self[:-2], *_flat(self.operands, (), self.settings)
+    @property
+    def operator(self) -> Any:
+        """That operator itself."""
+        return getattr(torch.ops.fp4moe, self.name).default
+
+    def flat(self, nothing: Any = None) -> tuple[Any, ...]:
+        """Return them in the order of its schema.
+
+        Args:
+            nothing: of size 0, where `lacks_biases`; default a new tensor.
+        """
+        return *self[:-2], *_flat(self.operands, (), self.settings, nothing)
 
 
 class MoeFromLogitsArguments(NamedTuple):
@@ -151,13 +178,24 @@ class MoeFromLogitsArguments(NamedTuple):
         return cls(hidden, logits, bias, operands, Routing(*routing), settings)
 
     @property
-    def operator(self) -> Any:
+    def name(self) -> str:
         """The operator that takes them: nvfp4_moe_from_logits where that suffices."""
-        return _operator(self.operands, "_from_logits")
+        return _name(self.operands, self.settings, "_from_logits")
 
-    def flat(self) -> tuple[Any, ...]:
-        """Return them in the order of its schema."""
-        return *self[:-3], *_flat(self.operands, self.routing, self.settings)
+    @property
+    def operator(self) -> Any:
+        """That operator itself."""
+        return getattr(torch.ops.fp4moe, self.name).default
+
+    def flat(self, nothing: Any = None) -> tuple[Any, ...]:
+        """Return them in the order of its schema; nothing as of `MoeArguments.flat`."""
+        return *self[:-3], *_flat(self.operands, self.routing, self.settings, nothing)
+
+
+def lacks_biases(given: MoeArguments | MoeFromLogitsArguments) -> bool:
+    """Return whether the operator takes biases that are not there, as empty tensors."""
+    biased = given.operands.gate_up_bias is not None
+    return not biased and not has_own_operator(given.settings.format, biased)
 
 
 class FloatMoeArguments(NamedTuple):

@@ -35,7 +35,7 @@ def _describe(tensor: torch.Tensor) -> str:
 
 def check_moe(given: MoeArguments) -> None:
     """Raise unless the arguments of `fp4moe::nvfp4_moe` or `fp4moe::moe` fit together."""
-    name = "nvfp4_moe" if given.operands.gate_up_bias is None else "moe"
+    name = given.name
     _check_choice(name, given.hidden, given.expert_ids, given.routing_weights)
     _check_weights(name, given)
 
@@ -81,8 +81,7 @@ def check_choose_experts(given: ChooseArguments) -> None:
 
 def check_moe_from_logits(given: MoeFromLogitsArguments) -> None:
     """Raise unless those of `nvfp4_moe_from_logits` or `moe_from_logits` fit together."""
-    name = "nvfp4_moe_from_logits" if given.operands.gate_up_bias is None else "moe_from_logits"
-    hidden = given.hidden
+    name, hidden = given.name, given.hidden
     _check_hidden(name, hidden)
     _check_logits(name, given, hidden, hidden.shape[0], given.settings.num_experts)
     _check_weights(name, given)
@@ -96,6 +95,10 @@ def check_float_moe_from_logits(given: FloatMoeFromLogitsArguments) -> None:
     num_experts = given.form.sizes(given.weights)[0]
     _check_logits(name, given, hidden, hidden.shape[0], num_experts)
     _check_output_scale(name, given.output_scale, hidden, num_experts)
+    if given.output_scale.shape[0] and not FORMATS[given.form.format].globally_scaled:
+        rule = f"be empty for {given.form.format}, which has no global scale that could take it"
+        advice = "Multiply the routing weights by it and call float_moe."
+        must(f"{name}: output_scale", rule, _describe(given.output_scale), advice)
 
 
 def _check_output_scale(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from .arguments import has_own_operator
 from .errors import must
 from .experts import ExpertWeights
 from .identity.table import Mark, capturing
@@ -73,7 +74,8 @@ def fused_moe(
     top_k = expert_ids.shape[-1] if expert_ids.ndim else None
     name = _choose_once(weights, kernel, top_k, current_capability(hidden.device))
     arguments = _prepare_once(weights, name)
-    operator = torch.ops.fp4moe.moe if weights.biased else torch.ops.fp4moe.nvfp4_moe
+    own = has_own_operator(weights.format, weights.biased)
+    operator = torch.ops.fp4moe.nvfp4_moe if own else torch.ops.fp4moe.moe
     return operator.default(hidden, expert_ids, routing_weights, *arguments)
 
 

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .arguments import has_own_operator
 from .errors import must
 from .experts import ExpertWeights
+from .formats import DEFAULT_FORMAT
 from .kernels import (
+    BIASES,
     DEFAULT_HIDDEN_ALIGNMENT,
     Layer,
     Operands,
@@ -41,8 +44,8 @@ class FusedExperts(PackedModule):
 
     The call signature is that of Hugging Face's experts modules.
     Casting the module (`.to(torch.bfloat16)`, `.half()`) moves it but never changes a dtype: its
-    numbers are NVFP4. `state_dict` may hand out copies: write to them only to load them again, and
-    do not average buffers (`AveragedModel(use_buffers=True)`), which are codes.
+    numbers are those of its format. `state_dict` may hand out copies: write to them only to load
+    them again, and do not average buffers (`AveragedModel(use_buffers=True)`), which are codes.
 
     Args:
         weights: the quantised experts.
@@ -63,7 +66,7 @@ class FusedExperts(PackedModule):
     prepared_down_global_scale: torch.Tensor
     prepared_hidden_scale: torch.Tensor
     prepared_intermediate_scale: torch.Tensor
-    # None without biases.
+    # Without biases of size 0, or not there where the operator takes none.
     prepared_gate_up_bias: torch.Tensor
     prepared_down_bias: torch.Tensor
 
@@ -107,14 +110,18 @@ class FusedExperts(PackedModule):
     def _hold(self, prepared: PreparedWeights) -> None:
         for name in getattr(self, "_kept", ()):
             delattr(self, PREPARED + name)
-        for name, tensor in prepared.tensors().items():
-            self.register_buffer(PREPARED + name, tensor, persistent=False)
         self.biased = prepared.layer.biased
+        self._alone = has_own_operator(prepared.layer.format, self.biased)
+        tensors = prepared.tensors()
+        if not self._alone and not self.biased:
+            tensors |= {name: tensors["hidden_scale"].new_empty(0) for name in BIASES}
+        for name, tensor in tensors.items():
+            self.register_buffer(PREPARED + name, tensor, persistent=False)
         self._lent = Lent()
         self.layer = prepared.layer
         self._kept = tuple(prepared.kept)
-        operands = len(prepared.operands.flat())
-        self._arguments = nvfp4_moe_arguments(prepared, self.kernel)[operands:]
+        arguments = nvfp4_moe_arguments(prepared, self.kernel)
+        self._arguments = tuple(a for a in arguments if not isinstance(a, torch.Tensor))
 
     @property
     def num_experts(self) -> int:
@@ -183,7 +190,7 @@ class FusedExperts(PackedModule):
         """Apply the experts; see `fp4moe.fused_moe` for the arguments."""
         if not torch.compiler.is_compiling() and self._lent.marks:
             self._lent.check(self)
-        if self.biased:
+        if not self._alone:
             first, rest = self._operands()[:3], self._operands()[3:]
             biased = *first, self.prepared_gate_up_bias, *rest[:3], self.prepared_down_bias
             return torch.ops.fp4moe.moe.default(
@@ -236,7 +243,7 @@ class FusedExperts(PackedModule):
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Check that loaded weights belong to a layer of this kind."""
-        metadata: dict[str, Any] = json.loads(bytes(state.tolist()).decode())
+        metadata = _metadata(state)
         if metadata != self.metadata:
             must(
                 "FusedExperts.load_state_dict: metadata",
@@ -273,6 +280,15 @@ class FusedExperts(PackedModule):
             return
         # The lists that torch passes are those of the whole model: only this layer's errors count.
         wrong = []
+        if prefix + extra in state_dict:
+            format = _metadata(state_dict[prefix + extra]).get("format", DEFAULT_FORMAT)
+            if format != self.layer.format:
+                errors.append(
+                    f"{prefix.removesuffix('.') or type(self).__name__}: the weights must be in "
+                    f"this layer's format {self.layer.format!r}; got {format!r}. Load into a "
+                    f"model that was replaced with format={format!r}."
+                )
+                return
         for short in sorted(found):
             given, tensor = state_dict[prefix + short], own[names[short]]
             if given.shape != tensor.shape or given.dtype != tensor.dtype:
@@ -315,3 +331,7 @@ class FusedExperts(PackedModule):
             f"{layer.num_experts} experts of {layer.hidden_size} x {layer.intermediate_size}, "
             f"{form}{layer.activation}, {layer.format}, kernel={self.kernel}"
         )
+
+
+def _metadata(state: torch.Tensor) -> dict[str, Any]:
+    return json.loads(bytes(state.tolist()).decode())

@@ -18,6 +18,7 @@ class BlockReport:
             "loadable": from_pretrained packs it as it is stored.
         reasons: why it cannot be replaced; else notes, on calibration for one.
         activation, gated, num_experts, top_k, hidden_size, intermediate_size: None where unknown.
+        format: number format of the weights, or what they would be packed into.
         padded_sizes: (hidden, intermediate) as the kernel stores them.
         kernel: what runs it, or would.
         nbytes: bytes of the expert weights as they are now.
@@ -33,6 +34,7 @@ class BlockReport:
     top_k: int | None
     hidden_size: int | None
     intermediate_size: int | None
+    format: str | None
     padded_sizes: tuple[int, ...] | None
     kernel: str | None
     nbytes: int
@@ -80,6 +82,7 @@ class ModelReport:
             "H x I",
             "padded",
             "activation",
+            "format",
             "kernel",
             "bytes",
         ]
@@ -98,7 +101,9 @@ class ModelReport:
                 padded,
                 activation,
             ]
-            rows.append([str(c) for c in (*cells, b.kernel or "-", format_bytes(b.nbytes))])
+            rows.append(
+                [str(c) for c in (*cells, b.format or "-", b.kernel or "-", format_bytes(b.nbytes))]
+            )
         lines = [format_table(header, rows)]
         notes: dict[str, list[str]] = {}
         for b in self.blocks:

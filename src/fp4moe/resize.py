@@ -1,4 +1,4 @@
-"""ExpertWeights of other sizes: padded, without padding, or a slice of the intermediate size."""
+"""ExpertWeights of other sizes: padded, without padding, slices, and stacks of single experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from .errors import must
 from .formats import StoredMatrix
 
-__all__ = ["resized", "slice_experts", "slice_intermediate"]
+__all__ = ["resized", "slice_experts", "slice_intermediate", "stack_experts"]
 
 # fp4moe.experts imports this.
 ExpertWeights = Any
@@ -119,3 +119,25 @@ def slice_intermediate(weights: ExpertWeights, start: int, stop: int) -> ExpertW
         down_bias=torch.zeros_like(down_bias) if down_bias is not None and start else down_bias,
         intermediate_size=max(1, min(stop, weights.intermediate_size) - start),
     )
+
+
+def stack_experts(count: int, one: Callable[[int], ExpertWeights]) -> ExpertWeights:
+    """Return a layer of experts that are made one after the other, each a layer of one.
+
+    Only packed tensors are ever stacked. The scale of the input, and absent parts, are the last's.
+    """
+    packed: dict[str, torch.Tensor] = {}
+    for expert in range(count):
+        weights = one(expert)
+        for name, tensor in weights.tensors().items():
+            if name == "hidden_scale" or not tensor.numel():
+                packed[name] = tensor
+                continue
+            if expert == 0:
+                packed[name] = tensor.new_empty((count, *tensor.shape[1:]))
+            to, source = packed[name][expert], tensor[0]
+            if tensor.dtype.itemsize == 1:
+                # Not every device copies float8; its bytes it does.
+                to, source = to.view(torch.uint8), source.view(torch.uint8)
+            to.copy_(source)
+    return weights.from_tensors(packed, weights.metadata() | {"num_experts": count})

@@ -75,7 +75,8 @@ class TestOptions:
             BackendOptions.parse({"kernl": "auto"})
         assert str(caught.value) == (
             "backend: options must be among inner_backend, inner_options, on_no_match, kernel, "
-            "verify, release_weights, hidden_alignment, routing; got 'kernl'. Did you mean kernel?"
+            "format, verify, release_weights, hidden_alignment, routing; got 'kernl'. Did you mean "
+            "kernel?"
         )
 
     def test_unknown_key_of_the_inner_backend(self):

@@ -1,8 +1,8 @@
-"""What NVFP4 experts cost two small trained models, on text that they have not seen.
+"""What quantised experts cost two small trained models, on text that they have not seen.
 
 Limits are for 4096 tokens of any Python's standard library. On 49152 tokens of that of 3.11 the
-worse of the two needs 0.014 bits a byte more with W4A16 and 0.029 with W4A4; the standard
-error of a difference on 4096 tokens is about 0.01.
+worse of the two needs 0.014 bits a byte more with W4A16 and 0.029 with W4A4, 0.004 with any eight
+bits and 0.025 with MXFP4; the standard error of a difference on 4096 tokens is about 0.01.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pytest
 from trained_models import SMALL_MODELS
 
 import fp4moe
+from fp4moe.formats import FORMATS
 from fp4moe.tools.sample_text import standard_library_text
 
 TOKENS, LENGTH = 4096, 256
@@ -75,3 +76,21 @@ def test_mse_does_not_hurt(reports):
     largest, mse = (reports[method].row("W4A16") for method in ("max", "mse"))
     assert mse != largest
     assert mse.difference < largest.difference + 2 * largest.difference_error
+
+
+@pytest.mark.slow
+def test_each_format_costs_what_its_bits_do(reports, request):
+    folder = SMALL_MODELS[request.node.callspec.params["reports"]]
+    options = {"tokens": TOKENS, "length": LENGTH, "batch": 16, "device": "cpu", "progress": False}
+    others = [name for name in FORMATS if name != "nvfp4"]
+    report = fp4moe.evaluate(folder, format=others, **options)
+    print(report)
+    found = {name: [r for r in report.rows if r.format == name] for name in others}
+    for name, (weights, both) in found.items():
+        limit, agreement = (0.06, 0.90) if name == "mxfp4" else (0.02, 0.96)
+        for row in (weights, both):
+            assert abs(row.difference) / math.log(2) < limit and row.agreement > agreement
+        # Rounding the activations, too, must show.
+        assert both.difference != weights.difference
+        eight, four = weights.agreement, reports["max"].row("W4A16").agreement
+        assert name == "mxfp4" or eight > four

@@ -48,19 +48,19 @@ class Tables(expecttest.TestCase):
         self.assertExpectedInline(
             str(explain(model)),
             """\
-block                   module             status       experts  top-k  H x I    padded   activation       kernel     bytes
-model.layers.0.experts  Gemma4TextExperts  replaceable  8        2      64 x 48  64 x 48  gated gelu_tanh  reference  147 kB
-model.layers.1.experts  Gemma4TextExperts  replaceable  8        2      64 x 48  64 x 48  gated gelu_tanh  reference  147 kB
+block                   module             status       experts  top-k  H x I    padded   activation       format  kernel     bytes
+model.layers.0.experts  Gemma4TextExperts  replaceable  8        2      64 x 48  64 x 48  gated gelu_tanh  nvfp4   reference  147 kB
+model.layers.1.experts  Gemma4TextExperts  replaceable  8        2      64 x 48  64 x 48  gated gelu_tanh  nvfp4   reference  147 kB
 Gemma4ForCausalLM: 2 blocks (2 replaceable), experts 295 kB""",
         )
         replace_moe(model, progress=False)
         self.assertExpectedInline(
             str(explain(model)),
             """\
-block                   module        status    experts  top-k  H x I    padded   activation       kernel     bytes
-model.layers.0.experts  FusedExperts  replaced  8        -      64 x 48  64 x 48  gated gelu_tanh  reference  41.6 kB
-model.layers.1.experts  FusedExperts  replaced  8        -      64 x 48  64 x 48  gated gelu_tanh  reference  41.6 kB
-model.layers.0.experts, model.layers.1.experts: activation ranges are not calibrated (only W4A4 kernels use them)
+block                   module        status    experts  top-k  H x I    padded   activation       format  kernel     bytes
+model.layers.0.experts  FusedExperts  replaced  8        -      64 x 48  64 x 48  gated gelu_tanh  nvfp4   reference  41.6 kB
+model.layers.1.experts  FusedExperts  replaced  8        -      64 x 48  64 x 48  gated gelu_tanh  nvfp4   reference  41.6 kB
+model.layers.0.experts, model.layers.1.experts: activation ranges are not calibrated (only kernels that round activations use them)
 Gemma4ForCausalLM: 2 blocks (2 replaced), experts 83.1 kB""",
         )
 
@@ -69,19 +69,19 @@ Gemma4ForCausalLM: 2 blocks (2 replaced), experts 83.1 kB""",
         self.assertExpectedInline(
             str(explain(model)),
             """\
-block                         module            status       experts  top-k  H x I    padded   activation  kernel     bytes
-model.layers.1.mixer.experts  NemotronHExperts  replaceable  8        2      32 x 48  32 x 48  relu2       reference  49.2 kB
-model.layers.3.mixer.experts  NemotronHExperts  replaceable  8        2      32 x 48  32 x 48  relu2       reference  49.2 kB
+block                         module            status       experts  top-k  H x I    padded   activation  format  kernel     bytes
+model.layers.1.mixer.experts  NemotronHExperts  replaceable  8        2      32 x 48  32 x 48  relu2       nvfp4   reference  49.2 kB
+model.layers.3.mixer.experts  NemotronHExperts  replaceable  8        2      32 x 48  32 x 48  relu2       nvfp4   reference  49.2 kB
 NemotronHForCausalLM: 2 blocks (2 replaceable), experts 98.3 kB""",
         )
         replace_moe(model, progress=False)
         self.assertExpectedInline(
             str(explain(model)),
             """\
-block                         module        status    experts  top-k  H x I    padded   activation  kernel     bytes
-model.layers.1.mixer.experts  FusedExperts  replaced  8        -      32 x 48  32 x 48  relu2       reference  13.9 kB
-model.layers.3.mixer.experts  FusedExperts  replaced  8        -      32 x 48  32 x 48  relu2       reference  13.9 kB
-model.layers.1.mixer.experts, model.layers.3.mixer.experts: activation ranges are not calibrated (only W4A4 kernels use them)
+block                         module        status    experts  top-k  H x I    padded   activation  format  kernel     bytes
+model.layers.1.mixer.experts  FusedExperts  replaced  8        -      32 x 48  32 x 48  relu2       nvfp4   reference  13.9 kB
+model.layers.3.mixer.experts  FusedExperts  replaced  8        -      32 x 48  32 x 48  relu2       nvfp4   reference  13.9 kB
+model.layers.1.mixer.experts, model.layers.3.mixer.experts: activation ranges are not calibrated (only kernels that round activations use them)
 NemotronHForCausalLM: 2 blocks (2 replaced), experts 27.8 kB""",
         )
 
@@ -89,11 +89,11 @@ NemotronHForCausalLM: 2 blocks (2 replaced), experts 27.8 kB""",
         self.assertExpectedInline(
             str(explain(mixed_model())),
             """\
-block                   module           status           experts  top-k  H x I    padded   activation  kernel     bytes
-a.layers.0.mlp.experts  FusedExperts     replaced         8        -      64 x 48  64 x 48  gated silu  reference  41.6 kB
-a.layers.1.mlp.experts  Qwen3MoeExperts  replaceable      8        2      64 x 48  64 x 48  gated silu  reference  295 kB
-b.mlp.experts           GptOssExperts    not replaceable  8        2      64 x 96  -        gated ?     -          598 kB
-a.layers.0.mlp.experts: activation ranges are not calibrated (only W4A4 kernels use them)
+block                   module           status           experts  top-k  H x I    padded   activation  format  kernel     bytes
+a.layers.0.mlp.experts  FusedExperts     replaced         8        -      64 x 48  64 x 48  gated silu  nvfp4   reference  41.6 kB
+a.layers.1.mlp.experts  Qwen3MoeExperts  replaceable      8        2      64 x 48  64 x 48  gated silu  nvfp4   reference  295 kB
+b.mlp.experts           GptOssExperts    not replaceable  8        2      64 x 96  -        gated ?     -       -          598 kB
+a.layers.0.mlp.experts: activation ranges are not calibrated (only kernels that round activations use them)
 b.mlp.experts: it has a norm behind each expert
 b.mlp.experts: its _apply_gate is not act(gate) * up with one of our activations; closest is identity, relative error 0.84 (a norm, a clamp or a variant?)
 ModuleDict: 3 blocks (1 replaced, 1 replaceable, 1 not replaceable), experts 934 kB""",
@@ -105,11 +105,11 @@ ModuleDict: 3 blocks (1 replaced, 1 replaceable, 1 not replaceable), experts 934
         self.assertExpectedInline(
             str(explain(model)),
             """\
-block                 module            status           experts  top-k  H x I    padded  activation  kernel  bytes
-layers.0.mlp.experts  MuseSparkExperts  not replaceable  8        2      32 x 48  -       gated silu  -       147 kB
-layers.1.mlp.experts  MuseSparkExperts  not replaceable  8        2      32 x 48  -       gated silu  -       147 kB
-layers.2.mlp.experts  MuseSparkExperts  not replaceable  8        2      32 x 48  -       gated silu  -       147 kB
-layers.3.mlp.experts  MuseSparkExperts  not replaceable  8        2      32 x 48  -       gated silu  -       147 kB
+block                 module            status           experts  top-k  H x I    padded  activation  format  kernel  bytes
+layers.0.mlp.experts  MuseSparkExperts  not replaceable  8        2      32 x 48  -       gated silu  -       -       147 kB
+layers.1.mlp.experts  MuseSparkExperts  not replaceable  8        2      32 x 48  -       gated silu  -       -       147 kB
+layers.2.mlp.experts  MuseSparkExperts  not replaceable  8        2      32 x 48  -       gated silu  -       -       147 kB
+layers.3.mlp.experts  MuseSparkExperts  not replaceable  8        2      32 x 48  -       gated silu  -       -       147 kB
 layers.0.mlp.experts and 3 more: it has a norm behind each expert
 MuseSparkTextModel: 4 blocks (4 not replaceable), experts 590 kB""",
         )
@@ -136,6 +136,7 @@ def test_rows_before_and_after_gemma4():
         "top_k": 2,
         "hidden_size": 64,
         "intermediate_size": 48,
+        "format": "nvfp4",
         "padded_sizes": (64, 48),
         "kernel": "reference",
         "nbytes": 2 * values,
@@ -148,7 +149,7 @@ def test_rows_before_and_after_gemma4():
     after = explain(model).blocks[1]
     expected |= {"module": "FusedExperts", "status": "replaced", "top_k": None}
     expected |= {"nbytes": values // 2 + values // 16 + 8 * 3 * 4 + 4}
-    note = "activation ranges are not calibrated (only W4A4 kernels use them)"
+    note = "activation ranges are not calibrated (only kernels that round activations use them)"
     assert after == BlockReport(**expected | {"reasons": (note,)})
 
 

@@ -91,6 +91,7 @@ class TestReport:
                     "module": "Experts",
                     "rewritten": True,
                     "form": "gated (gate_up) silu",
+                    "format": "nvfp4",
                     "kernel": "reference",
                     "reasons": [],
                 },
@@ -99,6 +100,7 @@ class TestReport:
                     "module": "Gating",
                     "rewritten": False,
                     "form": None,
+                    "format": None,
                     "kernel": None,
                     "reasons": list(report.blocks[1].reasons),
                 },
@@ -120,9 +122,9 @@ class TestReport:
         assert_expected_inline(
             str(report),
             """\
-block            module   rewritten  form                  kernel
-good.experts     Experts  yes        gated (gate_up) silu  reference
-clamped.experts  Gating   no         -                     -
+block            module   rewritten  form                  format  kernel
+good.experts     Experts  yes        gated (gate_up) silu  nvfp4   reference
+clamped.experts  Gating   no         -                     -       -
 clamped.experts: a; b
 1 of 2 blocks rewritten""",
         )

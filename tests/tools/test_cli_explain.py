@@ -12,6 +12,7 @@ from tiny_models import COMMON, enlarge_experts, family, finish
 
 import fp4moe
 from fp4moe.errors import CheckpointError
+from fp4moe.tools.cli import main
 from fp4moe.tools.cli_explain import explain_source
 
 MODELOPT = {"quant_algo": "NVFP4", "producer": {"name": "modelopt", "version": "0.31.0"}}
@@ -147,3 +148,17 @@ def test_packed_experts_with_a_clamp(name, tmp_path):
     experts = {p: m for p, m in loaded.named_modules() if isinstance(m, fp4moe.FusedExperts)}
     assert loadable(report) == set(experts) != set()
     assert {m.layer.activation for m in experts.values()} <= {"silu(limit=1.5)", "silu(limit=10)"}
+
+
+def test_the_format_is_that_asked_for_or_stored(tmp_path, capsys):
+    source = tmp_path / "float"
+    makers.save_float("qwen3_moe", source)
+    fp4moe.quantize_checkpoint(source, tmp_path / "packed", progress=False)
+    for directory, options, wanted in (
+        (source, [], "nvfp4"),
+        (source, ["--format", "fp8_block"], "fp8_block"),
+        (tmp_path / "packed", ["--format", "fp8_block"], "nvfp4"),
+    ):
+        assert main(["explain", str(directory), "--json", *options]) == 0
+        blocks = json.loads(capsys.readouterr().out)["blocks"]
+        assert {block["format"] for block in blocks} == {wanted}

@@ -14,6 +14,7 @@ from trained_models import training_script
 from transformers import AutoModelForCausalLM
 
 import fp4moe
+from fp4moe import ExpertWeights
 from fp4moe.calibration.texts import text_windows
 from fp4moe.errors import CheckpointError, ShapeError, UnsupportedError
 from fp4moe.tools.cli import main
@@ -128,12 +129,21 @@ def test_command(model_and_text, capsys):
     assert [row["name"] for row in json.loads(out.out)["rows"]] == ["bf16", "W4A16", "W4A4"]
     # A log gets no progress bars.
     assert "\r" not in out.err and "100%" not in out.err
+    assert (
+        main(["evaluate", str(folder), *options, "--format", "fp8_block", "mxfp8", "--json"]) == 0
+    )
+    rows = [(r["name"], r["format"]) for r in json.loads(capsys.readouterr().out)["rows"]]
+    assert rows[1:] == [(n, f) for f in ("fp8_block", "mxfp8") for n in ("W8A16", "W8A8")]
     assert main(["evaluate", str(folder), "--text", str(folder / "none"), "--no-progress"]) == 2
     assert "path must be a readable UTF-8 file" in capsys.readouterr().err
 
 
 def test_what_cannot_be_evaluated_is_refused(model_and_text, tmp_path):
     folder, text, _ = model_and_text
+    with pytest.raises(ShapeError, match="evaluate: format must name a format; got none"):
+        fp4moe.evaluate(folder, text=text, format=[])
+    with pytest.raises(UnsupportedError, match=r"evaluate: format fp8 cannot .*'mse'"):
+        fp4moe.evaluate(folder, text=text, format=["nvfp4", "fp8"], method="mse")
     for name, value in (("tokens", 0), ("length", 1), ("batch", 0)):
         with pytest.raises(ShapeError, match=f"evaluate: {name} must be at least"):
             fp4moe.evaluate(folder, text=text, **{name: value})
@@ -154,6 +164,67 @@ def test_weights_that_are_missing_are_not_left_random(model_and_text, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"must hold all weights.*q_proj\.weight"):
         fp4moe.evaluate(tmp_path, text=model_and_text[1])
+
+
+FORMATS = ["fp8", "nvfp4", "mxfp4"]
+# Format, bits of weights, what activations are rounded to, whether their ranges are stored.
+ROWS = [("fp8", 8, 8, True), ("nvfp4", 4, 4, True), ("mxfp4", 4, 8, False)]
+
+
+@pytest.fixture(scope="module")
+def of_formats(model_and_text):
+    folder, text, calibration = model_and_text
+    options = {"text": text, "tokens": LENGTH * WINDOWS, "length": LENGTH, "device": "cpu"}
+    return fp4moe.evaluate(folder, format=FORMATS, calibrate=calibration, progress=False, **options)
+
+
+def test_rows_of_several_formats(of_formats, report):
+    names = [("bf16", None)]
+    for format, bits, activations, stored in ROWS:
+        names += [(f"W{bits}A16", format), (f"W{bits}A{activations}", format)]
+        names += [(f"W{bits}A{activations} calibrated", format)] * stored
+    assert [(row.name, row.format) for row in of_formats.rows] == names
+    table = str(of_formats).splitlines()
+    column = table[0].index("format")
+    found = [(line[:column].strip(), line[column:].split()[0]) for line in table[1:-1]]
+    assert found == [(name, format or "-") for name, format in names]
+    # The order of formats, and which were asked for beside, changes nothing.
+    for name in ("W4A16", "W4A4", "W4A4 calibrated"):
+        assert of_formats.row(name, "nvfp4") == report.row(name)
+    assert of_formats.row("W4A16", "mxfp4") != of_formats.row("W4A16", "nvfp4")
+    with pytest.raises(ShapeError, match=r"row: name must be one of bf16 .* got 'W4A16'"):
+        of_formats.row("W4A16", "fp8")
+
+
+@pytest.mark.parametrize("format, bits", [("fp8", 8), ("mxfp4", 4)])
+def test_a_format_is_the_float_model_with_dequantised_weights(
+    format, bits, model_and_text, of_formats
+):
+    plain = AutoModelForCausalLM.from_pretrained(model_and_text[0], dtype=torch.bfloat16)
+    base, base_best = losses(plain)
+    for module in plain.modules():
+        own = module._parameters
+        first = next(
+            (n for n in ("gate_up_proj", "up_proj") if n in own and own[n].ndim == 3), None
+        )
+        if first is None:
+            continue
+        named = {first.removesuffix("_proj"): own[first], "down": own["down_proj"]}
+        held = ExpertWeights.quantize(
+            **named, activation="silu" if first[0] == "g" else "relu2", format=format
+        ).dequantize(torch.bfloat16)
+        first_rows = [held[n] for n in ("gate", "up") if n in held]
+        own[first].data.copy_(torch.cat(first_rows, 1))
+        own["down_proj"].data.copy_(held["down"])
+    found, best = losses(plain)
+    row = of_formats.row(f"W{bits}A16", format)
+    difference = statistics.mean(a - b for a, b in zip(found, base, strict=True))
+    agreement = (best == base_best).double().mean().item()
+    # As for NVFP4: bf16 rounding turns few of the most likely tokens.
+    assert abs(row.difference - difference) < 0.02
+    assert abs(row.agreement - agreement) < 0.06
+    worse = of_formats.row("W4A16", "mxfp4").difference
+    assert format == "mxfp4" or abs(row.difference) < abs(worse)
 
 
 def test_windows_by_hand():

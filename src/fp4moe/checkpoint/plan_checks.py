@@ -27,7 +27,8 @@ class ExpertsFacts:
     """What the model says of one experts module: E experts, gate and up [I, H], down [H, I].
 
     layout and transposed tell how a float stack of gate and up is stored, as in
-    ExpertWeights.quantize; biases are the model's weights that have one.
+    ExpertWeights.quantize; biases are the model's weights that have one; format is what a float
+    one is quantised to.
     """
 
     num_experts: int
@@ -39,6 +40,7 @@ class ExpertsFacts:
     transposed: bool = False
     top_k: int | None = None
     biases: tuple[str, ...] = ()
+    format: str = "nvfp4"
 
     @property
     def biased(self) -> bool:

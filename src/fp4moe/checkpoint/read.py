@@ -326,7 +326,7 @@ def _quantized(
         floats |= {name: b[expert : expert + 1].to(device) for name, b in biases.items()}
         one = _quantize_one(floats, facts, bool(stacks), f"{path}, expert {expert}")
         for name, tensor in one.tensors().items():
-            if name == "hidden_scale":
+            if name == "hidden_scale" or not tensor.numel():
                 whole[name] = tensor
                 continue
             if expert == 0:
@@ -355,6 +355,7 @@ def _quantize_one(
             activation=facts.activation,
             layout=layout,
             transposed=facts.transposed and stacked,
+            format=facts.format,
         )
     except ShapeError as error:
         raise CheckpointError(

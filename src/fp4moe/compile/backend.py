@@ -15,11 +15,13 @@ import torch
 from torch import fx
 
 from ..errors import UnsupportedError, check_choice, must
-from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
+from ..formats import DEFAULT_FORMAT
+from ..kernels import DEFAULT_HIDDEN_ALIGNMENT
 from ..models.experts_module import is_experts_module
 from ..passes.lift import lift_packed
-from ..passes.report import ON_NO_MATCH, RewriteReport, report_no_match
+from ..passes.report import RewriteReport, report_no_match
 from ..passes.rewrite import rewrite_graph
+from ..passes.settings import RewriteSettings
 from .packed_inputs import WithPackedInputs
 from .tensorrt import BACKENDS, import_torch_tensorrt, with_defaults
 
@@ -39,6 +41,7 @@ class BackendOptions:
         inner_options: handed to it as `options`.
         on_no_match: "warn", "error" or "ignore" when a graph has no block that is or was fused.
         kernel: "auto" or a kernel's name.
+        format: what the weights are quantised to, a name of `fp4moe.formats.FORMATS`.
         verify: False leaves out the checks of each distinct block on large inputs and on further
             experts; see `rewrite_moe`.
         release_weights: free the float weights after packing. Shapes stay. Running the experts in
@@ -52,6 +55,7 @@ class BackendOptions:
     inner_options: dict[str, Any] | None = None
     on_no_match: str = "warn"
     kernel: str = "auto"
+    format: str = DEFAULT_FORMAT
     verify: bool = True
     release_weights: bool = False
     hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT
@@ -77,15 +81,8 @@ class BackendOptions:
                     f"backend: options must be among {', '.join(known)}; got {name!r}. {hint}"
                 )
         parsed = cls(**(options or {}))
-        check_kernel_name(parsed.kernel, caller="backend")
-        for name, choices in (
-            ("on_no_match", ON_NO_MATCH),
-            ("hidden_alignment", HIDDEN_ALIGNMENTS),
-            ("routing", ROUTINGS),
-            ("verify", (True, False)),
-            ("release_weights", (True, False)),
-        ):
-            check_choice(name, getattr(parsed, name), choices, caller="backend")
+        parsed.settings().checked(parsed.on_no_match, caller="backend")
+        check_choice("release_weights", parsed.release_weights, (True, False), caller="backend")
         if not isinstance(parsed.inner_options, (dict, type(None))):
             must(
                 "backend: inner_options",
@@ -106,6 +103,10 @@ class BackendOptions:
                 error=UnsupportedError,
             )
         return parsed
+
+    def settings(self) -> RewriteSettings:
+        """Return those that the rewrite takes."""
+        return RewriteSettings(**{name: getattr(self, name) for name in RewriteSettings._fields})
 
 
 def backend(
@@ -129,14 +130,7 @@ def backend(
         UnsupportedError: an unknown option, or no block in the graph with on_no_match="error".
     """
     parsed = BackendOptions.parse(options)
-    report, _ = rewrite_graph(
-        graph_module,
-        example_inputs,
-        parsed.kernel,
-        parsed.verify,
-        parsed.hidden_alignment,
-        parsed.routing,
-    )
+    report, _ = rewrite_graph(graph_module, example_inputs, parsed.settings())
     logger.info("fp4moe.backend: %s", report)
     _report_problems(report, parsed)
     lifted = lift_packed(graph_module, example_inputs)

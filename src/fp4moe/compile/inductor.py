@@ -24,10 +24,12 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ..errors import UnsupportedError, must
+from ..formats import DEFAULT_FORMAT
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT
 from ..passes.graph.dataflow import meta_value
 from ..passes.report import RewriteReport, report_no_match
-from ..passes.rewrite import check_settings, rewrite_graph
+from ..passes.rewrite import rewrite_graph
+from ..passes.settings import RewriteSettings
 
 __all__ = ["MoePass"]
 
@@ -42,8 +44,9 @@ class MoePass(CustomGraphPass):
     Inductor has to run it before it looks into its caches, see `inductor_options`.
 
     Args:
-        kernel, verify, on_no_match, hidden_alignment, routing: as the options of `fp4moe.backend`;
-            on_no_match is "ignore" by default, as Inductor calls the pass for each graph.
+        kernel, format, verify, on_no_match, hidden_alignment, routing: as the options of
+            `fp4moe.backend`; on_no_match is "ignore" by default, as Inductor calls the pass for
+            each graph.
         before: passes to run first, such as the one that was set.
 
     Raises:
@@ -55,14 +58,15 @@ class MoePass(CustomGraphPass):
         self,
         *,
         kernel: str = "auto",
+        format: str = DEFAULT_FORMAT,
         verify: bool = True,
         on_no_match: str = "ignore",
         hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
         routing: str = "given",
         before: Sequence[Pass] = (),
     ):
-        check_settings(kernel, hidden_alignment, routing, on_no_match, caller="MoePass")
-        self.settings = (kernel, verify, hidden_alignment, routing)
+        settings = RewriteSettings(kernel, verify, hidden_alignment, routing, format)
+        self.settings = settings.checked(on_no_match, caller="MoePass")
         self.on_no_match = on_no_match
         self.before = tuple(before)
         self.report: RewriteReport | None = None
@@ -90,7 +94,7 @@ class MoePass(CustomGraphPass):
                 error=UnsupportedError,
             )
         inputs = [_value(node) for node in graph.nodes if node.op == "placeholder"]
-        self.report, _ = rewrite_graph(gm, inputs, *self.settings)
+        self.report, _ = rewrite_graph(gm, inputs, self.settings)
         logger.info("MoePass: %s", self.report)
         # Inductor calls for the bodies of higher-order operators first, one by one.
         placeholders = [node.meta for node in graph.find_nodes(op="placeholder")]

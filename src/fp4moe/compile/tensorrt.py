@@ -17,10 +17,12 @@ from typing import Any
 from torch import fx
 
 from ..errors import UnsupportedError, must
+from ..formats import DEFAULT_FORMAT
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT
 from ..passes.graph.dataflow import meta_value
 from ..passes.report import RewriteReport, report_no_match
-from ..passes.rewrite import check_settings, rewrite_graph
+from ..passes.rewrite import rewrite_graph
+from ..passes.settings import RewriteSettings
 
 __all__ = ["BACKENDS", "import_torch_tensorrt", "lowering_pass", "with_defaults"]
 
@@ -79,6 +81,7 @@ def with_defaults(options: Mapping[str, Any] | None) -> dict[str, Any]:
 def lowering_pass(
     *,
     kernel: str = "auto",
+    format: str = DEFAULT_FORMAT,
     verify: bool = True,
     on_no_match: str = "warn",
     hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
@@ -94,7 +97,7 @@ def lowering_pass(
     inner_backend="torch_tensorrt": weights are inputs of the graph there, not stored tensors.
 
     Args:
-        kernel, verify, on_no_match, hidden_alignment, routing: as of `rewrite_exported`.
+        kernel, format, verify, on_no_match, hidden_alignment, routing: as of `rewrite_exported`.
 
     Yields:
         A list that gets the report of each graph.
@@ -102,7 +105,8 @@ def lowering_pass(
     Raises:
         UnsupportedError: torch_tensorrt cannot be imported, or a value is none of its choices.
     """
-    check_settings(kernel, hidden_alignment, routing, on_no_match, caller="lowering_pass")
+    settings = RewriteSettings(kernel, verify, hidden_alignment, routing, format)
+    settings.checked(on_no_match, caller="lowering_pass")
     import_torch_tensorrt("lowering_pass")
     from torch_tensorrt.dynamo.lowering.passes._aten_lowering_pass import ATEN_POST_LOWERING_PASSES
 
@@ -110,8 +114,7 @@ def lowering_pass(
 
     def fuse_moe(gm: fx.GraphModule, *_: Any) -> fx.GraphModule:
         values = [meta_value(node) for node in gm.graph.nodes if node.op == "placeholder"]
-        settings = (kernel, verify, hidden_alignment, routing)
-        report, _done = rewrite_graph(gm, values, *settings, constants=True)
+        report, _done = rewrite_graph(gm, values, settings, constants=True)
         logger.info("lowering_pass: %s", report)
         report_no_match(report, on_no_match, caller="lowering_pass")
         reports.append(report)

@@ -67,6 +67,7 @@ class WeightFormat:
         globally_scaled: whether each expert's matrix has one more factor, float32.
         multiple: what both sizes of a stored matrix are multiples of.
         methods: those of METHODS that it has.
+        activation_bits: of an activation that `round_activation` has rounded.
     """
 
     name: str
@@ -75,6 +76,12 @@ class WeightFormat:
     globally_scaled: bool
     multiple: int
     methods: tuple[str, ...] = dataclasses.field(default=("max",), kw_only=True)
+    activation_bits: int = dataclasses.field(default=8, kw_only=True)
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of one element, without its scales."""
+        return 8 * self.codes.dtype.itemsize // (self.codes.columns or 1)
 
     def shapes(
         self, experts: int, rows: int, columns: int, halves: int = 1

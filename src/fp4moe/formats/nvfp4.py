@@ -82,6 +82,7 @@ NVFP4 = _NVFP4(
     globally_scaled=True,
     multiple=16,
     methods=METHODS,
+    activation_bits=4,
     grid=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
     element_bits=4,
     block_size=16,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..experts import ExpertWeights
+from ..resize import stack_experts
 
 __all__ = ["SEPARATE", "FloatWeights", "StoredForm", "pack_float"]
 
@@ -74,7 +75,7 @@ class StoredForm(NamedTuple):
         form = f"gated ({self.layout}) " if self.gated else ""
         both = self.transposed + 2 * self.down_transposed
         stored = ("", ", transposed first", ", transposed down", ", transposed weights")[both]
-        return f"{form}{self.activation}{stored} with {self.kernel}"
+        return f"{form}{self.activation}{stored} in {self.format} with {self.kernel}"
 
     def sizes(self, weights: FloatWeights) -> tuple[int, int, int]:
         """Return (experts, hidden size, intermediate size)."""
@@ -96,27 +97,17 @@ def pack_float(weights: FloatWeights, form: StoredForm) -> ExpertWeights:
     plain = FloatWeights(*(tuple(w.detach() for w in group) for group in weights))
     if plain.down[0].ndim == 3:
         return _stacked({role: group[0] for role, group in plain.roles().items()}, form)
-    # One expert after the other: only packed tensors are ever stacked.
-    metadata: dict[str, Any] = {}
-    packed: dict[str, torch.Tensor] = {}
-    count = len(plain.down)
-    for expert in range(count):
-        one = _stacked({role: group[expert][None] for role, group in plain.roles().items()}, form)
-        for name, tensor in one.tensors().items():
-            if name == "hidden_scale":
-                packed[name] = tensor
-                continue
-            if expert == 0:
-                packed[name] = tensor.new_empty((count, *tensor.shape[1:]))
-            packed[name][expert] = tensor[0]
-        metadata = one.metadata() | {"num_experts": count}
-    return ExpertWeights.from_tensors(packed, metadata)
+    roles = plain.roles().items()
+    return stack_experts(
+        len(plain.down),
+        lambda expert: _stacked({role: group[expert][None] for role, group in roles}, form),
+    )
 
 
 def _stacked(weights: dict[str, torch.Tensor], form: StoredForm) -> ExpertWeights:
     first = weights["first"].mT if form.transposed else weights["first"]
     down = weights["down"].mT if form.down_transposed else weights["down"]
-    named: dict[str, Any] = {"down": down, "activation": form.activation}
+    named: dict[str, Any] = {"down": down, "activation": form.activation, "format": form.format}
     if "down_bias" in weights:
         named["down_bias"] = weights["down_bias"]
     if "second" in weights:

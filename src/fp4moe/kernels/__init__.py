@@ -11,7 +11,7 @@ from ..layer import (
     Routing,
 )
 from .base import Kernel, current_capability
-from .operands import Call, LogitsCall, Operands, PreparedWeights
+from .operands import BIASES, Call, LogitsCall, Operands, PreparedWeights
 from .select import (
     KERNELS,
     check_kernel_name,
@@ -23,6 +23,7 @@ from .select import (
 )
 
 __all__ = [
+    "BIASES",
     "DEFAULT_HIDDEN_ALIGNMENT",
     "FUSED_ROUTING_METHODS",
     "HIDDEN_ALIGNMENTS",

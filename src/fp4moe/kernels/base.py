@@ -78,6 +78,8 @@ class Kernel:
     """
 
     name: str
+    # What has to be installed for it, in words.
+    needs: str = ""
     # None: any device. Layouts by number format.
     devices: Devices | None = None
     layouts: ClassVar[Mapping[str, Layout]]
@@ -127,19 +129,22 @@ class Kernel:
         """Compute [T, H] of hidden's dtype; only where it `routes`."""
         raise NotImplementedError
 
-    def reasons_not_to_run(self, layer: Layer, capability: tuple[int, int] | None) -> list[str]:
+    def reasons_not_to_run(
+        self, layer: Layer, capability: tuple[int, int] | None, *, installed: bool = False
+    ) -> list[str]:
         """Return why it cannot run such a layer, padded; empty where it can.
 
         Args:
             capability: of the device, None on a CPU.
+            installed: take what it `needs` as installed, and do not look.
         """
         if layer.format not in self.layouts:
             return [f"it has no layout for {layer.format}, only for {', '.join(self.layouts)}"]
         reasons = self.devices.reasons(capability) if self.devices else []
-        reasons = reasons or list(self.package_reasons())
+        reasons = reasons or ([] if installed else list(self.package_reasons()))
         return [
             *reasons,
-            *self.activation_reasons(layer, not reasons),
+            *self.activation_reasons(layer, not reasons and not installed),
             *(["it has no biases"] if layer.biased and not self.biases else ()),
             *self.limit_reasons(layer),
         ]

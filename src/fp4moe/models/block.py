@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from ..activations import get_activation
 from ..experts import ExpertWeights
+from ..formats import DEFAULT_FORMAT, FORMATS
 from ..module import FusedExperts
 from ..precision import float32_as_written
 from ..random_floats import random_normal, random_uniform
@@ -64,7 +65,7 @@ class Candidate:
         storage: how the module keeps stacked experts; None for a list of them.
         activation, gated, num_experts, top_k, hidden_size, intermediate_size: None where unknown.
         biased: whether gate, up or down has a bias.
-        quantize: packs the weights ("max" or "mse").
+        quantize: packs the weights, by method ("max" or "mse") and number format.
         build: makes the module that takes its place out of the fused experts.
         verify: runs the float block against the definition and returns the reasons where they
             differ.
@@ -82,7 +83,7 @@ class Candidate:
     top_k: int | None = None
     hidden_size: int | None = None
     intermediate_size: int | None = None
-    quantize: Callable[[str], ExpertWeights] | None = None
+    quantize: Callable[[str, str], ExpertWeights] | None = None
     build: Callable[[FusedExperts], nn.Module] = lambda fused: fused
     verify: Callable[[], list[str]] | None = None
 
@@ -92,10 +93,19 @@ class Candidate:
         return sum(p.nbytes for p in self.parameters.values())
 
 
-def stored_activation_scales(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what `calibrate` left here as keywords of ExpertWeights.quantize; {} if nothing."""
-    scales = getattr(module, ACTIVATION_SCALES, None)
-    return {} if scales is None else {"hidden_scale": scales[0], "intermediate_scale": scales[1]}
+def stored_activation_scales(
+    module: nn.Module, format: str = DEFAULT_FORMAT
+) -> dict[str, torch.Tensor]:
+    """Return what `calibrate` left here as keywords of ExpertWeights.quantize.
+
+    {} if there is nothing, or nothing that the format stores.
+    """
+    scales, to = getattr(module, ACTIVATION_SCALES, None), FORMATS[format].activation_range
+    if scales is None or to is None:
+        return {}
+    # They are those of the default format.
+    ratio = (FORMATS[DEFAULT_FORMAT].activation_range or 1.0) / to
+    return {"hidden_scale": scales[0] * ratio, "intermediate_scale": scales[1] * ratio}
 
 
 def tensor_reasons(parameters: dict[str, torch.Tensor]) -> list[str]:

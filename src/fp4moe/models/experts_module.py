@@ -192,11 +192,15 @@ def _tensors(module: Any, storage: Storage) -> dict[str, torch.Tensor]:
     return {name: getattr(module, name).detach() for name in storage.names}
 
 
-def _quantize(method: str, *, module: Any, storage: Storage, activation: str) -> ExpertWeights:
+def _quantize(
+    method: str, format: str, *, module: Any, storage: Storage, activation: str
+) -> ExpertWeights:
     options = storage.quantize_arguments(_tensors(module, storage))
-    options |= stored_activation_scales(module)
+    options |= stored_activation_scales(module, format)
     with torch.no_grad():
-        return ExpertWeights.quantize(**options, activation=activation, method=method)
+        return ExpertWeights.quantize(
+            **options, activation=activation, method=method, format=format
+        )
 
 
 def _verify(module: Any, storage: Storage, activation: str) -> list[str]:

@@ -22,6 +22,7 @@ from ..borrowed import random_state_kept
 from ..experts import ExpertWeights
 from ..module import FusedExperts
 from ..precision import float32_as_written
+from ..resize import stack_experts
 from .block import MERGE, Candidate, storage_reasons, stored_activation_scales
 from .module_list_block import BlockForm, FusedMoeBlock
 from .module_list_probe import FloatExperts, confirm_form, find_form, identify_expert
@@ -203,32 +204,29 @@ def _quantize(
     roles: dict[str, str],
     activation: str,
     method: str,
+    format: str,
 ) -> ExpertWeights:
-    """Pack one expert after the other: only packed tensors are ever stacked."""
-    packed: dict[str, torch.Tensor] = {}
-    metadata: dict[str, Any] = {}
     biased = any(getattr(e, n).bias is not None for e in experts for n in roles.values())
+    options: dict[str, Any] = {"activation": activation, "method": method, "format": format}
+
+    def quantized(index: int) -> ExpertWeights:
+        linears = {r: getattr(experts[index], n) for r, n in roles.items()}
+        weights = {r: linear.weight.detach()[None] for r, linear in linears.items()}
+        if biased:
+            # Those that lack one have zeros, as ExpertWeights does for a whole layer.
+            weights |= {
+                f"{r}_bias": weights[r].new_zeros(1, weights[r].shape[1])
+                if linear.bias is None
+                else linear.bias.detach()[None]
+                for r, linear in linears.items()
+            }
+        return ExpertWeights.quantize(**weights, **options)
+
     with torch.no_grad():
-        for index, expert in enumerate(experts):
-            weights = {r: getattr(expert, n).weight.detach()[None] for r, n in roles.items()}
-            if biased:
-                # Those that lack one have zeros, as ExpertWeights does for a whole layer.
-                weights |= {
-                    f"{r}_bias": weights[r].new_zeros(1, weights[r].shape[1])
-                    if (bias := getattr(expert, n).bias) is None
-                    else bias.detach()[None]
-                    for r, n in roles.items()
-                }
-            one = ExpertWeights.quantize(**weights, activation=activation, method=method)
-            for name, tensor in one.tensors().items():
-                if index == 0:
-                    count = 1 if name == "hidden_scale" else len(experts)
-                    packed[name] = tensor.new_empty((count, *tensor.shape[1:]))
-                packed[name][0 if name == "hidden_scale" else index] = tensor[0]
-            metadata = one.metadata() | {"num_experts": len(experts)}
-        for name, scale in stored_activation_scales(block).items():
-            packed[name].copy_(scale)
-    return ExpertWeights.from_tensors(packed, metadata)
+        packed = stack_experts(len(experts), quantized)
+        for name, scale in stored_activation_scales(block, format).items():
+            getattr(packed, name).copy_(scale)
+    return packed
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""replace_moe: put fused NVFP4 experts in the place of a model's mixture-of-experts blocks.
+"""replace_moe: put fused, quantised experts in the place of a model's mixture-of-experts blocks.
 
 Everything is checked, the numbers included, before the first module changes; then one layer after
 the other is packed and its float weights are freed, so that the peak stays below the size of the
@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError, check_choice, must
-from ..formats import FORMATS
-from ..formats.base import METHODS
+from ..formats import DEFAULT_FORMAT, FORMATS
 from ..kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
     HIDDEN_ALIGNMENTS,
@@ -62,11 +61,12 @@ def replace_moe(
     strict: bool = True,
     progress: bool = True,
     *,
+    format: str = DEFAULT_FORMAT,
     method: str = "max",
     hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
     routing: str = "given",
 ) -> Model:
-    """Replace the experts of every mixture-of-experts block by fused NVFP4 experts, in place.
+    """Replace the experts of every mixture-of-experts block by fused, quantised experts, in place.
 
     Hooks of accelerate that only move inputs to the experts' device go over to the fused experts.
 
@@ -77,6 +77,7 @@ def replace_moe(
         strict: a block that cannot be replaced is an error; False leaves such blocks as they are
             and logs the reasons.
         progress: show a progress bar on stderr.
+        format: what the weights are quantised to, a name of `fp4moe.formats.FORMATS`.
         method: "max" or "mse", see `fp4moe.quantize_nvfp4`.
         hidden_alignment: 128, 256 or 512: what the Blackwell kernel pads the hidden size to; other
             kernels do not need it.
@@ -91,10 +92,11 @@ def replace_moe(
             no kernel for a block. The model is as it was.
     """
     check_kernel_name(kernel, caller="replace_moe")
-    check_choice("method", method, METHODS, caller="replace_moe")
+    check_choice("format", format, FORMATS, caller="replace_moe")
+    FORMATS[format].check_method(method, caller="replace_moe")
     check_choice("hidden_alignment", hidden_alignment, HIDDEN_ALIGNMENTS, caller="replace_moe")
     check_choice("routing", routing, ROUTINGS, caller="replace_moe")
-    _refuse_other_kernels(model, kernel)
+    _refuse_others(model, kernel, format)
     candidates = find_candidates(model)
     present = {p: m.num_experts for p, m in model.named_modules() if isinstance(m, FusedExperts)}
     if not candidates and present:
@@ -109,7 +111,7 @@ def replace_moe(
             error=UnsupportedError,
         )
     root = type(model).__name__
-    refused = _refused(candidates, kernel, progress)
+    refused = _refused(candidates, kernel, format, progress)
     blocks = present | {c.path: c.num_experts for c in candidates if c.path not in refused}
     plans, unroutable = plan_fused_routing(model, blocks if routing == "fused" else {})
     refused |= unroutable
@@ -130,7 +132,10 @@ def replace_moe(
         job = jobs.pop(path)
         assert job.quantize is not None
         experts = FusedExperts(
-            job.quantize(method), kernel, hidden_alignment=hidden_alignment, top_k=job.top_k
+            job.quantize(method, format),
+            kernel,
+            hidden_alignment=hidden_alignment,
+            top_k=job.top_k,
         )
         fused = job.build(experts)
         fused.train(job.module.training)
@@ -141,18 +146,32 @@ def replace_moe(
     return model
 
 
-def explain(model: nn.Module, kernel: str = "auto", *, only_structure: bool = False) -> ModelReport:
-    """Report on each block: replaced, replaceable or not and why, kernel, padded sizes, bytes.
+def explain(
+    model: nn.Module,
+    kernel: str = "auto",
+    *,
+    format: str = DEFAULT_FORMAT,
+    only_structure: bool = False,
+) -> ModelReport:
+    """Report on each block: replaced, replaceable or not and why, format, kernel, sizes, bytes.
 
     Works before and after `replace_moe`; reads sizes and a few numbers, changes nothing.
+
+    Args:
+        kernel, format: what `replace_moe` would be asked for.
+        only_structure: whether weights that are not loaded are no reason against it.
+
+    Raises:
+        UnsupportedError: no such kernel or format.
     """
     check_kernel_name(kernel, caller="explain")
+    check_choice("format", format, FORMATS, caller="explain")
     rows = {}
     for candidate in find_candidates(model):
         reasons = candidate.reasons or (candidate.verify() if candidate.verify else [])
         if only_structure:
             reasons = [reason for reason in reasons if not reason.endswith(ON_META)]
-        rows[candidate.path] = _candidate_row(candidate, kernel, reasons)
+        rows[candidate.path] = _candidate_row(candidate, kernel, format, reasons)
     for path, module in model.named_modules():
         if isinstance(module, FusedExperts):
             rows[path] = _fused_row(path, module, fused_router_beside(model, path))
@@ -162,29 +181,37 @@ def explain(model: nn.Module, kernel: str = "auto", *, only_structure: bool = Fa
     )
 
 
-def _refused(candidates: list[Candidate], kernel: str, progress: bool) -> dict[str, list[str]]:
+def _refused(
+    candidates: list[Candidate], kernel: str, format: str, progress: bool
+) -> dict[str, list[str]]:
     """Return the reasons against those that cannot be replaced, by path."""
     refused = {}
     for candidate in progress_bar(candidates, show=progress, desc="checking experts", leave=False):
         reasons = (
-            candidate.reasons or value_reasons(candidate) or _kernel_reasons(candidate, kernel)
+            candidate.reasons
+            or value_reasons(candidate)
+            or choose_kernel(kernel, *asked_of(candidate, format))[1]
         )
         if reasons:
             refused[candidate.path] = reasons
     return refused
 
 
-def _refuse_other_kernels(model: nn.Module, kernel: str) -> None:
-    fused = {path: m.kernel for path, m in model.named_modules() if isinstance(m, FusedExperts)}
-    for path, present in fused.items():
-        if kernel not in ("auto", present):
-            must(
-                "replace_moe: kernel",
-                "be that of the blocks which are fused already",
-                f"{kernel!r}, but {path or type(model).__name__} has {present!r}",
-                "Load the float model again.",
-                error=UnsupportedError,
-            )
+def _refuse_others(model: nn.Module, kernel: str, format: str) -> None:
+    """Raise unless the blocks that are fused already have this kernel and format."""
+    for path, module in model.named_modules():
+        if not isinstance(module, FusedExperts):
+            continue
+        present = {"kernel": module.kernel, "format": module.layer.format}
+        for name, asked in (("kernel", kernel), ("format", format)):
+            if asked not in ("auto", present[name]):
+                must(
+                    f"replace_moe: {name}",
+                    "be that of the blocks which are fused already",
+                    f"{asked!r}, but {path or type(model).__name__} has {present[name]!r}",
+                    "Load the float model again.",
+                    error=UnsupportedError,
+                )
 
 
 def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -214,23 +241,28 @@ def _refuse_shared_weights(model: nn.Module, candidates: list[Candidate]) -> Non
                 )
 
 
-def asked_of(candidate: Candidate) -> tuple[Layer, tuple[int, int] | None]:
+def asked_of(
+    candidate: Candidate, format: str = DEFAULT_FORMAT
+) -> tuple[Layer, tuple[int, int] | None]:
     """Return what a kernel is asked to run for a candidate whose form is known, and where."""
     assert candidate.activation and candidate.hidden_size and candidate.intermediate_size
-    layer = Layer.of(candidate, gated=bool(candidate.gated), num_experts=candidate.num_experts or 0)
+    layer = Layer.of(
+        candidate,
+        gated=bool(candidate.gated),
+        num_experts=candidate.num_experts or 0,
+        format=format,
+    )
     return layer, current_capability(next(iter(candidate.parameters.values())).device)
 
 
-def _kernel_reasons(candidate: Candidate, kernel: str) -> list[str]:
-    return choose_kernel(kernel, *asked_of(candidate))[1]
-
-
-def _candidate_row(candidate: Candidate, kernel: str, reasons: list[str]) -> BlockReport:
+def _candidate_row(
+    candidate: Candidate, kernel: str, format: str, reasons: list[str]
+) -> BlockReport:
     name, padded = None, None
     if not reasons:
-        reasons = _kernel_reasons(candidate, kernel)
+        reasons = choose_kernel(kernel, *asked_of(candidate, format))[1]
     if not reasons:
-        layer, capability = asked_of(candidate)
+        layer, capability = asked_of(candidate, format)
         name = select_kernel(kernel, layer, capability, caller="explain")
         multiples = get_kernel(name).size_multiples(layer, DEFAULT_HIDDEN_ALIGNMENT)
         padded = tuple(
@@ -251,6 +283,7 @@ def _candidate_row(candidate: Candidate, kernel: str, reasons: list[str]) -> Blo
         top_k=candidate.top_k,
         hidden_size=candidate.hidden_size,
         intermediate_size=candidate.intermediate_size,
+        format=None if reasons else format,
         padded_sizes=padded,
         kernel=name,
         nbytes=candidate.nbytes,
@@ -261,8 +294,11 @@ def _fused_row(path: str, module: FusedExperts, router: FusedRouter | None) -> B
     meta, prepared = module.metadata, module.prepared.operands
     notes = [f"its router chooses in one launch ({router.routing.method})"] if router else []
     scales = module.activation_scales()
-    if not prepared.hidden_scale.is_meta and all(bool((s == 1).all()) for s in scales):
-        notes.append("activation ranges are not calibrated (only W4A4 kernels use them)")
+    stored = FORMATS[module.layer.format].activation_range is not None
+    if stored and not prepared.hidden_scale.is_meta and all(bool((s == 1).all()) for s in scales):
+        notes.append(
+            "activation ranges are not calibrated (only kernels that round activations use them)"
+        )
     _, hidden, columns = prepared.down_packed.shape
     return BlockReport(
         path=path,
@@ -275,6 +311,7 @@ def _fused_row(path: str, module: FusedExperts, router: FusedRouter | None) -> B
         top_k=router.routing.top_k if router else None,
         hidden_size=meta["hidden_size"],
         intermediate_size=meta["intermediate_size"],
+        format=module.layer.format,
         padded_sizes=(hidden, FORMATS[module.layer.format].elements(columns)),
         kernel=module.kernel,
         nbytes=module.nbytes,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError, must
+from ..formats import DEFAULT_FORMAT
 from ..module import FusedExperts
 from .block import ACTIVATION_SCALES, value_reasons
 from .experts_module import FUSED_CHILD, describe_experts, float_parameters
@@ -77,7 +78,7 @@ def _pack(module: Any) -> FusedExperts:
                 "Choose another experts_implementation.",
                 error=UnsupportedError,
             )
-        fused = FusedExperts(candidate.quantize("max")).train(module.training)
+        fused = FusedExperts(candidate.quantize("max", DEFAULT_FORMAT)).train(module.training)
         floats = dict(module.named_parameters(recurse=False))
         trained = tuple(n for n in candidate.parameters if floats[n].requires_grad)
         setattr(module, TRAINED, trained)

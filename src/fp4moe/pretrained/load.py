@@ -13,7 +13,8 @@ from typing import Any
 
 from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.naming import FLOAT
-from ..errors import CheckpointError, UnsupportedError, check_choice, must
+from ..errors import CheckpointError, UnsupportedError, check_choice, must, refuse
+from ..formats import DEFAULT_FORMAT, FORMATS
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
 from ..models.replace import replace_moe
 from ..models.transformers_registry import register_experts
@@ -50,6 +51,7 @@ def from_pretrained(
     path_or_id: str | os.PathLike[str],
     *,
     kernel: str = "auto",
+    format: str | None = None,
     hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
     routing: str = "given",
     progress: bool = True,
@@ -64,6 +66,8 @@ def from_pretrained(
     Args:
         path_or_id: a directory, or the name of a repository on the Hugging Face hub.
         kernel, hidden_alignment, routing, progress: see `fp4moe.replace_moe`.
+        format: what the experts of a float checkpoint are quantised to, a name of
+            `fp4moe.formats.FORMATS`; default "nvfp4". Stored formats stay as they are.
         hf_kwargs: for transformers' from_pretrained: dtype, device_map, attn_implementation,
             trust_remote_code and others; of these revision, token, cache_dir, local_files_only and
             force_download go to the download. Names of the configuration override it.
@@ -75,10 +79,13 @@ def from_pretrained(
         CheckpointError: files are unsafe or damaged, a tensor is missing, unexpected, there twice,
             of a wrong shape or not finite, or the quantisation is unknown. No model is returned.
         UnsupportedError: no kernel for the experts, experts of another form, offloading, tensor or
-            expert parallelism, or an argument that does not go with this loader.
+            expert parallelism, an argument that does not go with this loader, or a format for
+            weights that are quantised already.
     """
     check_kernel_name(kernel, caller="from_pretrained")
     caller = "from_pretrained"
+    if format is not None:
+        check_choice("format", format, FORMATS, caller=caller)
     check_choice("hidden_alignment", hidden_alignment, HIDDEN_ALIGNMENTS, caller=caller)
     check_choice("routing", routing, ROUTINGS, caller=caller)
     for name in REFUSED:
@@ -106,11 +113,19 @@ def from_pretrained(
     directory = _directory(path_or_id, hf_kwargs)
     files = CheckpointFiles.open(directory)
     is_float = convention_of(files.quantization) is FLOAT
+    if format is not None and not is_float:
+        refuse(
+            caller,
+            f"the experts of {directory!r} cannot be quantised to {format}",
+            "they are quantised already and stay as they are stored",
+            "Leave format out, or load the float checkpoint.",
+        )
+    format = format or DEFAULT_FORMAT
     import transformers
 
     register_method()
     config = _config(transformers, directory, hf_kwargs)
-    options = Options(kernel, hidden_alignment, routing, progress, files)
+    options = Options(kernel, hidden_alignment, routing, progress, files, format)
     config.quantization_config = {
         "quant_method": METHOD,
         "float": is_float,
@@ -130,7 +145,12 @@ def from_pretrained(
     if is_float and not any(isinstance(module, FusedExperts) for module in model.modules()):
         # Experts in a ModuleList are known by their numbers only, once they are loaded.
         replace_moe(
-            model, kernel, progress=progress, hidden_alignment=hidden_alignment, routing=routing
+            model,
+            kernel,
+            progress=progress,
+            format=format,
+            hidden_alignment=hidden_alignment,
+            routing=routing,
         )
     return result
 

@@ -26,6 +26,7 @@ from ..checkpoint.plan_checks import ExpertsFacts, LinearFacts
 from ..checkpoint.read import read_experts, read_linear
 from ..checks import HIDDEN_DTYPES
 from ..errors import CheckpointError, UnsupportedError, must
+from ..formats import DEFAULT_FORMAT
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, Layer, choose_kernel, current_capability
 from ..models.experts_module import is_stacked_experts
 from ..models.routers import fuse_router
@@ -53,7 +54,8 @@ METHODS = {
 class Options:
     """Keywords of fp4moe.from_pretrained that transformers does not know.
 
-    files is the checkpoint if it is open already: its headers are read once.
+    files is the checkpoint if it is open already: its headers are read once. format is that of
+    float experts.
     """
 
     kernel: str = "auto"
@@ -61,6 +63,7 @@ class Options:
     routing: str = "given"
     progress: bool = True
     files: CheckpointFiles | None = None
+    format: str = DEFAULT_FORMAT
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Options:
         """Return this one: transformers copies configurations."""
@@ -171,7 +174,10 @@ class Loading:
         plain = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
         self.shapes = {name: shape for name, (_, shape) in plain.items()}
         described = Model(
-            experts=experts,
+            experts={
+                path: dataclasses.replace(facts, format=self.options.format)
+                for path, facts in experts.items()
+            },
             linears={
                 path: LinearFacts(m.out_features, m.in_features, m.bias is not None)
                 for path, m in model.named_modules()

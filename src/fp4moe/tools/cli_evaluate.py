@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from ..formats.nvfp4 import METHODS
+from ..formats import DEFAULT_FORMAT, FORMATS
+from ..formats.base import METHODS
 from .evaluate import evaluate
 
 __all__ = ["add_parser", "run"]
@@ -14,7 +15,7 @@ __all__ = ["add_parser", "run"]
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to those of the program."""
     command = subparsers.add_parser(
-        "evaluate", help="perplexity of a bf16 model, and what NVFP4 experts change"
+        "evaluate", help="perplexity of a bf16 model, and what quantised experts change"
     )
     command.add_argument("model", help="a directory or a hub id, in bf16, with its tokenizer")
     command.add_argument(
@@ -26,10 +27,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument(
         "--calibrate",
         metavar="TEXT.jsonl",
-        help="adds W4A4 with activation ranges that were recorded on this text",
+        help="adds rounded activations with ranges that were recorded on this text",
     )
     command.add_argument(
         "--percentile", type=float, help="of the magnitudes, as range; default the largest"
+    )
+    command.add_argument(
+        "--format",
+        nargs="+",
+        choices=FORMATS,
+        default=[DEFAULT_FORMAT],
+        help="of the experts' weights; the model is loaded for each",
     )
     command.add_argument("--method", choices=METHODS, default="max", help="of the weights")
     command.add_argument("--device", help="cuda, cuda:1, cpu; default the GPU, if there is one")
@@ -39,7 +47,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
-    names = ("text", "tokens", "length", "batch", "calibrate", "percentile", "method", "device")
+    names = (
+        "format",
+        "text",
+        "tokens",
+        "length",
+        "batch",
+        "calibrate",
+        "percentile",
+        "method",
+        "device",
+    )
     options = {name: getattr(arguments, name) for name in names}
     report = evaluate(arguments.model, **options, progress=not arguments.no_progress)
     print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)

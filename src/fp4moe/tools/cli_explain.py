@@ -19,6 +19,7 @@ from ..checkpoint.files import INDEX, WEIGHTS, CheckpointFiles
 from ..checkpoint.header import Spec, read_json
 from ..checkpoint.naming import FLOAT, Convention
 from ..errors import CheckpointError, Fp4MoeError, UnsupportedError, must
+from ..formats import FORMATS
 from ..models.replace import explain
 from ..pretrained.from_config import config_errors, model_on_meta, one_line
 from ..pretrained.loading import Loading, Options, convention_of
@@ -37,16 +38,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     command.add_argument("model", help="a directory with config.json, that file, or a hub id")
     command.add_argument("--kernel", default="auto", help="auto or a kernel's name")
+    help = "what replace_moe would quantise to"
+    command.add_argument("--format", choices=FORMATS, default="nvfp4", help=help)
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
-    report = explain_source(arguments.model, arguments.kernel)
+    report = explain_source(arguments.model, arguments.kernel, arguments.format)
     print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
 
 
-def explain_source(source: str, kernel: str = "auto") -> ModelReport:
+def explain_source(source: str, kernel: str = "auto", format: str = "nvfp4") -> ModelReport:
     """Report on a directory or hub id, see `fp4moe.explain`.
 
     Where its weights are quantised, `checkpoint` says whether from_pretrained reads them, and the
@@ -67,19 +70,23 @@ def explain_source(source: str, kernel: str = "auto") -> ModelReport:
         )
     directory = _directory(source)
     model = model_on_meta(directory, caller="explain")
-    report = explain(model, kernel, only_structure=True)
+    report = explain(model, kernel, format=format, only_structure=True)
     quantization = _announced(directory)
+    formats: dict[str, str] = {}
     try:
         convention = convention_of(quantization)
         if convention is FLOAT:
             return report
         if any(os.path.lexists(os.path.join(directory, name)) for name in (WEIGHTS, INDEX)):
-            packed = _packed(directory, model)
+            packed = _packed(directory, model, formats)
         else:
             packed = _announced_blocks(report, convention)
     except Fp4MoeError as error:
         return _refused(report, one_line(error))
-    blocks = tuple(_block(block, packed) for block in report.blocks)
+    # Where no file says which one it is.
+    announced = [form for form in FORMATS if form in convention.forms]
+    only = announced[0] if len(announced) == 1 else None
+    blocks = tuple(_block(block, packed, formats.get(block.path, only)) for block in report.blocks)
     forms = " and ".join(sorted(form.upper() for form in convention.forms))
     count = sum(block.status == "loadable" for block in blocks)
     text = f"{forms} checkpoint of {convention.name}: from_pretrained packs {count} of its blocks"
@@ -129,8 +136,8 @@ def _announced(directory: str) -> Mapping[str, Any] | None:
     return entry
 
 
-def _packed(directory: str, model: Any) -> dict[str, int]:
-    """The blocks that from_pretrained packs, with the bytes of their tensors."""
+def _packed(directory: str, model: Any, formats: dict[str, str]) -> dict[str, int]:
+    """The blocks that from_pretrained packs, with the bytes of their tensors; fills formats."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     with CheckpointFiles.open(directory) as files:
@@ -138,6 +145,7 @@ def _packed(directory: str, model: Any) -> dict[str, int]:
         loading.open(model, [os.path.join(directory, name) for name in files.shards], model.dtype)
         loading.make_plan(get_model_conversion_mapping(model))
         assert loading.plan is not None
+        formats |= {path: plan.form for path, plan in loading.plan.experts.items()}
         return {
             path: sum(_nbytes(files.shapes[key]) for key in plan.keys)
             for path, plan in loading.plan.experts.items()
@@ -162,11 +170,12 @@ def _announced_blocks(report: ModelReport, convention: Convention) -> dict[str, 
     return packed
 
 
-def _block(block: BlockReport, packed: Mapping[str, int]) -> BlockReport:
+def _block(block: BlockReport, packed: Mapping[str, int], format: str | None) -> BlockReport:
     if block.status != "replaceable":
         return block
     if block.path in packed:
-        return dataclasses.replace(block, status="loadable", nbytes=packed[block.path])
+        nbytes = packed[block.path]
+        return dataclasses.replace(block, status="loadable", format=format, nbytes=nbytes)
     note = "its experts are not packed in this checkpoint; replace_moe can after loading"
     return dataclasses.replace(block, reasons=(*block.reasons, note))
 
@@ -175,7 +184,11 @@ def _refused(report: ModelReport, why: str) -> ModelReport:
     reason = "its experts are quantised, and from_pretrained refuses the checkpoint"
     blocks = tuple(
         dataclasses.replace(
-            block, status="not replaceable", reasons=(reason, *block.reasons), kernel=None
+            block,
+            status="not replaceable",
+            reasons=(reason, *block.reasons),
+            format=None,
+            kernel=None,
         )
         for block in report.blocks
     )

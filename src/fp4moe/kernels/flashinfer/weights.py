@@ -74,6 +74,7 @@ def _with_bias(operands: Operands, gemm: str, index: torch.Tensor | None) -> Ope
 class FlashInferKernel(Kernel):
     """The part of a kernel that FlashInfer's have in common."""
 
+    needs = "flashinfer-python 0.6.13 or newer"
     biases = True
     quantizes_activations = True
     mixes_scales = True

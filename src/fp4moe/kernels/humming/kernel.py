@@ -75,6 +75,7 @@ class HummingKernel(Kernel):
     """
 
     name = "humming"
+    needs = "humming-kernels 0.1.19, triton, cuda-bindings and a CUDA compiler"
     devices = Devices(
         ((7, 5),), up_to=(9, 0), why_not_newer="the layout there depends on the CUDA compiler"
     )

@@ -54,6 +54,7 @@ class TritonKernel(Kernel):
     """
 
     name = "triton"
+    needs = "triton"
     devices = Devices(((8, 0),), or_newer=True)
     biases = parameters = True
     layouts: ClassVar = {
