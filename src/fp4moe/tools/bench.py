@@ -207,8 +207,12 @@ def measure(
     skew: float,
     peers: bool,
     format: str = DEFAULT_FORMAT,
+    gemms: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each contender and number of tokens; `wrong` where a result is."""
+    """Yield a row for each contender and number of tokens; `wrong` where a result is.
+
+    peers: with Hugging Face's experts. gemms: with torch's FP8 GEMMs, where they run.
+    """
     shape = shape_of(name, format)
     weights = random_codes(shape, "cuda")
     cases = {}
@@ -240,16 +244,16 @@ def measure(
                 inputs = [(x, ids, w if ours else w.to(x)) for ids, w in routings]
                 us = graph_us([functools.partial(call, *each) for each in inputs])
             yield row | _timed(shape, routings, us)
-    if peers and GroupedGemms.reason(weights) is None:
-        gemms = GroupedGemms(weights)
+    if gemms and GroupedGemms.reason(weights) is None:
+        pair = GroupedGemms(weights)
         for tokens, (x, routings, _) in cases.items():
-            calls = [gemms.calls(x, ids) for ids, _ in routings]
-            error = gemms.error(*calls[0])
-            row = {"shape": name, "format": format, "kernel": gemms.name, "tokens": tokens}
+            calls = [pair.calls(x, ids) for ids, _ in routings]
+            error = pair.error(*calls[0])
+            row = {"shape": name, "format": format, "kernel": pair.name, "tokens": tokens}
             if not error <= 2 * LIMIT:
                 yield row | {"error": error, "wrong": True}
                 continue
-            us = graph_us([functools.partial(gemms.run, *call) for call in calls])
+            us = graph_us([functools.partial(pair.run, *call) for call in calls])
             yield row | {"error": error} | _timed(shape, routings, us)
 
 
@@ -368,7 +372,9 @@ def run(arguments: argparse.Namespace) -> int:
     rows, wrong = [], False
     for name, format in itertools.product(arguments.shape, arguments.format):
         kernels = arguments.kernel or ["auto", *runnable(shape_of(name, format))]
-        for row in measure(name, kernels, arguments.tokens, skew, not arguments.no_peers, format):
+        for row in measure(
+            name, kernels, arguments.tokens, skew, not arguments.no_peers, format, gemms=True
+        ):
             if row.pop("wrong", False):
                 print(
                     f"{name} {format} T = {row['tokens']} {row['kernel']}: wrong, error "
