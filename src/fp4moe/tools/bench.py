@@ -34,6 +34,7 @@ from ..kernels import KERNELS, Layer, choose_kernel, current_capability, measure
 from ..module import FusedExperts
 from ..testing import random_codes, relative_error
 from .grouped_gemms import GroupedGemms
+from .huggingface_experts import huggingface_experts
 from .selftest import LAYERS
 
 __all__ = ["SHAPES", "TOKENS", "add_parser", "graph_us", "run"]
@@ -130,45 +131,6 @@ def graph_us(calls: list[Callable[[], torch.Tensor]]) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in events) * 1e3 / len(calls)
 
 
-def huggingface(name: str, weights: ExpertWeights) -> Any:
-    """transformers' own experts, bfloat16, with the values of `weights`."""
-    from transformers import AutoConfig
-
-    sizes = {"hidden_size": weights.hidden_size, "moe_intermediate_size": weights.intermediate_size}
-    if name == "gemma4":
-        from transformers.models.gemma4 import modeling_gemma4
-
-        config = AutoConfig.for_model(
-            "gemma4_text",
-            num_experts=weights.num_experts,
-            top_k_experts=SHAPES[name].top_k,
-            **sizes,
-        )
-        make: Any = modeling_gemma4.Gemma4TextExperts
-    else:
-        from transformers.models.nemotron_h import modeling_nemotron_h
-
-        config = AutoConfig.for_model(
-            "nemotron_h",
-            n_routed_experts=weights.num_experts,
-            num_experts_per_tok=SHAPES[name].top_k,
-            **sizes,
-        )
-        make = modeling_nemotron_h.NemotronHExperts
-    with torch.device("meta"):
-        experts = make(config)
-    experts = (
-        experts.to(torch.bfloat16).to_empty(device=weights.down.packed.device).requires_grad_(False)
-    )
-    for expert in range(weights.num_experts):
-        part = weights.slice_experts(expert, expert + 1).dequantize()
-        gate_up = [part["gate"][0]] if weights.gated else []
-        target = experts.gate_up_proj if weights.gated else experts.up_proj
-        target[expert].copy_(torch.cat([*gate_up, part["up"][0]]))
-        experts.down_proj[expert].copy_(part["down"][0])
-    return experts
-
-
 def contenders(
     name: str, shape: Layer, weights: ExpertWeights, kernels: list[str], peers: bool
 ) -> Iterator[tuple[str, Callable[[int], Callable | None]]]:
@@ -181,7 +143,7 @@ def contenders(
         yield kernel, always(FusedExperts(weights, kernel=kernel, top_k=shape.top_k))
     if not peers:
         return
-    experts = huggingface(name, weights)
+    experts = huggingface_experts(name, top_k(shape), weights)
 
     def implementation(kind: str, *args: torch.Tensor) -> torch.Tensor:
         experts.config._experts_implementation = kind
