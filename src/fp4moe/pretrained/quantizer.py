@@ -194,7 +194,7 @@ def _respect_arguments() -> None:
     def merge(quantization_config, quantization_config_from_args):
         if isinstance(quantization_config, dict):
             method = quantization_config.get("quant_method")
-            shared: Any = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+            shared: Any = AUTO_QUANTIZATION_CONFIG_MAPPING.get(str(method))
             own = getattr(shared, "plain", None)
             if own is not None and isinstance(quantization_config_from_args, own):
                 quantization_config = own.from_dict(quantization_config)
