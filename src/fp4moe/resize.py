@@ -135,5 +135,9 @@ def stack_experts(count: int, one: Callable[[int], ExpertWeights]) -> ExpertWeig
                 continue
             if expert == 0:
                 packed[name] = tensor.new_empty((count, *tensor.shape[1:]))
-            packed[name][expert] = tensor[0]
+            to, source = packed[name][expert], tensor[0]
+            if tensor.dtype.itemsize == 1:
+                # Not every device copies float8; its bytes it does.
+                to, source = to.view(torch.uint8), source.view(torch.uint8)
+            to.copy_(source)
     return weights.from_tensors(packed, weights.metadata() | {"num_experts": count})

@@ -103,7 +103,7 @@ def test_a_scale_that_would_go_unread_is_refused(format):
     assert_refused(lambda: block.scales(format), f"BlockRanges.scales: {refusal}", UnsupportedError)
     assert_refused(
         lambda: scales_from_text("nowhere", "nothing", format=format),
-        f"scales_from_text: {refusal}",
+        f"quantize: {refusal}",
         UnsupportedError,
     )
 

@@ -198,7 +198,7 @@ def scales_from_text(
         CheckpointError: the directory or the text cannot be read; names the line.
         UnsupportedError, ShapeError: see `calibrate`.
     """
-    activation_range(format, caller="scales_from_text")
+    activation_range(format, caller="quantize")
     texts = read_texts(text)
     model, tokenizer = load_text_model(directory, device=device)
     options: dict[str, Any] = {"percentile": percentile, "length": length, "progress": progress}

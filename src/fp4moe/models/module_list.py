@@ -207,7 +207,7 @@ def _quantize(
     format: str,
 ) -> ExpertWeights:
     biased = any(getattr(e, n).bias is not None for e in experts for n in roles.values())
-    options = {"activation": activation, "method": method, "format": format}
+    options: dict[str, Any] = {"activation": activation, "method": method, "format": format}
 
     def quantized(index: int) -> ExpertWeights:
         linears = {r: getattr(experts[index], n) for r, n in roles.items()}

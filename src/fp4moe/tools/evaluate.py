@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from ..calibration.texts import (
     text_windows,
 )
 from ..errors import check_choice, must
-from ..formats import DEFAULT_FORMAT, FORMATS
+from ..formats import DEFAULT_FORMAT, FORMATS, WeightFormat
 from ..models.block import ACTIVATION_SCALES
 from ..models.replace import replace_moe
 from ..module import FusedExperts
@@ -36,6 +36,9 @@ from ..report import format_table
 from .sample_text import standard_library_text
 
 __all__ = ["EvaluationReport", "EvaluationRow", "evaluate"]
+
+# Of each window: losses and most likely tokens.
+Predicted = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,12 +183,10 @@ def evaluate(
     windows = text_windows(encode(tokenizer, content), length, tokens, tokenizer.bos_token_id)
     check_ids(loaded, windows)
 
-    def run(name: str, format: str | None) -> None:
-        title = f"{format} {name}" if format else name
-        measured[name, format] = _predict(loaded, windows, batch, title, progress)
+    def predict(title: str, model: Any) -> Predicted:
+        return _predict(model, windows, batch, title, progress)
 
-    measured: dict[tuple[str, str | None], tuple[torch.Tensor, torch.Tensor]] = {}
-    run("bf16", None)
+    measured: dict[tuple[str, str | None], Predicted] = {("bf16", None): predict("bf16", loaded)}
     if calibration:
         options: dict[str, Any] = {"percentile": percentile, "length": length, "progress": progress}
         calibrate_on_texts(loaded, tokenizer, calibration, **options)
@@ -194,34 +195,43 @@ def evaluate(
         for path, module in loaded.named_modules()
         if hasattr(module, ACTIVATION_SCALES)
     }
-    for format in formats:
-        if format != formats[0]:
+    for name in formats:
+        if name != formats[0]:
             # Two models would not fit where one does.
             del loaded
             loaded, _ = load_text_model(model, device=device)
             for path, scales in ranges.items():
                 setattr(loaded.get_submodule(path), ACTIVATION_SCALES, scales)
-        replace_moe(loaded, "reference", progress=progress, format=format, method=method)
-        bits, activation_bits = FORMATS[format].weight_bits, FORMATS[format].activation_bits
-        run(f"W{bits}A16", format)
-        calibrated = _quantize_activations(loaded)
-        for module in calibrated:
-            module.set_activation_scales(1.0, 1.0)
-        run(f"W{bits}A{activation_bits}", format)
-        if calibration and FORMATS[format].activation_range is not None:
-            for module, scales in calibrated.items():
-                module.set_activation_scales(*scales)
-            run(f"W{bits}A{activation_bits} calibrated", format)
+        replace_moe(loaded, "reference", progress=progress, format=name, method=method)
+        found = _measure(loaded, FORMATS[name], predict, bool(calibration))
+        measured |= {(row, name): predicted for row, predicted in found.items()}
     base = measured["bf16", None]
     rows = tuple(_row(*names, *found, *base) for names, found in measured.items())
     source = "Python's standard library" if text is None else os.fspath(text)
-    predicted = base[0].numel()
-    return EvaluationReport(os.fspath(model), source, method, predicted, len(windows), rows)
+    count = base[0].numel()
+    return EvaluationReport(os.fspath(model), source, method, count, len(windows), rows)
 
 
-def _predict(
-    model: Any, windows: torch.Tensor, batch: int, name: str, progress: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _measure(
+    model: Any, format: WeightFormat, predict: Callable[[str, Any], Predicted], calibrated: bool
+) -> dict[str, Predicted]:
+    """Run a replaced model with 16-bit activations, then with rounded ones."""
+    rounded = f"W{format.weight_bits}A{format.activation_bits}"
+    plain = f"W{format.weight_bits}A16"
+    found = {plain: predict(f"{format.name} {plain}", model)}
+    blocks = _quantize_activations(model)
+    for module in blocks:
+        module.set_activation_scales(1.0, 1.0)
+    found[rounded] = predict(f"{format.name} {rounded}", model)
+    if calibrated and format.activation_range is not None:
+        for module, (hidden_scale, intermediate_scale) in blocks.items():
+            module.set_activation_scales(hidden_scale, intermediate_scale)
+        name = f"{rounded} calibrated"
+        found[name] = predict(f"{format.name} {name}", model)
+    return found
+
+
+def _predict(model: Any, windows: torch.Tensor, batch: int, name: str, progress: bool) -> Predicted:
     """Return -ln p of each next token and the most likely ones, [W, length - 1] on the CPU."""
     losses, best = [], []
     bar = progress_bar(show=progress, total=len(windows), desc=name, unit="window")
