@@ -4,12 +4,15 @@ compute-sanitizer --tool memcheck python benchmarks/every_tile.py
 compute-sanitizer --tool memcheck python benchmarks/every_tile.py 1/4  # one of four parts
 """
 
+import itertools
 import sys
 
 import torch
 
+from fp4moe.formats import FORMATS
 from fp4moe.kernels.measured import SHIPPED, read
 from fp4moe.kernels.triton.kernel import TRITON, run_with
+from fp4moe.kernels.triton.tiles import fitted
 from fp4moe.testing import make_layer
 
 TOKENS = (1, 37, 700)
@@ -21,18 +24,21 @@ def main() -> None:
     part, parts = map(int, sys.argv[1].split("/")) if sys.argv[1:] else (1, 1)
     configs = configs[part - 1 :: parts]
     gpt_oss = "silu(alpha=1.702,beta=1,limit=7)"
-    for activation, gated in (("gelu_tanh", True), ("relu2", False), (gpt_oss, True)):
+    forms = (("gelu_tanh", True), ("relu2", False), (gpt_oss, True))
+    for format, (activation, gated) in itertools.product(FORMATS, forms):
         options = {"num_experts": 8, "expert_offset": 2, "biased": activation == gpt_oss}
-        weights = make_layer(5, 336, 208, activation, gated, device="cuda", **options)
+        weights = make_layer(
+            5, 336, 208, activation, gated, format=format, device="cuda", **options
+        )
         prepared = TRITON.prepare(weights, hidden_alignment=256)
-        for config in configs:
+        for config in sorted({fitted(c, format, gated) for c in configs}, key=str):
             for tokens in TOKENS:
                 x = torch.randn(tokens, 400, device="cuda").bfloat16()[:, 32:368]
                 ids = torch.randint(-1, 9, (tokens, 4), device="cuda")
                 routing_weights = torch.rand(tokens, 4, device="cuda")
                 run_with(config, prepared.call(x, ids, routing_weights))
     torch.cuda.synchronize()
-    print(f"{len(configs)} configs")
+    print(f"{len(configs)} configs, each fitted to {len(FORMATS)} formats")
 
 
 if __name__ == "__main__":

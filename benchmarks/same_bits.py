@@ -44,16 +44,15 @@ def layer(name: str, device: str) -> fp4moe.ExpertWeights:
     return fp4moe.ExpertWeights.quantize(**made, activation=activation)
 
 
-def digests(device: str, small: bool) -> dict[str, str]:
+def digests(device: str, layers: list[str], kernels: list[str]) -> dict[str, str]:
     """Return a digest for each kernel, layer, dtype and number of tokens that runs here."""
     found = {}
-    for name, (_, _, experts, top_k, hidden, _) in LAYERS.items():
-        if small and experts > 16:
-            continue
+    for name in layers:
+        _, _, experts, top_k, hidden, _ = LAYERS[name]
         weights = layer(name, device)
-        for kernel in KERNELS:
+        for kernel in kernels:
             for dtype in DTYPES:
-                for tokens in TOKENS[: 3 if small else None]:
+                for tokens in TOKENS[: 3 if device == "cpu" else None]:
                     if kernel.startswith("reference") and tokens * experts > 16384:
                         continue
                     torch.manual_seed(tokens)
@@ -76,10 +75,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", required=True, help="file to write")
     parser.add_argument("--compare", help="file of another version")
-    parser.add_argument("--small", action="store_true", help="small layers only, for a CPU")
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--layer", nargs="+", choices=LAYERS, default=list(LAYERS))
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = digests(device, args.small or device == "cpu")
+    found = digests(device, args.layer, args.kernel)
     with open(args.json, "w") as file:
         json.dump(found, file, indent=1)
     ran = sum(not value.startswith("refused") for value in found.values())

@@ -26,7 +26,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
-from fp4moe.errors import UnsupportedError, must
+from fp4moe.errors import UnsupportedError, must, refuse
 from fp4moe.formats import DEFAULT_FORMAT
 from fp4moe.kernels import DEFAULT_HIDDEN_ALIGNMENT
 
@@ -83,12 +83,11 @@ def rewrite_exported(
     settings = RewriteSettings(kernel, verify, hidden_alignment, routing, format)
     settings.checked(on_no_match, caller="rewrite_exported")
     if exported_program.graph_signature.backward_signature is not None:
-        must(
-            "rewrite_exported: exported_program",
-            "be for inference",
-            "one with a backward part",
+        refuse(
+            "rewrite_exported",
+            "exported_program cannot be rewritten",
+            "it has a backward part",
             "Export the model without its loss.",
-            error=UnsupportedError,
         )
     gm = _copied(exported_program.graph_module)
     signature = copy.deepcopy(exported_program.graph_signature)
@@ -226,10 +225,9 @@ def _check_calls(gm: fx.GraphModule, calls: Sequence[ModuleCallEntry]) -> None:
         used = [*call.signature.inputs, *call.signature.outputs]
         gone = [a.name for a in used if not isinstance(a, ConstantArgument) and a.name not in names]
         if gone:
-            must(
-                "rewrite_exported: exported_program",
-                "not preserve the call signature of a module that is rewritten",
-                f"{call.fqn}, which names {', '.join(gone)}",
+            refuse(
+                "rewrite_exported",
+                f"{call.fqn} cannot be rewritten",
+                f"its call signature is preserved and names {', '.join(gone)}",
                 "Export without it in preserve_module_call_signature.",
-                error=UnsupportedError,
             )

@@ -7,7 +7,7 @@ import logging
 import warnings
 from typing import Any
 
-from fp4moe.errors import UnsupportedError
+from fp4moe.errors import refuse
 from fp4moe.report import format_table
 
 __all__ = ["ON_NO_MATCH", "BlockMatch", "RewriteReport", "RoutingMatch"]
@@ -85,11 +85,9 @@ class RewriteReport:
         return tuple(block for block in self.blocks if not block.rewritten)
 
     def why_none(self) -> str:
-        """Say in a sentence why nothing was rewritten."""
-        return "none. " + (
-            " ".join(f"{b.path}: {'; '.join(b.reasons)}." for b in self.near_misses)
-            or "Nothing in it looks like one."
-        )
+        """Say why nothing was rewritten, without a full stop."""
+        misses = [f"{b.path}: {'; '.join(b.reasons)}" for b in self.near_misses]
+        return ". ".join(misses) or "nothing in it looks like a block of experts"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON."""
@@ -121,12 +119,16 @@ class RewriteReport:
 
 
 def report_no_match(
-    report: RewriteReport, on_no_match: str, *, caller: str, message: str = ""
+    report: RewriteReport,
+    on_no_match: str,
+    *,
+    caller: str,
+    refusal: tuple[str, str, str] | None = None,
 ) -> None:
     """Log the blocks that were left; where nothing is fused, do what on_no_match says.
 
     Args:
-        message: says what must be and what is, in place of the report.
+        refusal: what cannot be done, the reason and the advice, in place of the report's.
 
     Raises:
         UnsupportedError: nothing is fused, and on_no_match is "error".
@@ -136,11 +138,14 @@ def report_no_match(
             why = "; ".join(block.reasons)
             logger.warning("fp4moe.%s: %s is left as it is: %s", caller, block.path, why)
         return
-    message = message or (
-        f"{caller}: the graph must have a block of experts that can be fused; got "
-        f"{report.why_none()}"
+    ignore = "Pass on_no_match='ignore' to keep it as it is."
+    what, reason, advice = refusal or (
+        "no experts of the graph can be fused",
+        report.why_none(),
+        "",
     )
     if on_no_match == "error":
-        raise UnsupportedError(f"{message} Pass on_no_match='ignore' to keep it as it is.")
+        refuse(caller, what, reason, f"{advice} {ignore}".lstrip())
     if on_no_match == "warn":
-        warnings.warn(f"fp4moe.{message}", stacklevel=3)
+        text = f"fp4moe.{caller}: {what}, because {reason}. {advice}"
+        warnings.warn(text.rstrip(), stacklevel=3)

@@ -456,7 +456,7 @@ REFUSED = {
         lambda: ExpertWeights.quantize(
             gate_up=zeros(1, 32, 16), down=zeros(1, 16, 16), activation="silu", layout="up"
         ),
-        "split_gate_up: layout must be one of gate_up, up_gate, gate_up_interleaved, "
+        "ExpertWeights.quantize: layout must be one of gate_up, up_gate, gate_up_interleaved, "
         "up_gate_interleaved; got 'up'. Pass the order in which the rows are stored.",
     ),
     "2-D up": (
@@ -548,31 +548,31 @@ REFUSED = {
     ),
     "expert slice": (
         lambda: quantized().slice_experts(1, 4),
-        "slice_experts: start and stop must satisfy 0 <= start < stop <= 3; got 1 and 4. "
-        "Pass local indices.",
+        "ExpertWeights.slice_experts: start and stop must satisfy 0 <= start < stop <= 3; "
+        "got 1 and 4. Pass local indices.",
     ),
     "empty expert slice": (
         lambda: quantized().slice_experts(1, 1),
-        "slice_experts: start and stop must satisfy 0 <= start < stop <= 3; got 1 and 1. "
-        "Pass local indices.",
+        "ExpertWeights.slice_experts: start and stop must satisfy 0 <= start < stop <= 3; "
+        "got 1 and 1. Pass local indices.",
     ),
     "slice inside a block": (
         lambda: quantized().slice_intermediate(8, 32),
-        "slice_intermediate: start and stop must be multiples of 16 with 0 <= start < stop <= 32; "
-        "got 8 and 32. Move them to a block boundary.",
+        "ExpertWeights.slice_intermediate: start and stop must be multiples of 16 with "
+        "0 <= start < stop <= 32; got 8 and 32. Move them to a block boundary.",
     ),
     "slice beyond the end": (
         lambda: quantized().slice_intermediate(16, 48),
-        "slice_intermediate: start and stop must be multiples of 16 with 0 <= start < stop <= 32; "
-        "got 16 and 48. Move them to a block boundary.",
+        "ExpertWeights.slice_intermediate: start and stop must be multiples of 16 with "
+        "0 <= start < stop <= 32; got 16 and 48. Move them to a block boundary.",
     ),
     "padding": (
         lambda: quantized().padded(hidden_multiple=24),
-        "padded: hidden_multiple must be a multiple of 16; got 24. Round it up.",
+        "ExpertWeights.padded: hidden_multiple must be a multiple of 16; got 24. Round it up.",
     ),
     "no padding": (
         lambda: quantized().padded(intermediate_multiple=0),
-        "padded: intermediate_multiple must be a multiple of 16; got 0. Round it up.",
+        "ExpertWeights.padded: intermediate_multiple must be a multiple of 16; got 0. Round it up.",
     ),
     "no hidden size": (
         change(hidden_size=0),
@@ -614,8 +614,7 @@ REFUSED = {
         "ExpertWeights.from_state_dict: state must hold ['down.block_scale', "
         "'down.global_scale', 'down.packed', 'gate_up.block_scale', 'gate_up.global_scale', "
         "'gate_up.packed', 'hidden_scale', 'intermediate_scale'] and metadata with a "
-        f"format of {', '.join(FORMATS)}; missing [], unexpected [], metadata None. "
-        "Pass what ExpertWeights.state_dict returned.",
+        f"format of {', '.join(FORMATS)}; got None, without",
     ),
 }
 
@@ -647,10 +646,10 @@ def test_a_state_that_does_not_fit_is_refused(change):
     state = quantized().state_dict()
     if change == "missing":
         del state["down.packed"]
-        part = "missing ['down.packed'], unexpected []"
+        part = "without {'down.packed'}, with set()"
     elif change == "unexpected":
         state["bias"] = torch.zeros(1)
-        part = "missing [], unexpected ['bias']"
+        part = "without set(), with {'bias'}"
     else:
         state["metadata"] = state["metadata"] | {"format": "int3"}
         part = "'format': 'int3'"

@@ -206,7 +206,7 @@ def _parse(text: str, caller: str) -> Activation:
     return Activation(name, **numbers)
 
 
-def get_activation(name: str | Activation, *, caller: str = "get_activation") -> Activation:
+def get_activation(name: str | Activation, *, caller: str = "Activation") -> Activation:
     """Return the activation of that name or text.
 
     Raises:

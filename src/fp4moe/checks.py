@@ -176,7 +176,7 @@ def _check_hidden(name, hidden) -> None:
 
 def _check_floats(name, hidden, weights: FloatWeights, form: StoredForm) -> None:
     get_activation(form.activation, caller=name).check_gate(form.gated, caller=name)
-    get_kernel(form.kernel)
+    get_kernel(form.kernel, caller=name)
     for argument, value, choices in (
         ("format", form.format, FORMATS),
         ("layout", form.layout, ("", *GATE_UP_LAYOUTS, *SEPARATE)),
@@ -233,7 +233,7 @@ def _check_weights(name: str, given: MoeArguments | MoeFromLogitsArguments) -> N
     if format not in FORMATS:
         check_choice("format", format, FORMATS, caller=name)
     if kernel not in KERNELS:
-        get_kernel(kernel)
+        get_kernel(kernel, caller=name)
     device, hidden_size = hidden.device, hidden.shape[1]
     if gate_up_packed.ndim != 3 or down_packed.ndim != 3:
         got = f"{list(gate_up_packed.shape)} and {list(down_packed.shape)}"

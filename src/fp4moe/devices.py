@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 
-from .errors import UnsupportedError
+from .errors import UnsupportedError, must
 
 __all__ = ["present_device"]
 
@@ -22,21 +24,25 @@ def present_device(device: torch.device | str | None, *, caller: str) -> torch.d
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise _absent(device, caller) from error
+        _absent(device, caller, error)
     if chosen.type == "cpu":
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     count = torch.accelerator.device_count() if accelerator else 0
     if accelerator is None or chosen.type != accelerator.type or (chosen.index or 0) >= count:
-        raise _absent(device, caller)
+        _absent(device, caller)
     return chosen
 
 
-def _absent(device: object, caller: str) -> UnsupportedError:
+def _absent(device: object, caller: str, cause: BaseException | None = None) -> NoReturn:
     there = ["cpu"]
     if accelerator := torch.accelerator.current_accelerator(check_available=True):
         there += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
-    return UnsupportedError(
-        f"{caller}: device must be one of this machine, {', '.join(there)}; got {str(device)!r}. "
-        "Name one of these, or none for the GPU if there is one."
+    must(
+        f"{caller}: device",
+        f"be one of this machine, {', '.join(there)}",
+        repr(str(device)),
+        "Name one of these, or none for the GPU if there is one.",
+        error=UnsupportedError,
+        cause=cause,
     )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .activations import Activation, get_activation
-from .errors import ShapeError, check_choice, must
+from .errors import check_choice, must
 from .formats import DEFAULT_FORMAT, FORMATS, StoredMatrix, WeightFormat
 from .formats.base import SLOTS
 from .layer import Layer
@@ -226,12 +226,11 @@ class ExpertWeights:
         given = set(state) - {"metadata"}
         names |= given & set(_BIASES)
         if given != names or metadata.get("format") not in FORMATS:
-            raise ShapeError(
-                f"ExpertWeights.from_state_dict: state must hold {sorted(names)} and metadata "
-                f"with a format of {', '.join(FORMATS)}; missing "
-                f"{sorted(names - given)}, unexpected {sorted(given - names)}, metadata "
-                f"{state.get('metadata')}. "
-                "Pass what ExpertWeights.state_dict returned."
+            must(
+                "ExpertWeights.from_state_dict: state",
+                f"hold {sorted(names)} and metadata with a format of {', '.join(FORMATS)}",
+                f"{state.get('metadata')}, without {names - given}, with {given - names}",
+                "Pass what ExpertWeights.state_dict returned.",
             )
         return cls.from_tensors({name: state[name] for name in names}, metadata)
 
@@ -365,7 +364,7 @@ class ExpertWeights:
         ):
             if multiple < 1 or (multiple > 1 and multiple % self.number_format.multiple):
                 rule = f"be a multiple of {self.number_format.multiple}"
-                must(f"padded: {name}", rule, multiple, "Round it up.")
+                must(f"ExpertWeights.padded: {name}", rule, multiple, "Round it up.")
         hidden = round_up(self.hidden_padded, hidden_multiple)
         intermediate = round_up(self.intermediate_padded, intermediate_multiple)
         return resized(self, pad_matrix, hidden, intermediate)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .errors import UnsupportedError, must
+from .errors import refuse
 
 __all__ = ["Lent", "logical_tensor"]
 
@@ -23,17 +23,16 @@ def logical_tensor(name: str) -> property:
         tensors = self._logical(self.prepared)
         return next((t for dotted, t in tensors.items() if dotted.replace(".", "_") == name), None)
 
-    def refuse(self: Any, value: object) -> None:
-        must(
-            f"{type(self).__name__}: {name}",
-            "not be set alone, the kernel reads another layout of it",
-            f"a {type(value).__name__}",
+    def set_alone(self: Any, value: object) -> None:
+        refuse(
+            type(self).__name__,
+            f"{name} cannot be set alone",
+            "the kernel reads another layout of it",
             "Call load_state_dict, or give torch.func.functional_call the named_parameters and "
             "named_buffers, not a state_dict.",
-            error=UnsupportedError,
         )
 
-    return property(get, refuse, doc=f"{name} as the state_dict holds it; undoes the layout.")
+    return property(get, set_alone, doc=f"{name} as the state_dict holds it; undoes the layout.")
 
 
 class Lent:
@@ -61,13 +60,12 @@ class Lent:
         """Refuse to go on with weights whose copies were written to."""
         changed = [name for name, mark, version in self.marks if mark._version != version]
         if changed:
-            must(
-                f"{type(module).__name__}: tensors of state_dict()",
-                "go to load_state_dict once they were written to",
-                f"new values in {', '.join(changed)}, copies in another layout than kernel "
-                f"{module.kernel} reads",
+            refuse(
+                type(module).__name__,
+                "the layer cannot run",
+                f"{', '.join(changed)} of its state_dict() were written to, which are copies in "
+                f"another layout than kernel {module.kernel} reads",
                 "Call load_state_dict with them.",
-                error=UnsupportedError,
             )
 
     def __reduce__(self) -> tuple[type[Lent], tuple[()]]:

@@ -30,7 +30,7 @@ from .arguments import (
     MoeFromLogitsArguments,
     Settings,
 )
-from .errors import UnsupportedError, must
+from .errors import refuse
 from .formats import FORMATS
 from .identity.table import packed_now
 from .kernels import (
@@ -293,12 +293,11 @@ def _autograd(name: str, implementation: Callable) -> Callable:
 
 
 def _refuse_backward(grad: torch.Tensor, like: torch.Tensor) -> NoReturn:
-    must(
-        "nvfp4_moe: backward",
-        "not be called, the operator has no gradient",
-        "a loss that depends on its output",
+    refuse(
+        "nvfp4_moe",
+        "its backward cannot be called",
+        "the operator has no gradient",
         "Train the float model, or detach the output of the experts.",
-        error=UnsupportedError,
     )
 
 

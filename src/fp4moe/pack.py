@@ -27,7 +27,7 @@ def split_gate_up(gate_up: torch.Tensor, layout: str) -> tuple[torch.Tensor, tor
     """Return (gate, up) as views of gate_up [..., 2 * intermediate_size, hidden_size]."""
     if layout not in GATE_UP_LAYOUTS:
         must(
-            "split_gate_up: layout",
+            "ExpertWeights.quantize: layout",
             f"be one of {', '.join(GATE_UP_LAYOUTS)}",
             repr(layout),
             "Pass the order in which the rows are stored.",

@@ -152,6 +152,7 @@ def reference_w4a4(
         weights.intermediate_scale,
         intermediate_dtype,
         quantise,
+        caller="reference_w4a4",
     ).to(hidden.dtype)
 
 
@@ -174,6 +175,7 @@ def _run(
     intermediate_scale: torch.Tensor | None = None,
     intermediate_dtype: torch.dtype = torch.float32,
     quantise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    caller: str = "reference",
 ) -> torch.Tensor:
     if (
         hidden.ndim != 2
@@ -181,12 +183,12 @@ def _run(
         or expert_ids.shape[:1] != hidden.shape[:1]
     ):
         must(
-            "reference: hidden, expert_ids and routing_weights",
+            f"{caller}: hidden, expert_ids and routing_weights",
             "be [T, H], [T, K] and [T, K]",
             f"{list(hidden.shape)}, {list(expert_ids.shape)} and {list(routing_weights.shape)}",
             "Flatten the tokens.",
         )
-    combine = get_activation(activation, caller="reference").combine
+    combine = get_activation(activation, caller=caller).combine
     x = hidden.float()
 
     def rounded(value: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ def slice_experts(weights: ExpertWeights, start: int, stop: int) -> ExpertWeight
     """Return local experts start..stop-1 as views; ids stay global through expert_offset."""
     if not 0 <= start < stop <= weights.local_experts:
         must(
-            "slice_experts: start and stop",
+            "ExpertWeights.slice_experts: start and stop",
             f"satisfy 0 <= start < stop <= {weights.local_experts}",
             f"{start} and {stop}",
             "Pass local indices.",
@@ -91,7 +91,7 @@ def slice_intermediate(weights: ExpertWeights, start: int, stop: int) -> ExpertW
         or stop % stop_multiple
     ):
         must(
-            "slice_intermediate: start and stop",
+            "ExpertWeights.slice_intermediate: start and stop",
             f"be multiples of {multiple} with 0 <= start < stop <= {weights.intermediate_padded}",
             f"{start} and {stop}",
             "Move them to a block boundary.",

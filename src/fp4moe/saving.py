@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import UnsupportedError, must
+from .errors import refuse
 
 __all__ = ["PackedModule"]
 
@@ -50,13 +50,12 @@ def _refusing(plain: Any) -> Any:
         if not getattr(self, "_hf_peft_config_loaded", False):
             packed = (path for path, m in self.named_modules() if isinstance(m, PackedModule))
             if (path := next(packed, None)) is not None:
-                must(
-                    f"{plain.__name__}: model",
-                    "hold float weights",
-                    f"a {type(self).__name__} whose {path} is packed",
+                refuse(
+                    plain.__name__,
+                    f"a {type(self).__name__} whose {path} is packed cannot be written",
+                    "the files would hold what only its kernel reads",
                     "Write a checkpoint with fp4moe.quantize_checkpoint, or keep "
                     "model.state_dict() with torch.save.",
-                    error=UnsupportedError,
                 )
         return plain(self, *args, **kwargs)
 

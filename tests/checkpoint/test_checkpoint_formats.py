@@ -380,7 +380,7 @@ def test_edited_key_sets_are_refused_or_equal(packed, tmp_path_factory, edits):
     try:
         model = load(directory)
     except CheckpointError as error:
-        assert str(error).startswith(("from_pretrained: ", "CheckpointFiles."))
+        assert str(error).startswith("from_pretrained: ")
     else:
         if not any(swapped):
             reference = makers.logits(load(packed))
@@ -410,7 +410,7 @@ def test_edited_quantisation_configurations_are_refused_or_equal(packed, tmp_pat
     try:
         model = load(directory)
     except CheckpointError as error:
-        assert str(error).startswith(("from_pretrained: ", "CheckpointFiles."))
+        assert str(error).startswith("from_pretrained: ")
     else:
         assert torch.equal(makers.logits(model), makers.logits(load(packed)))
     shutil.rmtree(directory)

@@ -88,7 +88,7 @@ def test_a_directory_of_someone_else_is_refused(source, tmp_path):
 def test_too_little_space_is_found_before_anything_is_written(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match=r"must have \d{6} bytes free; got 1000"):
+    with pytest.raises(CheckpointError, match=r"they need \d{6} bytes and 1000 are free"):
         quantize(source, tmp_path / "out")
     assert not list(tmp_path.rglob("*.safetensors*"))
     monkeypatch.undo()
@@ -97,7 +97,9 @@ def test_too_little_space_is_found_before_anything_is_written(source, tmp_path, 
 
 def test_a_directory_that_cannot_be_made_is_named(source, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"must be writable, with \d{6} bytes.*file/out"):
+    with pytest.raises(
+        CheckpointError, match=r"\d{6} bytes of weights cannot be written.*file/out"
+    ):
         quantize(source, tmp_path / "file" / "out")
 
 
@@ -173,7 +175,9 @@ def test_killed_and_failed_runs_go_on_and_give_the_same_bytes(source, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     failure, partial, kills = done.stdout.splitlines()
-    assert re.search(r"must be writable, with \d{6} bytes.*File too large.*it goes on", failure)
+    assert re.search(
+        r"\d{6} bytes of weights cannot be written.*File too large.*it goes on", failure
+    )
     assert "config.json" not in partial and ".tmp" not in partial
     assert int(kills.split()[1]) > 20
     wanted = contents(tmp_path / "whole")

@@ -148,7 +148,7 @@ def test_a_second_run_is_refused_while_the_first_is_at_work(source, tmp_path):
     with partial_run.locked(target + ".partial", target):
         command = [sys.executable, "-c", SECOND, source, target]
         second = subprocess.run(command, capture_output=True, text=True)
-        assert "dst must not be written by another process; got process" in second.stdout
+        assert "cannot be written, because process" in second.stdout
         assert list((tmp_path / "out.partial").iterdir()) == [
             tmp_path / "out.partial" / partial_run.LOCK
         ]
@@ -200,7 +200,7 @@ def test_weights_that_are_not_sparse_may_say_so():
 def test_a_byte_order_mark_is_no_text(tmp_path):
     lines = '{"text": "one"}\n{"text": "two"}\n'
     (tmp_path / "text.jsonl").write_text(lines, encoding="utf-8-sig")
-    assert read_texts(tmp_path / "text.jsonl") == ["one", "two"]
+    assert read_texts(tmp_path / "text.jsonl", caller="quantize") == ["one", "two"]
 
 
 class Counting:

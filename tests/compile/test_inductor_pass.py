@@ -155,7 +155,9 @@ class TestRefused:
         ],
     )
     def test_values(self, name, value):
-        with pytest.raises(UnsupportedError, match=f"^MoePass: {name} must be .*; got '?{value}"):
+        with pytest.raises(
+            UnsupportedError, match=f"^inductor_options: {name} must be .*; got '?{value}"
+        ):
             fp4moe.inductor_options(**{name: value})
 
     def test_behind_the_cache(self):
@@ -169,7 +171,7 @@ class TestRefused:
     def test_nothing_to_match(self):
         with torch.no_grad():
             run = compiled(nn.Linear(4, 4), fp4moe.inductor_options(on_no_match="error"))
-            with pytest.raises(BackendCompilerFailed, match="got none"):
+            with pytest.raises(BackendCompilerFailed, match="nothing in it looks"):
                 run(torch.ones(2, 4))
             torch._dynamo.reset()
             compiled(nn.Linear(4, 4), fp4moe.inductor_options())(torch.ones(2, 4))

@@ -58,13 +58,15 @@ class TestWithoutTensorRT:
     @pytest.mark.parametrize("name", ["torch_tensorrt", "tensorrt"])
     def test_backend_says_what_to_install(self, monkeypatch, name):
         monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
-        with pytest.raises(UnsupportedError, match="torch_tensorrt must be importable; got") as got:
+        with pytest.raises(
+            UnsupportedError, match="torch_tensorrt cannot be imported, because"
+        ) as got:
             BackendOptions.parse({"inner_backend": name})
         assert "Install the torch-tensorrt that was built for this torch" in str(got.value)
 
     def test_lowering_pass_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
-        with pytest.raises(UnsupportedError, match=r"^lowering_pass: torch_tensorrt must be"):
+        with pytest.raises(UnsupportedError, match=r"^lowering_pass: torch_tensorrt cannot be"):
             with fp4moe.tensorrt.lowering_pass():
                 pass
 

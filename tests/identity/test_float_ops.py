@@ -185,5 +185,7 @@ def test_a_form_of_its_own_for_each_kernel_and_released_ones_in_no_other():
     assert find_packed(weights, other, caller="test") is not entry
     entry.release(weights.flat(), 0)
     assert find_packed(weights, form, caller="test") is entry
-    with pytest.raises(UnsupportedError, match=r"^test: expert weights must have storage .* again"):
+    with pytest.raises(
+        UnsupportedError, match=r"^test: the experts cannot be packed .* released .* again"
+    ):
         find_packed(weights, form._replace(hidden_alignment=128), caller="test")

@@ -159,11 +159,9 @@ def test_select_kernel():
     for name in REFUSALS:
         with pytest.raises(UnsupportedError) as error:
             select_kernel(name, layer, None, caller="f")
-        assert str(error.value) == (
-            "f: kernel must be one that runs this layer (gated silu, 128 experts of 2816 x 704, "
-            f"CPU); got '{name}'. "
-            f"{name}: {REFUSALS[name]}a CPU."
-        )
+        text = str(error.value)
+        assert text.startswith(f"f: kernel '{name}' cannot run this layer (gated silu, 128 experts")
+        assert f"because {name}: {REFUSALS[name]}a CPU. " in text
 
 
 def test_auto_that_finds_none_lists_every_candidate(monkeypatch):
@@ -173,22 +171,17 @@ def test_auto_that_finds_none_lists_every_candidate(monkeypatch):
     assert choose_kernel("auto", layer, (7, 0))[0] is None
     with pytest.raises(UnsupportedError) as error:
         select_kernel("auto", layer, (7, 0), caller="f")
-    assert str(error.value) == (
-        "f: kernel must be one that runs this layer (gated silu, 128 experts of 2816 x 704, 7.0); "
-        "got 'auto'. "
-        + "".join(f"{n}: {t}7.0. " for n, t in REFUSALS.items() if KERNELS[n].automatic)
-        + "reference: a; b."
-    )
+    assert str(error.value).startswith("f: no kernel can run this layer (gated silu, 128 experts")
+    listed = "".join(f"{n}: {t}7.0. " for n, t in REFUSALS.items() if KERNELS[n].automatic)
+    assert f"because {listed}reference: a; b. " in str(error.value)
 
 
 def test_get_kernel_wants_a_choice():
     with pytest.raises(UnsupportedError) as error:
-        get_kernel("auto")
-    assert str(error.value) == (
-        "get_kernel: kernel must be one kernel's name; got 'auto'. Choose one with select_kernel."
-    )
-    with pytest.raises(UnsupportedError, match=r"^get_kernel: kernel must be auto or one of"):
-        get_kernel("nope")
+        get_kernel("auto", caller="moe")
+    assert str(error.value).startswith("moe: kernel must be the name of one kernel; got 'auto'.")
+    with pytest.raises(UnsupportedError, match=r"^moe: kernel must be auto or one of"):
+        get_kernel("nope", caller="moe")
 
 
 def test_capability_of_a_cpu():
@@ -215,10 +208,10 @@ def test_a_kernel_asked_for_by_name_is_never_replaced(name):
     for caller, call in calls.items():
         with pytest.raises(UnsupportedError) as error:
             call()
-        assert str(error.value) == (
-            f"{caller}: kernel must be one that runs this layer (relu2, 4 experts of 48 x 32, "
-            f"CPU); got '{name}'. {name}: {REFUSALS[name]}a CPU."
+        start = (
+            f"{caller}: kernel '{name}' cannot run this layer (relu2, 4 experts of 48 x 32, CPU)"
         )
+        assert str(error.value).startswith(f"{start}, because {name}: {REFUSALS[name]}a CPU. ")
 
 
 def test_a_kernel_that_cannot_exist_says_why():
@@ -226,8 +219,6 @@ def test_a_kernel_that_cannot_exist_says_why():
     sizes = {"hidden_size": 64, "intermediate_size": 64}
     (reason,) = why_not("humming_w4a8", **layer, **sizes, capability=(9, 0))
     assert "blocks of 32 or more values, NVFP4 has blocks of 16" in reason
-    with pytest.raises(
-        UnsupportedError, match=r"got 'humming_w4a8'. humming_w4a8: humming-kernels"
-    ):
+    with pytest.raises(UnsupportedError, match=r"because humming_w4a8: humming-kernels"):
         select_kernel("humming_w4a8", Layer("silu", True, 64, 64, 8, 2), (9, 0), caller="here")
     assert "humming_w4a8" not in KERNELS

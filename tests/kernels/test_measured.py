@@ -129,7 +129,7 @@ def test_a_config_is_written_as_it_is_read():
     ],
 )
 def test_no_config(text):
-    with pytest.raises(UnsupportedError, match=r"^parse_config: text must be a mode and two tiles"):
+    with pytest.raises(ValueError, match=r"is no mode with two tiles"):
         parse_config(text)
 
 
@@ -138,4 +138,21 @@ def test_a_broken_file_is_refused_by_name(write, change):
     path = write(**change)
     with pytest.raises(UnsupportedError) as error:
         choose_tiles((9, 0), True, 2816, 704, 128, 8)
-    assert str(path) in str(error.value) or "parse_config" in str(error.value)
+    assert str(error.value).startswith(
+        f"FP4MOE_MEASURED: the measurements in {path} cannot be read"
+    )
+
+
+def test_tiles_belong_to_a_format(write):
+    sizes = (HOPPER, True, 2816, 704, 128)
+    plain = choose_tiles(*sizes, 128)
+    # Without a table of its own a format takes NVFP4's.
+    assert choose_tiles(*sizes, 128, "fp8").mode == plain.mode
+    write(format="fp8")
+    assert choose_tiles(*sizes, 4096 * 8, "fp8") == parse_config(WIDE)
+    assert choose_tiles(*sizes, 128) == plain
+    layers = [Layer("silu", True, 2816, 704, 128, 8, format=name) for name in ("fp8", "nvfp4")]
+    assert [fastest(["triton", "humming"], layer, HOPPER) for layer in layers] == [
+        "humming",
+        "triton",
+    ]

@@ -60,7 +60,7 @@ def test_no_buffer_bears_the_name_of_a_logical_tensor(model, layouts):  # noqa: 
         assert shared == (layouts == "logical layout")
         assert torch.equal(module.gate_up_packed, state[f"{path}.gate_up_packed"])
         assert module.down_block_scale.dtype == torch.float8_e4m3fn
-        with pytest.raises(UnsupportedError, match="gate_up_packed must not be set alone"):
+        with pytest.raises(UnsupportedError, match="gate_up_packed cannot be set alone"):
             module.gate_up_packed = torch.zeros(1)
 
 

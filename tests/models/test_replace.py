@@ -181,8 +181,8 @@ def check_refused(model, reason, count, **options):
         replace_moe(model, progress=False, **options)
     text = str(raised.value)
     assert text.startswith(
-        "replace_moe: model must have only blocks that can be replaced; got "
-        f"{count} of 2 that cannot. {LAST if count == 1 else FIRST}: "
+        f"replace_moe: {count} of 2 blocks cannot be replaced, because "
+        f"{LAST if count == 1 else FIRST}: "
     )
     assert reason in text
     assert text.endswith("Pass strict=False to leave these as they are.")
@@ -275,11 +275,7 @@ def test_a_model_without_experts_is_an_error_in_either_mode():
     for strict in (True, False):
         with pytest.raises(UnsupportedError) as raised:
             replace_moe(model, strict=strict)
-        assert str(raised.value) == (
-            "replace_moe: model must have mixture-of-experts blocks; got Sequential with none that "
-            "is known. Known are transformers' experts modules and blocks that loop over a "
-            "ModuleList of expert MLPs."
-        )
+        assert "replace_moe: Sequential cannot be changed, because none of its" in str(raised.value)
     assert fingerprint(model) == before
 
 
@@ -646,9 +642,9 @@ def test_another_kernel_for_fused_blocks_is_refused_not_ignored():
     before = fingerprint(model)
     with pytest.raises(UnsupportedError) as raised:
         replace_moe(model, kernel="reference_w4a4", progress=False)
-    assert str(raised.value) == (
-        "replace_moe: kernel must be that of the blocks which are fused already; got "
-        f"'reference_w4a4', but {FIRST} has 'reference'. Load the float model again."
+    assert str(raised.value).startswith(
+        "replace_moe: the blocks cannot get kernel 'reference_w4a4', because "
+        f"{FIRST} is fused already, with kernel 'reference'."
     )
     assert fingerprint(model) == before
 

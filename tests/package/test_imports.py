@@ -58,7 +58,10 @@ HEAVY: dict[str, set[str]] = {
     "transformers": set(),
     "triton": {
         f"kernels.triton.{name}"
-        for name in ("activation", "choose", "decode_nvfp4", "fingerprint", "gemm", "sort")
+        for name in (
+            *("activation", "arrange", "choose", "decode_fp8", "decode_mxfp4"),
+            *("decode_nvfp4", "fingerprint", "gemm", "sort", "weights"),
+        )
     },
 }
 

@@ -459,7 +459,7 @@ def test_each_way_in_names_itself_and_the_choices(setting, value):
     ways = {
         "rewrite_moe": lambda **given: rewrite_moe(graph, [torch.ones(1, 2)], **given),
         "rewrite_exported": lambda **given: rewrite_exported(program, **given),
-        "MoePass": lambda **given: fp4moe.inductor_options(**given),
+        "inductor_options": lambda **given: fp4moe.inductor_options(**given),
         # Checked before torch_tensorrt is asked for.
         "lowering_pass": lambda **given: lowering_pass(**given).__enter__(),
         "backend": lambda **given: BackendOptions.parse(given),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -129,7 +130,7 @@ def test_the_rest_is_loaded_as_transformers_does(checkpoint, tmp_path, name):
     assert tied == plain.config.tie_word_embeddings
     generated = model.generate(torch.tensor([[2, 5, 7]]), max_new_tokens=3, do_sample=False)
     assert generated.shape == (1, 6)
-    with pytest.raises(UnsupportedError, match=r"^save_pretrained: model must hold float weights"):
+    with pytest.raises(UnsupportedError, match=r"^save_pretrained: .* cannot be written, because"):
         model.save_pretrained(tmp_path / "again")
 
 
@@ -168,7 +169,7 @@ def test_experts_in_a_module_list_are_replaced_after_loading(tmp_path):
     dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(**makers_common()))
     dense.save_pretrained(tmp_path / "dense")
     assert len(kinds(load(tmp_path), fp4moe.FusedExperts)) == 2
-    with pytest.raises(UnsupportedError, match="must have mixture-of-experts blocks"):
+    with pytest.raises(UnsupportedError, match="none of its modules is a known block of experts"):
         load(tmp_path / "dense")
 
 
@@ -237,7 +238,7 @@ def test_routers_that_are_not_known_are_refused(checkpoint):
     with pytest.raises(UnsupportedError) as raised:
         load(checkpoint("modelopt qwen3"), routing="fused", norm_topk_prob=False)
     text = str(raised.value)
-    assert text.startswith("from_pretrained: routing='fused' must find routers that it knows; got ")
+    assert re.match(r"from_pretrained: the routing of \d+ blocks cannot be fused, because ", text)
     assert "mlp.experts: its router Qwen3MoeTopKRouter has norm_topk_prob=False" in text
 
 
@@ -256,7 +257,7 @@ def test_options_reach_the_experts(checkpoint):
             load(directory, **{name: value})
     with pytest.raises(UnsupportedError, match="use_safetensors must not be False"):
         load(directory, use_safetensors=False)
-    with pytest.raises(UnsupportedError, match="must not name the disk"):
+    with pytest.raises(UnsupportedError, match="device_map cannot name the disk"):
         load(directory, device_map={"model": "cpu", "lm_head": "disk"})
 
 

@@ -81,8 +81,9 @@ def compare(config, weights, dtype, tokens, top_k, limit, device="cpu"):
     assert torch.equal(got, run_with(config, call))
 
 
-def signature(function, constants, hidden="*bf16"):
+def signature(function, constants, hidden="*bf16", pointers=None):
     """Argument types by name, pointers and multiples of 16 as a call of real sizes has them."""
+    others = pointers or {}
     pointers = {
         "hidden": hidden,
         "x": "*bf16",
@@ -96,6 +97,7 @@ def signature(function, constants, hidden="*bf16"):
         ("global_scale", "routing_weights", "weights", "bias", "output_scale"), "*fp32"
     )
     pointers |= {"logits": "*bf16", "table": "*i64", "expected": "*i64", "changed": "*i32"}
+    pointers |= others
     types = {
         name: "constexpr" if name in constants else pointers.get(name, "i32")
         for name in function.arg_names

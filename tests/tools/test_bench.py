@@ -33,12 +33,13 @@ def test_hugging_face_computes_the_same_layer():
 
 def test_ratios_are_against_auto():
     rows = [
-        {"shape": "nano", "kernel": kernel, "tokens": 1, "us": us}
+        {"shape": "nano", "format": "fp8", "kernel": kernel, "tokens": 1, "us": us}
         for kernel, us in (("auto", 10.0), ("humming", 15.0), ("batched_mm", 40.0))
     ]
-    rows.append({"shape": "nano", "kernel": "humming", "tokens": 2, "us": 3.0})
+    rows.append(rows[1] | {"tokens": 2, "us": 3.0})
+    rows.append(rows[1] | {"format": "nvfp4"})
     assert list(bench.ratios(rows)) == [
-        "nano        1 auto against: 1.50x humming, 4.00x batched_mm"
+        "nano   fp8              1 auto against: 1.50x humming, 4.00x batched_mm"
     ]
 
 

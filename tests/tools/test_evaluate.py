@@ -162,7 +162,7 @@ def test_weights_that_are_missing_are_not_left_random(model_and_text, tmp_path):
     dropped = next(name for name in tensors if name.endswith("q_proj.weight"))
     del tensors[dropped]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"must hold all weights.*q_proj\.weight"):
+    with pytest.raises(CheckpointError, match=r"it lacks .*q_proj\.weight"):
         fp4moe.evaluate(tmp_path, text=model_and_text[1])
 
 
@@ -243,7 +243,7 @@ def test_standard_library_text(tmp_path):
     assert is_held_out(pathlib.PurePath("logging/handlers.py"))
     assert is_held_out(pathlib.PurePath("enum.py"))
     assert not is_held_out(pathlib.PurePath("inspect.py"))
-    with pytest.raises(UnsupportedError, match="must hold Python sources"):
+    with pytest.raises(UnsupportedError, match="holds no Python sources"):
         standard_library_text(directory=str(tmp_path))
     for name in ("enum.py", "inspect.py", "test/enum.py", "empty.py"):
         file = tmp_path / name

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from ..borrowed import Borrowed
-from ..errors import UnsupportedError, must
+from ..errors import must, refuse
 from ..formats import DEFAULT_FORMAT
 from ..progress import progress_bar
 from ..report import format_table
@@ -128,12 +128,11 @@ def calibrate(model: nn.Module, *, percentile: float | None = None) -> Iterator[
             handle.remove()
     seen = [recorder for recorder in recorders if any(recorder.tokens)]
     if not seen:
-        must(
-            "calibrate: model",
-            "run its experts inside the context",
-            f"no token in any of {len(recorders)} blocks",
+        refuse(
+            "calibrate",
+            "no range can be recorded",
+            f"no token reached any of the {len(recorders)} blocks of experts inside the context",
             "Call this very model there, not an exported or captured one.",
-            error=UnsupportedError,
         )
     blocks = tuple(recorder.result() for recorder in seen)
     for recorder, block in zip(seen, blocks, strict=True):
@@ -163,7 +162,7 @@ def calibrate_on_texts(
     with calibrate(model, percentile=percentile) as report, torch.no_grad():
         for text in progress_bar(texts, show=progress, desc="calibrating", unit="text"):
             ids = encode(tokenizer, text, length)
-            check_ids(model, ids)
+            check_ids(model, ids, caller="calibrate")
             if len(ids):
                 model(ids.unsqueeze(0).to(model.device), use_cache=False)
     return report
@@ -199,8 +198,8 @@ def scales_from_text(
         UnsupportedError, ShapeError: see `calibrate`.
     """
     activation_range(format, caller="quantize")
-    texts = read_texts(text)
-    model, tokenizer = load_text_model(directory, device=device)
+    texts = read_texts(text, caller="quantize")
+    model, tokenizer = load_text_model(directory, device=device, caller="quantize")
     options: dict[str, Any] = {"percentile": percentile, "length": length, "progress": progress}
     report = calibrate_on_texts(model, tokenizer, texts, **options)
     if progress:

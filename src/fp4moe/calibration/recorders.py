@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..activations import Activation, get_activation
-from ..errors import UnsupportedError, check_choice, must, refuse
+from ..errors import check_choice, must, refuse
 from ..experts import ExpertWeights
 from ..formats import DEFAULT_FORMAT, FORMATS
 from ..fused import tensor_versions
@@ -275,12 +275,12 @@ def make_recorders(model: nn.Module, percentile: float | None) -> list[Recorder]
         else:
             found.append(_ListRecorder(candidate, percentile))
     if not found:
-        must(
-            "calibrate: model",
-            "hold fused experts, or experts that replace_moe takes",
-            f"{type(model).__name__} with {'. '.join(refused) or 'none'}",
+        refuse(
+            "calibrate",
+            f"{type(model).__name__} cannot be calibrated",
+            "it has no fused experts, and no experts that replace_moe takes"
+            + "".join(f"; {why}" for why in refused),
             "See fp4moe.explain(model).",
-            error=UnsupportedError,
         )
     for why in refused:
         logger.warning("calibrate: not calibrated: %s", why)

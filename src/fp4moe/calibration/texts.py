@@ -7,12 +7,12 @@ import json
 import os
 import pathlib
 import pickle
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from ..devices import present_device
-from ..errors import CheckpointError, UnsupportedError, must
+from ..errors import CheckpointError, UnsupportedError, must, refuse
 from ..pretrained.from_config import config_errors, one_line
 from ..progress import transformers_bars
 
@@ -24,6 +24,7 @@ def load_text_model(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device | None = None,
+    caller: str,
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a directory or a hub id, the model on the GPU if there is one.
 
@@ -32,18 +33,17 @@ def load_text_model(
         CheckpointError: there is no such model or tokenizer, or weights are missing.
     """
     if importlib.util.find_spec("transformers") is None:
-        must(
-            "load_text_model: transformers",
-            "be installed",
-            "none",
+        refuse(
+            caller,
+            f"the model {source} cannot be loaded",
+            "transformers is not installed",
             "Run pip install 'fp4moe[transformers]'.",
-            error=UnsupportedError,
         )
-    chosen = present_device(device, caller="load_text_model")
+    chosen = present_device(device, caller=caller)
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = _tokenizer(AutoTokenizer, source)
+    tokenizer = _tokenizer(AutoTokenizer, source, caller)
     damaged: tuple[type[Exception], ...] = (SafetensorError, pickle.UnpicklingError)
     try:
         # Any: the declared type knows nothing of output_loading_info.
@@ -52,34 +52,38 @@ def load_text_model(
                 source, dtype=dtype, output_loading_info=True
             )
     except damaged + config_errors() as error:
-        raise _unloadable(source, error) from error
+        _unloadable(source, error, caller)
     model, info = loaded
     # transformers only warns of weights that it then leaves random.
     if missing := sorted(info["missing_keys"]):
-        must(
-            "load_text_model: source",
-            "hold all weights",
-            f"{source} without {', '.join(missing[:10])} ({len(missing)} in all)",
+        refuse(
+            caller,
+            f"the model {source} cannot be used",
+            f"it lacks {len(missing)} of its weights: {', '.join(missing[:10])}",
             "Load a complete bfloat16 checkpoint.",
             error=CheckpointError,
         )
     return model.to(chosen).eval(), tokenizer
 
 
-def _tokenizer(kind: Any, source: str | os.PathLike) -> Any:
+def _tokenizer(kind: Any, source: str | os.PathLike, caller: str) -> Any:
     try:
         return kind.from_pretrained(source)
     except Exception as error:
         # The tokenizers library raises Exception itself for a file that it cannot read.
         if type(error) is not Exception and not isinstance(error, config_errors()):
             raise
-        raise _unloadable(source, error) from error
+        _unloadable(source, error, caller)
 
 
-def _unloadable(source: str | os.PathLike, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        "load_text_model: source must be a model with a tokenizer that transformers loads; got "
-        f"{source}: {one_line(error)}. Check the path, or save the tokenizer beside the model."
+def _unloadable(source: str | os.PathLike, error: Exception, caller: str) -> NoReturn:
+    must(
+        f"{caller}: the model",
+        "be one with a tokenizer that transformers loads",
+        f"{source}: {one_line(error)}",
+        "Check the path, or save the tokenizer beside the model.",
+        error=CheckpointError,
+        cause=error,
     )
 
 
@@ -97,7 +101,7 @@ def encode(tokenizer: Any, text: str, first: int | None = None) -> torch.Tensor:
         length *= 4
 
 
-def check_ids(model: Any, ids: torch.Tensor) -> None:
+def check_ids(model: Any, ids: torch.Tensor, *, caller: str) -> None:
     """Refuse token ids that the model has no embedding of.
 
     Raises:
@@ -105,16 +109,16 @@ def check_ids(model: Any, ids: torch.Tensor) -> None:
     """
     known = model.get_input_embeddings().weight.shape[0]
     if ids.numel() and int(ids.max()) >= known:
-        must(
-            "load_text_model: source",
-            "have this model's tokenizer",
-            f"id {int(ids.max())} and {known} embeddings",
+        refuse(
+            caller,
+            "the tokenizer beside the model cannot be used",
+            f"it makes the id {int(ids.max())}, and the model has {known} embeddings",
             "Save the model's own tokenizer beside it.",
             error=CheckpointError,
         )
 
 
-def read_text(path: str | os.PathLike) -> str:
+def read_text(path: str | os.PathLike, *, caller: str) -> str:
     """Return a UTF-8 file, without the byte order mark that some editors put before it.
 
     Raises:
@@ -124,7 +128,7 @@ def read_text(path: str | os.PathLike) -> str:
         return pathlib.Path(path).read_text("utf-8-sig")
     except (OSError, ValueError) as error:  # not UTF-8, or no possible path
         must(
-            "read_text: path",
+            f"{caller}: text",
             "be a readable UTF-8 file",
             f"{path}: {error}",
             "Check the path.",
@@ -133,14 +137,14 @@ def read_text(path: str | os.PathLike) -> str:
         )
 
 
-def read_texts(path: str | os.PathLike) -> list[str]:
+def read_texts(path: str | os.PathLike, *, caller: str) -> list[str]:
     """Return the "text" of every line of a JSON Lines file; blank lines are left out.
 
     Raises:
         CheckpointError: the file cannot be read, a line is no such object, or there is no text.
     """
     texts = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path, caller=caller).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -150,7 +154,7 @@ def read_texts(path: str | os.PathLike) -> list[str]:
         text = value.get("text") if isinstance(value, dict) else None
         if not isinstance(text, str):
             must(
-                f"read_texts: line {number} of {path}",
+                f"{caller}: line {number} of {path}",
                 'be a JSON object with a string "text"',
                 repr(line[:60]),
                 "Write one object a line.",
@@ -159,7 +163,7 @@ def read_texts(path: str | os.PathLike) -> list[str]:
         texts.append(text)
     if not any(texts):
         must(
-            f"read_texts: {path}",
+            f"{caller}: {path}",
             "hold at least one text",
             "none",
             "Write one object a line.",
@@ -186,7 +190,7 @@ def text_windows(ids: torch.Tensor, length: int, tokens: int, first: int | None)
     available = len(ids) // length
     if not available:
         must(
-            "text_windows: text",
+            "evaluate: text",
             f"have at least {length} tokens",
             len(ids),
             "Pass a longer text, or a smaller length.",

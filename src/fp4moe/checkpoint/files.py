@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, must
-from .header import FUNCTION, Spec, fail, name_keys, read_header, read_json
+from .header import READER, Spec, fail, name_keys, read_header, read_json, reading_for
 
 __all__ = ["INDEX", "PICKLES", "WEIGHTS", "CheckpointFiles"]
 
@@ -52,7 +52,9 @@ class CheckpointFiles:
         config: dict[str, Any],
         quantization: dict[str, Any] | None,
         specs: dict[str, dict[str, Spec]],
+        caller: str = "from_pretrained",
     ) -> None:
+        self.caller = caller
         self.directory, self.config, self.quantization = directory, config, quantization
         self.shapes = MappingProxyType({k: s for shard in specs.values() for k, s in shard.items()})
         self.shards = MappingProxyType({name: list(shard) for name, shard in specs.items()})
@@ -60,7 +62,9 @@ class CheckpointFiles:
         self._open: dict[str, Any] = {}
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str]) -> CheckpointFiles:
+    def open(
+        cls, directory: str | os.PathLike[str], *, caller: str = "from_pretrained"
+    ) -> CheckpointFiles:
         """Open a directory as `save_pretrained` or a hub download leaves it.
 
         Read are config.json, hf_quant_config.json, and model.safetensors or, where there is none,
@@ -72,7 +76,11 @@ class CheckpointFiles:
             CheckpointError: something is missing, extra, damaged, unsafe or not safetensors. All
                 headers are checked; nothing has been read of the tensors.
         """
-        root = os.fspath(directory)
+        with reading_for(caller):
+            return cls._open_directory(os.fspath(directory), caller)
+
+    @classmethod
+    def _open_directory(cls, root: str, caller: str) -> CheckpointFiles:
         if not os.path.isdir(root):
             fail("directory", "be an existing directory", repr(root), "Check the path")
         config = read_json(_resolve(root, "config.json"))
@@ -87,7 +95,7 @@ class CheckpointFiles:
         if not isinstance(quantization, dict | None):
             got = repr(quantization)[:100]
             fail("quantization_config", "be a JSON object", got, "Check config.json")
-        return cls(root, config, quantization, _read_specs(root))
+        return cls(root, config, quantization, _read_specs(root), caller)
 
     def tensor(self, key: str) -> torch.Tensor:
         """Map one tensor into memory, as stored: no cast, no expansion, nothing read until used.
@@ -100,7 +108,7 @@ class CheckpointFiles:
         name = self._shard_of.get(key)
         if name is None:
             must(
-                "CheckpointFiles.tensor: key",
+                f"{self.caller}: key",
                 "be in the checkpoint",
                 repr(key),
                 "Look it up in shapes.",
@@ -112,7 +120,7 @@ class CheckpointFiles:
             tensor = self._open[name].get_tensor(key)
         except (SafetensorError, OSError, RuntimeError) as error:
             must(
-                f"CheckpointFiles.tensor: {name!r}",
+                f"{self.caller}: {name!r}",
                 f"be readable by safetensors for {key!r}",
                 error,
                 "Download it again.",
@@ -121,7 +129,7 @@ class CheckpointFiles:
             )
         if (tensor.dtype, tuple(tensor.shape)) != self.shapes[key]:
             must(
-                f"CheckpointFiles.tensor: {key!r}",
+                f"{self.caller}: {key!r}",
                 f"be {self.shapes[key]} as when it was opened",
                 (tensor.dtype, tuple(tensor.shape)),
                 "Open the checkpoint again.",
@@ -176,7 +184,7 @@ def _read_specs(root: str) -> dict[str, dict[str, Spec]]:
         if shards:
             logger.warning(
                 "%s: %s is read, as transformers does; not read are the shards beside it: %s",
-                FUNCTION,
+                READER.get(),
                 WEIGHTS,
                 name_keys(shards),
             )

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from ..errors import CheckpointError, UnsupportedError, must
+from ..errors import CheckpointError, UnsupportedError, must, refuse
 from ..formats import DEFAULT_FORMAT, FORMATS
 from .header import Spec, name_keys
 from .mtp import mtp_module, plain_name
@@ -188,14 +188,13 @@ def find_experts(
         if (module := _module_of(key, shape)) is not None:
             inside.setdefault(module, []).append(key)
     if not inside:
-        must(
-            "quantize_checkpoint: src",
-            "hold experts under names that are known",
-            f"none in {len(shapes)} tensors",
+        refuse(
+            "quantize_checkpoint",
+            "no experts of src can be quantised",
+            f"none of its {len(shapes)} tensors bears a known name",
             "Known are <layer>.experts.gate_up_proj (or up_proj) and down_proj, "
             "<layer>.experts.<number>.<projection>.weight, Granite's "
             "block_sparse_moe.input_linear, Inkling's experts.w13_weight and Step's moe.up_proj.",
-            error=UnsupportedError,
         )
     if patterns is None:
         taken = [name for name in inside if mtp_module(name, layers) is None]
@@ -223,12 +222,12 @@ def _storage(module: str, storages: Storages) -> tuple[str, bool]:
     ways = set(storages.values()) or {("gate_up", False)}
     way = by_name.get(plain_name(module)) or (ways.pop() if len(ways) == 1 else None)
     if way is None:
-        must(
-            f"quantize_checkpoint: {module}",
-            "be stored as one of the model's experts modules",
-            f"modules of {len(storages)} names, none of which is this",
+        refuse(
+            "quantize_checkpoint",
+            f"{module} cannot be quantised",
+            f"the model's class has experts modules of {len(storages or {})} names, and this is "
+            "none of them",
             "Leave this layer out with layers=.",
-            error=UnsupportedError,
         )
     return way
 
@@ -252,13 +251,12 @@ def _read_layer(
     floats = {key for key in keys if shapes[key][0] in FLOATS}
     if unknown or floats != set(keys) or (own and single):
         got = name_keys(unknown or set(keys) - floats or set(keys))
-        must(
-            f"quantize_checkpoint: {module}",
-            "hold gate, up and down projections in bfloat16, float16 or float32, their biases and "
-            "nothing else",
-            got,
+        refuse(
+            "quantize_checkpoint",
+            f"{module} cannot be quantised",
+            "it holds more than gate, up and down projections in bfloat16, float16 or float32 "
+            "and their biases: " + got,
             "Leave this layer out with layers=.",
-            error=UnsupportedError,
         )
     if own:
         if set(own) != set(found.projections):
@@ -276,12 +274,11 @@ def _read_layer(
         layer = _read_single(module, single, shapes)
     parts = [part for group in layer.groups() for part in group]
     if uneven := {part.name for part in parts if part.shape[1] % multiple}:
-        must(
-            f"quantize_checkpoint: the columns of {module}",
-            f"be multiples of {multiple}",
-            f"others in {name_keys(uneven)}",
+        refuse(
+            "quantize_checkpoint",
+            f"{module} cannot be quantised",
+            f"its columns are no multiples of {multiple} in {name_keys(uneven)}",
             "Leave this layer out with layers=; replace_moe pads such layers.",
-            error=UnsupportedError,
         )
     return layer
 
@@ -315,13 +312,14 @@ def _read_stacks(
     found_biases = {name: shapes[key][1] for name, key in biases.items()}
     if sizes != wanted or 0 in down or found_biases != wanted_biases:
         words = [f"{name} [E, {'2 * ' * (len(way.projections[name]) - 1)}I, H]" for name in firsts]
-        must(
-            f"quantize_checkpoint: {module}",
-            f"hold {', '.join(words)} and {second} [E, H, I]"
-            + " with the last two axes exchanged" * transposed,
-            sizes | {f"{name}{BIAS}": shape for name, shape in found_biases.items()},
+        shown = sizes | {f"{name}{BIAS}": shape for name, shape in found_biases.items()}
+        refuse(
+            "quantize_checkpoint",
+            f"{module} cannot be quantised",
+            f"it does not hold {', '.join(words)} and {second} [E, H, I]"
+            + " with the last two axes exchanged" * transposed
+            + f", but {shown}",
             "Leave this layer out with layers=.",
-            error=UnsupportedError,
         )
     layer = Experts(module, count, [], [])
 

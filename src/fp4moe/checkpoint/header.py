@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import contextvars
 import json
 import math
 import os
@@ -19,9 +20,10 @@ import torch
 
 from ..errors import CheckpointError, must
 
-__all__ = ["DTYPES", "FUNCTION", "Spec", "fail", "name_keys", "read_header", "read_json"]
+__all__ = ["DTYPES", "Spec", "fail", "name_keys", "read_header", "read_json", "reading_for"]
 
-FUNCTION = "CheckpointFiles.open"
+# The function that the user called: it opens the file that is read now.
+READER = contextvars.ContextVar("READER", default="from_pretrained")
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
 # The limit of the safetensors library; a longer "header" is an attack or another kind of file.
@@ -53,9 +55,19 @@ DTYPES = {
 }
 
 
+@contextlib.contextmanager
+def reading_for(caller: str) -> Iterator[None]:
+    """Let the errors of reading begin with the function that the user called."""
+    token = READER.set(caller)
+    try:
+        yield
+    finally:
+        READER.reset(token)
+
+
 def fail(argument: str, rule: str, got: object, fix: str) -> NoReturn:
     """Raise the CheckpointError of opening a checkpoint."""
-    must(f"{FUNCTION}: {argument}", rule, got, f"{fix}.", error=CheckpointError)
+    must(f"{READER.get()}: {argument}", rule, got, f"{fix}.", error=CheckpointError)
 
 
 def name_keys(keys: Collection[str]) -> str:
@@ -154,7 +166,7 @@ def _parse(name: str, data: bytes) -> dict[str, Any]:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:  # both of JSON and of UTF-8 are ValueErrors
         must(
-            f"{FUNCTION}: {name}",
+            f"{READER.get()}: {name}",
             "hold JSON without repeated keys",
             str(error)[:200],
             "Download it again.",
@@ -185,7 +197,7 @@ def _opened(path: str) -> Iterator[BinaryIO]:
             yield file
     except OSError as error:
         must(
-            f"{FUNCTION}: {os.path.basename(path)!r}",
+            f"{READER.get()}: {os.path.basename(path)!r}",
             "be a readable file",
             error,
             "Check that the download is complete.",

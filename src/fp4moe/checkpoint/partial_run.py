@@ -20,9 +20,9 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from typing import IO, Any
 
-from ..errors import CheckpointError, must
+from ..errors import CheckpointError, must, refuse
 from .files import CheckpointFiles
-from .header import name_keys, read_json
+from .header import name_keys, read_json, reading_for
 from .safetensors_writer import TEMPORARY, sync_directory, write_file
 
 __all__ = [
@@ -107,10 +107,10 @@ def _lock(file: IO[str], target: str) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
-        must(
-            "quantize_checkpoint: dst",
-            "not be written by another process",
-            f"process {file.read().strip()} at work on {target!r}",
+        refuse(
+            "quantize_checkpoint",
+            f"{target!r} cannot be written",
+            f"process {file.read().strip()} is writing it",
             "Wait for it, or end it: a call with the same arguments then goes on.",
             error=CheckpointError,
             cause=error,
@@ -155,7 +155,8 @@ def open_partial(partial: str, arguments: Mapping[str, Any], expected: Collectio
     if not names:
         write_file(journal, json.dumps(dict(arguments), indent=2).encode())
         names = {JOURNAL}
-    before = read_json(journal) if JOURNAL in names else {}
+    with reading_for("quantize_checkpoint"):
+        before = read_json(journal) if JOURNAL in names else {}
     differing = sorted(key for key in arguments if before.get(key) != arguments[key])
     if differing or (others := names - set(expected) - {JOURNAL}):
         why = f"another {', '.join(differing)}" if differing else f"files {name_keys(others)}"
@@ -178,10 +179,10 @@ def check_space(partial: str, needed: int) -> None:
     """
     free = shutil.disk_usage(partial).free
     if free < needed:
-        must(
-            "quantize_checkpoint: dst",
-            f"have {needed} bytes free",
-            f"{free} at {partial!r}",
+        refuse(
+            "quantize_checkpoint",
+            f"the weights cannot be written to {partial!r}",
+            f"they need {needed} bytes and {free} are free",
             "Make room and call it again with the same arguments.",
             error=CheckpointError,
         )
@@ -204,7 +205,9 @@ def was_closed(target: str, arguments: Mapping[str, Any]) -> bool:
     journal = os.path.join(target, JOURNAL)
     if not os.path.isfile(journal):
         return False
-    if read_json(journal) != arguments:
+    with reading_for("quantize_checkpoint"):
+        before = read_json(journal)
+    if before != arguments:
         must(
             "quantize_checkpoint: dst",
             "not exist yet",

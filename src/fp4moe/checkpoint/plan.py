@@ -283,9 +283,9 @@ def _experts_form(
             f"all matrices of a layer must be of one format, and the file has {found_kinds}"
         )
         return None
-    forms = {form_of(matrix, shapes, convention.forms) for matrix in found.values()}
+    present = {form_of(matrix, shapes, convention.forms) for matrix in found.values()}
     scaled = any(set(matrix.keys) - {"packed"} for matrix in found.values())
-    others = sorted(form for form in forms if form not in ("float", None))
+    others = sorted(form for form in present if form is not None and form != "float")
     known = [form for form in FORMS if form in others]
     if others:
         return (known or others)[0]

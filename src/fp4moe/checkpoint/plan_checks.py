@@ -144,9 +144,9 @@ def check_experts(
                     f"gate and up of {rows} rows lie in one stack, where a block of {block} rows "
                     "covers some of both"
                 )
-            size = (lead, halves * rows, columns, halves)
+            stored = (lead, halves * rows, columns, halves)
             name = f"{path}.{middle}"
-            _check_packed(form, matrix, name, size, convention, shapes, problems)
+            _check_packed(form, matrix, name, stored, convention, shapes, problems)
             continue
         if "packed" not in matrix.keys:
             problems.missing.add(f"{path}.{middle}.weight")

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from ..activations import get_activation
-from ..errors import CheckpointError, ShapeError
+from ..errors import CheckpointError, ShapeError, refuse
 from ..experts import ExpertWeights
 from ..formats import FORMATS, StoredMatrix
 from ..linear import PackedLinear, packed_linear
@@ -364,6 +364,11 @@ def _quantize_one(
             format=facts.format,
         )
     except ShapeError as error:
-        raise CheckpointError(
-            f"from_pretrained: {where} must hold weights that can be quantised; got: {error}"
-        ) from error
+        refuse(
+            "from_pretrained",
+            f"the weights of {where} cannot be quantised",
+            str(error).rstrip("."),
+            "Check the checkpoint.",
+            error=CheckpointError,
+            cause=error,
+        )

@@ -55,7 +55,7 @@ def spellings(
         halves: matrices that the rows of a stack consist of, 2 for gate and up.
     """
     found: dict[str, Spelling] = {}
-    shapes = format.shapes(*(lead or (1,)), rows, columns, halves)
+    shapes = format.shapes(lead[0] if lead else 1, rows, columns, halves)
     powers = shapes["block_scale"][0] == torch.uint8
     for part in needed_parts(format):
         dtype, shape = shapes[part]

@@ -116,7 +116,7 @@ def write_checkpoint(
     """
     patterns = _check_arguments(format, method, layers, calibration, max_shard_bytes)
     target = _target(dst)
-    with CheckpointFiles.open(src) as files:
+    with CheckpointFiles.open(src, caller="quantize_checkpoint") as files:
         if files.quantization is not None:
             must(
                 "quantize_checkpoint: src",
@@ -148,10 +148,10 @@ def write_checkpoint(
                 finished = _write(files, target, arguments, shards, copied, small, scales, progress)
         except OSError as error:
             size = sum(shard.layout.size for shard in shards)
-            must(
-                "quantize_checkpoint: dst",
-                f"be writable, with {size} bytes for weights",
-                error,
+            refuse(
+                "quantize_checkpoint",
+                f"the {size} bytes of weights cannot be written to dst",
+                str(error),
                 "Mend that and call it again with the same arguments: it goes on.",
                 error=CheckpointError,
                 cause=error,

@@ -77,8 +77,12 @@ class BackendOptions:
                     if near
                     else "Options of the inner backend go into inner_options."
                 )
-                raise UnsupportedError(
-                    f"backend: options must be among {', '.join(known)}; got {name!r}. {hint}"
+                must(
+                    "backend: options",
+                    f"be among {', '.join(known)}",
+                    repr(name),
+                    hint,
+                    error=UnsupportedError,
                 )
         parsed = cls(**(options or {}))
         parsed.settings().checked(parsed.on_no_match, caller="backend")
@@ -190,19 +194,19 @@ def inductor_options(**settings: Any) -> dict[str, Any]:
 
 def _report_problems(report: RewriteReport, options: BackendOptions) -> None:
     global _warned_eager
-    message, on_no_match = "", options.on_no_match
+    refusal, on_no_match = None, options.on_no_match
     eager = None if report.count or report.already_fused else _eager_experts()
     if eager:
-        message = (
-            "backend: the experts' implementation must not be 'eager', whose loop breaks the "
-            f"graph; got {eager} in eager. "
-            "Call model.set_experts_implementation('grouped_mm') before compiling."
+        refusal = (
+            f"the experts of {eager} cannot be captured",
+            "the loop of their implementation 'eager' breaks the graph",
+            "Call model.set_experts_implementation('grouped_mm') before compiling.",
         )
         # Its loop leaves many graphs without experts, all for the same reason.
         if _warned_eager and on_no_match == "warn":
             on_no_match = "ignore"
         _warned_eager |= on_no_match == "warn"
-    report_no_match(report, on_no_match, caller="backend", message=message)
+    report_no_match(report, on_no_match, caller="backend", refusal=refusal)
 
 
 def _eager_experts() -> str | None:

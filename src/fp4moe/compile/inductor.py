@@ -66,7 +66,7 @@ class MoePass(CustomGraphPass):
         before: Sequence[Pass] = (),
     ):
         settings = RewriteSettings(kernel, verify, hidden_alignment, routing, format)
-        self.settings = settings.checked(on_no_match, caller="MoePass")
+        self.settings = settings.checked(on_no_match, caller="inductor_options")
         self.on_no_match = on_no_match
         self.before = tuple(before)
         self.report: RewriteReport | None = None
@@ -79,7 +79,7 @@ class MoePass(CustomGraphPass):
         gm = graph.owning_module
         if gm is None:
             must(
-                "MoePass: graph",
+                "inductor_options: graph",
                 "belong to a GraphModule",
                 "one without",
                 "Pass gm.graph.",
@@ -87,7 +87,7 @@ class MoePass(CustomGraphPass):
             )
         if config.triton.cudagraphs and not getattr(config, "graph_partition", False):
             must(
-                "MoePass: torch._inductor.config.graph_partition",
+                "inductor_options: torch._inductor.config.graph_partition",
                 "be True with CUDA graphs, which are cut at the experts",
                 "False",
                 "Set it, or use fp4moe.backend with mode='reduce-overhead'.",
@@ -95,14 +95,14 @@ class MoePass(CustomGraphPass):
             )
         inputs = [_value(node) for node in graph.nodes if node.op == "placeholder"]
         self.report, _ = rewrite_graph(gm, inputs, self.settings)
-        logger.info("MoePass: %s", self.report)
+        logger.info("inductor_options: %s", self.report)
         # Inductor calls for the bodies of higher-order operators first, one by one.
         placeholders = [node.meta for node in graph.find_nodes(op="placeholder")]
         body = any("example_value" in meta for meta in placeholders) and not any(
             "grapharg" in meta for meta in placeholders
         )
         on_no_match = "ignore" if body else self.on_no_match
-        report_no_match(self.report, on_no_match, caller="MoePass")
+        report_no_match(self.report, on_no_match, caller="inductor_options")
 
     def uuid(self) -> str | None:
         """Return a hash of the passes' sources, the settings and the passes before, for caches.
@@ -138,7 +138,7 @@ def _check_timing() -> None:
         return
     if resolve_pre_grad_pass_timing() == "late":
         must(
-            "MoePass: torch._inductor.config.pre_grad_pass_timing",
+            "inductor_options: torch._inductor.config.pre_grad_pass_timing",
             "be 'early', for the kernel must be chosen before Inductor looks into its caches",
             repr(config.pre_grad_pass_timing),
             "Use fp4moe.inductor_options(), which sets it.",

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import fx
 
-from ..errors import UnsupportedError, must
+from ..errors import UnsupportedError, must, refuse
 from ..formats import DEFAULT_FORMAT
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT
 from ..passes.graph.dataflow import meta_value
@@ -42,13 +42,12 @@ def import_torch_tensorrt(caller: str) -> Any:
     try:
         import torch_tensorrt
     except Exception as error:  # it raises a plain Exception where TensorRT's libraries are missing
-        must(
-            f"{caller}: torch_tensorrt",
-            "be importable",
-            f"{type(error).__name__}: {error}",
+        refuse(
+            caller,
+            "torch_tensorrt cannot be imported",
+            f"of {type(error).__name__}: {error}",
             "Install the torch-tensorrt that was built for this torch, and TensorRT from "
             "NVIDIA's own package index: the packages of that name elsewhere only point there.",
-            error=UnsupportedError,
             cause=error,
         )
     return torch_tensorrt
@@ -70,9 +69,12 @@ def with_defaults(options: Mapping[str, Any] | None) -> dict[str, Any]:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"Did you mean {near[0]}?" if near else "See torch_tensorrt's compile settings."
-            raise UnsupportedError(
-                f"backend: inner_options must be among Torch-TensorRT's settings; got {name!r}. "
-                f"{hint}"
+            must(
+                "backend: inner_options",
+                "be among Torch-TensorRT's settings",
+                repr(name),
+                hint,
+                error=UnsupportedError,
             )
     return {"pass_through_build_failures": True, **(options or {})}
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..errors import UnsupportedError, must
+from ..errors import refuse
 from ..kernels import Operands, PreparedWeights, get_kernel
 from .fingerprint import full_hashes, sampled_hashes
 from .float_weights import FloatWeights, StoredForm, pack_float
@@ -270,12 +270,11 @@ def _prepare(weights: FloatWeights, form: StoredForm) -> PreparedWeights:
 
 def _refuse_capture(device: torch.device, caller: str) -> None:
     if capturing(device):
-        must(
-            f"{caller}: expert weights",
-            "be packed before a CUDA graph is captured",
-            "weights that are new or have changed",
+        refuse(
+            caller,
+            "expert weights cannot be packed",
+            "a CUDA graph is being captured, and they are new or have changed",
             "Run the model once outside the capture to warm it up.",
-            error=UnsupportedError,
         )
 
 
@@ -283,13 +282,11 @@ def _refuse_released(flat: Sequence[torch.Tensor], form: StoredForm, caller: str
     if not all(has_storage(tensor) for tensor in flat):
         place = _place(flat[0])
         known = [key[-1].describe() for key in list(_table) if key[:2] == place]
-        must(
-            f"{caller}: expert weights",
-            "have storage to be packed",
-            f"weights released by release_weights=True that were packed for {known} and are "
-            f"asked for as {form.describe()}",
+        refuse(
+            caller,
+            f"the experts cannot be packed as {form.describe()}",
+            f"release_weights=True has released their floats, which were packed as {known}",
             "Load the model again.",
-            error=UnsupportedError,
         )
 
 

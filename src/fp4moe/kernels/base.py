@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from ..activations import get_activation
-from ..errors import UnsupportedError, must
+from ..errors import must, refuse
 from ..experts import ExpertWeights
 from ..formats import FORMATS
 from ..layer import HIDDEN_ALIGNMENTS, Layer, Routing, capability_name
@@ -231,22 +231,20 @@ class Kernel:
     def check(self, call: Call | LogitsCall) -> None:
         """Raise where the device, the activation or the padding does not fit."""
         layer, operands = call.layer, call.operands
-        self.check_device(call.hidden.device)
+        self.check_device(call)
         if reasons := self.activation_reasons(layer, True):
-            must(
-                f"{self.name}: activation",
-                "be one that the kernel has",
-                f"{layer.activation}: {'; '.join(reasons)}",
+            refuse(
+                call.caller,
+                f"kernel {self.name} cannot compute {layer.activation}",
+                "; ".join(reasons),
                 "See fp4moe.why_not.",
-                error=UnsupportedError,
             )
         if operands.gate_up_bias is not None and not self.biases:
-            must(
-                f"{self.name}: gate_up_bias and down_bias",
-                "be absent, the kernel has no biases",
-                "biases",
+            refuse(
+                call.caller,
+                f"kernel {self.name} cannot add gate_up_bias and down_bias",
+                "it has no biases",
                 "Prepare the weights for another kernel.",
-                error=UnsupportedError,
             )
         layout = self.layouts[layer.format]
         if layout.apply is None:
@@ -257,24 +255,25 @@ class Kernel:
         for what, size, multiple in zip(("hidden", "intermediate"), sizes, multiples, strict=True):
             if size % multiple:
                 must(
-                    f"{self.name}: the padded {what} size",
-                    f"be a multiple of {multiple}",
+                    f"{call.caller}: the padded {what} size",
+                    f"be a multiple of {multiple} for kernel {self.name}",
                     size,
                     "Use its prepare(), which pads.",
                 )
 
-    def check_device(self, device: torch.device) -> None:
+    def check_device(self, call: Call | LogitsCall) -> None:
         """Raise where the kernel does not run on the device of hidden."""
         if self.devices is None:
             return
+        device = call.hidden.device
         capability = current_capability(device)
         if not self.devices.include(capability):
-            must(
-                f"{self.name}: hidden",
-                f"be on a device of compute capability {self.devices}",
-                f"{device} ({capability_name(capability)})",
+            refuse(
+                call.caller,
+                f"kernel {self.name} cannot run",
+                f"hidden is on {device} ({capability_name(capability)}), and the kernel needs a "
+                f"device of compute capability {self.devices}",
                 "Prepare the weights for another kernel.",
-                error=UnsupportedError,
             )
 
 

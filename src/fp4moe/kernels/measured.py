@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedError, must
+from ..errors import refuse
+from ..formats import DEFAULT_FORMAT
 from ..layer import Layer
-from .triton.tiles import Config, parse_config
+from .triton.tiles import Config, fitted, parse_config
 
 __all__ = [
     "SHIPPED",
@@ -53,6 +54,7 @@ class Measured:
         us: microseconds, by kernel and number of tokens.
         tiles: Triton's config by number of tokens.
         facts: date, command and versions, as the file has them.
+        format: of the weights; a file that does not name one means NVFP4.
     """
 
     gpu: str
@@ -65,6 +67,7 @@ class Measured:
     us: Mapping[str, Mapping[int, float]]
     tiles: Mapping[int, Config]
     facts: Mapping[str, Any]
+    format: str = DEFAULT_FORMAT
 
     def distance(self, hidden_size: int, intermediate_size: int, num_experts: int) -> float:
         """How unlike a layer is: 0 for equal sizes."""
@@ -90,12 +93,11 @@ def read(path: pathlib.Path) -> list[Measured]:
         rows = json.loads(path.read_text())["measured"]
         return [_from_json(row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        must(
-            "measurements: file",
-            "be one that fp4moe bench --tune wrote",
-            f"{path}: {error!r}",
-            "Measure again, or delete it.",
-            error=UnsupportedError,
+        refuse(
+            "FP4MOE_MEASURED",
+            f"the measurements in {path} cannot be read",
+            f"of {error!r}",
+            "Measure again with fp4moe bench --tune, or delete the file.",
             cause=error,
         )
 
@@ -113,6 +115,7 @@ def _from_json(row: Mapping[str, Any]) -> Measured:
         },
         tiles={int(tokens): parse_config(text) for tokens, text in row["tiles"].items()},
         facts=row["facts"],
+        format=row.get("format", DEFAULT_FORMAT),
     )
 
 
@@ -149,6 +152,7 @@ def fastest(kernels: Sequence[str], layer: Layer, capability: tuple[int, int] | 
         return kernels[0]
     found = [m for m in measurements() if m.capability == capability]
     found = [m for m in found if m.gated == layer.gated and kernels[0] in m.us]
+    found = [m for m in found if m.format == layer.format]
     if not found:
         return kernels[0]
     sizes = layer.hidden_size, layer.intermediate_size, layer.num_experts
@@ -168,15 +172,21 @@ def choose_tiles(
     intermediate_size: int,
     num_experts: int,
     num_slots: int,
+    format: str = DEFAULT_FORMAT,
 ) -> Config:
     """Return Triton's config: of the nearest layer, this GPU's if measured, at the nearest load.
+
+    A format that was not measured takes that of NVFP4, where it fits; see `tiles.fitted`.
 
     Args:
         capability: of the GPU; None in Triton's interpreter.
         gated, hidden_size, intermediate_size, num_experts: of the layer, sizes padded or not.
         num_slots: entries of expert_ids.
+        format: of the weights.
     """
     found = [m for m in measurements() if m.tiles]
+    own = [m for m in found if m.format == format]
+    found = own or [m for m in found if m.format == DEFAULT_FORMAT]
     nearest = min(
         found,
         key=lambda m: (
@@ -194,4 +204,5 @@ def choose_tiles(
         density = num_slots / num_experts * nearest.num_experts / slots
         return config.mode == "slot", abs(math.log2(density))
 
-    return min(nearest.tiles.items(), key=unlike)[1]
+    config = min(nearest.tiles.items(), key=unlike)[1]
+    return config if own else fitted(config, format, gated)

@@ -97,6 +97,11 @@ class Call(NamedTuple):
     operands: Operands
     layer: Layer
 
+    @property
+    def caller(self) -> str:
+        """The operator that the user called, for messages."""
+        return "moe"
+
 
 class LogitsCall(NamedTuple):
     """Checked arguments of a kernel that chooses the experts itself.
@@ -112,3 +117,8 @@ class LogitsCall(NamedTuple):
     routing: Routing
     operands: Operands
     layer: Layer
+
+    @property
+    def caller(self) -> str:
+        """The operator that the user called, for messages."""
+        return "moe_from_logits"

@@ -7,7 +7,7 @@ anything runs; a kernel that fails is never replaced by another.
 from __future__ import annotations
 
 from ..activations import Activation, get_activation
-from ..errors import UnsupportedError, check_choice, must
+from ..errors import UnsupportedError, check_choice, must, refuse
 from ..formats import FORMATS
 from ..layer import Layer
 from .base import Kernel, current_capability
@@ -57,15 +57,15 @@ def check_kernel_name(kernel: str, *, caller: str) -> None:
         )
 
 
-def get_kernel(name: str) -> Kernel:
+def get_kernel(name: str, *, caller: str = "FusedExperts") -> Kernel:
     """Return the kernel of that name."""
     if name not in KERNELS:
-        check_kernel_name(name, caller="get_kernel")
+        check_kernel_name(name, caller=caller)
         must(
-            "get_kernel: kernel",
-            "be one kernel's name",
+            f"{caller}: kernel",
+            "be the name of one kernel",
             repr(name),
-            "Choose one with select_kernel.",
+            f"Pass one of {', '.join(KERNELS)}.",
             error=UnsupportedError,
         )
     return KERNELS[name]
@@ -154,10 +154,9 @@ def select_kernel(
     check_kernel_name(kernel, caller=caller)
     name, refused = choose_kernel(kernel, layer, capability)
     if name is None:
-        raise UnsupportedError(
-            f"{caller}: kernel must be one that runs this layer ({layer.on(capability)}); got "
-            f"{kernel!r}. {'. '.join(refused)}."
-        )
+        able = "no kernel can" if kernel == "auto" else f"kernel {kernel!r} cannot"
+        what = f"{able} run this layer ({layer.on(capability)})"
+        refuse(caller, what, ". ".join(refused), "See fp4moe.why_not.")
     return name
 
 

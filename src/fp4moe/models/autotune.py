@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, UnsupportedError, must
+from ..errors import CheckpointError, must, refuse
 from ..formats import FORMATS
 from ..kernels import choose_kernel, current_capability
 from ..kernels.flashinfer.library import (
@@ -76,13 +76,13 @@ def autotune(
         )
     if not layers:
         found = sorted({m.kernel for m in model.modules() if isinstance(m, FusedExperts)})
-        must(
-            "autotune: model",
-            f"have experts for one of the kernels {', '.join(TUNED_KERNELS)}",
-            found or "none",
+        refuse(
+            "autotune",
+            f"{type(model).__name__} cannot be tuned",
+            f"its experts have the kernels {found or 'none'}, and only "
+            f"{' and '.join(TUNED_KERNELS)} are tuned",
             "Move the model to a Blackwell GPU, see fp4moe.explain(model); flashinfer_cutlass "
             "needs FlashInfer 0.6.15 or newer.",
-            error=UnsupportedError,
         )
     path = None if cache is None else pathlib.Path(cache)
     if path is not None:

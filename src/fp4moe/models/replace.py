@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError, check_choice, must
+from ..errors import check_choice, refuse
 from ..formats import DEFAULT_FORMAT, FORMATS
 from ..kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
@@ -102,13 +102,12 @@ def replace_moe(
     if not candidates and present:
         logger.info("replace_moe: every block of %s is fused already", type(model).__name__)
     elif not candidates:
-        must(
-            "replace_moe: model",
-            "have mixture-of-experts blocks",
-            f"{type(model).__name__} with none that is known",
+        refuse(
+            "replace_moe",
+            f"{type(model).__name__} cannot be changed",
+            "none of its modules is a known block of experts",
             "Known are transformers' experts modules and blocks that loop over a ModuleList of "
             "expert MLPs.",
-            error=UnsupportedError,
         )
     root = type(model).__name__
     refused = _refused(candidates, kernel, format, progress)
@@ -116,11 +115,12 @@ def replace_moe(
     plans, unroutable = plan_fused_routing(model, blocks if routing == "fused" else {})
     refused |= unroutable
     if refused and strict:
-        listed = " ".join(f"{path or root}: {'; '.join(why)}." for path, why in refused.items())
-        raise UnsupportedError(
-            f"replace_moe: model must have only blocks that can be replaced; got {len(refused)} of "
-            f"{len({*blocks, *refused})} that "
-            f"cannot. {listed} Pass strict=False to leave these as they are."
+        listed = ". ".join(f"{path or root}: {'; '.join(why)}" for path, why in refused.items())
+        refuse(
+            "replace_moe",
+            f"{len(refused)} of {len({*blocks, *refused})} blocks cannot be replaced",
+            listed,
+            "Pass strict=False to leave these as they are.",
         )
     for path, why in refused.items():
         logger.warning("replace_moe: %s is left as it is: %s", path or root, "; ".join(why))
@@ -205,12 +205,11 @@ def _refuse_others(model: nn.Module, kernel: str, format: str) -> None:
         present = {"kernel": module.kernel, "format": module.layer.format}
         for name, asked in (("kernel", kernel), ("format", format)):
             if asked not in ("auto", present[name]):
-                must(
-                    f"replace_moe: {name}",
-                    "be that of the blocks which are fused already",
-                    f"{asked!r}, but {path or type(model).__name__} has {present[name]!r}",
+                refuse(
+                    "replace_moe",
+                    f"the blocks cannot get {name} {asked!r}",
+                    f"{path or type(model).__name__} is fused already, with {present[name]!r}",
                     "Load the float model again.",
-                    error=UnsupportedError,
                 )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError, must
+from ..errors import refuse
 from ..formats import DEFAULT_FORMAT
 from ..module import FusedExperts
 from .block import ACTIVATION_SCALES, value_reasons
@@ -71,12 +71,11 @@ def _pack(module: Any) -> FusedExperts:
         candidate = describe_experts("experts", module)
         reasons = candidate.reasons or value_reasons(candidate)
         if reasons or candidate.quantize is None:
-            must(
-                "fp4moe: experts",
-                "be ones that can be fused",
-                f"{type(module).__name__}: {'; '.join(reasons)}",
+            refuse(
+                "register_transformers",
+                f"the experts of {type(module).__name__} cannot be fused",
+                "; ".join(reasons),
                 "Choose another experts_implementation.",
-                error=UnsupportedError,
             )
         fused = FusedExperts(candidate.quantize("max", DEFAULT_FORMAT)).train(module.training)
         floats = dict(module.named_parameters(recurse=False))

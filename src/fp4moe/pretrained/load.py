@@ -137,11 +137,11 @@ def from_pretrained(
     result = kind.from_pretrained(directory, config=config, use_safetensors=True, **hf_kwargs)
     model = result[0] if isinstance(result, tuple) else result
     if getattr(model.config.quantization_config, "quant_method", None) != METHOD:
-        must(
-            "from_pretrained: transformers",
-            "load through fp4moe's quantizer",
-            f"a model loaded by other means ({kind.__name__})",
-            "Use transformers 5.17 to 5.23.",
+        refuse(
+            "from_pretrained",
+            "the model cannot be loaded",
+            f"{kind.__name__} does not load through fp4moe's quantizer",
+            "Use transformers 5.17 to 5.24.",
             error=CheckpointError,
         )
     if is_float and not any(isinstance(module, FusedExperts) for module in model.modules()):
@@ -187,11 +187,14 @@ def _directory(path_or_id: str | os.PathLike[str], hf_kwargs: dict[str, Any]) ->
         )
     except OSError as error:  # what huggingface_hub raises of the network and of its cache
         why = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            "from_pretrained: path_or_id must be a directory or a repository that is in the cache "
-            f"or can be fetched; got {path!r}, which is no directory here: {why} Check the path, "
-            "or the name and the connection."
-        ) from error
+        must(
+            "from_pretrained: path_or_id",
+            "be a directory or a repository that is in the cache or can be fetched",
+            f"{path!r}, which is no directory here: {why.rstrip('.')}",
+            "Check the path, or the name and the connection.",
+            error=CheckpointError,
+            cause=error,
+        )
 
 
 def _config(transformers: Any, directory: str, hf_kwargs: dict[str, Any]) -> Any:

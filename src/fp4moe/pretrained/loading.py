@@ -27,7 +27,7 @@ from ..checkpoint.plan_checks import ExpertsFacts, LinearFacts
 from ..checkpoint.read import read_experts, read_linear
 from ..checkpoint.stored import stored_bytes
 from ..checks import HIDDEN_DTYPES
-from ..errors import CheckpointError, UnsupportedError, must
+from ..errors import CheckpointError, UnsupportedError, must, refuse
 from ..formats import DEFAULT_FORMAT
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, Layer, choose_kernel, current_capability
 from ..linear import PackedLinear
@@ -230,10 +230,12 @@ class Loading:
         packed = {inside(names.name(key), refused) for key in scales}
         wanted = [path for path in refused if self.quantize or path in packed]
         if wanted:
-            listed = " ".join(f"{path}: {'; '.join(refused[path])}." for path in wanted[:10])
-            raise UnsupportedError(
-                "from_pretrained: model must have only experts that can be packed; got "
-                f"{len(wanted)} that cannot. {listed} Load a float checkpoint with transformers."
+            listed = ". ".join(f"{path}: {'; '.join(refused[path])}" for path in wanted[:10])
+            refuse(
+                "from_pretrained",
+                f"{len(wanted)} experts cannot be packed",
+                listed,
+                "Load a float checkpoint with transformers.",
             )
 
     def _check_ties(self, plan: Plan) -> None:
@@ -345,22 +347,21 @@ class Loading:
         model = self.model
         for path, module in model.named_modules():
             if isinstance(module, Placeholder):
-                must(
-                    "from_pretrained: transformers",
-                    f"load {path}",
-                    "a version that skips the step which fills it",
-                    "Use transformers 5.17 to 5.23.",
+                refuse(
+                    "from_pretrained",
+                    f"{path} cannot be loaded",
+                    "this version of transformers skips the step which fills it",
+                    "Use transformers 5.17 to 5.24.",
                     error=CheckpointError,
                 )
             hook = getattr(module, "_hf_hook", None)
             hooks = getattr(hook, "hooks", (hook,))
             if self._ours(path) and any(getattr(h, "offload", False) for h in hooks):
-                must(
-                    "from_pretrained: device_map",
-                    "keep experts and quantised Linears on a device",
-                    f"{path} offloaded",
+                refuse(
+                    "from_pretrained",
+                    f"{path} cannot be offloaded",
+                    "packed experts and quantised Linears stay on a device",
                     "Pass a device_map whose devices hold them.",
-                    error=UnsupportedError,
                 )
         if self.options.routing == "fused":
             self._fuse_routers()
@@ -370,10 +371,12 @@ class Loading:
         experts = {path: found.facts.num_experts for path, found in self.plan.experts.items()}
         plans, refused = plan_fused_routing(self.model, experts)
         if refused:
-            listed = " ".join(f"{path}: {'; '.join(why)}." for path, why in refused.items())
-            raise UnsupportedError(
-                "from_pretrained: routing='fused' must find routers that it knows; got "
-                f"{len(refused)} others. {listed} Pass routing='given'."
+            listed = ". ".join(f"{path}: {'; '.join(why)}" for path, why in refused.items())
+            refuse(
+                "from_pretrained",
+                f"the routing of {len(refused)} blocks cannot be fused",
+                listed,
+                "Pass routing='given'.",
             )
         for plan in plans.values():
             fuse_router(self.model.get_submodule(plan.path), plan.routing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import UnsupportedError, must
+from ..errors import refuse
 
 __all__ = ["refuse_parallelism"]
 
@@ -41,10 +41,9 @@ def refuse_parallelism(
             f"parameters, and this is {transformers.__version__}"
         )
     given = ", ".join(f"{name}={str(value)[:60]}" for name, value in asked.items())
-    must(
-        "from_pretrained: distributed_config",
-        f"not ask for tensor or expert parallelism, because {reason}",
-        given,
+    refuse(
+        "from_pretrained",
+        f"the model cannot be loaded with {given}",
+        reason,
         "Load without it, or pass device_map to use several GPUs.",
-        error=UnsupportedError,
     )

@@ -16,7 +16,7 @@ from ..checkpoint.compressed_tensors import is_read
 from ..checkpoint.header import read_json
 from ..checkpoint.huggingface import HUGGINGFACE_METHODS
 from ..checkpoint.modelopt import MODELOPT_METHODS, announces_nvfp4, resembles_modelopt
-from ..errors import UnsupportedError, must
+from ..errors import refuse
 from .loading import Loading, Options
 from .parallelism import refuse_parallelism
 
@@ -69,12 +69,11 @@ def _classes() -> tuple[Any, Any]:
 
         def validate_environment(self, *args, device_map=None, **kwargs) -> None:
             if isinstance(device_map, dict) and "disk" in device_map.values():
-                must(
-                    "from_pretrained: device_map",
-                    "not name the disk",
-                    "one that does",
-                    "Packed experts cannot be offloaded.",
-                    error=UnsupportedError,
+                refuse(
+                    "from_pretrained",
+                    "device_map cannot name the disk",
+                    "packed experts cannot be offloaded",
+                    "Name devices that hold them.",
                 )
 
         def _process_model_before_weight_loading(
@@ -117,12 +116,11 @@ def _claim(method: str) -> None:
     )
     for registry, kind in zip(registries, _classes(), strict=True):
         if registry.setdefault(method, kind) is not kind:
-            must(
-                f"register_transformers: quantization method {method!r}",
-                "be free",
-                f"{registry[method].__name__} there",
+            refuse(
+                "register_transformers",
+                f"the quantization method {method!r} cannot be registered",
+                f"{registry[method].__name__} is registered under that name",
                 "Call fp4moe.from_pretrained, which does not need it.",
-                error=UnsupportedError,
             )
 
 
@@ -193,15 +191,15 @@ def _respect_arguments() -> None:
 
     def merge(quantization_config, quantization_config_from_args):
         if isinstance(quantization_config, dict):
-            method = quantization_config.get("quant_method")
-            shared: Any = AUTO_QUANTIZATION_CONFIG_MAPPING.get(str(method))
+            method = str(quantization_config.get("quant_method"))
+            shared: Any = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
             own = getattr(shared, "plain", None)
             if own is not None and isinstance(quantization_config_from_args, own):
                 quantization_config = own.from_dict(quantization_config)
         return plain(quantization_config, quantization_config_from_args)
 
     merge.for_fp4moe = True  # type: ignore[attr-defined]
-    AutoHfQuantizer.merge_quantization_configs = staticmethod(merge)  # type: ignore[assignment]
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(merge)  # type: ignore[method-assign]
 
 
 def _read_hf_quant_config() -> None:

@@ -3,17 +3,20 @@
 Every result is compared with float32 on the same values, and with a second run bit for bit, before
 its time is printed. A time is the median of replays of a CUDA graph; up to 16 tokens the graph
 holds 8 different routings, so that weights are not warm. floor = max(bytes of the experts hit at
-4.3 TB/s, operations at 790 TFLOP/s), 4.5 bits a weight: an H200's figures.
+4.3 TB/s, operations at 790 TFLOP/s), codes and block scales of the format: an H200's figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -26,9 +29,11 @@ import torch.nn.functional as F
 from ..activations import get_activation
 from ..errors import UnsupportedError, must
 from ..experts import ExpertWeights
+from ..formats import DEFAULT_FORMAT, FORMATS
 from ..kernels import KERNELS, Layer, choose_kernel, current_capability, measured
 from ..module import FusedExperts
 from ..testing import random_codes, relative_error
+from .grouped_gemms import GroupedGemms
 from .selftest import LAYERS
 
 __all__ = ["SHAPES", "TOKENS", "add_parser", "graph_us", "run"]
@@ -56,9 +61,22 @@ def top_k(shape: Layer) -> int:
     return shape.top_k
 
 
+def shape_of(name: str, format: str) -> Layer:
+    """Return a layer of SHAPES with weights of a format."""
+    return dataclasses.replace(SHAPES[name], format=format)
+
+
 def weights_per_expert(shape: Layer) -> int:
     """Return how many weights an expert has."""
     return (3 if shape.gated else 2) * shape.hidden_size * shape.intermediate_size
+
+
+def bytes_per_expert(shape: Layer) -> float:
+    """Return the bytes of an expert's codes and block scales, as the format stores them."""
+    rows = (2 if shape.gated else 1) * shape.intermediate_size
+    sizes = (rows, shape.hidden_size, 1 + shape.gated), (shape.hidden_size, shape.intermediate_size)
+    stored = [FORMATS[shape.format].shapes(1, *size).values() for size in sizes]
+    return sum(d.itemsize * math.prod(n) for parts in stored for d, n in parts)
 
 
 def routing(shape: Layer, tokens: int, seed: int, skew: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,10 +201,16 @@ def contenders(
 
 
 def measure(
-    name: str, kernels: list[str], all_tokens: list[int], skew: float, peers: bool
+    name: str,
+    kernels: list[str],
+    all_tokens: list[int],
+    skew: float,
+    peers: bool,
+    format: str = DEFAULT_FORMAT,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each contender and number of tokens; `wrong` where a result is."""
-    shape, weights = SHAPES[name], random_codes(SHAPES[name], "cuda")
+    shape = shape_of(name, format)
+    weights = random_codes(shape, "cuda")
     cases = {}
     for tokens in all_tokens:
         generator = torch.Generator("cuda").manual_seed(1)
@@ -201,14 +225,11 @@ def measure(
             call = make(tokens)
             if call is None:
                 continue
-            hit = statistics.mean(len(ids.unique()) for ids, _ in routings)
-            size = hit * weights_per_expert(shape) * 9 / 16
-            operations = 2 * tokens * top_k(shape) * weights_per_expert(shape)
-            floor = max(size / BANDWIDTH, operations / OPERATIONS) * 1e6
             with torch.no_grad():
                 got, again = (call(x, *routings[0]) for _ in range(2))
                 error = relative_error(got, expected)
-                row = {"shape": name, "kernel": kernel, "tokens": tokens, "error": error}
+                row = {"shape": name, "format": format, "kernel": kernel, "tokens": tokens}
+                row["error"] = error
                 # Hugging Face rounds more often, and its sums are atomic: only ours must be equal.
                 ours = kernel not in PEERS
                 if not error <= (LIMIT if ours else 2 * LIMIT) or (
@@ -218,14 +239,37 @@ def measure(
                     continue
                 inputs = [(x, ids, w if ours else w.to(x)) for ids, w in routings]
                 us = graph_us([functools.partial(call, *each) for each in inputs])
-            row |= {"us": round(us, 2), "floor_us": round(floor, 2)}
-            yield row | {"gbs": size / us / 1e3, "tflops": operations / us / 1e6}
+            yield row | _timed(shape, routings, us)
+    if peers and GroupedGemms.reason(weights) is None:
+        gemms = GroupedGemms(weights)
+        for tokens, (x, routings, _) in cases.items():
+            calls = [gemms.calls(x, ids) for ids, _ in routings]
+            error = gemms.error(*calls[0])
+            row = {"shape": name, "format": format, "kernel": gemms.name, "tokens": tokens}
+            if not error <= 2 * LIMIT:
+                yield row | {"error": error, "wrong": True}
+                continue
+            us = graph_us([functools.partial(gemms.run, *call) for call in calls])
+            yield row | {"error": error} | _timed(shape, routings, us)
+
+
+def _timed(
+    shape: Layer, routings: list[tuple[torch.Tensor, torch.Tensor]], us: float
+) -> dict[str, float]:
+    """Return what a time means for the experts that these routings hit."""
+    hit = statistics.mean(len(ids.unique()) for ids, _ in routings)
+    size = hit * bytes_per_expert(shape)
+    operations = 2 * routings[0][0].numel() * weights_per_expert(shape)
+    floor = max(size / BANDWIDTH, operations / OPERATIONS) * 1e6
+    times = {"us": round(us, 2), "floor_us": round(floor, 2)}
+    return times | {"gbs": size / us / 1e3, "tflops": operations / us / 1e6}
 
 
 def add_parser(commands: Any) -> None:
     """Add `bench` to the subcommands of `fp4moe`."""
     command = commands.add_parser("bench", help="time the kernels on this GPU, checked first")
     command.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    command.add_argument("--format", nargs="+", choices=FORMATS, default=[DEFAULT_FORMAT])
     command.add_argument("--tokens", nargs="+", type=_positive, default=list(TOKENS))
     command.add_argument("--kernel", nargs="+", default=[], help="default auto and what runs here")
     command.add_argument("--routing", choices=("balanced", "skewed"), default="balanced")
@@ -317,21 +361,23 @@ def run(arguments: argparse.Namespace) -> int:
     about = facts() | {"routing": arguments.routing, "commit": arguments.commit}
     print(json.dumps(about))
     print(
-        f"{'shape':7s}{'T':>6s} {'us':>8s} {'floor':>7s} {'share':>6s} {'GB/s':>6s} {'TFLOP/s':>8s}"
+        f"{'shape':7s}{'format':12s}{'T':>6s} {'us':>8s} {'floor':>7s} {'share':>6s} {'GB/s':>6s}"
+        f" {'TFLOP/s':>8s}"
         f" {'error':>8s}  kernel"
     )
     rows, wrong = [], False
-    for name in arguments.shape:
-        kernels = arguments.kernel or ["auto", *runnable(SHAPES[name])]
-        for row in measure(name, kernels, arguments.tokens, skew, not arguments.no_peers):
+    for name, format in itertools.product(arguments.shape, arguments.format):
+        kernels = arguments.kernel or ["auto", *runnable(shape_of(name, format))]
+        for row in measure(name, kernels, arguments.tokens, skew, not arguments.no_peers, format):
             if row.pop("wrong", False):
                 print(
-                    f"{name} T = {row['tokens']} {row['kernel']}: wrong, error {row['error']:.1e}"
+                    f"{name} {format} T = {row['tokens']} {row['kernel']}: wrong, error "
+                    f"{row['error']:.1e}"
                 )
                 wrong = True
                 continue
             print(
-                f"{name:7s}{row['tokens']:6d} {row['us']:8.1f} {row['floor_us']:7.1f} "
+                f"{name:7s}{format:12s}{row['tokens']:6d} {row['us']:8.1f} {row['floor_us']:7.1f} "
                 f"{row['floor_us'] / row['us']:6.2f} {row.pop('gbs'):6.0f} "
                 f"{row.pop('tflops'):8.1f} {row['error']:8.1e}  {row['kernel']}",
                 flush=True,
@@ -353,12 +399,12 @@ def runnable(shape: Layer) -> list[str]:
 
 def ratios(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Lines with how many times faster auto is than the others, in this run."""
-    us = {(row["shape"], row["kernel"], row["tokens"]): row["us"] for row in rows}
-    others = [k for k in dict.fromkeys(kernel for _, kernel, _ in us) if k != "auto"]
-    for shape, kernel, tokens in us:
+    keys = ("shape", "format", "kernel", "tokens")
+    us = {tuple(row[key] for key in keys): row["us"] for row in rows}
+    others = [k for k in dict.fromkeys(row["kernel"] for row in rows) if k != "auto"]
+    for shape, format, kernel, tokens in us:
         if kernel == "auto":
-            own = us[shape, kernel, tokens]
-            parts = [
-                f"{us[shape, o, tokens] / own:.2f}x {o}" for o in others if (shape, o, tokens) in us
-            ]
-            yield f"{shape:7s}{tokens:6d} auto against: {', '.join(parts)}"
+            times = {other: us.get((shape, format, other, tokens)) for other in others}
+            own = us[shape, format, kernel, tokens]
+            parts = [f"{time / own:.2f}x {other}" for other, time in times.items() if time]
+            yield f"{shape:7s}{format:12s}{tokens:6d} auto against: {', '.join(parts)}"

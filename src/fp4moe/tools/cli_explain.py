@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..checkpoint.files import INDEX, WEIGHTS, CheckpointFiles
-from ..checkpoint.header import Spec, read_json
+from ..checkpoint.header import Spec, read_json, reading_for
 from ..checkpoint.naming import FLOAT, Convention
 from ..checkpoint.stored import preferred, stored_bytes
-from ..errors import CheckpointError, Fp4MoeError, UnsupportedError, must
+from ..errors import CheckpointError, Fp4MoeError, must, refuse
 from ..formats import DEFAULT_FORMAT, FORMATS
 from ..models.replace import explain
 from ..pretrained.from_config import config_errors, model_on_meta, one_line
@@ -62,12 +62,11 @@ def explain_source(source: str, kernel: str = "auto", format: str = DEFAULT_FORM
         CheckpointError: there is no configuration that transformers can build.
     """
     if importlib.util.find_spec("transformers") is None:
-        must(
-            "explain: transformers",
-            "be installed to build a model from its configuration",
-            "none",
+        refuse(
+            "explain",
+            "no model can be built from its configuration",
+            "transformers is not installed",
             "Run pip install 'fp4moe[transformers]'.",
-            error=UnsupportedError,
         )
     directory = _directory(source)
     model = model_on_meta(directory, caller="explain")
@@ -113,10 +112,14 @@ def _directory(source: str) -> str:
         file = cached_file(source, "config.json")
         cached_file(source, QUANTIZATION, _raise_exceptions_for_missing_entries=False)
     except config_errors() as error:
-        raise CheckpointError(
-            f"explain: model must be a directory with config.json or a hub id; got {source!r}, "
-            f"which is no directory here: {one_line(error)} Check the path or the name."
-        ) from error
+        must(
+            "explain: model",
+            "be a directory with config.json or a hub id",
+            f"{source!r}, which is no directory here: {one_line(error).rstrip('.')}",
+            "Check the path or the name.",
+            error=CheckpointError,
+            cause=error,
+        )
     return os.path.dirname(str(file))
 
 
@@ -124,8 +127,10 @@ def _announced(directory: str) -> Mapping[str, Any] | None:
     """The quantisation that the JSON files announce, as CheckpointFiles.open reads it."""
     path = os.path.join(directory, QUANTIZATION)
     if os.path.lexists(path):
-        return read_json(path)
-    entry = read_json(os.path.join(directory, "config.json")).get("quantization_config")
+        with reading_for("explain"):
+            return read_json(path)
+    with reading_for("explain"):
+        entry = read_json(os.path.join(directory, "config.json")).get("quantization_config")
     if entry is not None and not isinstance(entry, dict):
         must(
             "explain: quantization_config",
@@ -141,7 +146,7 @@ def _packed(directory: str, model: Any, formats: dict[str, str]) -> dict[str, in
     """The blocks that from_pretrained packs, with the bytes of their tensors; fills formats."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    with CheckpointFiles.open(directory) as files:
+    with CheckpointFiles.open(directory, caller="explain") as files:
         loading = Loading(Options(progress=False), quantize=False)
         loading.open(model, [os.path.join(directory, name) for name in files.shards], model.dtype)
         loading.make_plan(get_model_conversion_mapping(model))
@@ -159,7 +164,7 @@ def _nbytes(spec: Spec) -> int:
 
 def _announced_blocks(report: ModelReport, convention: Convention) -> dict[str, int]:
     """The blocks that are packed if the files hold what the configuration says."""
-    packed = {}
+    packed: dict[str, int] = {}
     # Which of several it is, only the files say.
     form = preferred(FORMATS, convention.forms)
     if form not in convention.forms:

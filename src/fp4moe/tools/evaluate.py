@@ -177,11 +177,11 @@ def evaluate(
     if text is None:
         content = b"\n".join(standard_library_text()).decode("utf-8", "replace")
     else:
-        content = read_text(text)
-    calibration = [] if calibrate is None else read_texts(calibrate)
-    loaded, tokenizer = load_text_model(model, device=device)
+        content = read_text(text, caller="evaluate")
+    calibration = [] if calibrate is None else read_texts(calibrate, caller="evaluate")
+    loaded, tokenizer = load_text_model(model, device=device, caller="evaluate")
     windows = text_windows(encode(tokenizer, content), length, tokens, tokenizer.bos_token_id)
-    check_ids(loaded, windows)
+    check_ids(loaded, windows, caller="evaluate")
 
     def predict(title: str, model: Any) -> Predicted:
         return _predict(model, windows, batch, title, progress)
@@ -199,7 +199,7 @@ def evaluate(
         if name != formats[0]:
             # Two models would not fit where one does.
             del loaded
-            loaded, _ = load_text_model(model, device=device)
+            loaded, _ = load_text_model(model, device=device, caller="evaluate")
             for path, scales in ranges.items():
                 setattr(loaded.get_submodule(path), ACTIVATION_SCALES, scales)
         replace_moe(loaded, "reference", progress=progress, format=name, method=method)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
 import multiprocessing
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..errors import UnsupportedError, must
+from ..errors import refuse
 from ..experts import ExpertWeights
+from ..formats import DEFAULT_FORMAT
 from ..kernels import Layer, PreparedWeights, current_capability, measured
 from ..kernels.measured import FEW_SLOTS
 from ..kernels.triton.kernel import TRITON, run_with
@@ -75,6 +78,9 @@ def compile_all(shape: Layer, tokens: list[int], jobs: int) -> set[Config]:
             gate_up, down = candidates(*size)
             configs |= {Config(mode, tile, down[0]) for tile in gate_up}
             configs |= {Config(mode, gate_up[0], tile) for tile in down}
+    if shape.format == "fp8_block":
+        # Its scales change after 128 columns.
+        configs = {c for c in configs if max(c.gate_up.slabs, c.down.slabs) <= 2}
     good = set()
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
@@ -87,9 +93,11 @@ def compile_all(shape: Layer, tokens: list[int], jobs: int) -> set[Config]:
     return good
 
 
-def tune_tiles(name: str, tokens: list[int], jobs: int) -> dict[int, Config]:
+def tune_tiles(
+    name: str, tokens: list[int], jobs: int, format: str = DEFAULT_FORMAT
+) -> dict[int, Config]:
     """Return the fastest config for each number of tokens; none where Triton does not run."""
-    shape = bench.SHAPES[name]
+    shape = bench.shape_of(name, format)
     if TRITON.reasons_not_to_run(shape, current_capability()):
         return {}
     weights = random_codes(shape, "cuda")
@@ -98,7 +106,7 @@ def tune_tiles(name: str, tokens: list[int], jobs: int) -> dict[int, Config]:
     tiles = {}
     for count in tokens:
         tiles[count] = tune_tokens(shape, count, prepared, weights, good)
-        print(f"{name} T = {count}: {tiles[count]}", flush=True)
+        print(f"{name} {format} T = {count}: {tiles[count]}", flush=True)
     return tiles
 
 
@@ -129,28 +137,32 @@ def tune_tokens(
         timed = [(us(config), config) for config in (Config(mode, first, tile) for tile in down)]
         best = min([*timed, *([best] if best else [])], key=lambda pair: pair[0])
     if best is None:
-        must(
-            "bench: tiles",
-            f"compile for {tokens} tokens",
-            "none that does",
+        refuse(
+            "bench",
+            f"no tiles can be chosen for {tokens} tokens",
+            "none of them compiles",
             "See the lines above.",
-            error=UnsupportedError,
         )
     expected = bench.float32_result(x, weights, *routings[0])
     runs = [run_with(best[1], calls[0]) for _ in range(RUNS)]
     error = relative_error(runs[0], expected)
     if not error <= bench.LIMIT or not all(torch.equal(runs[0], other) for other in runs):
-        must(
-            "bench: result",
-            f"be within {bench.LIMIT} of float32 and equal in every run",
-            f"{error:.1e} with {best[1]}",
+        refuse(
+            "bench",
+            f"{best[1]} cannot be measured",
+            f"its error is {error:.1e} with a limit of {bench.LIMIT}, or its runs differ",
             "Report this GPU and the versions.",
-            error=UnsupportedError,
         )
     return best[1]
 
 
-def tune(names: list[str], tokens: list[int], output: str | None, jobs: int) -> int:
+def tune(
+    names: list[str],
+    tokens: list[int],
+    output: str | None,
+    jobs: int,
+    formats: Sequence[str] = (DEFAULT_FORMAT,),
+) -> int:
     """Measure and write; other layers and GPUs in the file stay. Returns 1 for a wrong result.
 
     Args:
@@ -158,6 +170,7 @@ def tune(names: list[str], tokens: list[int], output: str | None, jobs: int) -> 
         tokens: numbers of tokens to measure at.
         output: the file; default the user's own.
         jobs: processes that compile.
+        formats: names of `fp4moe.formats.FORMATS`.
 
     Raises:
         UnsupportedError: there is no CUDA device, or nothing compiles.
@@ -170,23 +183,28 @@ def tune(names: list[str], tokens: list[int], output: str | None, jobs: int) -> 
     # The kernels are then measured with the tiles just found.
     os.environ["FP4MOE_MEASURED"] = str(unfinished)
     wrong = False
-    for name in names:
-        row = _describe(bench.SHAPES[name])
+    for name, format in itertools.product(names, formats):
+        row = _describe(bench.shape_of(name, format))
         same = ("gpu", "capability", *_SIZES)
-        rows = [other for other in rows if any(other[key] != row[key] for key in same)]
+        rows = [
+            other
+            for other in rows
+            if any(other[key] != row[key] for key in same)
+            or other.get("format", DEFAULT_FORMAT) != format
+        ]
         rows.append(row)
-        row["tiles"] = {t: str(c) for t, c in tune_tiles(name, tokens, jobs).items()}
+        found = tune_tiles(name, tokens, jobs, format)
+        row["tiles"] = {t: str(c) for t, c in found.items()}
         _write(unfinished, rows)
-        kernels = bench.runnable(bench.SHAPES[name])
-        for result in bench.measure(name, kernels, tokens, 0.0, peers=False):
+        kernels = bench.runnable(bench.shape_of(name, format))
+        for result in bench.measure(name, kernels, tokens, 0.0, peers=False, format=format):
+            what = f"{name} {format} T = {result['tokens']} {result['kernel']}"
             if result.get("wrong"):
-                print(f"{name} T = {result['tokens']} {result['kernel']}: wrong result")
+                print(f"{what}: wrong result")
                 wrong = True
                 continue
             row["us"].setdefault(result["kernel"], {})[str(result["tokens"])] = result["us"]
-            print(
-                f"{name} T = {result['tokens']} {result['kernel']}: {result['us']} us", flush=True
-            )
+            print(f"{what}: {result['us']} us", flush=True)
         _write(unfinished, rows)
     if wrong:
         print(f"not written, since a result was wrong: {path}")
@@ -204,6 +222,7 @@ def _describe(shape: Layer) -> dict[str, Any]:
         "gpu": facts.pop("gpu"),
         "capability": f"{major}.{minor}",
         **sizes,
+        "format": shape.format,
         "facts": facts,
         "us": {},
         "tiles": {},

@@ -11,7 +11,7 @@ import os
 import pathlib
 import sysconfig
 
-from ..errors import UnsupportedError, must
+from ..errors import refuse
 
 __all__ = ["is_held_out", "standard_library_text"]
 
@@ -49,11 +49,10 @@ def standard_library_text(held_out: bool = True, directory: str | None = None) -
     texts = [(root / name).read_bytes() for name in sorted(names) if is_held_out(name) == held_out]
     texts = [text for text in texts if text.strip()]
     if not texts:
-        must(
-            "standard_library_text: directory",
-            "hold Python sources",
-            f"{root} with none of this part",
+        refuse(
+            "evaluate",
+            f"no text can be taken from {root}",
+            "it holds no Python sources of this part",
             "Pass a text of your own.",
-            error=UnsupportedError,
         )
     return texts

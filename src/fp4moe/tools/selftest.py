@@ -15,7 +15,7 @@ import torch
 
 from ..activations import ACTIVATIONS, get_activation
 from ..devices import present_device
-from ..errors import UnsupportedError, must
+from ..errors import check_choice, must, refuse
 from ..kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
     HIDDEN_ALIGNMENTS,
@@ -265,15 +265,7 @@ def _check_arguments(kernel: str, tokens: Sequence[int], hidden_alignment: int) 
             tuple(tokens),
             "Pass such as (0, 1, 7).",
         )
-    if hidden_alignment not in HIDDEN_ALIGNMENTS:
-        known = ", ".join(map(str, HIDDEN_ALIGNMENTS))
-        must(
-            "selftest: hidden_alignment",
-            f"be one of {known}",
-            hidden_alignment,
-            "Pass one of these.",
-            error=UnsupportedError,
-        )
+    check_choice("hidden_alignment", hidden_alignment, HIDDEN_ALIGNMENTS, caller="selftest")
 
 
 def _choose(
@@ -296,9 +288,11 @@ def _choose(
     }
     if chosen is None:
         listed = ". ".join(f"{name}: {why}" for name, why in refused.items()) or "no layers"
-        raise UnsupportedError(
-            f"selftest: kernel must be one that runs a layer on {_describe(device)}; got "
-            f"{kernel!r}. {listed}."
+        refuse(
+            "selftest",
+            f"kernel {kernel!r} cannot run a layer on {_describe(device)}",
+            listed,
+            "See fp4moe.why_not.",
         )
     return chosen, {name: why for name, why in refused.items() if why}
 

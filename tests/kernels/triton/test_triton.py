@@ -1,8 +1,9 @@
 """The Triton kernels: layout, routing, results in the interpreter and on a GPU.
 
 The interpreter is chosen when triton is imported, so its cases, and those of test_fingerprint.py,
-of test_triton_rows.py and test_triton_parameters.py, run in a process of their own, with
-TRITON_INTERPRET=1; they are skipped here and started by test_the_interpreter_agrees.
+of test_triton_formats.py, test_triton_rows.py and test_triton_parameters.py, run in a process of
+their own, with TRITON_INTERPRET=1; they are skipped here and started by
+test_the_interpreter_agrees.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from triton_layers import (
     needs_triton,
     relative,
 )
+from triton_ptx import run_ptx
 
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import UnsupportedError
@@ -111,7 +113,7 @@ def test_a_cpu_is_refused():
     weights = layer(1, 64, 64, "silu", True)
     prepared = TRITON.prepare(weights, hidden_alignment=256)
     ids, one = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
-    with pytest.raises(UnsupportedError, match=r"^triton: hidden must be on .* got cpu \(a CPU\)"):
+    with pytest.raises(UnsupportedError, match=r"^moe: kernel triton cannot run.* cpu \(a CPU\)"):
         TRITON(prepared.call(torch.zeros(1, 64), ids, one))
 
 
@@ -130,56 +132,6 @@ def test_every_byte_times_every_scale(fp16):
     decode[(out.shape[0] // 64,)](words, scales, out, 64, fp16)
     values = NVFP4Values(packed[0], scale[0].view(torch.float8_e4m3fn), torch.ones(()))
     assert torch.equal(out.float() * 128, dequantize_nvfp4(values))
-
-
-def run_ptx(program, inputs, dtype):
-    """Interpret the decoder's straight-line PTX on tensors of 32-bit values held in int64."""
-    registers = dict(inputs)
-
-    def value(name):
-        return int(name, 0) if name[0].isdigit() else registers[name]
-
-    def halves(word):
-        word = torch.as_tensor(word)
-        both = torch.stack((word & 0xFFFF, word >> 16), -1)
-        return torch.where(both > 0x7FFF, both - 0x10000, both).to(torch.int16).view(dtype)
-
-    def joined(pair):
-        bits = pair.contiguous().view(torch.int16).long() & 0xFFFF
-        return bits[..., 0] | bits[..., 1] << 16
-
-    def funnel(high, low, shift):
-        return ((torch.as_tensor(high) << 32 | low) >> shift) & 0xFFFFFFFF
-
-    # The exact product, rounded once; adding -0 changes nothing.
-    def product(a, b, *minus_zero):
-        assert minus_zero in ((), (0x80008000,))
-        return joined((halves(a).float() * halves(b).float()).to(dtype))
-
-    operations = {
-        "and.b32": lambda a, b: a & b,
-        "shl.b32": lambda a, b: (a << b) & 0xFFFFFFFF,
-        "shf.l.wrap.b32": lambda low, high, by: funnel(high, low, 32 - by),
-        "shf.r.wrap.b32": lambda low, high, by: funnel(high, low, by),
-        "lop3.b32": lambda a, b, c, table: {0xE4: a & c | b & ~c, 0xEC: a & c | b}[table],
-        "fma.rn.bf16x2": product,
-        "mul.f16x2": product,
-    }
-    for line in program.split("\n")[3:-1]:
-        name, _, rest = line.rstrip(";").partition(" ")
-        if name != "mov.b32":
-            out, *names = rest.split(", ")
-            registers[out] = operations[name](*map(value, names))
-        elif rest.startswith("{"):
-            low, high, word = rest.replace("{", "").replace("}", "").split(", ")
-            registers[low], registers[high] = value(word) & 0xFFFF, value(word) >> 16
-        elif rest.endswith("}"):
-            out, low, high = rest.replace("{", "").replace("}", "").split(", ")
-            registers[out] = value(low) | value(high) << 16
-        else:
-            out, word = rest.split(", ")
-            registers[out] = value(word)
-    return torch.stack([halves(registers[f"${i}"])[..., 0] for i in range(16)], -1)
 
 
 @compiled
@@ -342,6 +294,7 @@ def test_activations(activation, gated):
 def test_the_interpreter_agrees():
     file = pathlib.Path(__file__)
     others = (
+        file.with_name("test_triton_formats.py"),
         file.with_name("test_triton_rows.py"),
         file.with_name("test_triton_parameters.py"),
         file.parents[2] / "identity/test_fingerprint.py",

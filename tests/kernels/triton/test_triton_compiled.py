@@ -45,7 +45,7 @@ def variants():
 
     def constants(tile, **more):
         names = {"SLOTS": tile.slots, "MORE": tile.more, "ROWS": tile.rows, "SLABS": tile.slabs}
-        further = {"STAGES": tile.stages, "ASSEMBLY": True, "WAIT": False}
+        further = {"STAGES": tile.stages, "ASSEMBLY": True, "WAIT": False, "FORMAT": "nvfp4"}
         return {**names, **further, **more}, tile.warps
 
     def tile(text):

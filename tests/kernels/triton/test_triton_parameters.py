@@ -198,7 +198,8 @@ def test_biases_launch_nothing_more(tokens):
         hidden = torch.randn(tokens, 256, device="cuda").bfloat16()
         call = TRITON.prepare(weights, hidden_alignment=256).call(hidden, ids, ids + 1.0)
         TRITON(call)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
             TRITON(call)
             torch.cuda.synchronize()
         counts.append(sum(e.name.endswith("_kernel") for e in profile.events()))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ...borrowed import Borrowed
-from ...errors import UnsupportedError, must
+from ...errors import UnsupportedError, must, refuse
 from ...version import installed
 
 __all__ = [
@@ -165,7 +165,7 @@ def version_key(version: str) -> tuple[int, int, int, int]:
     match = re.match(r"(\d+)\.(\d+)\.(\d+)(?:\.post(\d+))?", version)
     if match is None:
         must(
-            "flashinfer: version",
+            "flashinfer-python: version",
             "look like 0.6.13 or 0.7.2.post1",
             repr(version),
             "Install a released version.",
@@ -210,8 +210,11 @@ def library() -> FlashInfer:
     """
     reasons = library_reasons()
     if reasons:
-        raise UnsupportedError(
-            f"flashinfer: the library must be one that is known to be right; {'; '.join(reasons)}."
+        refuse(
+            "moe",
+            "the installed FlashInfer cannot be used",
+            "; ".join(reasons),
+            "See fp4moe.why_not.",
         )
     import flashinfer
     import flashinfer.fused_moe

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...activations import get_activation
-from ...errors import UnsupportedError, must
+from ...errors import refuse
 from ...formats import NVFP4
 from ...layer import Layer, Routing
 from ..devices import Devices
@@ -118,12 +118,11 @@ class FlashInferTrtllm(FlashInferKernel):
         else:
             routing = Routing("", call.expert_ids.shape[1])
         if reasons := routing_reasons(routing, call.layer.num_experts):
-            must(
-                f"{self.name}: routing",
-                "be one with a kernel (0.6.13 would only warn)",
+            refuse(
+                call.caller,
+                f"kernel {self.name} cannot route like this",
                 "; ".join(reasons),
                 "See fp4moe.why_not.",
-                error=UnsupportedError,
             )
 
     def run(self, call: Call) -> torch.Tensor:
@@ -210,12 +209,13 @@ def _check_divisors(**products: torch.Tensor) -> None:
     for name, product in products.items():
         too_small = product < SMALLEST_SCALE
         if bool(too_small.any()):
-            must(
-                f"flashinfer_trtllm: {name} times that of the activations",
-                f"be at least {SMALLEST_SCALE:.1g} where biases, beta or limit are divided by it",
-                f"less for local experts {too_small.nonzero()[:, 0].tolist()}",
+            refuse(
+                "FusedExperts",
+                "kernel flashinfer_trtllm cannot take these scales",
+                f"biases, beta and limit are divided by {name} times the scale of the "
+                f"activations, which is below {SMALLEST_SCALE:.1g} for local experts "
+                f"{too_small.nonzero()[:, 0].tolist()}",
                 "Use another kernel.",
-                error=UnsupportedError,
             )
 
 

@@ -104,8 +104,8 @@ class FlashInferKernel(Kernel):
         for name, tensor in call.operands.named().items():
             if not tensor.is_contiguous():
                 must(
-                    f"{self.name}: {name}",
-                    "be contiguous",
+                    f"{call.caller}: {name}",
+                    f"be contiguous for kernel {self.name}",
                     f"strides {tensor.stride()}",
                     "Use its prepare().",
                 )

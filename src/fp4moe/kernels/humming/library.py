@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...errors import UnsupportedError, must
+from ...errors import refuse
 from ...version import installed
 
 __all__ = [
@@ -244,16 +244,13 @@ def compile_gemm(shape: GemmShape, dtype: torch.dtype, device_index: int) -> Hum
     """
     reasons = library_reasons()
     if reasons:
-        raise UnsupportedError(
-            f"humming: the library must be installed with its toolchain; got {'; '.join(reasons)}."
-        )
+        refuse("moe", "humming-kernels cannot be used", "; ".join(reasons), "See fp4moe.why_not.")
     if torch.cuda.is_current_stream_capturing():
-        must(
-            "humming: a GEMM",
-            "be compiled before a CUDA graph is captured",
-            f"{shape} on device {device_index}",
+        refuse(
+            "moe",
+            f"the GEMM {shape} of humming-kernels cannot be compiled for device {device_index}",
+            "a CUDA graph is being captured",
             "Prepare the weights on this device first.",
-            error=UnsupportedError,
         )
     from humming import ops
     from humming.config import LayerConfig

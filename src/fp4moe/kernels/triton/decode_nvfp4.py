@@ -13,12 +13,36 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .arrange import arrange
 from .layout import LEFT, RECIPE, SECOND_MOVE
 
-__all__ = ["WEIGHT_FACTOR", "decode_slabs"]
+__all__ = ["WEIGHT_FACTOR", "code_lines", "decode_slabs", "word_lines"]
 
 WEIGHT_FACTOR = tl.constexpr(128.0)
 _LEFT_MASK = sum(0x10001 << bit for bit in LEFT)
+
+
+def word_lines() -> list[str]:
+    """PTX: r0 and r1 from the words $16 and $17, and r2 from what remains of both."""
+    return [
+        "mov.b32 r0, $16;",
+        "mov.b32 r1, $17;",
+        f"shl.b32 m, r1, {SECOND_MOVE};",
+        f"lop3.b32 r2, r0, m, 0x{_LEFT_MASK:08X}, 0xE4;",  # mask ? r0 : m
+    ]
+
+
+def code_lines(register: int, fp16: bool) -> list[str]:
+    """PTX: m, the codes of a register where bfloat16 or float16 want them; n is used."""
+    word, rotation = RECIPE[register]
+    rotate = f"shf.l.wrap.b32 m, r{word}, r{word}, {rotation};"
+    if rotation <= 6:  # no bit that counts comes from behind the end
+        rotate = f"shl.b32 m, r{word}, {rotation};"
+    lines = [rotate if rotation else f"mov.b32 m, r{word};", "and.b32 m, m, 0x81C081C0;"]
+    if fp16:
+        lines += ["and.b32 n, m, 0x01C001C0;", "shl.b32 n, n, 3;"]
+        lines.append("lop3.b32 m, m, n, 0x80008000, 0xEC;")  # (m & mask) | n
+    return lines
 
 
 def _program(fp16: bool) -> str:
@@ -26,9 +50,7 @@ def _program(fp16: bool) -> str:
     lines = ["{", ".reg .b32 r<3>, s<2>, m, n, z, c, d;", ".reg .b16 h<4>;"]
     lines += ["mov.b32 z, 0x80008000;", "mov.b32 d, 0x7B007B00;"]
     lines.append(f"mov.b32 c, {'0x78007800' if fp16 else '0x7B807B80'};")
-    lines += ["mov.b32 r0, $16;", "mov.b32 r1, $17;"]
-    lines.append(f"shl.b32 m, r1, {SECOND_MOVE};")
-    lines.append(f"lop3.b32 r2, r0, m, 0x{_LEFT_MASK:08X}, 0xE4;")  # mask ? r0 : m
+    lines += word_lines()
     lines += ["and.b32 s0, $18, 0x07F007F0;", "shf.r.wrap.b32 m, $18, $18, 8;"]
     lines.append("and.b32 s1, m, 0x07F007F0;")
     for block in range(2):
@@ -39,14 +61,8 @@ def _program(fp16: bool) -> str:
             lines += [f"fma.rn.bf16x2 s{block}, s{block}, {by}, z;" for by in "cd"]
         # Halves by name: ptxas then reads them in place, without a move.
         lines.append(f"mov.b32 {{h{block}, h{block + 2}}}, s{block};")
-    for register, (word, rotation) in enumerate(RECIPE):
-        rotate = f"shf.l.wrap.b32 m, r{word}, r{word}, {rotation};"
-        if rotation <= 6:  # no bit that counts comes from behind the end
-            rotate = f"shl.b32 m, r{word}, {rotation};"
-        lines += [rotate if rotation else f"mov.b32 m, r{word};", "and.b32 m, m, 0x81C081C0;"]
-        if fp16:
-            lines += ["and.b32 n, m, 0x01C001C0;", "shl.b32 n, n, 3;"]
-            lines.append("lop3.b32 m, m, n, 0x80008000, 0xEC;")  # (m & mask) | n
+    for register in range(8):
+        lines += code_lines(register, fp16)
         lines.append(f"mov.b32 n, {{h{register // 2}, h{register // 2}}};")
         lines.append("mul.f16x2 m, m, n;" if fp16 else "fma.rn.bf16x2 m, m, n, z;")
         lines.append(f"mov.b32 {{${register * 2}, ${register * 2 + 1}}}, m;")
@@ -101,16 +117,6 @@ def _plain(first, second, scales, FP16: tl.constexpr):
 
 
 @triton.jit
-def _pair(even, odd, FP16: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Two neighbours along K, on a new last axis."""
-    if ASSEMBLY:
-        target = tl.float16 if FP16 else tl.bfloat16
-        even = even.to(target, bitcast=True)
-        odd = odd.to(target, bitcast=True)
-    return tl.join(even, odd)
-
-
-@triton.jit
 def decode_slabs(
     words,
     scales,
@@ -140,11 +146,4 @@ def decode_slabs(
         )  # fmt: skip
     else:
         h = _plain(first, second, scales, FP16)
-    # Axes appended: place in the pair, half of the block, block of the word, word.
-    a = tl.join(_pair(h[0], h[1], FP16, ASSEMBLY), _pair(h[2], h[3], FP16, ASSEMBLY))
-    b = tl.join(_pair(h[4], h[5], FP16, ASSEMBLY), _pair(h[6], h[7], FP16, ASSEMBLY))
-    c = tl.join(_pair(h[8], h[9], FP16, ASSEMBLY), _pair(h[10], h[11], FP16, ASSEMBLY))
-    d = tl.join(_pair(h[12], h[13], FP16, ASSEMBLY), _pair(h[14], h[15], FP16, ASSEMBLY))
-    values = tl.join(tl.join(a, b), tl.join(c, d))
-    # [slab, row, lane, pair, half, block, word] to [row, slab, word, block, half, lane, pair].
-    return tl.reshape(tl.permute(values, (1, 0, 6, 5, 4, 2, 3)), (ROWS, SLABS * 64))
+    return arrange(h, SLABS, ROWS, FP16, ASSEMBLY)

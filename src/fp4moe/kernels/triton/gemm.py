@@ -1,4 +1,4 @@
-"""The GEMMs of NVFP4 experts in Triton: gate and up with the activation, down with the weighting.
+"""The GEMMs of experts in Triton: gate and up with the activation, down with the weighting.
 
 Weights stand on the M side of the tensor core, tokens on its N side. A program takes ROWS rows of
 one expert (of gate and of up each) for up to SLOTS + MORE slots: what is decoded once is multiplied
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .activation import combine
-from .decode_nvfp4 import WEIGHT_FACTOR, decode_slabs
+from .weights import add_scaled, load_weights, row_factor
 
 __all__ = ["SLOT", "SORTED", "down_kernel", "gate_up_kernel"]
 
@@ -53,40 +53,19 @@ def _add_dot(a, b, acc, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr):
 
 
 @triton.jit
-def _load_weights(
-    words,
-    scales,
-    expert,
-    row,
-    total_rows,
-    slab0,
-    slabs,
-    SLABS: tl.constexpr,
-    ROWS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    FP16: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
-    """Decoded weights [ROWS, SLABS * 64] of an expert; expert < 0 or slabs behind the end: zero."""
-    slab = slab0 + tl.arange(0, SLABS)
-    words += tl.maximum(expert, 0).to(tl.int64) * total_rows * slabs * 8
-    scales += tl.maximum(expert, 0).to(tl.int64) * total_rows * slabs
-    word_row = (row // 64) * (slabs * 512) + (row % 64) * 8
-    scale_row = (row // 64) * (slabs * 64) + row % 64
-    word_at = (slab * 512)[:, None, None] + word_row[None, :, None]
-    word_at += tl.arange(0, 8)[None, None, :]
-    scale_at = (slab * 64)[:, None] + scale_row[None, :]
-    if WHOLE:
-        word = tl.load(words + word_at)
-        scale = tl.load(scales + scale_at)
+def _add_block(
+    w, x, acc, scales, expert, first_row, place, slab, total_rows, slabs, SLABS: tl.constexpr,
+    PARTS: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    """Return acc + w @ x, with fp8_block times its scales."""
+    if FORMAT == "fp8_block":
+        product = _add_dot(w, x, tl.zeros_like(acc), ASSEMBLY, WAIT)
+        acc = add_scaled(
+            acc, product, scales, expert, first_row, place, slab, total_rows, slabs, SLABS, PARTS
+        )
     else:
-        # Not a scalar condition & a block's: triton 3.9's interpreter makes that one of integers.
-        there = slab < tl.where(expert >= 0, slabs, 0)
-        word = tl.load(words + word_at, mask=there[:, None, None], other=0)
-        scale = tl.load(scales + scale_at, mask=there[:, None], other=0)
-    word = word.to(tl.uint32, bitcast=True)
-    scale = scale.to(tl.uint32, bitcast=True)
-    return decode_slabs(word, scale, SLABS, ROWS, FP16, ASSEMBLY)
+        acc = _add_dot(w, x, acc, ASSEMBLY, WAIT)
+    return acc
 
 
 @triton.jit
@@ -106,7 +85,7 @@ def _gate_up_tile(
     SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr,
     STAGES: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, FP16: tl.constexpr,
-    ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
+    ASSEMBLY: tl.constexpr, WAIT: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     token = (tl.maximum(slot, 0) // top_k).to(tl.int64) * stride_token
     token_more = (tl.maximum(more, 0) // top_k).to(tl.int64) * stride_token
@@ -122,15 +101,21 @@ def _gate_up_tile(
     for slab in tl.range(0, slabs, SLABS, num_stages=STAGES):
         column = slab * 64 + tl.arange(0, SLABS * 64)
         x = tl.trans(_load_tokens(hidden, token, slot >= 0, column, hidden_size, WHOLE))
-        w = _load_weights(
+        w = load_weights(
             words, scales, expert, row, PARTS * intermediate, slab, slabs,
-            SLABS, PARTS * ROWS, WHOLE, FP16, ASSEMBLY,
+            SLABS, PARTS * ROWS, WHOLE, FP16, ASSEMBLY, FORMAT,
         )  # fmt: skip
-        acc = _add_dot(w, x, acc, ASSEMBLY, WAIT)
+        acc = _add_block(
+            w, x, acc, scales, expert, block * ROWS, place, slab, PARTS * intermediate, slabs,
+            SLABS, PARTS, ASSEMBLY, WAIT, FORMAT,
+        )  # fmt: skip
         if MORE:
             x = _load_tokens(hidden, token_more, more >= 0, column, hidden_size, WHOLE)
-            acc_more = _add_dot(w, tl.trans(x), acc_more, ASSEMBLY, WAIT)
-    scale = tl.load(global_scale + expert) * WEIGHT_FACTOR
+            acc_more = _add_block(
+                w, tl.trans(x), acc_more, scales, expert, block * ROWS, place, slab,
+                PARTS * intermediate, slabs, SLABS, PARTS, ASSEMBLY, WAIT, FORMAT,
+            )  # fmt: skip
+    scale = row_factor(scales, global_scale, expert, row, PARTS * intermediate, PARTS, FP16, FORMAT)
     acc *= scale
     if bias is not None:
         bias += expert.to(tl.int64) * PARTS * intermediate
@@ -173,6 +158,7 @@ def _down_tile(
     slot, more, expert, block, hidden_padded, intermediate, slabs,
     SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr,
     STAGES: tl.constexpr, WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):  # fmt: skip
     at = tl.maximum(slot, 0).to(tl.int64) * intermediate
     at_more = tl.maximum(more, 0).to(tl.int64) * intermediate
@@ -184,15 +170,27 @@ def _down_tile(
     for slab in tl.range(0, slabs, SLABS, num_stages=STAGES):
         column = slab * 64 + tl.arange(0, SLABS * 64)
         y = _load_tokens(x, at, slot >= 0, column, intermediate, WHOLE)
-        w = _load_weights(
+        w = load_weights(
             words, scales, expert, row, hidden_padded, slab, slabs,
-            SLABS, ROWS, WHOLE, False, ASSEMBLY,
+            SLABS, ROWS, WHOLE, False, ASSEMBLY, FORMAT,
         )  # fmt: skip
-        acc = _add_dot(w, tl.trans(y), acc, ASSEMBLY, WAIT)
+        acc = _add_block(
+            w, tl.trans(y), acc, scales, expert, block * ROWS, row, slab, hidden_padded, slabs,
+            SLABS, 1, ASSEMBLY, WAIT, FORMAT,
+        )  # fmt: skip
         if MORE:
             y = _load_tokens(x, at_more, more >= 0, column, intermediate, WHOLE)
-            acc_more = _add_dot(w, tl.trans(y), acc_more, ASSEMBLY, WAIT)
-    scale = tl.load(global_scale + expert) * WEIGHT_FACTOR
+            acc_more = _add_block(
+                w, tl.trans(y), acc_more, scales, expert, block * ROWS, row, slab,
+                hidden_padded, slabs, SLABS, 1, ASSEMBLY, WAIT, FORMAT,
+            )  # fmt: skip
+    scale = row_factor(scales, global_scale, expert, row, hidden_padded, 1, False, FORMAT)
+    if FORMAT == "fp8" or FORMAT == "fp8_channel":
+        # One for each row, while what follows takes a number.
+        acc *= scale
+        if MORE:
+            acc_more *= scale
+        scale = 1.0
     if bias is not None:
         # The routing weight multiplies the bias, too.
         bias += expert.to(tl.int64) * hidden_padded
@@ -249,6 +247,7 @@ def gate_up_kernel(
     SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr,
     ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
     FP16: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Write combine(up x, gate x), or combine(up x), to out [slots, intermediate].
 
@@ -262,7 +261,7 @@ def gate_up_kernel(
         _gate_up_tile(
             hidden, stride_token, words, scales, global_scale, bias, out, slot, more, expert,
             block, top_k, hidden_size, intermediate, slabs, SLOTS, MORE, ROWS, SLABS, STAGES, WHOLE,
-            GATED, ACTIVATION, ALPHA, BETA, LIMIT, FP16, ASSEMBLY, WAIT,
+            GATED, ACTIVATION, ALPHA, BETA, LIMIT, FP16, ASSEMBLY, WAIT, FORMAT,
         )  # fmt: skip
 
 
@@ -272,7 +271,7 @@ def down_kernel(
     num_slots, hidden_padded, intermediate, slabs, expert_offset, local_experts,
     MODE: tl.constexpr, SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr,
     SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr,
-    WAIT: tl.constexpr,
+    WAIT: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Write routing weight * (down x + bias) of every slot to out [slots, hidden_padded].
 
@@ -286,5 +285,5 @@ def down_kernel(
         _down_tile(
             x, words, scales, global_scale, bias, routing_weights, out, slot, more, expert,
             block, hidden_padded, intermediate, slabs, SLOTS, MORE, ROWS, SLABS, STAGES, WHOLE,
-            ASSEMBLY, WAIT,
+            ASSEMBLY, WAIT, FORMAT,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Kernel `triton`: our own NVFP4 experts for compute capability 8.0 and newer.
+"""Kernel `triton`: our own quantised experts for compute capability 8.0 and newer.
 
 Decides: layout of the operands, workspace, launches. Three to seven launches a call, no host
 synchronisation; grids follow from shapes, as upper bounds. Tile sizes are in `tiles`, and which to
@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ...formats import NVFP4
+from ...formats import FORMATS
 from ...layer import Layer
 from ..base import Kernel, Layout, current_capability, each_matrix
 from ..devices import Devices
 from ..measured import choose_tiles
-from ..operands import Call
+from ..operands import Call, LogitsCall
 from .layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
+from .layout_fp8 import fp8_from_slabs, fp8_to_slabs, powers_from_slabs, powers_to_slabs
 from .tiles import MODES, Config, Tile
 
 if TYPE_CHECKING:
@@ -29,6 +30,20 @@ if TYPE_CHECKING:
 __all__ = ["TRITON", "TritonKernel", "run_with"]
 
 MOST_EXPERTS, MOST_TOP_K = 512, 32
+
+
+Reorder = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _layout(apply: tuple[Reorder, Reorder], undo: tuple[Reorder, Reorder]) -> Layout:
+    """Return the layout in slabs, of functions for codes and for block scales."""
+    return Layout(
+        lambda layer, hidden_alignment: (SLAB, SLAB), each_matrix(*apply), each_matrix(*undo)
+    )
+
+
+def _unchanged(scales: torch.Tensor) -> torch.Tensor:
+    return scales.contiguous()
 
 
 class TritonKernel(Kernel):
@@ -43,11 +58,13 @@ class TritonKernel(Kernel):
     devices = Devices(((8, 0),), or_newer=True)
     biases = parameters = True
     layouts: ClassVar = {
-        NVFP4.name: Layout(
-            lambda layer, hidden_alignment: (SLAB, SLAB),
-            each_matrix(to_slabs, scales_to_slabs),
-            each_matrix(from_slabs, scales_from_slabs),
-        )
+        "nvfp4": _layout((to_slabs, scales_to_slabs), (from_slabs, scales_from_slabs)),
+        "mxfp4": _layout((to_slabs, powers_to_slabs), (from_slabs, powers_from_slabs)),
+        "mxfp8": _layout((fp8_to_slabs, powers_to_slabs), (fp8_from_slabs, powers_from_slabs)),
+        **dict.fromkeys(
+            ("fp8", "fp8_channel", "fp8_block"),
+            _layout((fp8_to_slabs, _unchanged), (fp8_from_slabs, _unchanged)),
+        ),
     }
 
     def package_reasons(self) -> Sequence[str]:
@@ -66,17 +83,18 @@ class TritonKernel(Kernel):
             if sizes[name] > most
         ]
 
-    def check_device(self, device: torch.device) -> None:
+    def check_device(self, call: Call | LogitsCall) -> None:
         """Raise where Triton does not run; its interpreter runs anywhere."""
         if not interpreted():
-            super().check_device(device)
+            super().check_device(call)
 
     def run(self, call: Call) -> torch.Tensor:
         """Compute [T, H] with the tiles that were measured to be fast."""
         local, hidden_size, columns = call.operands.down_packed.shape
         config = choose_tiles(
-            current_capability(call.hidden.device), call.layer.gated, hidden_size, columns * 2,
-            local, call.expert_ids.numel(),
+            current_capability(call.hidden.device), call.layer.gated, hidden_size,
+            FORMATS[call.layer.format].elements(columns), local, call.expert_ids.numel(),
+            call.layer.format,
         )  # fmt: skip
         return run_with(config, call)
 
@@ -106,7 +124,8 @@ def run_with(config: Config, call: Call) -> torch.Tensor:
     window = call.layer.expert_offset, call.operands.down_packed.shape[0]
     out = hidden.new_empty(hidden.shape)
     capability = None if interpreted() else current_capability(hidden.device)
-    form = {"MODE": MODES.index(config.mode), "ASSEMBLY": capability is not None}
+    form: dict[str, Any] = {"MODE": MODES.index(config.mode), "ASSEMBLY": capability is not None}
+    form["FORMAT"] = call.layer.format
     form["WAIT"] = capability is not None and capability[0] == 9
     with torch.cuda.device_of(hidden):
         first, second = _find_slots(config, ids, window)
@@ -138,7 +157,7 @@ def _gate_up(
 
     operands, layer = call.operands, call.layer
     (local, hidden_padded, columns), hidden_size = operands.down_packed.shape, x.shape[1]
-    intermediate, slabs = columns * 2, hidden_padded // SLAB
+    intermediate, slabs = FORMATS[layer.format].elements(columns), hidden_padded // SLAB
     middle = x.new_empty((ids.numel(), intermediate), dtype=torch.bfloat16)
     gate_up_kernel[(found.most * -(-intermediate // constants["ROWS"]),)](
         x, x.stride(0), ids, *found[:3],
@@ -175,7 +194,9 @@ def _down(
 
 
 def _words(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return packed.view(torch.int32), scale.view(torch.int32)
+    # A row of scales may be two bytes long, half a word.
+    words = scale if scale.dtype == torch.float32 else scale.view(-1).view(torch.int32)
+    return packed.view(torch.int32), words
 
 
 def _constants(tile: Tile) -> dict[str, Any]:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ...errors import UnsupportedError, must
-
-__all__ = ["MODES", "Config", "Tile", "parse_config"]
+__all__ = ["MODES", "Config", "Tile", "fitted", "parse_config"]
 
 MODES = ("slot", "sorted")
 
@@ -54,11 +52,38 @@ class Config:
         return f"{self.mode} {self.gate_up} {self.down}"
 
 
+# Shared memory that every target has for one program, less what Triton takes beside.
+SHARED_BYTES = 96 * 1024
+
+
+def fitted(config: Config, format: str, gated: bool) -> Config:
+    """Return a config that was measured with NVFP4, as another format can run it.
+
+    Codes of eight bits take twice the shared memory. fp8_block keeps the sum of each 128 columns
+    apart: as many registers again, and no more than two slabs.
+    """
+
+    def fit(tile: Tile, parts: int) -> Tile:
+        slots, rows, slabs, warps = tile.slots + tile.more, parts * tile.rows, tile.slabs, 4
+        if format == "fp8_block":
+            slabs = min(slabs, 2)
+            # More than 64 values a thread in each sum would leave no registers.
+            warps = 8 if rows * slots > 64 * 32 * tile.warps else 4
+        code_bytes = 32 if format in ("nvfp4", "mxfp4") else 64
+        stage = slabs * (rows * (code_bytes + 4) + slots * 128)
+        stages = max(1, min(tile.stages, SHARED_BYTES // stage))
+        return dataclasses.replace(tile, slabs=slabs, warps=max(warps, tile.warps), stages=stages)
+
+    if format == "nvfp4":
+        return config
+    return Config(config.mode, fit(config.gate_up, 1 + gated), fit(config.down, 1))
+
+
 def parse_config(text: str) -> Config:
     """Return the config that `str` wrote.
 
     Raises:
-        UnsupportedError: it is no such text.
+        ValueError: it is no such text.
     """
     config = None
     try:
@@ -73,12 +98,6 @@ def parse_config(text: str) -> Config:
         or str(config) != text
         or (config.mode == "slot" and (config.gate_up.more or config.down.more))
     ):
-        must(
-            "parse_config: text",
-            "be a mode and two tiles of five or six numbers, as in 'sorted 16,64,1,4,4 "
-            "64,128,1,4,4,16'",
-            repr(text),
-            "Measure again with fp4moe bench --tune.",
-            error=UnsupportedError,
-        )
+        example = "sorted 16,64,1,4,4 64,128,1,4,4,16"
+        raise ValueError(f"{text!r} is no mode with two tiles, as in {example!r}")
     return config
