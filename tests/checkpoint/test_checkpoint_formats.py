@@ -231,6 +231,8 @@ def test_modelopt_configurations_that_are_refused(change, message):
     ("change", "message"),
     [
         ({"format": "pack-quantized"}, "known format"),
+        ({"format": []}, "known format"),
+        ({"config_groups": {"a": {"format": ["x"], **GROUP}}}, "format that fits"),
         ({"quantization_status": "frozen"}, "be compressed"),
         ({"sparsity_config": {"format": "sparse-24"}}, "no sparsity_config"),
         ({"transform_config": {"a": 1}}, "no transform_config"),

@@ -9,8 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 import fp4moe
-from fp4moe.errors import CheckpointError
+from fp4moe.checkpoint.files import CheckpointFiles
+from fp4moe.errors import CheckpointError, UnsupportedError
+from fp4moe.kernels import KERNELS
+from fp4moe.kernels.reference import ReferenceKernel
 from fp4moe.pretrained.loading import convention_of
+from fp4moe.reference import reference
 from fp4moe.testing import relative_error
 
 # Both sides compute the same products in float32, in another order: a few units of 2^-24 a layer.
@@ -188,3 +192,21 @@ def test_configurations_of_transformers(change, forms):
 def test_configurations_of_transformers_that_are_refused(change, message):
     with pytest.raises(CheckpointError, match=message):
         convention_of(FP8 | change)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "nemotron_h"])
+def test_a_kernel_is_asked_for_the_format_before_weights_are_read(tmp_path, monkeypatch, name):
+    files.save("compressed", name, "FP8", tmp_path)
+
+    def only(*formats):
+        kernel = ReferenceKernel("reference", reference, automatic=True)
+        kernel.layouts = {form: kernel.layouts[form] for form in formats}
+        monkeypatch.setitem(KERNELS, "reference", kernel)
+        return "reference"
+
+    assert len(experts(load(tmp_path, kernel=only("fp8")))) == 2
+    read = []
+    monkeypatch.setattr(CheckpointFiles, "tensor", lambda self, key: read.append(key))
+    with pytest.raises(UnsupportedError, match="it has no layout for fp8, only for nvfp4"):
+        load(tmp_path, kernel=only("nvfp4"))
+    assert read == []

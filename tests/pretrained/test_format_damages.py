@@ -7,6 +7,7 @@ import re
 import checkpoint_makers as makers
 import format_files as files
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -248,3 +249,49 @@ def test_static_scales_of_transformers(tmp_path, name):
     for ours, theirs in zip(*pairs, strict=True):
         for found, wanted in zip(ours.activation_scales(), theirs.activation_scales(), strict=True):
             assert torch.equal(found, wanted) and bool((found != 1).all())
+
+
+def test_deepseek_v4_under_its_own_names(tmp_path, registered):
+    """Experts of four bits, the rest FP8 blocks, `.scale`, and a Linear that works by groups."""
+    with files.sizes(intermediate_size=96, moe_intermediate_size=160):
+        model = tiny_models.family("deepseek_v4", "eager", torch.float32)
+    model.config.architectures = [type(model).__name__]
+    model.save_pretrained(tmp_path / "float")
+    random, floats, packed = torch.Generator().manual_seed(0), {}, {}
+    for key, weight in makers.load_tensors(tmp_path / "float").items():
+        if not re.search(r"(experts\.\d+|shared_experts|attn)\.w\w+\.weight$", key):
+            floats[key] = packed[key] = weight
+            continue
+        rows, columns = weight.shape
+        four = re.search(r"experts\.\d+\.", key) is not None
+        if four:
+            codes = torch.randint(256, (rows, columns // 2), generator=random)
+            codes, size = codes.to(torch.uint8).view(torch.int8), (rows, columns // 32)
+        else:
+            codes = (weight * 512).to(torch.float8_e4m3fn)
+            size = -(-rows // 128), -(-columns // 128)
+        powers = torch.randint(117, 120, size, generator=random).to(torch.uint8).view(files.E8M0)
+        packed |= {key: codes, key.replace(".weight", ".scale"): powers}
+        if four:
+            floats[key] = makers._fine_grained(codes, powers)
+        else:
+            whole = powers.float().repeat_interleave(128, 0).repeat_interleave(128, 1)
+            floats[key] = codes.float() * whole[:rows, :columns]
+    makers.rewrite(tmp_path / "float", tmp_path / "values", lambda t: t.update(floats))
+    makers.rewrite(tmp_path / "float", tmp_path / "packed", lambda t: (t.clear(), t.update(packed)))
+    files.announce(
+        tmp_path / "packed",
+        {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
+        | {"activation_scheme": "dynamic", "expert_dtype": "fp4"},
+    )
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "values", dtype=torch.float32)
+    model = load(tmp_path / "packed")
+    weights = [m.weights for m in model.modules() if isinstance(m, fp4moe.FusedExperts)]
+    assert [w.format for w in weights] == ["mxfp4"] * 2
+    grouped = model.model.layers[0].self_attn.o_a_proj
+    assert type(grouped) is type(expected.model.layers[0].self_attn.o_a_proj)
+    assert torch.equal(grouped.weight, expected.model.layers[0].self_attn.o_a_proj.weight)
+    assert {m.format for m in model.modules() if isinstance(m, fp4moe.PackedLinear)} == {
+        "fp8_block"
+    }
+    assert relative_error(makers.logits(model), makers.logits(expected)) < ROUNDING

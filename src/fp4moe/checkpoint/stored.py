@@ -6,6 +6,7 @@ float dtype, with or without axes of one element; one may stand for all experts 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -45,10 +46,13 @@ def needed_parts(format: WeightFormat) -> list[str]:
     return [part for part, (_, shape) in format.shapes(1, 1, 1).items() if shape != (0,)]
 
 
+@functools.lru_cache(maxsize=1024)
 def spellings(
     format: WeightFormat, lead: tuple[int, ...], rows: int, columns: int, halves: int = 1
 ) -> dict[str, Spelling]:
     """How a file may store each part of [*lead, rows, columns], and a static input scale.
+
+    Kept, since thousands of experts are alike.
 
     Args:
         lead: (experts,) of a stack, else ().
@@ -98,8 +102,13 @@ def _grids(lead: tuple[int, ...], rows: int, columns: int) -> tuple[tuple[int, .
 def forms_of(matrix: Matrix, shapes: Mapping[str, Spec]) -> list[str]:
     """Return the names of all formats that these codes and block scales can be of."""
     weight, scale = (matrix.spec(part, shapes) for part in ("packed", "block_scale"))
-    if weight is None or scale is None or len(weight[1]) not in (2, 3, 4):
-        return []
+    return [] if weight is None or scale is None else list(_forms_of(weight, scale))
+
+
+@functools.lru_cache(maxsize=1024)
+def _forms_of(weight: Spec, scale: Spec) -> tuple[str, ...]:
+    if len(weight[1]) not in (2, 3, 4):
+        return ()
     *lead, rows, packed_columns = weight[1]
     if len(lead) == 2:
         *lead, rows, packed_columns = lead[0], lead[1], rows * packed_columns
@@ -112,7 +121,7 @@ def forms_of(matrix: Matrix, shapes: Mapping[str, Spec]) -> list[str]:
             if whole and known["packed"].accepts(weight) and known["block_scale"].accepts(scale):
                 found.append(name)
                 break
-    return found
+    return tuple(found)
 
 
 def preferred(forms: Iterable[str], announced: Collection[str]) -> str:

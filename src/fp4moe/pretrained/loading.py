@@ -30,6 +30,7 @@ from ..checks import HIDDEN_DTYPES
 from ..errors import CheckpointError, UnsupportedError, must, refuse
 from ..formats import DEFAULT_FORMAT
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, Layer, choose_kernel, current_capability
+from ..linear import PackedLinear
 from ..models.experts_module import is_stacked_experts
 from ..models.routers import fuse_router
 from ..models.routing_plan import plan_fused_routing
@@ -123,6 +124,8 @@ class Loading:
         self.files: CheckpointFiles | None = None
         self.plan: Plan | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
+        # Linears whose class computes something else: they get their weights decoded.
+        self.own_forward: dict[str, nn.Linear] = {}
         self.dtype = torch.float32
 
     def open(self, model: Any, checkpoint_files: list[str] | None, dtype: torch.dtype) -> None:
@@ -201,6 +204,10 @@ class Loading:
         self._check_ties(plan)
         self._note(plan, convention)
         for path in (*plan.experts, *plan.linears):
+            module = model.get_submodule(path)
+            if path in plan.linears and type(module).forward is not nn.Linear.forward:
+                # DeepSeek-V4's output projection multiplies group by group.
+                self.own_forward[path] = module
             model.set_submodule(path, Placeholder(self._packed_bytes(path)))
 
     def _packed_bytes(self, path: str) -> int:
@@ -292,7 +299,7 @@ class Loading:
             module = read_linear(
                 self.files, linear, plan.convention, device=device, dtype=self.dtype
             )
-            model.set_submodule(path, module.eval())
+            model.set_submodule(path, self._decoded(path, module).eval())
         self.files.close()
         if folded:
             logger.info(
@@ -308,6 +315,16 @@ class Loading:
                 sum(map(len, unseen.values())),
                 "; ".join(f"{path}: {', '.join(map(str, ids))}" for path, ids in unseen.items()),
             )
+
+    def _decoded(self, path: str, packed: PackedLinear) -> nn.Module:
+        """The module for a Linear of the file: packed, or of its own class with a float weight."""
+        own = self.own_forward.get(path)
+        if own is None:
+            return packed
+        own.weight = nn.Parameter(packed.dequantized(self.dtype), requires_grad=False)
+        if packed.bias is not None:
+            own.bias = nn.Parameter(packed.bias, requires_grad=False)
+        return own
 
     def _check_values(self) -> None:
         """Look at all that transformers has loaded: 5.17 does not compare shapes here."""
