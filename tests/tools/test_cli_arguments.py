@@ -113,7 +113,7 @@ def test_no_configuration_ends_in_a_traceback(config, tmp_path):
         (["selftest", "--device", "foo"], "device must be one of this machine"),
         (["evaluate", "FLOAT", "--device", "gpu7"], "device must be one of this machine"),
         (["evaluate", "FLOAT", "--device", "meta"], "device must be one of this machine"),
-        (["evaluate", "broken"], "a model with a tokenizer"),
+        (["evaluate", "broken"], "one with a tokenizer"),
         (["explain", "modles/gemma"], "no directory here"),
         (["explain", "my/nvfp4/model"], "no directory here"),
         (["explain", "ZERO"], "configuration that transformers can build"),
