@@ -37,7 +37,12 @@ def run_ptx(program, inputs, dtype):
     def single_product(a, b):
         return (single(a) * single(b)).view(torch.int32).long() & 0xFFFFFFFF
 
+    def two_bytes(word, zero, selector):
+        assert (zero, selector) == (0, 0x4140)
+        return word & 0xFF | (word >> 8 & 0xFF) << 16
+
     operations = {
+        "prmt.b32": two_bytes,
         "and.b32": lambda a, b: a & b,
         "shr.b32": lambda a, b: a >> b,
         "mul.f32": single_product,

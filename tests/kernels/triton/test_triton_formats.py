@@ -105,9 +105,12 @@ def test_the_layout_of_powers():
 
 def codes_and_scales(format, fp16):
     """Every code but NaN with every scale that the decoder is exact with, [2, 128, 64 x N]."""
-    first, last = {"mxfp8": (105, 127), "mxfp4": (94, 130)}[format] if fp16 else (3, 254)
-    if INTERPRETED and not fp16:
-        first = 10  # its cast to subnormal numbers of bfloat16 is wrong
+    if fp16:
+        first, last = {"mxfp8": (105, 127), "mxfp4": (94, 130)}[format]
+    else:
+        first, last = {"mxfp8": (35, 166), "mxfp4": (27, 160)}[format]
+        if INTERPRETED:
+            first = 42  # its cast to subnormal numbers of bfloat16 is wrong
     columns = -(-(last - first + 1) // 2 // 2) * 64
     scale = torch.arange(2 * 128 * columns // 32) % (last - first + 1) + first
     scale = scale.to(torch.uint8).reshape(2, 128, -1)
@@ -132,8 +135,8 @@ def slabs_of(format, codes, scale):
     return words, powers_to_slabs(scale).view(-1).view(torch.int32)
 
 
-# With float16 activations, weights are multiplied by two to this power.
-SHIFTS = {"fp8": 0, "mxfp8": 7, "mxfp4": 10}
+# Weights are multiplied by two to this power, in bfloat16 and in float16.
+SHIFTS = {"fp8": (0, 0), "mxfp8": (-32, 7), "mxfp4": (-32, 10)}
 
 
 @interpreted
@@ -146,7 +149,7 @@ def test_weights_are_exact(format, fp16):
     out = torch.empty(expected.shape, dtype=torch.float16 if fp16 else torch.bfloat16)
     words, scales = slabs_of(format, codes, scale)
     decode[(2, -(-slabs // 4), 2)](words, scales, out, 128, slabs, 4, fp16, format)
-    assert torch.equal(out.double(), expected.double() * 2.0 ** (SHIFTS[format] if fp16 else 0))
+    assert torch.equal(out.double(), expected.double() * 2.0 ** SHIFTS[format][fp16])
 
 
 @compiled
@@ -172,7 +175,7 @@ def test_the_ptx_is_exact(format, fp16):
     got = run_ptx(program, inputs, torch.float16 if fp16 else torch.bfloat16).double()
     # [expert, row tile, slab, row, lane, (block, half), place] to rows and columns.
     got = got.view(*words.shape[:-1], 8, 2).permute(0, 1, 3, 2, 5, 4, 6).reshape(expected.shape)
-    assert torch.equal(got, expected.double() * 2.0 ** (SHIFTS[format] if fp16 else 0))
+    assert torch.equal(got, expected.double() * 2.0 ** SHIFTS[format][fp16])
 
 
 @pytest.mark.parametrize("gated", [True, False])

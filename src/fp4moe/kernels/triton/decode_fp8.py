@@ -3,8 +3,8 @@
 Where the bits are: see `layout_fp8`. A code's bits at a bfloat16's sign and low exponent are its
 value times 2^-120, subnormals included, at a float16's its value times 2^-8; one multiplication
 gives the value without rounding. That is 1.75 instructions a weight in bfloat16, 2.75 in float16.
-With a power of two for each 32 columns (MXFP8) one more multiplication and what unpacks the scales:
-2.5 and 3.7. Codes are taken not to be NaN.
+MXFP8 has a power of two for each 32 columns: part of that factor in bfloat16, a second one in
+float16; with what unpacks the scales 1.9 and 3.7. Codes are taken not to be NaN.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ import triton.language as tl
 
 from .arrange import arrange
 
-__all__ = ["MXFP8_SHIFT", "decode_fp8", "decode_mxfp8", "power_lines"]
+__all__ = ["MXFP8_SHIFT", "MX_SHIFT", "decode_fp8", "decode_mxfp8", "power_lines"]
 
-# With float16 activations MXFP8's weights are multiplied by 2^7, so that small ones fit.
-MXFP8_SHIFT = 7
+# With float16 activations MXFP8's weights are multiplied by 2^7, so that small ones fit; in
+# bfloat16 those of MX formats by 2^-32, so that one factor reaches from a code's bits to them.
+MXFP8_SHIFT, MX_SHIFT = 7, -32
 _OUTPUTS = ["=h"] * 16
 
 
 def power_lines(scale: str, shift: int, fp16: bool) -> list[str]:
     """PTX: halfwords h0 and h1, powers of two of the bytes 0 and 1 of a register.
 
-    Byte b is 2^(b - 127), in float16 2^(b - 127 + shift); byte 0 is 0.
+    Byte b is 2^(b - 127 + shift), byte 0 is 0, and what is too large is infinite. m and n are used;
+    z is -0.
     """
     if not fp16:
         return [
-            f"shl.b32 m, {scale}, 7;",
-            "and.b32 m, m, 0x00007F80;",
-            f"shl.b32 n, {scale}, 15;",
-            "lop3.b32 m, n, m, 0x7F800000, 0xEC;",  # (n & mask) | m
+            f"prmt.b32 m, {scale}, 0, 0x4140;",
+            "shl.b32 m, m, 7;",
+            f"mov.b32 n, 0x{(127 + shift) * 0x800080:08X};",
+            "fma.rn.bf16x2 m, m, n, z;",
             "mov.b32 {h0, h1}, m;",
         ]
     lines = []
@@ -75,10 +77,10 @@ def _program(fp16: bool, scaled: bool) -> str:
     # sm_80 has no mul.bf16x2; adding -0 keeps every product as it is.
     lines += ["mov.b32 z, 0x80008000;", f"mov.b32 c, {'0x5C005C00' if fp16 else '0x7B807B80'};"]
     if scaled:
-        lines += power_lines("$20", MXFP8_SHIFT, fp16)
+        lines += power_lines("$20", MXFP8_SHIFT if fp16 else 120 + MX_SHIFT, fp16)
     for register in range(8):
         lines += _code_lines(f"${16 + register // 2}", register % 2, fp16)
-        for factor in ("c", "n")[: 1 + scaled]:
+        for factor in ("c" if fp16 or not scaled else "") + ("n" if scaled else ""):
             if factor == "n":
                 lines.append(f"mov.b32 n, {{h{register // 4}, h{register // 4}}};")
             by = f"m, m, {factor}"
@@ -93,7 +95,8 @@ BFLOAT16_SCALED_PROGRAM = tl.constexpr(_program(fp16=False, scaled=True))
 FLOAT16_SCALED_PROGRAM = tl.constexpr(_program(fp16=True, scaled=True))
 CONSTRAINTS = tl.constexpr(",".join([*_OUTPUTS, *["r"] * 4]))
 SCALED_CONSTRAINTS = tl.constexpr(",".join([*_OUTPUTS, *["r"] * 5]))
-_SHIFT_FACTOR = tl.constexpr(2.0**MXFP8_SHIFT)
+_FLOAT16_FACTOR = tl.constexpr(2.0**MXFP8_SHIFT)
+_BFLOAT16_FACTOR = tl.constexpr(2.0**MX_SHIFT)
 
 
 @triton.jit
@@ -165,10 +168,10 @@ def decode_mxfp8(
     FP16: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """Return weights [ROWS, 64 * SLABS], bfloat16, or times 2^7 in float16.
+    """Return weights [ROWS, 64 * SLABS] times 2^-32 in bfloat16, or times 2^7 in float16.
 
     words: uint32 [SLABS, ROWS, 16]; scales: uint32 [SLABS, ROWS], two bytes each. Exact in
-    bfloat16 from scale byte 3 on, in float16 from 105 to 127.
+    bfloat16 with scale bytes 35 to 166, in float16 105 to 127: below rounded, above infinite.
     """
     w0, w1, w2, w3 = _four(words, SLABS, ROWS)
     scales = tl.broadcast_to(tl.expand_dims(scales, 2), (SLABS, ROWS, 4))
@@ -187,8 +190,7 @@ def decode_mxfp8(
     else:
         first = ((scales & 0xFF) << 23).to(tl.float32, bitcast=True)
         second = (((scales >> 8) & 0xFF) << 23).to(tl.float32, bitcast=True)
-        if FP16:
-            first *= _SHIFT_FACTOR
-            second *= _SHIFT_FACTOR
+        first *= _FLOAT16_FACTOR if FP16 else _BFLOAT16_FACTOR
+        second *= _FLOAT16_FACTOR if FP16 else _BFLOAT16_FACTOR
         h = _plain(w0, w1, w2, w3, first, second, FP16)
     return arrange(h, SLABS, ROWS, FP16, ASSEMBLY)

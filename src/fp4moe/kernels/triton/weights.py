@@ -9,12 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode_fp8 import MXFP8_SHIFT, decode_fp8, decode_mxfp8
+from .decode_fp8 import MX_SHIFT, MXFP8_SHIFT, decode_fp8, decode_mxfp8
 from .decode_mxfp4 import MXFP4_SHIFT, decode_mxfp4
 from .decode_nvfp4 import WEIGHT_FACTOR, decode_slabs
 
 __all__ = ["block_scale", "load_weights", "row_factor"]
 
+_MX_FACTOR = tl.constexpr(2.0**-MX_SHIFT)
 _MXFP8_FACTOR = tl.constexpr(2.0**-MXFP8_SHIFT)
 _MXFP4_FACTOR = tl.constexpr(2.0**-MXFP4_SHIFT)
 
@@ -95,9 +96,9 @@ def row_factor(
     elif FORMAT == "fp8_channel":
         factor = tl.load(scales + expert.to(tl.int64) * total_rows + row)[:, None]
     elif FORMAT == "mxfp8":
-        factor = _MXFP8_FACTOR if FP16 else 1.0
+        factor = _MXFP8_FACTOR if FP16 else _MX_FACTOR
     elif FORMAT == "mxfp4":
-        factor = _MXFP4_FACTOR if FP16 else 1.0
+        factor = _MXFP4_FACTOR if FP16 else _MX_FACTOR
     else:
         tl.static_assert(FORMAT == "fp8_block")
         factor = 1.0
