@@ -3,6 +3,7 @@
     python benchmarks/tables.py benchmarks/results/h200.json --plot benchmarks/results/h200.svg
     python benchmarks/tables.py benchmarks/results/h200_skewed.json
     python benchmarks/tables.py benchmarks/results/h200_generate.json
+    python benchmarks/tables.py benchmarks/results/h200_formats.json
 
 Prints Markdown. The best peer is the fastest of Marlin, Humming as shipped and vLLM's bf16 Triton
 kernel, measured with balanced routing on another H200 a day before, not in this run.
@@ -29,6 +30,8 @@ SETTINGS = {
     "fused": '`routing="fused"`',
     "backend": "`fp4moe.backend`",
 }
+# Experts alone: no activation, no quantisation of hidden and no weighted sum.
+SCALED = "scaled_grouped_mm x2"
 COLUMNS = ("auto", "triton", "humming", "grouped_mm", "grouped_mm compiled", "batched_mm")
 
 
@@ -57,6 +60,26 @@ def table(results: dict[str, Any], shape: str, short: bool = False) -> str:
             both = peer and ("auto", tokens) in us
             cells += [str(peer or ""), f"{peer / us['auto', tokens]:.2f}" if both else ""]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def by_format(results: dict[str, Any], shape: str) -> str:
+    """Return microseconds of auto by tokens and format, with the share of the floor, and peers.
+
+    Args:
+        results: of `fp4moe bench --format ... --json`. shape: a key of TITLES.
+    """
+    rows = [row for row in results["rows"] if row["shape"] == shape]
+    own = {(r["format"], r["tokens"]): r for r in rows if r["kernel"] == "auto"}
+    peer = {r["tokens"]: r["us"] for r in rows if r["kernel"] == SCALED and r["format"] == "fp8"}
+    formats = list(dict.fromkeys(name for name, _ in own))
+    titles = [f"{TITLES[shape]}, T", *(f"`{name}`" for name in formats), "torch, two FP8 GEMMs"]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for tokens in dict.fromkeys(tokens for _, tokens in own):
+        found = [own.get((name, tokens)) for name in formats]
+        cells = [f"{r['us']:.1f} ({r['floor_us'] / r['us']:.2f})" if r else "" for r in found]
+        other = f"{peer[tokens]:.1f}" if tokens in peer else ""
+        lines.append(f"| {' | '.join([str(tokens), *cells, other])} |")
     return "\n".join(lines)
 
 
@@ -130,8 +153,10 @@ def main() -> None:
         for value, model in itertools.product(("decode_ms", "prefill_ms"), MODELS):
             print(f"{value}\n\n{whole_models(results['rows'], model, value)}\n")
         return
+    several = len({row.get("format") for row in results["rows"]}) > 1
     for shape in TITLES:
-        print(table(results, shape, args.short), end="\n\n")
+        made = by_format(results, shape) if several else table(results, shape, args.short)
+        print(made, end="\n\n")
     if args.plot:
         plot(results, args.plot)
 

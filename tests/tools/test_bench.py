@@ -9,6 +9,7 @@ import torch
 from fp4moe.testing import make_layer, relative_error
 from fp4moe.tools import bench
 from fp4moe.tools.cli import main
+from fp4moe.tools.huggingface_experts import huggingface_experts
 from fp4moe.tools.measure import candidates, families
 
 
@@ -23,7 +24,7 @@ def test_hugging_face_computes_the_same_layer():
         x, ids = torch.randn(5, 64), torch.rand(5, 4).topk(top_k).indices
         routing_weights = torch.rand(5, top_k)
         expected = bench.float32_result(x, weights, ids, routing_weights)
-        experts = bench.huggingface(name, weights).float()
+        experts = huggingface_experts(name, top_k, weights).float()
         experts.config._experts_implementation = "batched_mm"
         got = experts(x, ids, routing_weights)
         # Values of NVFP4 codes and scales fit into bfloat16; the global scale's product does not:

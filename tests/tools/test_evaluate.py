@@ -149,7 +149,7 @@ def test_what_cannot_be_evaluated_is_refused(model_and_text, tmp_path):
             fp4moe.evaluate(folder, text=text, **{name: value})
     with pytest.raises(UnsupportedError, match="text must have at least 4096 tokens"):
         fp4moe.evaluate(folder, text=text, length=4096, device="cpu")
-    with pytest.raises(CheckpointError, match="source must be a model with a tokenizer"):
+    with pytest.raises(CheckpointError, match="must be one with a tokenizer"):
         fp4moe.evaluate(tmp_path, text=text)
 
 

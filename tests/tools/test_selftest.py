@@ -523,7 +523,7 @@ def test_layers_of_a_gpu_are_the_models_and_every_form_once():
         (
             {"kernel": "flashinfer_trtllm"},
             UnsupportedError,
-            "got 'flashinfer_trtllm'. gated: .*needs compute capability 10.0 or 10.3, got a CPU",
+            "cannot run .* gated: .*needs compute capability 10.0 or 10.3, got a CPU",
         ),
         (
             {"layers": {"wide": {**GATED["gated"], "top_k": 6}}},

@@ -34,6 +34,7 @@ from ..kernels import KERNELS, Layer, choose_kernel, current_capability, measure
 from ..module import FusedExperts
 from ..testing import random_codes, relative_error
 from .grouped_gemms import GroupedGemms
+from .huggingface_experts import huggingface_experts
 from .selftest import LAYERS
 
 __all__ = ["SHAPES", "TOKENS", "add_parser", "graph_us", "run"]
@@ -130,45 +131,6 @@ def graph_us(calls: list[Callable[[], torch.Tensor]]) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in events) * 1e3 / len(calls)
 
 
-def huggingface(name: str, weights: ExpertWeights) -> Any:
-    """transformers' own experts, bfloat16, with the values of `weights`."""
-    from transformers import AutoConfig
-
-    sizes = {"hidden_size": weights.hidden_size, "moe_intermediate_size": weights.intermediate_size}
-    if name == "gemma4":
-        from transformers.models.gemma4 import modeling_gemma4
-
-        config = AutoConfig.for_model(
-            "gemma4_text",
-            num_experts=weights.num_experts,
-            top_k_experts=SHAPES[name].top_k,
-            **sizes,
-        )
-        make: Any = modeling_gemma4.Gemma4TextExperts
-    else:
-        from transformers.models.nemotron_h import modeling_nemotron_h
-
-        config = AutoConfig.for_model(
-            "nemotron_h",
-            n_routed_experts=weights.num_experts,
-            num_experts_per_tok=SHAPES[name].top_k,
-            **sizes,
-        )
-        make = modeling_nemotron_h.NemotronHExperts
-    with torch.device("meta"):
-        experts = make(config)
-    experts = (
-        experts.to(torch.bfloat16).to_empty(device=weights.down.packed.device).requires_grad_(False)
-    )
-    for expert in range(weights.num_experts):
-        part = weights.slice_experts(expert, expert + 1).dequantize()
-        gate_up = [part["gate"][0]] if weights.gated else []
-        target = experts.gate_up_proj if weights.gated else experts.up_proj
-        target[expert].copy_(torch.cat([*gate_up, part["up"][0]]))
-        experts.down_proj[expert].copy_(part["down"][0])
-    return experts
-
-
 def contenders(
     name: str, shape: Layer, weights: ExpertWeights, kernels: list[str], peers: bool
 ) -> Iterator[tuple[str, Callable[[int], Callable | None]]]:
@@ -181,7 +143,7 @@ def contenders(
         yield kernel, always(FusedExperts(weights, kernel=kernel, top_k=shape.top_k))
     if not peers:
         return
-    experts = huggingface(name, weights)
+    experts = huggingface_experts(name, top_k(shape), weights)
 
     def implementation(kind: str, *args: torch.Tensor) -> torch.Tensor:
         experts.config._experts_implementation = kind
@@ -207,8 +169,12 @@ def measure(
     skew: float,
     peers: bool,
     format: str = DEFAULT_FORMAT,
+    gemms: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each contender and number of tokens; `wrong` where a result is."""
+    """Yield a row for each contender and number of tokens; `wrong` where a result is.
+
+    peers: with Hugging Face's experts. gemms: with torch's FP8 GEMMs, where they run.
+    """
     shape = shape_of(name, format)
     weights = random_codes(shape, "cuda")
     cases = {}
@@ -240,16 +206,16 @@ def measure(
                 inputs = [(x, ids, w if ours else w.to(x)) for ids, w in routings]
                 us = graph_us([functools.partial(call, *each) for each in inputs])
             yield row | _timed(shape, routings, us)
-    if peers and GroupedGemms.reason(weights) is None:
-        gemms = GroupedGemms(weights)
+    if gemms and GroupedGemms.reason(weights) is None:
+        pair = GroupedGemms(weights)
         for tokens, (x, routings, _) in cases.items():
-            calls = [gemms.calls(x, ids) for ids, _ in routings]
-            error = gemms.error(*calls[0])
-            row = {"shape": name, "format": format, "kernel": gemms.name, "tokens": tokens}
+            calls = [pair.calls(x, ids) for ids, _ in routings]
+            error = pair.error(*calls[0])
+            row = {"shape": name, "format": format, "kernel": pair.name, "tokens": tokens}
             if not error <= 2 * LIMIT:
                 yield row | {"error": error, "wrong": True}
                 continue
-            us = graph_us([functools.partial(gemms.run, *call) for call in calls])
+            us = graph_us([functools.partial(pair.run, *call) for call in calls])
             yield row | {"error": error} | _timed(shape, routings, us)
 
 
@@ -368,7 +334,9 @@ def run(arguments: argparse.Namespace) -> int:
     rows, wrong = [], False
     for name, format in itertools.product(arguments.shape, arguments.format):
         kernels = arguments.kernel or ["auto", *runnable(shape_of(name, format))]
-        for row in measure(name, kernels, arguments.tokens, skew, not arguments.no_peers, format):
+        for row in measure(
+            name, kernels, arguments.tokens, skew, not arguments.no_peers, format, gemms=True
+        ):
             if row.pop("wrong", False):
                 print(
                     f"{name} {format} T = {row['tokens']} {row['kernel']}: wrong, error "

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .activation import combine
-from .weights import add_scaled, load_weights, row_factor
+from .weights import block_scale, load_weights, row_factor
 
 __all__ = ["SLOT", "SORTED", "down_kernel", "gate_up_kernel"]
 
@@ -53,16 +53,10 @@ def _add_dot(a, b, acc, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr):
 
 
 @triton.jit
-def _add_block(
-    w, x, acc, scales, expert, first_row, place, slab, total_rows, slabs, SLABS: tl.constexpr,
-    PARTS: tl.constexpr, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr, FORMAT: tl.constexpr,
-):  # fmt: skip
-    """Return acc + w @ x, with fp8_block times its scales."""
+def _add_block(w, x, acc, scale, ASSEMBLY: tl.constexpr, WAIT: tl.constexpr, FORMAT: tl.constexpr):
+    """Return acc + w @ x, with fp8_block times its scale."""
     if FORMAT == "fp8_block":
-        product = _add_dot(w, x, tl.zeros_like(acc), ASSEMBLY, WAIT)
-        acc = add_scaled(
-            acc, product, scales, expert, first_row, place, slab, total_rows, slabs, SLABS, PARTS
-        )
+        acc += _add_dot(w, x, tl.zeros_like(acc), ASSEMBLY, WAIT) * scale
     else:
         acc = _add_dot(w, x, acc, ASSEMBLY, WAIT)
     return acc
@@ -98,23 +92,29 @@ def _gate_up_tile(
     row += place // 8 % PARTS * intermediate
     acc = tl.zeros((PARTS * ROWS, SLOTS), dtype=tl.float32)
     acc_more = tl.zeros((PARTS * ROWS, MORE if MORE else 16), dtype=tl.float32)
+    following = 1.0
+    if FORMAT == "fp8_block":
+        following = block_scale(
+            scales, expert, block * ROWS, place, 0, PARTS * intermediate, slabs, PARTS
+        )
     for slab in tl.range(0, slabs, SLABS, num_stages=STAGES):
+        factor = following
+        if FORMAT == "fp8_block":
+            tl.static_assert(SLABS <= 2)
+            following = block_scale(
+                scales, expert, block * ROWS, place, slab + SLABS, PARTS * intermediate, slabs,
+                PARTS,
+            )  # fmt: skip
         column = slab * 64 + tl.arange(0, SLABS * 64)
         x = tl.trans(_load_tokens(hidden, token, slot >= 0, column, hidden_size, WHOLE))
         w = load_weights(
             words, scales, expert, row, PARTS * intermediate, slab, slabs,
             SLABS, PARTS * ROWS, WHOLE, FP16, ASSEMBLY, FORMAT,
         )  # fmt: skip
-        acc = _add_block(
-            w, x, acc, scales, expert, block * ROWS, place, slab, PARTS * intermediate, slabs,
-            SLABS, PARTS, ASSEMBLY, WAIT, FORMAT,
-        )  # fmt: skip
+        acc = _add_block(w, x, acc, factor, ASSEMBLY, WAIT, FORMAT)
         if MORE:
             x = _load_tokens(hidden, token_more, more >= 0, column, hidden_size, WHOLE)
-            acc_more = _add_block(
-                w, tl.trans(x), acc_more, scales, expert, block * ROWS, place, slab,
-                PARTS * intermediate, slabs, SLABS, PARTS, ASSEMBLY, WAIT, FORMAT,
-            )  # fmt: skip
+            acc_more = _add_block(w, tl.trans(x), acc_more, factor, ASSEMBLY, WAIT, FORMAT)
     scale = row_factor(scales, global_scale, expert, row, PARTS * intermediate, PARTS, FP16, FORMAT)
     acc *= scale
     if bias is not None:
@@ -167,23 +167,26 @@ def _down_tile(
         row = tl.minimum(row, hidden_padded - 1)
     acc = tl.zeros((ROWS, SLOTS), dtype=tl.float32)
     acc_more = tl.zeros((ROWS, MORE if MORE else 16), dtype=tl.float32)
+    following = 1.0
+    if FORMAT == "fp8_block":
+        following = block_scale(scales, expert, block * ROWS, row, 0, hidden_padded, slabs, 1)
     for slab in tl.range(0, slabs, SLABS, num_stages=STAGES):
+        factor = following
+        if FORMAT == "fp8_block":
+            tl.static_assert(SLABS <= 2)
+            following = block_scale(
+                scales, expert, block * ROWS, row, slab + SLABS, hidden_padded, slabs, 1
+            )
         column = slab * 64 + tl.arange(0, SLABS * 64)
         y = _load_tokens(x, at, slot >= 0, column, intermediate, WHOLE)
         w = load_weights(
             words, scales, expert, row, hidden_padded, slab, slabs,
             SLABS, ROWS, WHOLE, False, ASSEMBLY, FORMAT,
         )  # fmt: skip
-        acc = _add_block(
-            w, tl.trans(y), acc, scales, expert, block * ROWS, row, slab, hidden_padded, slabs,
-            SLABS, 1, ASSEMBLY, WAIT, FORMAT,
-        )  # fmt: skip
+        acc = _add_block(w, tl.trans(y), acc, factor, ASSEMBLY, WAIT, FORMAT)
         if MORE:
             y = _load_tokens(x, at_more, more >= 0, column, intermediate, WHOLE)
-            acc_more = _add_block(
-                w, tl.trans(y), acc_more, scales, expert, block * ROWS, row, slab,
-                hidden_padded, slabs, SLABS, 1, ASSEMBLY, WAIT, FORMAT,
-            )  # fmt: skip
+            acc_more = _add_block(w, tl.trans(y), acc_more, factor, ASSEMBLY, WAIT, FORMAT)
     scale = row_factor(scales, global_scale, expert, row, hidden_padded, 1, False, FORMAT)
     if FORMAT == "fp8" or FORMAT == "fp8_channel":
         # One for each row, while what follows takes a number.

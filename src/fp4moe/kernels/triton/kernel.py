@@ -50,7 +50,9 @@ class TritonKernel(Kernel):
     """Triton kernels behind the operator.
 
     hidden bfloat16 or float16 is multiplied as it is, float32 is rounded to bfloat16; the
-    intermediate is bfloat16, sums are float32.
+    intermediate is bfloat16, sums are float32. Weights are exact, but for the ends of the range of
+    MX scales, see `decode_fp8` and `decode_mxfp4`: with float16 hidden, rows of MXFP8 whose largest
+    magnitude is below 1e-4 are rounded, and those above 448 overflow.
     """
 
     name = "triton"

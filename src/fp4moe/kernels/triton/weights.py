@@ -13,7 +13,7 @@ from .decode_fp8 import MXFP8_SHIFT, decode_fp8, decode_mxfp8
 from .decode_mxfp4 import MXFP4_SHIFT, decode_mxfp4
 from .decode_nvfp4 import WEIGHT_FACTOR, decode_slabs
 
-__all__ = ["add_scaled", "load_weights", "row_factor"]
+__all__ = ["block_scale", "load_weights", "row_factor"]
 
 _MXFP8_FACTOR = tl.constexpr(2.0**-MXFP8_SHIFT)
 _MXFP4_FACTOR = tl.constexpr(2.0**-MXFP4_SHIFT)
@@ -105,22 +105,19 @@ def row_factor(
 
 
 @triton.jit
-def add_scaled(
-    acc, product, scales, expert, first_row, place, slab, total_rows, slabs,
-    SLABS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Return acc + product x the scales of fp8_block's 128 x 128, the same for all rows of a part.
+def block_scale(scales, expert, first_row, place, slab, total_rows, slabs, PARTS: tl.constexpr):
+    """fp8_block's scale of the 128 columns around a slab, for rows of one block of each part.
 
-    product: [rows, slots] of at most 128 columns from `slab` on. first_row: of a part. place: of
-    rows, with two PARTS eight of gate and eight of up by turns.
+    first_row: of a part. place: of rows, with two PARTS eight of gate and eight of up by turns.
+    Returns a number, or [rows, 1].
     """
-    tl.static_assert(SLABS <= 2)
     columns = (slabs + 1) // 2
     rows = (total_rows // PARTS + 127) // 128
-    at = scales + (expert.to(tl.int64) * PARTS * rows + first_row // 128) * columns + slab // 2
+    # Behind the end the last one again: it is read a step ahead.
+    column = tl.minimum(slab // 2, columns - 1)
+    at = scales + (expert.to(tl.int64) * PARTS * rows + first_row // 128) * columns + column
     scale = tl.load(at)
     if PARTS == 2:
         up = tl.load(at + rows * columns)
-        factor = tl.where(place // 8 % 2 == 1, up, scale)[:, None]
-        return acc + product * factor
-    return acc + product * scale
+        scale = tl.where(place // 8 % 2 == 1, up, scale)[:, None]
+    return scale
