@@ -14,6 +14,7 @@ import transformers
 import fp4moe
 from fp4moe.checkpoint.compressed_tensors import compressed_convention
 from fp4moe.checkpoint.modelopt import modelopt_convention
+from fp4moe.checkpoint.values import _has_nan
 from fp4moe.errors import CheckpointError, UnsupportedError
 from fp4moe.testing import relative_error
 
@@ -306,3 +307,14 @@ def test_formats_of_compressed_tensors(form):
     group["weights"]["block_structure"] = [64, 64]
     with pytest.raises(CheckpointError, match=r"have blocks of \[128, 128\]"):
         compressed_convention(entry)
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 24])
+def test_every_code_that_is_no_number_is_found(size):
+    """Codes are looked at eight at a time; torch decodes them one by one."""
+    for byte in range(256):
+        for place in range(size):
+            codes = torch.randint(0, 127, (size,), dtype=torch.uint8)
+            codes[place] = byte
+            codes = codes.view(files.E4M3)
+            assert _has_nan(codes) == bool(codes.float().isnan().any())
