@@ -36,7 +36,8 @@ class GroupedGemms:
     @staticmethod
     def reason(weights: ExpertWeights) -> str | None:
         """Return why it does not run, None where it does."""
-        if weights.format not in ("fp8", "fp8_channel"):
+        codes, scales = weights.number_format.codes, weights.number_format.scales
+        if codes.dtype != E4M3 or scales is None or scales.columns is not None:
             return f"it has no form for {weights.format}"
         if current_capability() != (9, 0):
             return "it needs compute capability 9.0"

@@ -17,10 +17,11 @@ import torch
 
 from ..errors import refuse
 from ..experts import ExpertWeights
-from ..formats import DEFAULT_FORMAT
+from ..formats import DEFAULT_FORMAT, FORMATS
 from ..kernels import Layer, PreparedWeights, current_capability, measured
 from ..kernels.measured import FEW_SLOTS
 from ..kernels.triton.kernel import TRITON, run_with
+from ..kernels.triton.layout import SLAB
 from ..kernels.triton.tiles import Config, Tile
 from ..testing import random_codes, relative_error
 from . import bench
@@ -78,9 +79,11 @@ def compile_all(shape: Layer, tokens: list[int], jobs: int) -> set[Config]:
             gate_up, down = candidates(*size)
             configs |= {Config(mode, tile, down[0]) for tile in gate_up}
             configs |= {Config(mode, gate_up[0], tile) for tile in down}
-    if shape.format == "fp8_block":
-        # Its scales change after 128 columns.
-        configs = {c for c in configs if max(c.gate_up.slabs, c.down.slabs) <= 2}
+    scales = FORMATS[shape.format].scales
+    if scales is not None and scales.dtype == torch.float32 and scales.columns is not None:
+        # Such scales multiply a step's sum, which must not reach beyond a block.
+        most = scales.columns // SLAB
+        configs = {c for c in configs if max(c.gate_up.slabs, c.down.slabs) <= most}
     good = set()
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
