@@ -13,11 +13,16 @@ import torch
 
 from ..errors import check_choice, refuse
 
-__all__ = ["METHODS", "BlockScaledFormat", "Part", "StoredMatrix", "WeightFormat"]
+__all__ = ["METHODS", "BlockScaledFormat", "Part", "StoredMatrix", "WeightFormat", "divide"]
 
 SLOTS = ("packed", "block_scale", "global_scale")
 # Ways to choose scales: by the largest magnitude, or for the least squared error.
 METHODS = ("max", "mse")
+
+
+def divide(x: torch.Tensor, number: float) -> torch.Tensor:
+    """Return x / number, rounded once on every device; CUDA multiplies by a number's reciprocal."""
+    return x / torch.full_like(x, number)
 
 
 class Part(NamedTuple):

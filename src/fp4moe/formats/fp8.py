@@ -13,7 +13,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from .base import Part
+from .base import Part, divide
 from .scaled import E4M3_MAX, ScaledFormat, block_amax, to_e4m3
 
 __all__ = ["FP8", "FP8_BLOCK", "FP8_CHANNEL"]
@@ -35,7 +35,7 @@ class _Tensor(ScaledFormat):
 
     def shared_scale(self, extremes: torch.Tensor) -> torch.Tensor:
         amax = extremes.abs().amax()
-        scale = (amax / E4M3_MAX).clamp_(min=2.0**-149)
+        scale = divide(amax, E4M3_MAX).clamp_(min=2.0**-149)
         return torch.where(amax == 0, 1.0, scale)
 
     def _encode(
@@ -60,7 +60,7 @@ class _Blocks(ScaledFormat):
         amax = block_amax(x, rows, columns)
         # ModelOpt's lower bound: the smallest normal number of the weight's dtype.
         bounded = amax.clamp(min=torch.finfo(x.dtype).tiny).float()
-        scale = torch.where(amax == 0, E4M3_MAX, bounded) / E4M3_MAX
+        scale = divide(torch.where(amax == 0, E4M3_MAX, bounded), E4M3_MAX)
         factor = scale.repeat_interleave(rows, 0)[: len(x)]
         factor = factor.repeat_interleave(columns, 1)[:, : x.shape[1]]
         return scale, to_e4m3(x.float() / factor)
@@ -71,14 +71,15 @@ class _Blocks(ScaledFormat):
 
 def _round_tokens(x: torch.Tensor) -> torch.Tensor:
     """Round each row [K] with a scale of its own, multiplying by the scale's reciprocal."""
-    scale = (x.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=TOKEN_SCALE_MIN)
+    scale = divide(x.abs().amax(-1, keepdim=True), E4M3_MAX).clamp(min=TOKEN_SCALE_MIN)
     return to_e4m3(x * (1.0 / scale)).float() * scale
 
 
 def _round_blocks(x: torch.Tensor, size: int) -> torch.Tensor:
     """Round each 1 x size of a row with a scale of its own, dividing by it; the last one is cut."""
     blocks = F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
-    scale = blocks.abs().amax(-1, keepdim=True).clamp(min=BLOCK_RANGE_MIN) / E4M3_MAX
+    amax = blocks.abs().amax(-1, keepdim=True)
+    scale = divide(amax.clamp(min=BLOCK_RANGE_MIN), E4M3_MAX)
     return (to_e4m3(blocks / scale).float() * scale).flatten(-2)[..., : x.shape[-1]]
 
 

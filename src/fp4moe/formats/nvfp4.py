@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..errors import UnsupportedError, must
-from .base import METHODS, BlockScaledFormat, Part, StoredMatrix
+from .base import METHODS, BlockScaledFormat, Part, StoredMatrix, divide
 from .four_bits import e2m1_values, unpack_codes
 from .nvfp4_rounding import round_activation, round_intermediate
 
@@ -357,7 +357,7 @@ def _amax(name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def _scale_of(amax: torch.Tensor) -> torch.Tensor:
-    g = (amax / NVFP4.activation_range).clamp_(min=2.0**-149)
+    g = divide(amax, NVFP4.activation_range).clamp_(min=2.0**-149)
     return torch.where(amax == 0, 1.0, g)
 
 
