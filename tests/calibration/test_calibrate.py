@@ -350,7 +350,7 @@ def test_what_cannot_be_calibrated_is_refused():
     for percentile in (0, -1, 100.5, float("nan")):
         with pytest.raises(ShapeError, match="percentile must be above 0 and at most 100"):
             calibrated(model, percentile=percentile)
-    with pytest.raises(UnsupportedError, match="got no token in any of 2 blocks"):
+    with pytest.raises(UnsupportedError, match="no token reached any of the 2 blocks"):
         calibrated(model)
     with pytest.raises(UnsupportedError, match="got Linear with none"):
         calibrated(nn.Linear(2, 2))
@@ -446,5 +446,5 @@ def test_a_text_that_cannot_be_read_is_refused(content, message, tmp_path):
 def test_a_model_that_cannot_be_read_is_refused(tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "a"}\n', "utf-8")
-    with pytest.raises(CheckpointError, match="source must be a model with a tokenizer"):
+    with pytest.raises(CheckpointError, match="the model must be one with a tokenizer"):
         scales_from_text(tmp_path, text)

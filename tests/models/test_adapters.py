@@ -72,7 +72,7 @@ def test_the_implementation_refuses_them_too(model):
     before = {name: tensor.clone() for name, tensor in wrapped.state_dict().items()}
     model.set_experts_implementation("fp4moe")
     with pytest.raises(
-        UnsupportedError, match=r"^fp4moe: .* is parametrised, as unmerged adapters"
+        UnsupportedError, match=r"^register_transformers: .* is parametrised, as unmerged adapters"
     ):
         logits(wrapped)
     assert wrapped.state_dict().keys() == before.keys()

@@ -83,7 +83,8 @@ def test_experts_that_cannot_be_fused_are_refused_by_name():
     experts = model.model.layers[0].experts
     experts.act_fn = torch.nn.Tanh()
     with pytest.raises(
-        fp4moe.errors.UnsupportedError, match="got Gemma4TextExperts: its _apply_gate"
+        fp4moe.errors.UnsupportedError,
+        match="cannot be fused, because its _apply_gate",
     ):
         model(IDS)
     assert experts.gate_up_proj.shape == (8, 96, 64)

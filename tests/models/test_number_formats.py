@@ -127,7 +127,7 @@ def test_calibrated_ranges_become_the_scales_of_the_format(format):
 @pytest.mark.parametrize("present, asked", [("nvfp4", "fp8"), ("mxfp8", "nvfp4")])
 def test_blocks_that_are_fused_keep_their_format(present, asked):
     model = replaced("qwen3_moe", present)
-    text = f"replace_moe: format must be that of the blocks .* got '{asked}', but .* '{present}'"
+    text = f"the blocks cannot get format '{asked}', because .* is fused already, with '{present}'"
     with pytest.raises(UnsupportedError, match=text):
         fp4moe.replace_moe(model, format=asked)
     assert fp4moe.replace_moe(model, format=present) is model
@@ -145,7 +145,7 @@ ENTRIES = {
     "backend": lambda f: torch.compile(
         float_model("qwen3_moe"), backend=fp4moe.backend, options={"format": f}
     )(torch.tensor([[1, 2]])),
-    "MoePass": lambda f: fp4moe.inductor_options(format=f),
+    "inductor_options": lambda f: fp4moe.inductor_options(format=f),
     "rewrite_moe": lambda f: fp4moe.passes.rewrite_moe(
         torch.fx.symbolic_trace(torch.nn.Linear(2, 2)), [torch.ones(1, 2)], format=f
     ),

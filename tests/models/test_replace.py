@@ -644,7 +644,7 @@ def test_another_kernel_for_fused_blocks_is_refused_not_ignored():
         replace_moe(model, kernel="reference_w4a4", progress=False)
     assert str(raised.value).startswith(
         "replace_moe: the blocks cannot get kernel 'reference_w4a4', because "
-        f"{FIRST} is fused already, with kernel 'reference'."
+        f"{FIRST} is fused already, with 'reference'."
     )
     assert fingerprint(model) == before
 
