@@ -42,7 +42,7 @@ ACTIVATIONS: tuple[tuple[str, str, bool, bool], ...] = (
 )
 # Where a kernel has run, by format. Plain torch runs wherever torch does.
 HAS_RUN: dict[tuple[str, str], set[Capability]] = {
-    ("triton", "nvfp4"): {(9, 0)},
+    **{("triton", format): {(9, 0)} for format in FORMATS},
     ("humming", "nvfp4"): {(9, 0)},
 }
 ANYWHERE = ("reference", "reference_w4a4")

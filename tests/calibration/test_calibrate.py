@@ -352,7 +352,7 @@ def test_what_cannot_be_calibrated_is_refused():
             calibrated(model, percentile=percentile)
     with pytest.raises(UnsupportedError, match="no token reached any of the 2 blocks"):
         calibrated(model)
-    with pytest.raises(UnsupportedError, match="got Linear with none"):
+    with pytest.raises(UnsupportedError, match="Linear cannot be calibrated"):
         calibrated(nn.Linear(2, 2))
     with pytest.raises(UnsupportedError, match="a norm behind each expert"):
         calibrated(Block(experts_class(has_post_expert_norm=True)))
