@@ -39,9 +39,10 @@ def written(tmp_path_factory):
 
     def make(form):
         if form not in made:
-            made[form] = tmp_path_factory.mktemp(form)
+            directory = tmp_path_factory.mktemp(form)
             with torch.random.fork_rng():
-                files.save(SOURCES[form][0], "qwen3_moe", SOURCES[form][1], made[form])
+                files.save(SOURCES[form][0], "qwen3_moe", SOURCES[form][1], directory)
+            made[form] = directory
         return made[form]
 
     return make
