@@ -166,12 +166,8 @@ def _check_logits(
 
 def _check_hidden(name, hidden) -> None:
     if hidden.ndim != 2 or hidden.dtype not in HIDDEN_DTYPES:
-        must(
-            f"{name}: hidden",
-            "be bfloat16, float16 or float32 [T, H]",
-            _describe(hidden),
-            "Flatten the tokens to one axis.",
-        )
+        rule = "be bfloat16, float16 or float32 [T, H]"
+        must(f"{name}: hidden", rule, _describe(hidden), "Flatten the tokens to one axis.")
 
 
 def _check_floats(name, hidden, weights: FloatWeights, form: StoredForm) -> None:
@@ -237,12 +233,8 @@ def _check_weights(name: str, given: MoeArguments | MoeFromLogitsArguments) -> N
     device, hidden_size = hidden.device, hidden.shape[1]
     if gate_up_packed.ndim != 3 or down_packed.ndim != 3:
         got = f"{list(gate_up_packed.shape)} and {list(down_packed.shape)}"
-        must(
-            f"{name}: gate_up_packed and down_packed",
-            "have 3 axes",
-            got,
-            "Use ExpertWeights.quantize.",
-        )
+        advice = "Use ExpertWeights.quantize."
+        must(f"{name}: gate_up_packed and down_packed", "have 3 axes", got, advice)
     local, hidden_padded, columns = down_packed.shape
     if not 0 < hidden_size <= hidden_padded:
         must(
@@ -253,12 +245,8 @@ def _check_weights(name: str, given: MoeArguments | MoeFromLogitsArguments) -> N
         )
     if not 0 <= expert_offset <= num_experts - local:
         rule = f"lie in 0..{num_experts - local} ({local} of {num_experts} experts)"
-        must(
-            f"{name}: expert_offset",
-            rule,
-            expert_offset,
-            "Pass the global id of the first local expert.",
-        )
+        advice = "Pass the global id of the first local expert."
+        must(f"{name}: expert_offset", rule, expert_offset, advice)
     intermediate = FORMATS[format].elements(columns)
     rows = intermediate * 2 if gated else intermediate
     biased = operands[-1] is not None or operands[-2] is not None

@@ -58,19 +58,12 @@ def fused_moe(
             lists the reasons.
     """
     if not isinstance(weights, ExpertWeights):
-        must(
-            "fused_moe: weights",
-            "be ExpertWeights",
-            type(weights).__name__,
-            "Use ExpertWeights.quantize.",
-        )
+        rule = "be ExpertWeights"
+        must("fused_moe: weights", rule, type(weights).__name__, "Use ExpertWeights.quantize.")
     if hidden.ndim == 2 and hidden.shape[1] != weights.hidden_size:
-        must(
-            "fused_moe: hidden",
-            f"have shape [T, hidden_size] = [T, {weights.hidden_size}]",
-            list(hidden.shape),
-            "Pass the hidden states that these experts were made for.",
-        )
+        rule = f"have shape [T, hidden_size] = [T, {weights.hidden_size}]"
+        advice = "Pass the hidden states that these experts were made for."
+        must("fused_moe: hidden", rule, list(hidden.shape), advice)
     top_k = expert_ids.shape[-1] if expert_ids.ndim else None
     name = _choose_once(weights, kernel, top_k, current_capability(hidden.device))
     arguments = _prepare_once(weights, name)

@@ -252,12 +252,9 @@ class FusedExperts(PackedModule):
         """Check that loaded weights belong to a layer of this kind."""
         metadata = _metadata(state)
         if metadata != self.metadata:
-            must(
-                "FusedExperts.load_state_dict: metadata",
-                f"equal that of this layer, {self.metadata}",
-                metadata,
-                "Load into a model that was replaced in the same way.",
-            )
+            rule = f"equal that of this layer, {self.metadata}"
+            advice = "Load into a model that was replaced in the same way."
+            must("FusedExperts.load_state_dict: metadata", rule, metadata, advice)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self._lent.check(self)

@@ -276,12 +276,8 @@ class _WithRoutingGradient(torch.autograd.Function):
 
 
 def _refuse_backward(grad: torch.Tensor, like: torch.Tensor) -> NoReturn:
-    refuse(
-        "nvfp4_moe",
-        "its backward cannot be called",
-        "the operator has no gradient",
-        "Train the float model, or detach the output of the experts.",
-    )
+    advice = "Train the float model, or detach the output of the experts."
+    refuse("nvfp4_moe", "its backward cannot be called", "the operator has no gradient", advice)
 
 
 @torch.library.register_fake("fp4moe::refuse_backward", lib=library)

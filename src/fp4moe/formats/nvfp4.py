@@ -115,13 +115,8 @@ def quantize_nvfp4(
     name = "quantize_nvfp4"
     if method not in METHODS:
         known = ", ".join(METHODS)
-        must(
-            f"{name}: method",
-            f"be one of {known}",
-            repr(method),
-            "Choose one of these.",
-            error=UnsupportedError,
-        )
+        advice = "Choose one of these."
+        must(f"{name}: method", f"be one of {known}", repr(method), advice, error=UnsupportedError)
     _check_float(name, x)
     if x.ndim == 0 or x.shape[-1] % NVFP4.block_size:
         rule = f"have a last axis that is a multiple of {NVFP4.block_size}"

@@ -253,12 +253,9 @@ class Kernel:
         multiples = layout.multiples(layer, HIDDEN_ALIGNMENTS[0])
         for what, size, multiple in zip(("hidden", "intermediate"), sizes, multiples, strict=True):
             if size % multiple:
-                must(
-                    f"{call.caller}: the padded {what} size",
-                    f"be a multiple of {multiple} for kernel {self.name}",
-                    size,
-                    "Use its prepare(), which pads.",
-                )
+                rule = f"be a multiple of {multiple} for kernel {self.name}"
+                advice = "Use its prepare(), which pads."
+                must(f"{call.caller}: the padded {what} size", rule, size, advice)
 
     def check_device(self, call: Call | LogitsCall) -> None:
         """Raise where the kernel does not run on the device of hidden."""
