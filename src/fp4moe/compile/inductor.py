@@ -34,7 +34,7 @@ from ..passes.settings import RewriteSettings
 __all__ = ["MoePass"]
 
 logger = logging.getLogger("fp4moe")
-PACKAGE = pathlib.Path(__file__).parent
+PACKAGE = pathlib.Path(__file__).parents[1]
 Pass = Callable[[fx.Graph], None]
 
 
