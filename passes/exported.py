@@ -83,12 +83,9 @@ def rewrite_exported(
     settings = RewriteSettings(kernel, verify, hidden_alignment, routing, format)
     settings.checked(on_no_match, caller="rewrite_exported")
     if exported_program.graph_signature.backward_signature is not None:
-        refuse(
-            "rewrite_exported",
-            "exported_program cannot be rewritten",
-            "it has a backward part",
-            "Export the model without its loss.",
-        )
+        what = "exported_program cannot be rewritten"
+        reason = "it has a backward part"
+        refuse("rewrite_exported", what, reason, "Export the model without its loss.")
     gm = _copied(exported_program.graph_module)
     signature = copy.deepcopy(exported_program.graph_signature)
     state = dict(exported_program.state_dict)
@@ -225,9 +222,6 @@ def _check_calls(gm: fx.GraphModule, calls: Sequence[ModuleCallEntry]) -> None:
         used = [*call.signature.inputs, *call.signature.outputs]
         gone = [a.name for a in used if not isinstance(a, ConstantArgument) and a.name not in names]
         if gone:
-            refuse(
-                "rewrite_exported",
-                f"{call.fqn} cannot be rewritten",
-                f"its call signature is preserved and names {', '.join(gone)}",
-                "Export without it in preserve_module_call_signature.",
-            )
+            reason = f"its call signature is preserved and names {', '.join(gone)}"
+            advice = "Export without it in preserve_module_call_signature."
+            refuse("rewrite_exported", f"{call.fqn} cannot be rewritten", reason, advice)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fp4moe
-from fp4moe import fused_moe
-from fp4moe.errors import UnsupportedError
+from fp4moe import FusedExperts, fused_moe
+from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.identity.value_watch import ValueWatch
 from fp4moe.kernels import KERNELS, base, measured
+from fp4moe.kernels.operands import Operands
 from fp4moe.kernels.reference import REFERENCE
 from fp4moe.models.routers import FusedRouter
 
@@ -235,3 +238,65 @@ def test_no_values_are_looked_at_where_the_kernel_reads_the_weights_themselves(m
     for _ in range(2):
         fused_moe(x, weights, ids, routing, kernel="reference")
     assert not looks
+
+
+def functions_before_the_kernel(call):
+    """The package's functions that a call runs through up to the kernel's run, with their files."""
+    folder, found = str(Path(fp4moe.__file__).parent), []
+
+    def watch(frame, event, argument):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(folder):
+            found.append((code.co_filename, code.co_qualname))
+            if code.co_name == "run":
+                sys.setprofile(None)
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    assert found[-1][1].endswith(".run")
+    return found
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="co_qualname is new in 3.11")
+def test_the_walk_from_the_module_to_the_kernel_is_short():
+    weights = layer()
+    args = tokens(5, weights)
+    module = FusedExperts(weights, "reference")
+    for call, functions, files in (
+        (lambda: module(*args), 7, 4),
+        (lambda: fused_moe(args[0], weights, *args[1:], kernel="reference"), 18, 8),
+    ):
+        call()
+        found = functions_before_the_kernel(call)
+        assert len(found) <= functions, found
+        assert len({file for file, _ in found}) <= files, found
+
+
+@pytest.mark.parametrize("name", ["hidden", "expert_ids", "routing_weights", *Operands._fields[:8]])
+def test_a_call_that_has_passed_lets_no_other_through(name, monkeypatch):
+    """After a good call, one whose only tensor that differs is wrong in dtype, shape or device."""
+    checked = []
+    check = REFERENCE.check
+    monkeypatch.setattr(REFERENCE, "check", lambda call: checked.append(call) or check(call))
+    weights = layer()
+    module = FusedExperts(weights, "reference")
+    operands = [getattr(module, f"prepared_{field}") for field in Operands._fields[:8]]
+    args = [*tokens(5, weights), *operands, *module._arguments]
+    operator = torch.ops.fp4moe.nvfp4_moe.default
+    want = operator(*args)
+    place = ("hidden", "expert_ids", "routing_weights", *Operands._fields).index(name)
+    tensor = args[place]
+    for wrong in (tensor.to(torch.int16), tensor[..., :0], tensor[:1, None], tensor.to("meta")):
+        with pytest.raises((ShapeError, NotImplementedError)):
+            operator(*args[:place], wrong, *args[place + 1 :])
+        assert torch.equal(operator(*args), want)
+    assert len(checked) == 1
+    # The same memory with other strides is told apart, since some kernels ask for it.
+    other = tensor.expand(2, *tensor.shape)[0] if tensor.ndim == 1 else tensor.mT.contiguous().mT
+    assert torch.equal(operator(*args[:place], other, *args[place + 1 :]), want)
+    strided = tensor.ndim > 1 and not other.is_contiguous() and place > 2
+    assert len(checked) == 1 + strided

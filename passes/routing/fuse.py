@@ -25,6 +25,7 @@ from fp4moe.arguments import (
     FloatMoeFromLogitsArguments,
     MoeArguments,
     MoeFromLogitsArguments,
+    Settings,
     lacks_biases,
 )
 from fp4moe.formats import FORMATS
@@ -102,7 +103,7 @@ def _name(
     known: dict[str, tuple[RoutingForm | None, str]],
 ) -> tuple[RoutingSlice | None, RoutingForm | None, str]:
     """Return (slice, form, "" or why it cannot be fused) for the longest slice that fits a form."""
-    found, why = cut_routing(gm, flow, operator, _Layer.of(operator).num_experts)
+    found, why = cut_routing(gm, flow, operator, _layer_of(operator)[0].num_experts)
     for each in found:
         key = each.structure()
         if key not in known:
@@ -125,7 +126,7 @@ def _scaled_down(
     """Return (operands times the factor per expert or None, why they cannot be computed)."""
     if form.output_scale is None:
         return None, ""
-    format = _Layer.of(operator).format
+    format = _layer_of(operator)[0].format
     if not FORMATS[format].globally_scaled:
         return None, f"{format} has no global scale into which its factor per expert could go"
     if operator.target is FLOAT:
@@ -157,44 +158,33 @@ def _factor_reason(values: dict[fx.Node, Any], node: fx.Node) -> str:
     return ""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    """What an operator's arguments say about its layer."""
-
-    activation: str
-    gated: bool
-    kernel: str
-    num_experts: int
-    intermediate_size: int
-    biased: bool
-    format: str
-
-    @classmethod
-    def of(cls, operator: fx.Node) -> _Layer:
-        if operator.target is FLOAT:
-            given = FloatMoeArguments.read(operator.args)
-            form = given.form
-            groups: Any = given.weights
-            weights = FloatWeights(*(tuple(map(meta_value, group)) for group in groups))
-            experts, _hidden, intermediate = form.sizes(weights)
-            sizes = int(experts), int(intermediate)
-            settings = form.activation, form.gated, form.kernel
-            return cls(*settings, *sizes, weights.biased, form.format)
+def _layer_of(operator: fx.Node) -> tuple[Layer, str]:
+    """Return (what an operator's arguments say about its layer, the kernel)."""
+    if operator.target is FLOAT:
+        floats = FloatMoeArguments.read(operator.args)
+        groups: Any = floats.weights
+        weights = FloatWeights(*(tuple(map(meta_value, group)) for group in groups))
+        settings, biased = Settings.of_floats(weights, floats.form), weights.biased
+        _, _, intermediate = floats.form.sizes(weights)
+    else:
         packed = MoeArguments.read(operator.args)
+        settings, biased = packed.settings, packed.operands.down_bias is not None
         down: Any = packed.operands.down_packed
-        biased = packed.operands.down_bias is not None
-        activation, gated, kernel, experts, _offset, format = packed.settings
-        intermediate = FORMATS[format].elements(int(meta_value(down).shape[2]))
-        return cls(activation, gated, kernel, experts, intermediate, biased, format)
+        intermediate = FORMATS[settings.format].elements(meta_value(down).shape[2])
+    sizes = {
+        "num_experts": int(settings.num_experts),
+        "hidden_size": int(meta_value(_node(operator.args[0])).shape[1]),
+        "intermediate_size": int(intermediate),
+    }
+    return Layer.of(settings, **sizes, biased=biased), settings.kernel
 
 
 def _kernel_reason(operator: fx.Node, form: RoutingForm) -> str:
     assert form.routing is not None
-    hidden, known = operator.args[0], _Layer.of(operator)
-    width = int(meta_value(_node(hidden)).shape[1])
-    layer = Layer.of(known, hidden_size=width, top_k=form.routing.top_k)
-    reasons = get_kernel(known.kernel).reasons_not_to_route(layer, form.routing)
-    return f"kernel {known.kernel} does not route so: {'; '.join(reasons)}" if reasons else ""
+    layer, kernel = _layer_of(operator)
+    layer = dataclasses.replace(layer, top_k=form.routing.top_k)
+    reasons = get_kernel(kernel).reasons_not_to_route(layer, form.routing)
+    return f"kernel {kernel} does not route so: {'; '.join(reasons)}" if reasons else ""
 
 
 def _node(argument: Any) -> fx.Node:

@@ -107,12 +107,9 @@ class Activation:
             others = self.limit if capped else (self.alpha != 1 or self.beta)
             if not required or others:
                 has = "alpha and beta above 0 and no others" if capped else "a limit and no others"
-                must(
-                    f"Activation: the parameters of {self.name}",
-                    f"be {has}",
-                    f"alpha={self.alpha}, beta={self.beta}, limit={self.limit}",
-                    f"It computes {PAIRED[self.name]}.",
-                )
+                got = f"alpha={self.alpha}, beta={self.beta}, limit={self.limit}"
+                advice = f"It computes {PAIRED[self.name]}."
+                must(f"Activation: the parameters of {self.name}", f"be {has}", got, advice)
         elif self.alpha != 1 and self.name != "silu":
             must(
                 f"Activation: alpha of {self.name}",
@@ -172,13 +169,9 @@ class Activation:
     def check_gate(self, gated: bool, *, caller: str) -> None:
         """Raise UnsupportedError where it needs a gate and there is none."""
         if self.needs_gate and not gated:
-            must(
-                f"{caller}: activation",
-                "be a plain one without a gate",
-                repr(str(self)),
-                "Pass gate, too.",
-                error=UnsupportedError,
-            )
+            rule = "be a plain one without a gate"
+            got = repr(str(self))
+            must(f"{caller}: activation", rule, got, "Pass gate, too.", error=UnsupportedError)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -6,6 +6,7 @@ Tensors stand for nodes where the call is one of a graph.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ OPERANDS = (
     "down_bias",
     *NVFP4_OPERANDS[6:],
 )
+BIASES_LAST = operator.itemgetter(*map(OPERANDS.index, Operands._fields))
 
 
 def has_own_operator(format: str, biased: bool) -> bool:
@@ -75,13 +77,11 @@ def _read_operands(args: Sequence[Any], between: int) -> tuple[Operands, Sequenc
         middle, settings = args[count : count + between], Settings(*args[count + between :])
         return Operands(*args[:count]), middle, settings
     count = len(OPERANDS)
-    named = dict(zip(OPERANDS, args, strict=False))
+    operands = Operands(*BIASES_LAST(args))
     middle, (format, *others) = args[count : count + between], args[count + between :]
-    activation, gated, kernel, num_experts, expert_offset = others
-    if all(_is_empty(named[name]) for name in Operands._fields[-2:]):
-        named = {name: named[name] for name in NVFP4_OPERANDS}
-    settings = Settings(activation, gated, kernel, num_experts, expert_offset, format)
-    return Operands(**named), middle, settings
+    if _is_empty(operands.gate_up_bias) and _is_empty(operands.down_bias):
+        operands = operands._replace(gate_up_bias=None, down_bias=None)
+    return operands, middle, Settings(*others)._replace(format=format)
 
 
 def _is_empty(tensor: Any) -> bool:

@@ -50,19 +50,11 @@ def _check_choice(name, hidden, expert_ids, routing_weights) -> None:
     _check_hidden(name, hidden)
     tokens = hidden.shape[0]
     if expert_ids.ndim != 2 or expert_ids.dtype not in ID_DTYPES or expert_ids.shape[0] != tokens:
-        must(
-            f"{name}: expert_ids",
-            f"be int32 or int64 [T, K] with T = {tokens}",
-            _describe(expert_ids),
-            "Pass one row a token.",
-        )
+        rule = f"be int32 or int64 [T, K] with T = {tokens}"
+        must(f"{name}: expert_ids", rule, _describe(expert_ids), "Pass one row a token.")
     if routing_weights.dtype not in HIDDEN_DTYPES or routing_weights.shape != expert_ids.shape:
-        must(
-            f"{name}: routing_weights",
-            f"be float, of the shape of expert_ids {list(expert_ids.shape)}",
-            _describe(routing_weights),
-            "Pass one weight an id.",
-        )
+        rule = f"be float, of the shape of expert_ids {list(expert_ids.shape)}"
+        must(f"{name}: routing_weights", rule, _describe(routing_weights), "Pass one weight an id.")
     if not hidden.device == expert_ids.device == routing_weights.device:
         got = f"{expert_ids.device} and {routing_weights.device}"
         rule = f"be on the device of hidden, {hidden.device}"
@@ -126,21 +118,13 @@ def _check_logits(
     method, top_k, num_groups, top_groups, _scaling = given.routing
     expected = (tokens, num_experts)
     if router_logits.dtype not in HIDDEN_DTYPES or router_logits.shape != expected:
-        must(
-            f"{name}: router_logits",
-            f"be float [T, E] = {list(expected)}",
-            _describe(router_logits),
-            "Pass the router's output before softmax or sigmoid.",
-        )
+        rule = f"be float [T, E] = {list(expected)}"
+        advice = "Pass the router's output before softmax or sigmoid."
+        must(f"{name}: router_logits", rule, _describe(router_logits), advice)
     if method not in FUSED_ROUTING_METHODS:
-        known = ", ".join(FUSED_ROUTING_METHODS)
-        must(
-            f"{name}: routing_method",
-            f"be one of {known}",
-            repr(method),
-            "Route outside and call nvfp4_moe.",
-            error=UnsupportedError,
-        )
+        rule = f"be one of {', '.join(FUSED_ROUTING_METHODS)}"
+        advice = "Route outside and call nvfp4_moe."
+        must(f"{name}: routing_method", rule, repr(method), advice, error=UnsupportedError)
     bias_lengths = (0, num_experts) if method == "sigmoid_topk" else (0,)
     if (
         routing_bias.dtype not in HIDDEN_DTYPES
@@ -166,12 +150,8 @@ def _check_logits(
 
 def _check_hidden(name, hidden) -> None:
     if hidden.ndim != 2 or hidden.dtype not in HIDDEN_DTYPES:
-        must(
-            f"{name}: hidden",
-            "be bfloat16, float16 or float32 [T, H]",
-            _describe(hidden),
-            "Flatten the tokens to one axis.",
-        )
+        rule = "be bfloat16, float16 or float32 [T, H]"
+        must(f"{name}: hidden", rule, _describe(hidden), "Flatten the tokens to one axis.")
 
 
 def _check_floats(name, hidden, weights: FloatWeights, form: StoredForm) -> None:
@@ -237,28 +217,16 @@ def _check_weights(name: str, given: MoeArguments | MoeFromLogitsArguments) -> N
     device, hidden_size = hidden.device, hidden.shape[1]
     if gate_up_packed.ndim != 3 or down_packed.ndim != 3:
         got = f"{list(gate_up_packed.shape)} and {list(down_packed.shape)}"
-        must(
-            f"{name}: gate_up_packed and down_packed",
-            "have 3 axes",
-            got,
-            "Use ExpertWeights.quantize.",
-        )
+        advice = "Use ExpertWeights.quantize."
+        must(f"{name}: gate_up_packed and down_packed", "have 3 axes", got, advice)
     local, hidden_padded, columns = down_packed.shape
     if not 0 < hidden_size <= hidden_padded:
-        must(
-            f"{name}: hidden",
-            f"have 1 to {hidden_padded} columns, as its experts",
-            list(hidden.shape),
-            "Pass this layer's input.",
-        )
+        rule = f"have 1 to {hidden_padded} columns, as its experts"
+        must(f"{name}: hidden", rule, list(hidden.shape), "Pass this layer's input.")
     if not 0 <= expert_offset <= num_experts - local:
         rule = f"lie in 0..{num_experts - local} ({local} of {num_experts} experts)"
-        must(
-            f"{name}: expert_offset",
-            rule,
-            expert_offset,
-            "Pass the global id of the first local expert.",
-        )
+        advice = "Pass the global id of the first local expert."
+        must(f"{name}: expert_offset", rule, expert_offset, advice)
     intermediate = FORMATS[format].elements(columns)
     rows = intermediate * 2 if gated else intermediate
     biased = operands[-1] is not None or operands[-2] is not None

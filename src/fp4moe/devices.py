@@ -38,11 +38,6 @@ def _absent(device: object, caller: str, cause: BaseException | None = None) -> 
     there = ["cpu"]
     if accelerator := torch.accelerator.current_accelerator(check_available=True):
         there += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
-    must(
-        f"{caller}: device",
-        f"be one of this machine, {', '.join(there)}",
-        repr(str(device)),
-        "Name one of these, or none for the GPU if there is one.",
-        error=UnsupportedError,
-        cause=cause,
-    )
+    rule = f"be one of this machine, {', '.join(there)}"
+    advice = "Name one of these, or none for the GPU if there is one."
+    must(f"{caller}: device", rule, repr(str(device)), advice, error=UnsupportedError, cause=cause)

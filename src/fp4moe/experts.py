@@ -81,12 +81,9 @@ class ExpertWeights:
         activation.check_gate(self.gated, caller="ExpertWeights")
         object.__setattr__(self, "activation", str(activation))
         if self.gate_up.packed.ndim != 3 or self.down.packed.ndim != 3:
-            must(
-                "ExpertWeights: gate_up.packed and down.packed",
-                "have 3 axes",
-                f"{list(self.gate_up.packed.shape)} and {list(self.down.packed.shape)}",
-                "Build it with ExpertWeights.quantize.",
-            )
+            got = f"{list(self.gate_up.packed.shape)} and {list(self.down.packed.shape)}"
+            advice = "Build it with ExpertWeights.quantize."
+            must("ExpertWeights: gate_up.packed and down.packed", "have 3 axes", got, advice)
         local, rows, _ = self.gate_up.packed.shape
         hidden, intermediate = self.hidden_padded, self.intermediate_padded
         halves = 1 + self.gated
@@ -113,12 +110,9 @@ class ExpertWeights:
         for name, tensor in self.tensors().items():
             dtype, shape = expected[name]
             if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
-                must(
-                    f"ExpertWeights: {name}",
-                    f"be {dtype} {list(shape)} on {device}",
-                    f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}",
-                    "Build it with ExpertWeights.quantize.",
-                )
+                rule = f"be {dtype} {list(shape)} on {device}"
+                got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+                must(f"ExpertWeights: {name}", rule, got, "Build it with ExpertWeights.quantize.")
         if not (0 < self.hidden_size <= hidden and 0 < self.intermediate_size <= intermediate):
             must(
                 "ExpertWeights: hidden_size and intermediate_size",
@@ -127,12 +121,9 @@ class ExpertWeights:
                 "Pass the unpadded sizes of the model.",
             )
         if not 0 <= self.expert_offset <= self.num_experts - local:
-            must(
-                "ExpertWeights: expert_offset",
-                f"lie in 0..{self.num_experts - local} for {local} of {self.num_experts} experts",
-                self.expert_offset,
-                "Pass the global id of the first local expert.",
-            )
+            rule = f"lie in 0..{self.num_experts - local} for {local} of {self.num_experts} experts"
+            advice = "Pass the global id of the first local expert."
+            must("ExpertWeights: expert_offset", rule, self.expert_offset, advice)
 
     @property
     def number_format(self) -> WeightFormat:

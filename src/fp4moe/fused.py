@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -58,25 +58,16 @@ def fused_moe(
             lists the reasons.
     """
     if not isinstance(weights, ExpertWeights):
-        must(
-            "fused_moe: weights",
-            "be ExpertWeights",
-            type(weights).__name__,
-            "Use ExpertWeights.quantize.",
-        )
+        rule = "be ExpertWeights"
+        must("fused_moe: weights", rule, type(weights).__name__, "Use ExpertWeights.quantize.")
     if hidden.ndim == 2 and hidden.shape[1] != weights.hidden_size:
-        must(
-            "fused_moe: hidden",
-            f"have shape [T, hidden_size] = [T, {weights.hidden_size}]",
-            list(hidden.shape),
-            "Pass the hidden states that these experts were made for.",
-        )
+        rule = f"have shape [T, hidden_size] = [T, {weights.hidden_size}]"
+        advice = "Pass the hidden states that these experts were made for."
+        must("fused_moe: hidden", rule, list(hidden.shape), advice)
     top_k = expert_ids.shape[-1] if expert_ids.ndim else None
     name = _choose_once(weights, kernel, top_k, current_capability(hidden.device))
-    arguments = _prepare_once(weights, name)
-    own = has_own_operator(weights.format, weights.biased)
-    operator = torch.ops.fp4moe.nvfp4_moe if own else torch.ops.fp4moe.moe
-    return operator.default(hidden, expert_ids, routing_weights, *arguments)
+    operator, arguments = _prepare_once(weights, name)
+    return operator(hidden, expert_ids, routing_weights, *arguments)
 
 
 # Both die with the weights: by what a choice depends on, and by kernel.
@@ -87,34 +78,23 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _choose_once(
-    weights: ExpertWeights,
-    kernel: str,
-    top_k: int | None,
-    capability: tuple[int, int] | None,
+    weights: ExpertWeights, kernel: str, top_k: int | None, capability: tuple[int, int] | None
 ) -> str:
     """Return the kernel's name, that of an earlier call where all that it depends on is equal."""
     # A symbolic top_k cannot be a key.
     if torch.compiler.is_compiling() or not isinstance(top_k, int):
-        return _choose(weights, kernel, top_k, capability)
+        return select_kernel(kernel, weights.layer(top_k), capability, caller="fused_moe")
     check_kernel_name(kernel, caller="fused_moe")
     names = _chosen.setdefault(weights, {})
     key = kernel, top_k, capability, choice_state()
     if key not in names:
-        names[key] = _choose(weights, kernel, top_k, capability)
+        layer = weights.layer(top_k)
+        names[key] = select_kernel(kernel, layer, capability, caller="fused_moe")
     return names[key]
 
 
-def _choose(
-    weights: ExpertWeights,
-    kernel: str,
-    top_k: int | None,
-    capability: tuple[int, int] | None,
-) -> str:
-    return select_kernel(kernel, weights.layer(top_k), capability, caller="fused_moe")
-
-
 class _Prepared(NamedTuple):
-    """The operator's arguments for one kernel, and the tensors of the weights as they were then.
+    """The operator and its arguments for one kernel, and the weights' tensors as they were then.
 
     Where the arguments are copies in another layout, `pairs` are the tensors with their marks, and
     `watch` looks at their values.
@@ -122,7 +102,7 @@ class _Prepared(NamedTuple):
 
     tensors: tuple[torch.Tensor, ...]
     versions: list[tuple[int, int]]
-    arguments: tuple
+    call: tuple[Callable[..., torch.Tensor], tuple]
     pairs: list[tuple[torch.Tensor, Mark]]
     watch: ValueWatch
 
@@ -143,29 +123,32 @@ def tensor_versions(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
     return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
 
 
-def _prepare_once(weights: ExpertWeights, kernel: str) -> tuple:
-    """Return `nvfp4_moe_arguments`, those of the last call where no tensor has changed since."""
+def _prepare_once(weights: ExpertWeights, kernel: str) -> tuple[Callable[..., torch.Tensor], tuple]:
+    """Return (operator, arguments), those of the last call where no tensor has changed since."""
     if torch.compiler.is_compiling():
         return _prepare(weights, kernel)
     entries = _prepared.setdefault(weights, {})
     entry = entries.get(kernel)
     if entry is not None and entry.is_current():
-        return entry.arguments
+        return entry.call
     tensors = tuple(weights.tensors().values())
     if any(type(t) not in PLAIN for t in tensors):
         return _prepare(weights, kernel)
-    versions, arguments = tensor_versions(tensors), _prepare(weights, kernel)
+    versions, call = tensor_versions(tensors), _prepare(weights, kernel)
+    _, arguments = call
     if all(type(t) in PLAIN for t in arguments if isinstance(t, torch.Tensor)):
         pairs = []
         copied = arguments[0].data_ptr() != weights.gate_up.packed.data_ptr()
         if copied and not capturing(tensors[0].device):
             pairs = [(tensor, Mark(tensor)) for tensor in tensors]
-        entries[kernel] = found = _Prepared(tensors, versions, arguments, pairs, ValueWatch())
+        entries[kernel] = found = _Prepared(tensors, versions, call, pairs, ValueWatch())
         if pairs:
             found.watch.look(pairs)
-    return arguments
+    return call
 
 
-def _prepare(weights: ExpertWeights, kernel: str) -> tuple:
+def _prepare(weights: ExpertWeights, kernel: str) -> tuple[Callable[..., torch.Tensor], tuple]:
+    own = has_own_operator(weights.format, weights.biased)
+    operator = torch.ops.fp4moe.nvfp4_moe if own else torch.ops.fp4moe.moe
     prepared = get_kernel(kernel).prepare(weights, hidden_alignment=DEFAULT_HIDDEN_ALIGNMENT)
-    return nvfp4_moe_arguments(prepared, kernel)
+    return operator.default, nvfp4_moe_arguments(prepared, kernel)

@@ -174,12 +174,9 @@ class FusedExperts(PackedModule):
     @property
     def prepared(self) -> PreparedWeights:
         """What the kernel reads."""
-        operands = Operands(*self._operands())
-        if self.biased:
-            biases = self.prepared_gate_up_bias, self.prepared_down_bias
-            operands = Operands(*operands[:-2], *biases)
+        names = Operands._fields if self.biased else Operands._fields[:-2]
         return PreparedWeights(
-            operands,
+            Operands(*(self.get_buffer(PREPARED + name) for name in names)),
             {name: self.get_buffer(PREPARED + name) for name in self._kept},
             self.layer,
         )
@@ -190,19 +187,28 @@ class FusedExperts(PackedModule):
         """Apply the experts; see `fp4moe.fused_moe` for the arguments."""
         if not torch.compiler.is_compiling() and self._lent.marks:
             self._lent.check(self)
+        # Spelled out: torch.compile follows attributes, and a call costs less so.
         if not self._alone:
-            first, rest = self._operands()[:3], self._operands()[3:]
-            biased = *first, self.prepared_gate_up_bias, *rest[:3], self.prepared_down_bias
             return torch.ops.fp4moe.moe.default(
-                hidden_states, top_k_index, top_k_weights, *biased, *rest[3:], *self._arguments
+                hidden_states,
+                top_k_index,
+                top_k_weights,
+                self.prepared_gate_up_packed,
+                self.prepared_gate_up_block_scale,
+                self.prepared_gate_up_global_scale,
+                self.prepared_gate_up_bias,
+                self.prepared_down_packed,
+                self.prepared_down_block_scale,
+                self.prepared_down_global_scale,
+                self.prepared_down_bias,
+                self.prepared_hidden_scale,
+                self.prepared_intermediate_scale,
+                *self._arguments,
             )
         return torch.ops.fp4moe.nvfp4_moe.default(
-            hidden_states, top_k_index, top_k_weights, *self._operands(), *self._arguments
-        )
-
-    def _operands(self) -> tuple[torch.Tensor, ...]:
-        # Spelled out: torch.compile follows attributes, and a call costs less so.
-        return (
+            hidden_states,
+            top_k_index,
+            top_k_weights,
             self.prepared_gate_up_packed,
             self.prepared_gate_up_block_scale,
             self.prepared_gate_up_global_scale,
@@ -211,6 +217,7 @@ class FusedExperts(PackedModule):
             self.prepared_down_global_scale,
             self.prepared_hidden_scale,
             self.prepared_intermediate_scale,
+            *self._arguments,
         )
 
     def _apply(self, fn, recurse: bool = True):
@@ -245,12 +252,9 @@ class FusedExperts(PackedModule):
         """Check that loaded weights belong to a layer of this kind."""
         metadata = _metadata(state)
         if metadata != self.metadata:
-            must(
-                "FusedExperts.load_state_dict: metadata",
-                f"equal that of this layer, {self.metadata}",
-                metadata,
-                "Load into a model that was replaced in the same way.",
-            )
+            rule = f"equal that of this layer, {self.metadata}"
+            advice = "Load into a model that was replaced in the same way."
+            must("FusedExperts.load_state_dict: metadata", rule, metadata, advice)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self._lent.check(self)

@@ -16,8 +16,9 @@ benchmarks/bench_dispatch.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NoReturn
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -38,7 +39,6 @@ from .kernels import (
     Call,
     Layer,
     LogitsCall,
-    Operands,
     PreparedWeights,
     Routing,
 )
@@ -124,114 +124,115 @@ library.define(
 )
 
 
-@torch.library.register_fake("fp4moe::moe", lib=library)
-@torch.library.register_fake("fp4moe::nvfp4_moe", lib=library)
-def _moe_fake(*args):
-    given = MoeArguments.read(args)
-    checks.check_moe(given)
-    return given.hidden.new_empty(given.hidden.shape)
-
-
-@torch.library.register_fake("fp4moe::choose_experts", lib=library)
-def _choose_experts_fake(*args):
-    given = ChooseArguments.read(args)
-    checks.check_choose_experts(given)
-    logits, shape = given.router_logits, (given.router_logits.shape[0], given.routing.top_k)
-    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
-
-
-@torch.library.register_fake("fp4moe::moe_from_logits", lib=library)
-@torch.library.register_fake("fp4moe::nvfp4_moe_from_logits", lib=library)
-def _moe_from_logits_fake(*args):
-    given = MoeFromLogitsArguments.read(args)
-    checks.check_moe_from_logits(given)
-    return given.hidden.new_empty(given.hidden.shape)
-
-
-@torch.library.register_fake("fp4moe::float_moe", lib=library)
-def _float_moe_fake(*args):
-    given = FloatMoeArguments.read(args)
-    checks.check_float_moe(given)
-    return given.hidden.new_empty(given.hidden.shape)
-
-
-@torch.library.register_fake("fp4moe::float_moe_from_logits", lib=library)
-def _float_moe_from_logits_fake(*args):
-    given = FloatMoeFromLogitsArguments.read(args)
-    checks.check_float_moe_from_logits(given)
-    return given.hidden.new_empty(given.hidden.shape)
-
-
-def _moe(*args: Any) -> torch.Tensor:
-    return _run(MoeArguments.read(args))
-
-
-def _run(given: MoeArguments) -> torch.Tensor:
-    checks.check_moe(given)
+def _moe(given: MoeArguments) -> torch.Tensor:
     hidden, ids, weights, operands, settings = given
+    layer = _checked_layer(given, (hidden, ids, weights), None)
     if not ids.numel():
         return hidden.new_zeros(hidden.shape)
-    layer = _layer(hidden.shape[1], operands, ids.shape[1], settings)
-    return KERNELS[settings.kernel](Call(hidden, ids, weights, operands, layer))
+    return KERNELS[settings.kernel].run(Call(hidden, ids, weights, operands, layer))
 
 
-def _choose_experts(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    given = ChooseArguments.read(args)
-    checks.check_choose_experts(given)
-    logits, bias, output_scale, routing = given
-    return choose_experts(logits, bias, routing, output_scale)
-
-
-def _moe_from_logits(*args: Any) -> torch.Tensor:
-    return _run_from_logits(MoeFromLogitsArguments.read(args))
-
-
-def _run_from_logits(given: MoeFromLogitsArguments) -> torch.Tensor:
-    checks.check_moe_from_logits(given)
+def _moe_from_logits(given: MoeFromLogitsArguments) -> torch.Tensor:
     hidden, logits, bias, operands, routing, settings = given
+    layer = _checked_layer(given, (hidden, logits, bias), routing)
     if hidden.shape[0] == 0:
         return hidden.new_empty(hidden.shape)
-    layer = _layer(hidden.shape[1], operands, routing.top_k, settings)
     kernel = KERNELS[settings.kernel]
     if kernel.routes:
-        return kernel.from_logits(LogitsCall(hidden, logits, bias, routing, operands, layer))
-    chosen = choose_experts(logits, bias, routing, logits.new_empty(0))
-    return kernel(Call(hidden, *chosen, operands, layer))
+        return kernel.run_from_logits(LogitsCall(hidden, logits, bias, routing, operands, layer))
+    ids, weights = choose_experts(logits, bias, routing, logits.new_empty(0))
+    return kernel.run(Call(hidden, ids, weights, operands, layer))
 
 
-def _layer(hidden_size: int, operands: Operands, top_k: int, settings: Settings) -> Layer:
-    biased = operands.gate_up_bias is not None
-    intermediate = FORMATS[settings.format].elements(operands.down_packed.shape[2])
-    return _cached_layer(hidden_size, intermediate, top_k, biased, settings)
+# The layers of calls that have passed all checks, by what these look at.
+_checked: dict[tuple, Layer] = {}
+MOST_CHECKED = 4096
+METADATA = operator.attrgetter("shape", "dtype", "device")
+IS_THERE = functools.partial(operator.is_not, None)
+IS_CONTIGUOUS = operator.methodcaller("is_contiguous")
 
 
-@functools.lru_cache(maxsize=1024)
-def _cached_layer(
-    hidden_size: int, intermediate_size: int, top_k: int, biased: bool, settings: Settings
+def _checked_layer(
+    given: MoeArguments | MoeFromLogitsArguments,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    routing: Routing | None,
 ) -> Layer:
-    """Return a call's layer, with the padded intermediate size: one object for equal numbers."""
-    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "top_k": top_k}
-    return Layer.of(settings, biased=biased, **sizes)
+    """Return the layer of a call that passes all checks, with the padded intermediate size.
+
+    Checks look at metadata, never at values: a call whose equal has passed needs no second look.
+    """
+    there = tuple(filter(IS_THERE, given.operands))
+    sizes = *map(METADATA, inputs), *map(METADATA, there), *map(IS_CONTIGUOUS, there)
+    key = given.settings, routing, sizes
+    layer = _checked.get(key)
+    if layer is None:
+        layer = _check(given, inputs, routing)
+        if len(_checked) >= MOST_CHECKED:
+            _checked.clear()
+        _checked[key] = layer
+    return layer
 
 
-def _float_moe(*args: Any) -> torch.Tensor:
-    given = FloatMoeArguments.read(args)
+def _check(
+    given: MoeArguments | MoeFromLogitsArguments,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    routing: Routing | None,
+) -> Layer:
+    hidden, second, _ = inputs
+    operands, settings = given.operands, given.settings
+    if isinstance(given, MoeArguments):
+        checks.check_moe(given)
+    else:
+        checks.check_moe_from_logits(given)
+    layer = Layer.of(
+        settings,
+        hidden_size=hidden.shape[1],
+        intermediate_size=FORMATS[settings.format].elements(operands.down_packed.shape[2]),
+        top_k=routing.top_k if routing else second.shape[1],
+        biased=operands.gate_up_bias is not None,
+    )
+    if second.numel():
+        call = (
+            LogitsCall(*inputs, routing, operands, layer)
+            if routing
+            else Call(*inputs, operands, layer)
+        )
+        KERNELS[settings.kernel].check(call)
+    return layer
+
+
+def _choose_experts(given: ChooseArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    checks.check_choose_experts(given)
+    return choose_experts(
+        given.router_logits, given.routing_bias, given.routing, given.output_scale
+    )
+
+
+def _float_moe(given: FloatMoeArguments) -> torch.Tensor:
     checks.check_float_moe(given)
     hidden, ids, routing_weights, weights, form = given
     operands = packed_now(weights, form, caller="float_moe")
     settings = Settings.of_floats(weights, form)
-    return _run(MoeArguments(hidden, ids, routing_weights, operands, settings))
+    return _moe(MoeArguments(hidden, ids, routing_weights, operands, settings))
 
 
-def _float_moe_from_logits(*args: Any) -> torch.Tensor:
-    given = FloatMoeFromLogitsArguments.read(args)
+def _float_moe_from_logits(given: FloatMoeFromLogitsArguments) -> torch.Tensor:
     checks.check_float_moe_from_logits(given)
     hidden, logits, bias, output_scale, weights, routing, form = given
     operands = packed_now(weights, form, output_scale, caller="float_moe_from_logits")
     settings = Settings.of_floats(weights, form)
-    return _run_from_logits(
+    return _moe_from_logits(
         MoeFromLogitsArguments(hidden, logits, bias, operands, routing, settings)
     )
+
+
+def _like_hidden(given: Any) -> torch.Tensor:
+    return given.hidden.new_empty(given.hidden.shape)
+
+
+def _like_chosen(given: ChooseArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    logits, shape = given.router_logits, (given.router_logits.shape[0], given.routing.top_k)
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
 
 
 class _WithoutGradient(torch.autograd.Function):
@@ -274,31 +275,9 @@ class _WithRoutingGradient(torch.autograd.Function):
         return None, to_logits, None, to_scale, *[None] * len(ctx.routing)
 
 
-def _autograd(name: str, implementation: Callable) -> Callable:
-    function = _WithRoutingGradient if name == "choose_experts" else _WithoutGradient
-    operator = getattr(torch.ops.fp4moe, name).default
-
-    def call(*args):
-        if torch.is_grad_enabled() and (
-            args[0].requires_grad or args[1].requires_grad or args[2].requires_grad
-        ):
-            return function.apply(operator, *args)
-        # A plain call skips the second dispatch; tracing and tensor subclasses take it.
-        if type(args[0]) is torch.Tensor and not torch._C._len_torch_dispatch_stack():
-            return implementation(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*args)
-
-    return call
-
-
 def _refuse_backward(grad: torch.Tensor, like: torch.Tensor) -> NoReturn:
-    refuse(
-        "nvfp4_moe",
-        "its backward cannot be called",
-        "the operator has no gradient",
-        "Train the float model, or detach the output of the experts.",
-    )
+    advice = "Train the float model, or detach the output of the experts."
+    refuse("nvfp4_moe", "its backward cannot be called", "the operator has no gradient", advice)
 
 
 @torch.library.register_fake("fp4moe::refuse_backward", lib=library)
@@ -306,21 +285,70 @@ def _refuse_backward_fake(grad, like):
     return torch.empty_like(like)
 
 
-_IMPLEMENTATIONS: dict[str, Callable] = {
-    "moe": _moe,
-    "moe_from_logits": _moe_from_logits,
-    "nvfp4_moe": _moe,
-    "choose_experts": _choose_experts,
-    "nvfp4_moe_from_logits": _moe_from_logits,
-    "float_moe": _float_moe,
-    "float_moe_from_logits": _float_moe_from_logits,
+class _Operator(NamedTuple):
+    """How an operator is read, run on tensors, checked on fakes, and what fakes come out."""
+
+    read: Callable[[Sequence[Any]], Any]
+    run: Callable[[Any], Any]
+    check: Callable[[Any], None]
+    result: Callable[[Any], Any]
+
+
+def _register(name: str, own: _Operator) -> None:
+    function = _WithRoutingGradient if name == "choose_experts" else _WithoutGradient
+    overload = getattr(torch.ops.fp4moe, name).default
+
+    def plain(*args):
+        return own.run(own.read(args))
+
+    def autograd(*args):
+        if torch.is_grad_enabled() and (
+            args[0].requires_grad or args[1].requires_grad or args[2].requires_grad
+        ):
+            return function.apply(overload, *args)
+        # A plain call skips the second dispatch; tracing and tensor subclasses take it.
+        if type(args[0]) is torch.Tensor and not torch._C._len_torch_dispatch_stack():
+            return own.run(own.read(args))
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    def fake(*args):
+        given = own.read(args)
+        own.check(given)
+        return own.result(given)
+
+    library.impl(name, plain, "CPU")
+    library.impl(name, plain, "CUDA")
+    library.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"fp4moe::{name}", fake, lib=library)
+
+
+_OF_MOE = _Operator(MoeArguments.read, _moe, checks.check_moe, _like_hidden)
+_OF_MOE_FROM_LOGITS = _Operator(
+    MoeFromLogitsArguments.read, _moe_from_logits, checks.check_moe_from_logits, _like_hidden
+)
+_OPERATORS = {
+    "moe": _OF_MOE,
+    "nvfp4_moe": _OF_MOE,
+    "moe_from_logits": _OF_MOE_FROM_LOGITS,
+    "nvfp4_moe_from_logits": _OF_MOE_FROM_LOGITS,
+    "choose_experts": _Operator(
+        ChooseArguments.read, _choose_experts, checks.check_choose_experts, _like_chosen
+    ),
+    "float_moe": _Operator(
+        FloatMoeArguments.read, _float_moe, checks.check_float_moe, _like_hidden
+    ),
+    "float_moe_from_logits": _Operator(
+        FloatMoeFromLogitsArguments.read,
+        _float_moe_from_logits,
+        checks.check_float_moe_from_logits,
+        _like_hidden,
+    ),
 }
+for _name, _operator in _OPERATORS.items():
+    _register(_name, _operator)
 for _key in ("CPU", "CUDA"):
     library.impl("refuse_backward", _refuse_backward, _key)
-    for _name, _implementation in _IMPLEMENTATIONS.items():
-        library.impl(_name, _implementation, _key)
-for _name, _implementation in _IMPLEMENTATIONS.items():
-    library.impl(_name, _autograd(_name, _implementation), "Autograd")
 
 
 def nvfp4_moe_arguments(prepared: PreparedWeights, kernel: str) -> tuple:

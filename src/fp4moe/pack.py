@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 import torch.nn.functional as F
 
@@ -23,15 +25,15 @@ __all__ = [
 GATE_UP_LAYOUTS = ("gate_up", "up_gate", "gate_up_interleaved", "up_gate_interleaved")
 
 
+def _must(argument: str, rule: str, got: object, advice: str) -> NoReturn:
+    must(f"ExpertWeights.quantize: {argument}", rule, got, advice)
+
+
 def split_gate_up(gate_up: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (gate, up) as views of gate_up [..., 2 * intermediate_size, hidden_size]."""
     if layout not in GATE_UP_LAYOUTS:
-        must(
-            "ExpertWeights.quantize: layout",
-            f"be one of {', '.join(GATE_UP_LAYOUTS)}",
-            repr(layout),
-            "Pass the order in which the rows are stored.",
-        )
+        rule = f"be one of {', '.join(GATE_UP_LAYOUTS)}"
+        _must("layout", rule, repr(layout), "Pass the order in which the rows are stored.")
     if layout.endswith("interleaved"):
         first, second = gate_up[..., 0::2, :], gate_up[..., 1::2, :]
     else:
@@ -75,20 +77,12 @@ def gate_and_up(
     """Return the output rows by name, [L, I, H] each, from either of the two ways to pass them."""
     if (gate_up is None) == (up is None) or (gate is not None and up is None):
         given = [n for n, t in (("up", up), ("gate", gate), ("gate_up", gate_up)) if t is not None]
-        must(
-            "ExpertWeights.quantize: arguments",
-            "be either gate_up, or up with an optional gate",
-            given,
-            "Pass one of the two forms.",
-        )
+        rule = "be either gate_up, or up with an optional gate"
+        _must("arguments", rule, given, "Pass one of the two forms.")
     if gate_up is not None:
         if gate_up.ndim != 3 or gate_up.shape[-1 if transposed else -2] % 2:
-            must(
-                "ExpertWeights.quantize: gate_up",
-                "have shape [L, 2 * I, H] ([L, H, 2 * I] when transposed)",
-                list(gate_up.shape),
-                "Stack gate and up on the output axis.",
-            )
+            rule = "have shape [L, 2 * I, H] ([L, H, 2 * I] when transposed)"
+            _must("gate_up", rule, list(gate_up.shape), "Stack gate and up on the output axis.")
         gate, up = split_gate_up(gate_up.transpose(-1, -2) if transposed else gate_up, layout)
     else:
         gate, up = (None if w is None else oriented(w, transposed) for w in (gate, up))
@@ -105,52 +99,24 @@ def oriented(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
 def _check_float_weights(parts: dict[str, torch.Tensor], down: torch.Tensor) -> None:
     up = parts["up"]
     if up.ndim != 3:
-        must(
-            "ExpertWeights.quantize: up",
-            "have shape [L, I, H]",
-            list(up.shape),
-            "Stack the experts on axis 0.",
-        )
+        _must("up", "have shape [L, I, H]", list(up.shape), "Stack the experts on axis 0.")
     experts, intermediate, hidden = up.shape
     if not experts * intermediate * hidden:
-        must(
-            "ExpertWeights.quantize: up",
-            "not be empty",
-            list(up.shape),
-            "Pass at least one expert with weights.",
-        )
+        _must("up", "not be empty", list(up.shape), "Pass at least one expert with weights.")
     expected = {name: (experts, intermediate, hidden) for name in parts} | {
         "down": (experts, hidden, intermediate)
     }
     for name, tensor in {**parts, "down": down}.items():
         if tuple(tensor.shape) != expected[name]:
-            must(
-                f"ExpertWeights.quantize: {name}",
-                f"have shape {list(expected[name])} to match up [L, I, H] = {list(up.shape)}",
-                list(tensor.shape),
-                "Check the order of the axes (transposed=).",
-            )
+            rule = f"have shape {list(expected[name])} to match up [L, I, H] = {list(up.shape)}"
+            _must(name, rule, list(tensor.shape), "Check the order of the axes (transposed=).")
         if not tensor.is_floating_point() or tensor.element_size() < 2:
-            must(
-                f"ExpertWeights.quantize: {name}",
-                "be bfloat16, float16, float32 or float64",
-                tensor.dtype,
-                "Dequantise it first.",
-            )
+            rule = "be bfloat16, float16, float32 or float64"
+            _must(name, rule, tensor.dtype, "Dequantise it first.")
         if tensor.is_meta and up.is_meta:
-            must(
-                f"ExpertWeights.quantize: {name}",
-                "hold values",
-                "a meta tensor",
-                "Load the checkpoint first.",
-            )
+            _must(name, "hold values", "a meta tensor", "Load the checkpoint first.")
         if tensor.device != up.device:
-            must(
-                f"ExpertWeights.quantize: {name}",
-                f"be on the device of up, {up.device}",
-                tensor.device,
-                "Move it there.",
-            )
+            _must(name, f"be on the device of up, {up.device}", tensor.device, "Move it there.")
 
 
 def stack_biases(
@@ -188,19 +154,19 @@ def stack_biases(
     if gate_up_bias is not None and (gate_bias is not None or up_bias is not None):
         names = list(found)
         rule = "be either gate_up_bias, or gate_bias and up_bias"
-        must("ExpertWeights.quantize: biases", rule, names, "Pass one of the two forms.")
+        _must("biases", rule, names, "Pass one of the two forms.")
     for name, tensor in found.items():
         shape = shapes[name]
         if shape is None or tensor.shape != shape or not tensor.is_floating_point():
             rule = f"be float {list(shape)}" if shape else "not be given without a gate"
             got = f"{tensor.dtype} {list(tensor.shape)}"
-            must(f"ExpertWeights.quantize: {name}", rule, got, "Pass one value an output.")
+            _must(name, rule, got, "Pass one value an output.")
         if tensor.device != down.device:
             rule = f"be on the device of down, {down.device}"
-            must(f"ExpertWeights.quantize: {name}", rule, tensor.device, "Move it there.")
+            _must(name, rule, tensor.device, "Move it there.")
         if not tensor.is_meta and not bool(torch.isfinite(tensor.float()).all()):
             rule, advice = "be finite in float32", "Find the layer that made it."
-            must(f"ExpertWeights.quantize: {name}", rule, "inf or NaN", advice)
+            _must(name, rule, "inf or NaN", advice)
     if gate_up_bias is not None:
         pair = split_gate_up(gate_up_bias[..., None], layout)
         gate_bias, up_bias = (half[..., 0] for half in pair)
@@ -226,12 +192,9 @@ def _shared_scale(
     ends = {name: torch.stack(torch.aminmax(w[expert])).float() for name, w in weights.items()}
     for name, pair in ends.items():
         if not bool(torch.isfinite(pair).all()):
-            must(
-                f"ExpertWeights.quantize: {name} of expert {expert}",
-                "be finite in float32",
-                f"values from {float(pair[0])} to {float(pair[1])}",
-                "Find the layer that made them.",
-            )
+            got = f"values from {float(pair[0])} to {float(pair[1])}"
+            advice = "Find the layer that made them."
+            _must(f"{name} of expert {expert}", "be finite in float32", got, advice)
     return format.shared_scale(torch.stack(list(ends.values())))
 
 

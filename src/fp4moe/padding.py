@@ -20,12 +20,9 @@ def round_up(size: int, multiple: int) -> int:
 def check_bytes(function: str, argument: str, tensor: torch.Tensor) -> None:
     """Raise ShapeError unless the tensor is uint8 with 3 axes."""
     if tensor.dtype != torch.uint8 or tensor.ndim != 3:
-        must(
-            f"{function}: {argument}",
-            "be torch.uint8 [L, R, C]",
-            f"{tensor.dtype} {list(tensor.shape)}",
-            "Stack the experts on axis 0 and view the bytes as torch.uint8.",
-        )
+        rule = "be torch.uint8 [L, R, C]"
+        advice = "Stack the experts on axis 0 and view the bytes as torch.uint8."
+        must(f"{function}: {argument}", rule, f"{tensor.dtype} {list(tensor.shape)}", advice)
 
 
 def pad_matrix(tensor: torch.Tensor, rows: int, columns: int, halves: int = 1) -> torch.Tensor:
@@ -47,19 +44,11 @@ def pad_matrix(tensor: torch.Tensor, rows: int, columns: int, halves: int = 1) -
     _check_halves("pad_matrix", tensor, halves)
     experts, old_rows, old_columns = tensor.shape
     if rows % halves or rows < old_rows:
-        must(
-            "pad_matrix: rows",
-            f"be a multiple of {halves} and at least {old_rows}",
-            rows,
-            "Pass the padded rows of all halves together.",
-        )
+        rule = f"be a multiple of {halves} and at least {old_rows}"
+        must("pad_matrix: rows", rule, rows, "Pass the padded rows of all halves together.")
     if columns < old_columns:
-        must(
-            "pad_matrix: columns",
-            f"be at least {old_columns}",
-            columns,
-            "Pass the padded columns in bytes.",
-        )
+        rule = f"be at least {old_columns}"
+        must("pad_matrix: columns", rule, columns, "Pass the padded columns in bytes.")
     out = torch.zeros((experts, rows, columns), dtype=torch.uint8, device=tensor.device)
     _corner(out, halves, old_rows, old_columns).copy_(_split(tensor, halves))
     return out
@@ -86,19 +75,11 @@ def trim_matrix(tensor: torch.Tensor, rows: int, columns: int, halves: int = 1) 
     _check_halves("trim_matrix", tensor, halves)
     experts, old_rows, old_columns = tensor.shape
     if rows % halves or not 0 <= rows <= old_rows:
-        must(
-            "trim_matrix: rows",
-            f"be a multiple of {halves} in 0 to {old_rows}",
-            rows,
-            "Pass the unpadded rows of all halves together.",
-        )
+        rule = f"be a multiple of {halves} in 0 to {old_rows}"
+        must("trim_matrix: rows", rule, rows, "Pass the unpadded rows of all halves together.")
     if not 0 <= columns <= old_columns:
-        must(
-            "trim_matrix: columns",
-            f"lie in 0 to {old_columns}",
-            columns,
-            "Pass the unpadded columns in bytes.",
-        )
+        rule = f"lie in 0 to {old_columns}"
+        must("trim_matrix: columns", rule, columns, "Pass the unpadded columns in bytes.")
     out = torch.empty((experts, rows, columns), dtype=torch.uint8, device=tensor.device)
     _split(out, halves).copy_(_corner(tensor, halves, rows, columns))
     return out
@@ -107,12 +88,8 @@ def trim_matrix(tensor: torch.Tensor, rows: int, columns: int, halves: int = 1) 
 def _check_halves(function: str, tensor: torch.Tensor, halves: int) -> None:
     check_bytes(function, "tensor", tensor)
     if halves < 1 or tensor.shape[1] % halves:
-        must(
-            f"{function}: halves",
-            f"divide the {tensor.shape[1]} rows of tensor",
-            halves,
-            "Pass 2 for stacked gate and up, otherwise 1.",
-        )
+        rule = f"divide the {tensor.shape[1]} rows of tensor"
+        must(f"{function}: halves", rule, halves, "Pass 2 for stacked gate and up, otherwise 1.")
 
 
 def _split(tensor: torch.Tensor, halves: int) -> torch.Tensor:

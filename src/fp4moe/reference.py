@@ -182,12 +182,9 @@ def _run(
         or expert_ids.shape != routing_weights.shape
         or expert_ids.shape[:1] != hidden.shape[:1]
     ):
-        must(
-            f"{caller}: hidden, expert_ids and routing_weights",
-            "be [T, H], [T, K] and [T, K]",
-            f"{list(hidden.shape)}, {list(expert_ids.shape)} and {list(routing_weights.shape)}",
-            "Flatten the tokens.",
-        )
+        rule = "be [T, H], [T, K] and [T, K]"
+        got = f"{list(hidden.shape)}, {list(expert_ids.shape)} and {list(routing_weights.shape)}"
+        must(f"{caller}: hidden, expert_ids and routing_weights", rule, got, "Flatten the tokens.")
     combine = get_activation(activation, caller=caller).combine
     x = hidden.float()
 

@@ -56,12 +56,9 @@ def resized(
 def slice_experts(weights: ExpertWeights, start: int, stop: int) -> ExpertWeights:
     """Return local experts start..stop-1 as views; ids stay global through expert_offset."""
     if not 0 <= start < stop <= weights.local_experts:
-        must(
-            "ExpertWeights.slice_experts: start and stop",
-            f"satisfy 0 <= start < stop <= {weights.local_experts}",
-            f"{start} and {stop}",
-            "Pass local indices.",
-        )
+        rule = f"satisfy 0 <= start < stop <= {weights.local_experts}"
+        got = f"{start} and {stop}"
+        must("ExpertWeights.slice_experts: start and stop", rule, got, "Pass local indices.")
 
     def part(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return tensor if tensor is None or not tensor.numel() else tensor[start:stop]

@@ -187,12 +187,9 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
         ShapeError: the shapes differ, or there is no element.
     """
     if actual.shape != expected.shape or not expected.numel():
-        must(
-            "relative_error: actual and expected",
-            "have one shape with elements",
-            f"{list(actual.shape)} and {list(expected.shape)}",
-            "Compare a result with another of its shape.",
-        )
+        got = f"{list(actual.shape)} and {list(expected.shape)}"
+        advice = "Compare a result with another of its shape."
+        must("relative_error: actual and expected", "have one shape with elements", got, advice)
     wanted = expected.detach().double()
     difference, size = (float(x.norm()) for x in (actual.detach().double() - wanted, wanted))
     if size == 0:

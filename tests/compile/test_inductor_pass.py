@@ -130,6 +130,7 @@ class TestUuid:
     @pytest.mark.parametrize("apart", [False, True], ids=["installed", "editable"])
     def test_depends_on_the_sources(self, apart, file, tmp_path, monkeypatch):
         package = pathlib.Path(fp4moe.__file__).parent
+        assert package == inductor_pass.PACKAGE
         copied = tmp_path / "fp4moe"
         ignore = shutil.ignore_patterns("__pycache__", "passes")
         shutil.copytree(package, copied, ignore=ignore)

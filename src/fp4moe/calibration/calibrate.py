@@ -109,12 +109,8 @@ def calibrate(model: nn.Module, *, percentile: float | None = None) -> Iterator[
         After any exception, the caller's own too, the model is as it was.
     """
     if percentile is not None and not 0 < percentile <= 100:
-        must(
-            "calibrate: percentile",
-            "be above 0 and at most 100",
-            percentile,
-            "Pass 99.99, or None for the largest magnitude.",
-        )
+        advice = "Pass 99.99, or None for the largest magnitude."
+        must("calibrate: percentile", "be above 0 and at most 100", percentile, advice)
     recorders = make_recorders(model, percentile)
     report = CalibrationReport()
     handles: list[RemovableHandle] = []

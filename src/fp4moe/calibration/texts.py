@@ -33,12 +33,9 @@ def load_text_model(
         CheckpointError: there is no such model or tokenizer, or weights are missing.
     """
     if importlib.util.find_spec("transformers") is None:
-        refuse(
-            caller,
-            f"the model {source} cannot be loaded",
-            "transformers is not installed",
-            "Run pip install 'fp4moe[transformers]'.",
-        )
+        what = f"the model {source} cannot be loaded"
+        reason = "transformers is not installed"
+        refuse(caller, what, reason, "Run pip install 'fp4moe[transformers]'.")
     chosen = present_device(device, caller=caller)
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,13 +53,9 @@ def load_text_model(
     model, info = loaded
     # transformers only warns of weights that it then leaves random.
     if missing := sorted(info["missing_keys"]):
-        refuse(
-            caller,
-            f"the model {source} cannot be used",
-            f"it lacks {len(missing)} of its weights: {', '.join(missing[:10])}",
-            "Load a complete bfloat16 checkpoint.",
-            error=CheckpointError,
-        )
+        what = f"the model {source} cannot be used"
+        reason = f"it lacks {len(missing)} of its weights: {', '.join(missing[:10])}"
+        refuse(caller, what, reason, "Load a complete bfloat16 checkpoint.", error=CheckpointError)
     return model.to(chosen).eval(), tokenizer
 
 
@@ -127,14 +120,9 @@ def read_text(path: str | os.PathLike, *, caller: str) -> str:
     try:
         return pathlib.Path(path).read_text("utf-8-sig")
     except (OSError, ValueError) as error:  # not UTF-8, or no possible path
-        must(
-            f"{caller}: text",
-            "be a readable UTF-8 file",
-            f"{path}: {error}",
-            "Check the path.",
-            error=CheckpointError,
-            cause=error,
-        )
+        rule = "be a readable UTF-8 file"
+        got = f"{path}: {error}"
+        must(f"{caller}: text", rule, got, "Check the path.", error=CheckpointError, cause=error)
 
 
 def read_texts(path: str | os.PathLike, *, caller: str) -> list[str]:
@@ -162,13 +150,8 @@ def read_texts(path: str | os.PathLike, *, caller: str) -> list[str]:
             )
         texts.append(text)
     if not any(texts):
-        must(
-            f"{caller}: {path}",
-            "hold at least one text",
-            "none",
-            "Write one object a line.",
-            error=CheckpointError,
-        )
+        rule = "hold at least one text"
+        must(f"{caller}: {path}", rule, "none", "Write one object a line.", error=CheckpointError)
     return texts
 
 
@@ -189,13 +172,9 @@ def text_windows(ids: torch.Tensor, length: int, tokens: int, first: int | None)
     """
     available = len(ids) // length
     if not available:
-        must(
-            "evaluate: text",
-            f"have at least {length} tokens",
-            len(ids),
-            "Pass a longer text, or a smaller length.",
-            error=UnsupportedError,
-        )
+        rule = f"have at least {length} tokens"
+        advice = "Pass a longer text, or a smaller length."
+        must("evaluate: text", rule, len(ids), advice, error=UnsupportedError)
     count = min(available, -(-tokens // length))
     chosen = torch.arange(count, dtype=torch.int64, device="cpu") * available // count
     windows = ids[: available * length].view(available, length)[chosen]

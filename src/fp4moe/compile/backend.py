@@ -77,35 +77,22 @@ class BackendOptions:
                     if near
                     else "Options of the inner backend go into inner_options."
                 )
-                must(
-                    "backend: options",
-                    f"be among {', '.join(known)}",
-                    repr(name),
-                    hint,
-                    error=UnsupportedError,
-                )
+                rule = f"be among {', '.join(known)}"
+                must("backend: options", rule, repr(name), hint, error=UnsupportedError)
         parsed = cls(**(options or {}))
         parsed.settings().checked(parsed.on_no_match, caller="backend")
         check_choice("release_weights", parsed.release_weights, (True, False), caller="backend")
         if not isinstance(parsed.inner_options, (dict, type(None))):
-            must(
-                "backend: inner_options",
-                "be a dict or None",
-                repr(parsed.inner_options),
-                "Pass the options of the inner backend by name.",
-                error=UnsupportedError,
-            )
+            got = repr(parsed.inner_options)
+            advice = "Pass the options of the inner backend by name."
+            must("backend: inner_options", "be a dict or None", got, advice, error=UnsupportedError)
         inner = parsed.inner_backend
         if inner in BACKENDS:
             import_torch_tensorrt("backend")
         if not callable(inner) and inner not in torch._dynamo.list_backends(exclude_tags=()):
-            must(
-                "backend: inner_backend",
-                "be a callable or a registered name",
-                repr(inner),
-                f"Registered are {', '.join(torch._dynamo.list_backends(exclude_tags=()))}.",
-                error=UnsupportedError,
-            )
+            rule = "be a callable or a registered name"
+            advice = f"Registered are {', '.join(torch._dynamo.list_backends(exclude_tags=()))}."
+            must("backend: inner_backend", rule, repr(inner), advice, error=UnsupportedError)
         return parsed
 
     def settings(self) -> RewriteSettings:

@@ -34,7 +34,7 @@ from ..passes.settings import RewriteSettings
 __all__ = ["MoePass"]
 
 logger = logging.getLogger("fp4moe")
-PACKAGE = pathlib.Path(__file__).parent
+PACKAGE = pathlib.Path(__file__).parents[1]
 Pass = Callable[[fx.Graph], None]
 
 
@@ -78,13 +78,9 @@ class MoePass(CustomGraphPass):
             earlier(graph)
         gm = graph.owning_module
         if gm is None:
-            must(
-                "inductor_options: graph",
-                "belong to a GraphModule",
-                "one without",
-                "Pass gm.graph.",
-                error=UnsupportedError,
-            )
+            rule = "belong to a GraphModule"
+            got = "one without"
+            must("inductor_options: graph", rule, got, "Pass gm.graph.", error=UnsupportedError)
         if config.triton.cudagraphs and not getattr(config, "graph_partition", False):
             must(
                 "inductor_options: torch._inductor.config.graph_partition",

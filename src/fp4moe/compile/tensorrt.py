@@ -69,13 +69,8 @@ def with_defaults(options: Mapping[str, Any] | None) -> dict[str, Any]:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"Did you mean {near[0]}?" if near else "See torch_tensorrt's compile settings."
-            must(
-                "backend: inner_options",
-                "be among Torch-TensorRT's settings",
-                repr(name),
-                hint,
-                error=UnsupportedError,
-            )
+            rule = "be among Torch-TensorRT's settings"
+            must("backend: inner_options", rule, repr(name), hint, error=UnsupportedError)
     return {"pass_through_build_failures": True, **(options or {})}
 
 

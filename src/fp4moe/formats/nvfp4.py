@@ -115,13 +115,8 @@ def quantize_nvfp4(
     name = "quantize_nvfp4"
     if method not in METHODS:
         known = ", ".join(METHODS)
-        must(
-            f"{name}: method",
-            f"be one of {known}",
-            repr(method),
-            "Choose one of these.",
-            error=UnsupportedError,
-        )
+        advice = "Choose one of these."
+        must(f"{name}: method", f"be one of {known}", repr(method), advice, error=UnsupportedError)
     _check_float(name, x)
     if x.ndim == 0 or x.shape[-1] % NVFP4.block_size:
         rule = f"have a last axis that is a multiple of {NVFP4.block_size}"
@@ -199,7 +194,7 @@ def dequantize_nvfp4(q: StoredMatrix, dtype: torch.dtype = torch.float32) -> tor
     index, pairs = torch.empty(2, size * 8, dtype=torch.int32, device=packed.device)
     values, start = torch.empty(size, 16, dtype=torch.float32, device=packed.device), 0
     for where in _pieces(scale.shape, size):
-        step = (scale[where].float() * g_blocks[where]).view(-1, 1)
+        step = (scale[where].float() * g_blocks[where]).reshape(-1, 1)
         n = len(step)
         index[: n * 8].view(blocks[where].shape).copy_(blocks[where])
         torch.index_select(table, 0, index[: n * 8], out=pairs[: n * 8])

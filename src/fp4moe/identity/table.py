@@ -270,24 +270,18 @@ def _prepare(weights: FloatWeights, form: StoredForm) -> PreparedWeights:
 
 def _refuse_capture(device: torch.device, caller: str) -> None:
     if capturing(device):
-        refuse(
-            caller,
-            "expert weights cannot be packed",
-            "a CUDA graph is being captured, and they are new or have changed",
-            "Run the model once outside the capture to warm it up.",
-        )
+        what = "expert weights cannot be packed"
+        reason = "a CUDA graph is being captured, and they are new or have changed"
+        refuse(caller, what, reason, "Run the model once outside the capture to warm it up.")
 
 
 def _refuse_released(flat: Sequence[torch.Tensor], form: StoredForm, caller: str) -> None:
     if not all(has_storage(tensor) for tensor in flat):
         place = _place(flat[0])
         known = [key[-1].describe() for key in list(_table) if key[:2] == place]
-        refuse(
-            caller,
-            f"the experts cannot be packed as {form.describe()}",
-            f"release_weights=True has released their floats, which were packed as {known}",
-            "Load the model again.",
-        )
+        what = f"the experts cannot be packed as {form.describe()}"
+        reason = f"release_weights=True has released their floats, which were packed as {known}"
+        refuse(caller, what, reason, "Load the model again.")
 
 
 def _forget(reference: weakref.ref[PackedFloats]) -> None:

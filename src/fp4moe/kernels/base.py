@@ -218,18 +218,17 @@ class Kernel:
         hidden += tuple(n for n in BIASES if getattr(operands, n) is not getattr(logical, n))
         return operands, {f"logical_{name}": getattr(logical, name) for name in hidden}
 
-    def __call__(self, call: Call) -> torch.Tensor:
-        """Check what the operator leaves to its kernel, then `run`."""
+    def __call__(self, call: Call | LogitsCall) -> torch.Tensor:
+        """Check a call outside the operators, then run it."""
         self.check(call)
-        return self.run(call)
-
-    def from_logits(self, call: LogitsCall) -> torch.Tensor:
-        """Check the same, then `run_from_logits`."""
-        self.check(call)
-        return self.run_from_logits(call)
+        return self.run_from_logits(call) if isinstance(call, LogitsCall) else self.run(call)
 
     def check(self, call: Call | LogitsCall) -> None:
-        """Raise where the device, the activation or the padding does not fit."""
+        """Raise where the device, the activation or the padding does not fit.
+
+        An operator asks once for calls of equal metadata (shape, dtype, device, contiguity of the
+        operands): nothing else may be looked at.
+        """
         layer, operands = call.layer, call.operands
         self.check_device(call)
         if reasons := self.activation_reasons(layer, True):
@@ -254,12 +253,9 @@ class Kernel:
         multiples = layout.multiples(layer, HIDDEN_ALIGNMENTS[0])
         for what, size, multiple in zip(("hidden", "intermediate"), sizes, multiples, strict=True):
             if size % multiple:
-                must(
-                    f"{call.caller}: the padded {what} size",
-                    f"be a multiple of {multiple} for kernel {self.name}",
-                    size,
-                    "Use its prepare(), which pads.",
-                )
+                rule = f"be a multiple of {multiple} for kernel {self.name}"
+                advice = "Use its prepare(), which pads."
+                must(f"{call.caller}: the padded {what} size", rule, size, advice)
 
     def check_device(self, call: Call | LogitsCall) -> None:
         """Raise where the kernel does not run on the device of hidden."""

@@ -93,13 +93,9 @@ def read(path: pathlib.Path) -> list[Measured]:
         rows = json.loads(path.read_text())["measured"]
         return [_from_json(row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        refuse(
-            "FP4MOE_MEASURED",
-            f"the measurements in {path} cannot be read",
-            f"of {error!r}",
-            "Measure again with fp4moe bench --tune, or delete the file.",
-            cause=error,
-        )
+        what = f"the measurements in {path} cannot be read"
+        advice = "Measure again with fp4moe bench --tune, or delete the file."
+        refuse("FP4MOE_MEASURED", what, f"of {error!r}", advice, cause=error)
 
 
 def _from_json(row: Mapping[str, Any]) -> Measured:

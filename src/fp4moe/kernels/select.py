@@ -48,26 +48,18 @@ IMPOSSIBLE = {
 def check_kernel_name(kernel: str, *, caller: str) -> None:
     """Raise UnsupportedError unless `kernel` is "auto" or a kernel's name."""
     if kernel not in ("auto", *KERNELS, *IMPOSSIBLE):
-        must(
-            f"{caller}: kernel",
-            f"be auto or one of {', '.join(KERNELS)}",
-            repr(kernel),
-            "Pass one of these names.",
-            error=UnsupportedError,
-        )
+        rule = f"be auto or one of {', '.join(KERNELS)}"
+        got = repr(kernel)
+        must(f"{caller}: kernel", rule, got, "Pass one of these names.", error=UnsupportedError)
 
 
 def get_kernel(name: str, *, caller: str = "FusedExperts") -> Kernel:
     """Return the kernel of that name."""
     if name not in KERNELS:
         check_kernel_name(name, caller=caller)
-        must(
-            f"{caller}: kernel",
-            "be the name of one kernel",
-            repr(name),
-            f"Pass one of {', '.join(KERNELS)}.",
-            error=UnsupportedError,
-        )
+        rule = "be the name of one kernel"
+        advice = f"Pass one of {', '.join(KERNELS)}."
+        must(f"{caller}: kernel", rule, repr(name), advice, error=UnsupportedError)
     return KERNELS[name]
 
 
@@ -114,12 +106,8 @@ def why_not(
         if value < 1:
             must(f"why_not: {name}", "be at least 1", value, "Pass the size of the layer.")
     if top_k > num_experts:
-        must(
-            "why_not: top_k",
-            f"not exceed num_experts = {num_experts}",
-            top_k,
-            "Pass experts per token.",
-        )
+        rule = f"not exceed num_experts = {num_experts}"
+        must("why_not: top_k", rule, top_k, "Pass experts per token.")
     capability = current_capability() if capability is None else capability
     layer = Layer(str(activation), gated, **sizes, format=format, biased=biased)
     if kernel != "auto":

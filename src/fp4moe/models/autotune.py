@@ -68,12 +68,8 @@ def autotune(
     layers = _distinct(model) or _stand_ins(model)
     unknown = [layer for layer in layers if layer.top_k is None]
     if unknown:
-        must(
-            "autotune: every layer",
-            "know its top_k",
-            "FusedExperts with top_k=None",
-            "Pass top_k to FusedExperts.",
-        )
+        got = "FusedExperts with top_k=None"
+        must("autotune: every layer", "know its top_k", got, "Pass top_k to FusedExperts.")
     if not layers:
         found = sorted({m.kernel for m in model.modules() if isinstance(m, FusedExperts)})
         refuse(
@@ -180,20 +176,12 @@ def _check_stamp(path: pathlib.Path, device: torch.device) -> None:
     if not path.exists():
         return
     if not stamp.exists():
-        must(
-            "autotune: cache",
-            f"have its {stamp.name} beside it",
-            "none",
-            f"Delete {path} to tune again.",
-            error=CheckpointError,
-        )
+        rule = f"have its {stamp.name} beside it"
+        got = "none"
+        must("autotune: cache", rule, got, f"Delete {path} to tune again.", error=CheckpointError)
     saved, now = json.loads(stamp.read_text()), cache_stamp(device)
     wrong = [f"{k} {saved.get(k)} (now {now[k]})" for k in now if saved.get(k) != now[k]]
     if wrong:
-        must(
-            "autotune: cache",
-            "be of this GPU and these versions",
-            ", ".join(wrong),
-            f"Pass another path, or delete {path}.",
-            error=CheckpointError,
-        )
+        rule = "be of this GPU and these versions"
+        advice = f"Pass another path, or delete {path}."
+        must("autotune: cache", rule, ", ".join(wrong), advice, error=CheckpointError)

@@ -116,12 +116,8 @@ def replace_moe(
     refused |= unroutable
     if refused and strict:
         listed = ". ".join(f"{path or root}: {'; '.join(why)}" for path, why in refused.items())
-        refuse(
-            "replace_moe",
-            f"{len(refused)} of {len({*blocks, *refused})} blocks cannot be replaced",
-            listed,
-            "Pass strict=False to leave these as they are.",
-        )
+        what = f"{len(refused)} of {len({*blocks, *refused})} blocks cannot be replaced"
+        refuse("replace_moe", what, listed, "Pass strict=False to leave these as they are.")
     for path, why in refused.items():
         logger.warning("replace_moe: %s is left as it is: %s", path or root, "; ".join(why))
     paths = [c.path for c in candidates if c.path not in refused]
@@ -205,12 +201,9 @@ def _refuse_others(model: nn.Module, kernel: str, format: str) -> None:
         present = {"kernel": module.kernel, "format": module.layer.format}
         for name, asked in (("kernel", kernel), ("format", format)):
             if asked not in ("auto", present[name]):
-                refuse(
-                    "replace_moe",
-                    f"the blocks cannot get {name} {asked!r}",
-                    f"{path or type(model).__name__} is fused already, with {present[name]!r}",
-                    "Load the float model again.",
-                )
+                what = f"the blocks cannot get {name} {asked!r}"
+                reason = f"{path or type(model).__name__} is fused already, with {present[name]!r}"
+                refuse("replace_moe", what, reason, "Load the float model again.")
 
 
 def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -71,12 +71,9 @@ def _pack(module: Any) -> FusedExperts:
         candidate = describe_experts("experts", module)
         reasons = candidate.reasons or value_reasons(candidate)
         if reasons or candidate.quantize is None:
-            refuse(
-                "register_transformers",
-                f"the experts of {type(module).__name__} cannot be fused",
-                "; ".join(reasons),
-                "Choose another experts_implementation.",
-            )
+            what = f"the experts of {type(module).__name__} cannot be fused"
+            reason = "; ".join(reasons)
+            refuse("register_transformers", what, reason, "Choose another experts_implementation.")
         fused = FusedExperts(candidate.quantize("max", DEFAULT_FORMAT)).train(module.training)
         floats = dict(module.named_parameters(recurse=False))
         trained = tuple(n for n in candidate.parameters if floats[n].requires_grad)

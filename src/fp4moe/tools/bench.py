@@ -306,13 +306,8 @@ def facts() -> dict[str, Any]:
 def require_gpu() -> None:
     """Raise UnsupportedError without a CUDA device."""
     if not torch.cuda.is_available():
-        must(
-            "bench: device",
-            "be a CUDA GPU",
-            "a CPU",
-            "Run it where the model is to run.",
-            error=UnsupportedError,
-        )
+        advice = "Run it where the model is to run."
+        must("bench: device", "be a CUDA GPU", "a CPU", advice, error=UnsupportedError)
 
 
 def run(arguments: argparse.Namespace) -> int:

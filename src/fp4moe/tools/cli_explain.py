@@ -62,12 +62,9 @@ def explain_source(source: str, kernel: str = "auto", format: str = DEFAULT_FORM
         CheckpointError: there is no configuration that transformers can build.
     """
     if importlib.util.find_spec("transformers") is None:
-        refuse(
-            "explain",
-            "no model can be built from its configuration",
-            "transformers is not installed",
-            "Run pip install 'fp4moe[transformers]'.",
-        )
+        what = "no model can be built from its configuration"
+        reason = "transformers is not installed"
+        refuse("explain", what, reason, "Run pip install 'fp4moe[transformers]'.")
     directory = _directory(source)
     model = model_on_meta(directory, caller="explain")
     report = explain(model, kernel, format=format, only_structure=True)
@@ -98,13 +95,9 @@ def _directory(source: str) -> str:
     path = os.path.dirname(source) or "." if os.path.basename(source) == "config.json" else source
     if os.path.exists(path):
         if not os.path.isfile(os.path.join(path, "config.json")):
-            must(
-                "explain: model",
-                "be a directory with config.json or a hub id",
-                source,
-                "Pass the directory that from_pretrained loads.",
-                error=CheckpointError,
-            )
+            rule = "be a directory with config.json or a hub id"
+            advice = "Pass the directory that from_pretrained loads."
+            must("explain: model", rule, source, advice, error=CheckpointError)
         return path
     from transformers.utils import cached_file
 
@@ -132,13 +125,9 @@ def _announced(directory: str) -> Mapping[str, Any] | None:
     with reading_for("explain"):
         entry = read_json(os.path.join(directory, "config.json")).get("quantization_config")
     if entry is not None and not isinstance(entry, dict):
-        must(
-            "explain: quantization_config",
-            "be a JSON object",
-            repr(entry)[:100],
-            "Check config.json.",
-            error=CheckpointError,
-        )
+        rule = "be a JSON object"
+        got = repr(entry)[:100]
+        must("explain: quantization_config", rule, got, "Check config.json.", error=CheckpointError)
     return entry
 
 

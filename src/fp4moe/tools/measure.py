@@ -140,22 +140,15 @@ def tune_tokens(
         timed = [(us(config), config) for config in (Config(mode, first, tile) for tile in down)]
         best = min([*timed, *([best] if best else [])], key=lambda pair: pair[0])
     if best is None:
-        refuse(
-            "bench",
-            f"no tiles can be chosen for {tokens} tokens",
-            "none of them compiles",
-            "See the lines above.",
-        )
+        what = f"no tiles can be chosen for {tokens} tokens"
+        refuse("bench", what, "none of them compiles", "See the lines above.")
     expected = bench.float32_result(x, weights, *routings[0])
     runs = [run_with(best[1], calls[0]) for _ in range(RUNS)]
     error = relative_error(runs[0], expected)
     if not error <= bench.LIMIT or not all(torch.equal(runs[0], other) for other in runs):
-        refuse(
-            "bench",
-            f"{best[1]} cannot be measured",
-            f"its error is {error:.1e} with a limit of {bench.LIMIT}, or its runs differ",
-            "Report this GPU and the versions.",
-        )
+        what = f"{best[1]} cannot be measured"
+        reason = f"its error is {error:.1e} with a limit of {bench.LIMIT}, or its runs differ"
+        refuse("bench", what, reason, "Report this GPU and the versions.")
     return best[1]
 
 

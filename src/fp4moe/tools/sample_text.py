@@ -49,10 +49,6 @@ def standard_library_text(held_out: bool = True, directory: str | None = None) -
     texts = [(root / name).read_bytes() for name in sorted(names) if is_held_out(name) == held_out]
     texts = [text for text in texts if text.strip()]
     if not texts:
-        refuse(
-            "evaluate",
-            f"no text can be taken from {root}",
-            "it holds no Python sources of this part",
-            "Pass a text of your own.",
-        )
+        reason = "it holds no Python sources of this part"
+        refuse("evaluate", f"no text can be taken from {root}", reason, "Pass a text of your own.")
     return texts

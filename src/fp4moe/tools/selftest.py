@@ -259,12 +259,8 @@ def selftest(
 def _check_arguments(kernel: str, tokens: Sequence[int], hidden_alignment: int) -> None:
     check_kernel_name(kernel, caller="selftest")
     if not any(tokens) or min(tokens) < 0:
-        must(
-            "selftest: tokens",
-            "be numbers of 0 or more, one of them above 0",
-            tuple(tokens),
-            "Pass such as (0, 1, 7).",
-        )
+        rule = "be numbers of 0 or more, one of them above 0"
+        must("selftest: tokens", rule, tuple(tokens), "Pass such as (0, 1, 7).")
     check_choice("hidden_alignment", hidden_alignment, HIDDEN_ALIGNMENTS, caller="selftest")
 
 
@@ -288,12 +284,8 @@ def _choose(
     }
     if chosen is None:
         listed = ". ".join(f"{name}: {why}" for name, why in refused.items()) or "no layers"
-        refuse(
-            "selftest",
-            f"kernel {kernel!r} cannot run a layer on {_describe(device)}",
-            listed,
-            "See fp4moe.why_not.",
-        )
+        what = f"kernel {kernel!r} cannot run a layer on {_describe(device)}"
+        refuse("selftest", what, listed, "See fp4moe.why_not.")
     return chosen, {name: why for name, why in refused.items() if why}
 
 

@@ -246,12 +246,9 @@ def compile_gemm(shape: GemmShape, dtype: torch.dtype, device_index: int) -> Hum
     if reasons:
         refuse("moe", "humming-kernels cannot be used", "; ".join(reasons), "See fp4moe.why_not.")
     if torch.cuda.is_current_stream_capturing():
-        refuse(
-            "moe",
-            f"the GEMM {shape} of humming-kernels cannot be compiled for device {device_index}",
-            "a CUDA graph is being captured",
-            "Prepare the weights on this device first.",
-        )
+        what = f"the GEMM {shape} of humming-kernels cannot be compiled for device {device_index}"
+        reason = "a CUDA graph is being captured"
+        refuse("moe", what, reason, "Prepare the weights on this device first.")
     from humming import ops
     from humming.config import LayerConfig
     from humming.kernel.humming import HummingKernel

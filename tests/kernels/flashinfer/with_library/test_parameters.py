@@ -228,7 +228,7 @@ def test_routing_in_the_kernel(emulated):
     routing = Routing("softmax_topk", 3)
     prepared = TRTLLM.prepare(weights, hidden_alignment=256)
     call = LogitsCall(x, logits, torch.empty(0), routing, prepared.operands, weights.layer(3))
-    got = TRTLLM.from_logits(call)
+    got = TRTLLM(call)
     ids, routing_weights = route(logits, torch.empty(0), routing)
     assert relative_error(got, reference_w4a4(x, weights, ids, routing_weights)) < LIMIT
 
