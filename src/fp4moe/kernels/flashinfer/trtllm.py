@@ -159,7 +159,8 @@ class FlashInferTrtllm(FlashInferKernel):
         flashinfer, routing, entry = library(), call.routing, ENTRIES[call.layer.format]
         # float32 logits: bfloat16 ones tie often, and the library breaks ties its own way.
         logits = call.router_logits.to(torch.float32).contiguous()
-        bias, groups = None, (None, None)
+        groups: tuple[int, int] | tuple[None, None] = None, None
+        bias = None
         if routing.num_groups > 1 or (entry.one_group and routing.method == "sigmoid_topk"):
             groups = routing.num_groups, routing.top_groups
         if routing.method == "sigmoid_topk":

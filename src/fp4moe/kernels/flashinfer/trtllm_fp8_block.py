@@ -22,16 +22,16 @@ BLOCK, SMALLEST = 128, 1e-10
 
 
 def _swap_halves(operands: Operands, layer: Layer) -> Operands:
-    """Turn [gate; up] into [up; gate] or back, in codes and scales."""
+    """Turn [gate; up] into [up; gate] or back, in codes and scales; every layer is gated."""
 
     def swapped(tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat(tensor.chunk(2, 1)[::-1], 1)
 
-    if not layer.gated:
-        return operands
     return operands._replace(
         gate_up_packed=swapped(operands.gate_up_packed),
         gate_up_block_scale=swapped(operands.gate_up_block_scale),
+        down_packed=operands.down_packed.contiguous(),
+        down_block_scale=operands.down_block_scale.contiguous(),
     )
 
 
