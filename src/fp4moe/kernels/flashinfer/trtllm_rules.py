@@ -1,9 +1,8 @@
 """What TRT-LLM-Gen can run, as data: activations, sizes, token tiles, and routing methods.
 
 Sizes: the rule behind the kernel manifest of flashinfer-cubin 0.6.13, each row of which is a test
-(`tests/data/README.md`). It has no rows for MXFP4, whose kernels are those of MXFP8 one for one in
-their tiles, nor for FP8 blocks, whose kernels all have tiles of 128. Routing: what the library
-accepts, from the C++ sources of FlashInfer 0.6.13 and 0.7.2.
+(`tests/data/README.md`). Routing: what the library accepts, from the C++ sources of FlashInfer
+0.6.13 and 0.7.2.
 """
 
 from __future__ import annotations

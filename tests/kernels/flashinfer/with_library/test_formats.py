@@ -9,6 +9,8 @@ are rounded to bfloat16 (2^-9).
 from __future__ import annotations
 
 import dataclasses
+import json
+import pathlib
 
 import pytest
 import torch
@@ -233,3 +235,19 @@ def test_why_not_names_what_would_run():
     assert reason.endswith("there are kernels for gated silu; take format nvfp4 or kernel triton")
     (reason,) = why_not(TRTLLM.name, **form | {"format": "fp8_channel"})
     assert reason.startswith("it has no layout for fp8_channel")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format, activation, gated", FORMS)
+def test_why_not_agrees_with_the_manifest(format, activation, gated):
+    """At exactly a row's size it says no where the row lacks the tile that few tokens take."""
+    path = pathlib.Path(__file__).parents[3] / "data" / "trtllm_gen_kernels.json"
+    kind = "fp8_per_tensor" if format == "fp8" else format, "swiglu" if gated else "relu2"
+    rows = json.loads(path.read_text("utf-8"))["rows"]
+    rows = [row for row in rows if (row["format"], row["activation"]) == kind]
+    assert len(rows) > 450
+    form = LAYER | {"activation": activation, "gated": gated, "format": format}
+    for row in rows:
+        sizes = {name: row[name] for name in ("hidden_size", "intermediate_size")}
+        kept = [why for why in why_not(TRTLLM.name, **form | sizes, padded=False) if "size" in why]
+        assert bool(kept) != (8 in row["tiles"]), (row, kept)
