@@ -77,7 +77,7 @@ def with_rounded_gate_and_up(x, weights, ids, routing):
     return out.to(x.dtype)
 
 
-def from_logits(weights, count=9, routing=None, biased_router=0, change=None):
+def from_logits(weights, count=9, routing=None, biased_router=0, change=None, device="cpu"):
     """Return (the kernel's result, the call) with experts chosen by the library.
 
     change: of the operands, before the call.
@@ -90,8 +90,9 @@ def from_logits(weights, count=9, routing=None, biased_router=0, change=None):
     logits = torch.stack([torch.randperm(experts, generator=generator) for _ in range(count)])
     logits = logits.float() / 2 - 2
     bias = torch.linspace(-0.05, 0.05, biased_router).bfloat16().float()
-    prepared = TRTLLM.prepare(weights, hidden_alignment=256)
+    prepared = TRTLLM.prepare(weights.to(device), hidden_alignment=256)
     operands = prepared.operands if change is None else change(prepared.operands)
-    call = LogitsCall(x, logits, bias, routing, operands, weights.layer(routing.top_k))
+    given = (tensor.to(device) for tensor in (x, logits, bias))
+    call = LogitsCall(*given, routing, operands, weights.layer(routing.top_k))
     ids, routing_weights = route(logits, bias, routing)
     return TRTLLM.from_logits(call), (x, ids, routing_weights)
