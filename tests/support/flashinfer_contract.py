@@ -17,13 +17,10 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "VersionFeatures",
-    "check_logits_call",
-    "check_routed_call",
-    "installed_features",
-    "takes",
-]
+__all__ = ["Call", "VersionFeatures", "check_biases", "check_counts", "check_enums"]
+__all__ += ["check_given_routing", "check_logits_call", "check_logits_routing", "check_output"]
+__all__ += ["check_parameters", "check_routed_call", "check_switches", "installed_features"]
+__all__ += ["require", "takes"]
 
 # Gated or not, of the activations that have NVFP4 kernels in both versions.
 GATED = {"Swiglu": True, "Geglu": True, "Relu2": False}
@@ -106,28 +103,32 @@ def check_routed_call(
     Raises:
         AssertionError: the call breaks a rule; the text names the argument.
     """
-    call = _Call(function, args, kwargs, version_features, activation)
-    tokens = _check_common(call, tune_max_num_tokens, parameters)
+    call = Call(function, args, kwargs, version_features, activation)
+    check_given_routing(call, _check_common(call, tune_max_num_tokens, parameters))
+
+
+def check_given_routing(call: Call, tokens: int) -> None:
+    """Check ids and weights that the caller chose."""
     first = call["local_expert_offset"]
     last = first + call["local_num_experts"]
     shape = (tokens, call["top_k"])
     routing = call["topk_ids"]
     if isinstance(routing, tuple):
-        _require("topk_ids", len(routing) == 2, "be (ids, weights)", len(routing))
+        require("topk_ids", len(routing) == 2, "be (ids, weights)", len(routing))
         ids, weights = routing
         dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
-        dtypes += (torch.float32,) * version_features.float32_routing_weights
+        dtypes += (torch.float32,) * call.features.float32_routing_weights
         call.tensor("topk_ids[1]", weights, dtypes, shape)
         call.tensor("topk_ids[0]", ids, (torch.int32,), shape)
     else:
         call.tensor("topk_ids", routing, (torch.int32,), shape)
         ids = routing >> 16
         negative = int((routing & 0x8000 != 0).sum())
-        _require("topk_ids", negative == 0, "pack no negative weight", f"{negative} of them")
+        require("topk_ids", negative == 0, "pack no negative weight", f"{negative} of them")
     outside = ids[(ids != -1) & ((ids < first) | (ids >= last))].tolist()
-    _require("topk_ids", not outside, f"be -1 or in {first}..{last - 1}", outside)
+    require("topk_ids", not outside, f"be -1 or in {first}..{last - 1}", outside)
     for name in ("routing_bias", "n_group", "topk_group"):
-        _require(name, call[name] is None, "be None where the caller routes", call[name])
+        require(name, call[name] is None, "be None where the caller routes", call[name])
     _check_factor(call, False)
 
 
@@ -150,44 +151,49 @@ def check_logits_call(
     Raises:
         AssertionError: the call breaks a rule; the text names the argument.
     """
-    call = _Call(function, args, kwargs, version_features, activation)
+    call = Call(function, args, kwargs, version_features, activation)
     tokens = _check_common(call, tune_max_num_tokens, parameters)
+    check_logits_routing(call, tokens, routing_method)
+
+
+def check_logits_routing(call: Call, tokens: int, routing_method: str | None = None) -> None:
+    """Check logits, bias and groups where the library chooses; routing_method as above."""
     experts, top_k = call["num_experts"], call["top_k"]
-    method = version_features.routing_methods(call["routing_method_type"]).name
+    method = call.features.routing_methods(call["routing_method_type"]).name
     meant = routing_method in (None, method)
-    _require("routing_method_type", meant, f"be {routing_method}", method)
+    require("routing_method_type", meant, f"be {routing_method}", method)
     floats = (torch.float32, torch.bfloat16)
     call.tensor("routing_logits", call["routing_logits"], floats, (tokens, experts))
     most_experts, most_top_k = METHOD_LIMITS.get(method, OTHER_LIMITS)
-    _require("num_experts", experts <= most_experts, f"be up to {most_experts}", experts)
-    _require("top_k", top_k <= most_top_k, f"be up to {most_top_k} for {method}", top_k)
+    require("num_experts", experts <= most_experts, f"be up to {most_experts}", experts)
+    require("top_k", top_k <= most_top_k, f"be up to {most_top_k} for {method}", top_k)
 
     bias, groups, kept = call["routing_bias"], call["n_group"], call["topk_group"]
     grouped = method == "DeepSeekV3" and groups is not None and groups > 1
     if bias is not None:
-        _require("routing_bias", method in BIASED, f"be None for {method}", "a tensor")
+        require("routing_bias", method in BIASED, f"be None for {method}", "a tensor")
         call.tensor("routing_bias", bias, floats, (experts,))
     else:
         # Without groups the kernel reads the bias through the pointer unasked.
         needed = method in BIASED and not grouped
-        _require("routing_bias", not needed, f"be a tensor for {method}", None)
+        require("routing_bias", not needed, f"be a tensor for {method}", None)
     for name, value in (("n_group", groups), ("topk_group", kept)):
         given = type(value) is int and value >= 1 and method == "DeepSeekV3"
-        _require(name, value is None or given, "be None, or positive for DeepSeekV3", value)
-    _require("topk_group", (groups is None) == (kept is None), "come with n_group", kept)
+        require(name, value is None or given, "be None, or positive for DeepSeekV3", value)
+    require("topk_group", (groups is None) == (kept is None), "come with n_group", kept)
     if grouped:
         fits = experts % groups == 0 and experts % 4 == 0 and experts // groups <= 32
         rule = f"be up to 8 and split {experts} experts evenly into groups of up to 32"
-        _require("n_group", groups <= 8 and fits and experts <= 512, rule, groups)
-        _require("topk_group", kept <= min(4, groups), f"be up to {min(4, groups)}", kept)
+        require("n_group", groups <= 8 and fits and experts <= 512, rule, groups)
+        require("topk_group", kept <= min(4, groups), f"be up to {min(4, groups)}", kept)
         most = min(kept * experts // groups, 22)
-        _require("top_k", top_k <= most, f"be up to {most} in these groups", top_k)
+        require("top_k", top_k <= most, f"be up to {most} in these groups", top_k)
     _check_factor(call, method in BIASED)
     free = call["norm_topk_prob"] is True or method == "SigmoidRenorm"
-    _require("norm_topk_prob", free, f"be True for {method}", call["norm_topk_prob"])
+    require("norm_topk_prob", free, f"be True for {method}", call["norm_topk_prob"])
 
 
-class _Call:
+class Call:
     """The bound arguments of one call."""
 
     def __init__(
@@ -198,7 +204,7 @@ class _Call:
         features: VersionFeatures,
         activation: str | None,
     ) -> None:
-        _require("arguments", not args, "all be keywords", f"{len(args)} positional")
+        require("arguments", not args, "all be keywords", f"{len(args)} positional")
         try:
             bound = inspect.signature(function).bind(**kwargs)
         except TypeError as error:
@@ -216,133 +222,146 @@ class _Call:
         self, name: str, value: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
     ) -> None:
         assert isinstance(value, torch.Tensor), f"{name} must be a tensor; got {value}"
-        _require(name, value.dtype in dtypes, f"be of {dtypes}", value.dtype)
-        _require(name, tuple(value.shape) == shape, f"be {shape}", tuple(value.shape))
-        _require(name, value.is_contiguous(), "be contiguous", value.stride())
-        _require(name, value.device == self.device, f"be on {self.device}", value.device)
+        require(name, value.dtype in dtypes, f"be of {dtypes}", value.dtype)
+        require(name, tuple(value.shape) == shape, f"be {shape}", tuple(value.shape))
+        require(name, value.is_contiguous(), "be contiguous", value.stride())
+        require(name, value.device == self.device, f"be on {self.device}", value.device)
 
 
-def _require(name: str, holds: bool, rule: str, got: object) -> None:
+def require(name: str, holds: bool, rule: str, got: object) -> None:
     assert holds, f"{name} must {rule}; got {got}"
 
 
 def _check_common(
-    call: _Call, tune_max_num_tokens: int | None, parameters: dict[str, float] | None
+    call: Call, tune_max_num_tokens: int | None, parameters: dict[str, float] | None
 ) -> int:
     hidden_states = call["hidden_states"]
-    _require("hidden_states", hidden_states.ndim == 2, "have 2 axes", hidden_states.ndim)
+    require("hidden_states", hidden_states.ndim == 2, "have 2 axes", hidden_states.ndim)
     tokens, hidden = hidden_states.shape[0], hidden_states.shape[1] * 2
-    _require("hidden_states", tokens > 0, "have a token: the launcher divides by it", tokens)
-    for name in ("num_experts", "top_k", "intermediate_size", "local_num_experts"):
-        _require(name, type(call[name]) is int and call[name] > 0, "be positive", call[name])
-    experts, local = call["num_experts"], call["local_num_experts"]
-    offset = call["local_expert_offset"]
-    inside = type(offset) is int and 0 <= offset <= experts - local
-    _require("local_expert_offset", inside, f"be in 0..{experts - local}", offset)
-    _require("top_k", call["top_k"] <= experts, f"be up to {experts}", call["top_k"])
-
-    gated = _check_enums(call)
+    require("hidden_states", tokens > 0, "have a token: the launcher divides by it", tokens)
+    check_counts(call)
+    local = call["local_num_experts"]
+    gated = check_enums(call)
     intermediate = call["intermediate_size"]
     multiple = 64 if gated else 128
     even = intermediate % multiple == 0
-    _require("intermediate_size", even, f"be a multiple of {multiple}", intermediate)
-    _require("hidden_states", hidden % 128 == 0, "hold a multiple of 128 columns", hidden)
+    require("intermediate_size", even, f"be a multiple of {multiple}", intermediate)
+    require("hidden_states", hidden % 128 == 0, "hold a multiple of 128 columns", hidden)
     rows = intermediate * (1 + gated)
     _check_fp4(call, "hidden_states", "hidden_states_scale", (tokens, hidden))
     _check_fp4(call, "gemm1_weights", "gemm1_weights_scale", (local, rows, hidden))
     _check_fp4(call, "gemm2_weights", "gemm2_weights_scale", (local, hidden, intermediate))
     for name in SCALARS:
         call.tensor(name, call[name], (torch.float32,), (local,))
-        _require(name, bool(call[name].isfinite().all()), "be finite", call[name])
-    _check_parameters(call, local, parameters)
-    _check_biases(call, (local, rows), (local, hidden))
+        require(name, bool(call[name].isfinite().all()), "be finite", call[name])
+    check_parameters(call, local, parameters)
+    check_biases(call, (local, rows), (local, hidden))
 
-    for name in ABSENT:
-        _require(name, call.arguments.get(name) is None, "be None", call.arguments.get(name))
-    _require("do_finalize", call["do_finalize"] is True, "be True", call["do_finalize"])
-    pdl = call["enable_pdl"]
-    _require("enable_pdl", pdl is None or type(pdl) is bool, "be None or a bool", pdl)
-    _check_tuning(call, tune_max_num_tokens)
+    check_switches(call, tune_max_num_tokens)
     linear = call.features.linear_scales
     layout = call.arguments.get("hidden_states_scale_layout", linear)
-    _require("hidden_states_scale_layout", layout == linear, f"be {linear!r}", layout)
-    _check_output(call, tokens, hidden)
+    require("hidden_states_scale_layout", layout == linear, f"be {linear!r}", layout)
+    check_output(call, tokens, hidden)
     return tokens
 
 
-def _check_enums(call: _Call) -> bool:
+def check_switches(call: Call, tune_max_num_tokens: int | None) -> None:
+    """Check what every function takes and fp4moe leaves alone."""
+    for name in ABSENT:
+        require(name, call.arguments.get(name) is None, "be None", call.arguments.get(name))
+    require("do_finalize", call["do_finalize"] is True, "be True", call["do_finalize"])
+    pdl = call["enable_pdl"]
+    require("enable_pdl", pdl is None or type(pdl) is bool, "be None or a bool", pdl)
+    _check_tuning(call, tune_max_num_tokens)
+
+
+def check_counts(call: Call) -> None:
+    """Check the numbers of experts."""
+    for name in ("num_experts", "top_k", "intermediate_size", "local_num_experts"):
+        require(name, type(call[name]) is int and call[name] > 0, "be positive", call[name])
+    experts, local = call["num_experts"], call["local_num_experts"]
+    offset = call["local_expert_offset"]
+    inside = type(offset) is int and 0 <= offset <= experts - local
+    require("local_expert_offset", inside, f"be in 0..{experts - local}", offset)
+    require("top_k", call["top_k"] <= experts, f"be up to {experts}", call["top_k"])
+
+
+def check_enums(call: Call) -> bool:
     for name, enum in (
         ("activation_type", call.features.activations),
         ("routing_method_type", call.features.routing_methods),
     ):
         known = isinstance(call[name], int) and call[name] in list(enum)
-        _require(name, known, f"be a value of {enum.__name__}", call[name])
+        require(name, known, f"be a value of {enum.__name__}", call[name])
     activation = call.features.activations(call["activation_type"]).name
     allowed = tuple(name for name in GATED if call.activation in (None, name))
-    _require("activation_type", activation in allowed, f"be one of {allowed}", activation)
+    require("activation_type", activation in allowed, f"be one of {allowed}", activation)
     unspecified = call["routing_method_type"] == call.features.routing_methods["Unspecified"]
-    _require("routing_method_type", not unspecified, "be specified", "Unspecified")
+    require("routing_method_type", not unspecified, "be specified", "Unspecified")
     return GATED[activation]
 
 
-def _check_parameters(call: _Call, local: int, meant: dict[str, float] | None) -> None:
+def check_parameters(
+    call: Call, local: int, meant: dict[str, float] | None, raw: bool = False
+) -> None:
+    """Check alpha, beta and limit; raw: that the library takes them in the model's units."""
     swiglu = call["activation_type"] == call.features.activations["Swiglu"]
     for name, (argument, scalar) in PARAMETERS.items():
         value = call[argument]
         if meant is not None:
             given = value is not None
-            _require(argument, given == (name in meant), f"be there for {meant} only", given)
+            require(argument, given == (name in meant), f"be there for {meant} only", given)
         if value is None:
             continue
         # The entries for other formats refuse others; this one does not look.
-        _require(argument, swiglu, "be None but for Swiglu", "a tensor")
+        require(argument, swiglu, "be None but for Swiglu", "a tensor")
         call.tensor(argument, value, (torch.float32,), (local,))
-        _require(argument, bool(value.isfinite().all()), "be finite", value)
+        require(argument, bool(value.isfinite().all()), "be finite", value)
         if name == "limit":
-            _require(argument, bool((value > 0).all()), "be above 0", value)
+            require(argument, bool((value > 0).all()), "be above 0", value)
         if meant is not None:
-            physical = value if scalar is None else value * call[scalar]
+            physical = value if scalar is None or raw else value * call[scalar]
             # Two roundings of a quotient and one of the product.
             near = torch.full_like(physical, meant[name])
             right = torch.allclose(physical, near, rtol=2.0**-21, atol=0.0)
-            unit = f" in units of 1 / {scalar}" if scalar else ""
-            _require(argument, right, f"be {meant[name]}{unit}", physical)
+            unit = f" in units of 1 / {scalar}" if scalar and not raw else ""
+            require(argument, right, f"be {meant[name]}{unit}", physical)
 
 
-def _check_biases(call: _Call, first: tuple[int, ...], second: tuple[int, ...]) -> None:
+def check_biases(call: Call, first: tuple[int, ...], second: tuple[int, ...]) -> None:
     for name, shape in (("gemm1_bias", first), ("gemm2_bias", second)):
         if call[name] is not None:
             call.tensor(name, call[name], (torch.float32,), shape)
-            _require(name, bool(call[name].isfinite().all()), "be finite", "others")
+            require(name, bool(call[name].isfinite().all()), "be finite", "others")
 
 
-def _check_fp4(call: _Call, packed: str, scale: str, shape: tuple[int, ...]) -> None:
+def _check_fp4(call: Call, packed: str, scale: str, shape: tuple[int, ...]) -> None:
     *outer, columns = shape
     call.tensor(packed, call[packed], (torch.uint8,), (*outer, columns // 2))
     call.tensor(scale, call[scale], (torch.float8_e4m3fn,), (*outer, columns // 16))
     # The tensor cores read unsigned scales: a sign would be dropped, and 0x7f is NaN.
     top = int(call[scale].view(torch.uint8).max())
-    _require(scale, top < 0x7F, "be finite and not negative", f"byte {top:#x}")
+    require(scale, top < 0x7F, "be finite and not negative", f"byte {top:#x}")
 
 
-def _check_tuning(call: _Call, asked: int | None) -> None:
+def _check_tuning(call: Call, asked: int | None) -> None:
     got = call["tune_max_num_tokens"]
     if asked is not None:
-        _require("tune_max_num_tokens", got == asked, f"be {asked}", got)
+        require("tune_max_num_tokens", got == asked, f"be {asked}", got)
         return
     fits = type(got) is int and 0 < got <= LARGEST_TUNED and got & (got - 1) == 0
     rule = f"be a power of two up to {LARGEST_TUNED}"
-    _require("tune_max_num_tokens", fits, rule, got)
+    require("tune_max_num_tokens", fits, rule, got)
 
 
-def _check_factor(call: _Call, used: bool) -> None:
+def _check_factor(call: Call, used: bool) -> None:
     factor = call["routed_scaling_factor"]
     fine = factor is None or (isinstance(factor, float) and (used or factor == 1.0))
     rule = "be None or a float" if used else "be None or 1.0, for it is ignored here"
-    _require("routed_scaling_factor", fine, rule, factor)
+    require("routed_scaling_factor", fine, rule, factor)
 
 
-def _check_output(call: _Call, tokens: int, hidden: int) -> None:
+def check_output(call: Call, tokens: int, hidden: int) -> None:
     output = call["output"]
     if output is None:
         return
@@ -353,4 +372,4 @@ def _check_output(call: _Call, tokens: int, hidden: int) -> None:
         for tensor in value if isinstance(value, tuple) else (value,):
             if name != "output" and isinstance(tensor, torch.Tensor):
                 fresh = tensor.untyped_storage().data_ptr() != taken
-                _require("output", fresh, "have memory of its own", f"that of {name}")
+                require("output", fresh, "have memory of its own", f"that of {name}")

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-__all__ = ["emulate_fp4_quantize", "emulate_moe", "emulate_routed_moe", "quantize_intermediate"]
+__all__ = ["emulate_fp4_quantize", "emulate_moe", "emulate_routed_moe", "in_model_order"]
+__all__ += ["quantize_intermediate", "route", "tile_offsets", "unpack_topk"]
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 # Midpoints of the grid; where the upper neighbour has the even code, the tie rounds up.
@@ -67,13 +68,17 @@ def emulate_routed_moe(
 
     topk_ids is (ids int32 [T, K], weights [T, K]), or int32 with the id above a bfloat16 weight.
     """
+    return [_experts(*unpack_topk(topk_ids), **kwargs)]
+
+
+def unpack_topk(
+    topk_ids: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and float32 weights of what a function takes as chosen experts."""
     if isinstance(topk_ids, tuple):
-        ids, weights = topk_ids
-    else:
-        ids = topk_ids >> 16
-        # The upper half of a float32 is a bfloat16.
-        weights = (topk_ids << 16).view(torch.float32)
-    return [_experts(ids, weights.float(), **kwargs)]
+        return topk_ids[0], topk_ids[1].float()
+    # The upper half of a float32 is a bfloat16.
+    return topk_ids >> 16, (topk_ids << 16).view(torch.float32)
 
 
 def emulate_moe(
@@ -204,7 +209,7 @@ def _experts(
         second = _prepared(gemm2_weights[expert], gemm2_weights_scale[expert], False)
         raw = (x[token] @ first.T).float()
         if gemm1_bias is not None:
-            raw = raw + _in_model_order(gemm1_bias[expert], activation != "Relu2")
+            raw = raw + in_model_order(gemm1_bias[expert], activation != "Relu2")
         given = [
             torch.tensor(default) if tensor is None else tensor[expert]
             for tensor, default in zip(
@@ -215,7 +220,7 @@ def _experts(
         codes, scale = quantize_intermediate(value, output1_scale_scalar[expert])
         y = (_decode_codes(codes, scale) @ second.T).float()
         if gemm2_bias is not None:
-            y = y + _in_model_order(gemm2_bias[expert], False)
+            y = y + in_model_order(gemm2_bias[expert], False)
         rows[token, slot] = (y * output2_scale_scalar[expert]).bfloat16().float()
 
     total = torch.zeros(tokens, hidden)
@@ -310,11 +315,11 @@ def _prepared(packed: torch.Tensor, scale: torch.Tensor, interleaved: bool) -> t
     """Return one expert's matrix in the model's row order, float64: [up ; gate] or plain."""
     rows, columns = scale.shape
     assert rows % 128 == 0 and columns % 4 == 0, f"scales must fill 128x4 tiles; got {scale.shape}"
-    linear = scale.view(torch.uint8).flatten()[_tile_offsets(rows, columns)]
-    return _in_model_order(_decode(packed, linear), interleaved)
+    linear = scale.view(torch.uint8).flatten()[tile_offsets(rows, columns)]
+    return in_model_order(_decode(packed, linear), interleaved)
 
 
-def _in_model_order(prepared: torch.Tensor, interleaved: bool) -> torch.Tensor:
+def in_model_order(prepared: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """Return the rows of one expert's matrix, or its bias, in the model's order."""
     rows, plain = len(prepared), torch.empty_like(prepared)
     plain[[_source_row(row, rows, interleaved) for row in range(rows)]] = prepared
@@ -331,7 +336,7 @@ def _source_row(row: int, rows: int, interleaved: bool) -> int:
     return pair + second * (rows // 2)
 
 
-def _tile_offsets(rows: int, columns: int) -> torch.Tensor:
+def tile_offsets(rows: int, columns: int) -> torch.Tensor:
     """Return [rows, columns]: where the scale of (row, column) lies in tiles of 128 by 4."""
     m, k = torch.arange(rows).unsqueeze(1), torch.arange(columns).unsqueeze(0)
     tile = (m // 128) * (columns // 4) + k // 4
@@ -341,5 +346,5 @@ def _tile_offsets(rows: int, columns: int) -> torch.Tensor:
 def _swizzle(scale: torch.Tensor) -> torch.Tensor:
     rows, columns = -(-scale.shape[0] // 128) * 128, -(-scale.shape[1] // 4) * 4
     flat = torch.zeros(rows * columns, dtype=torch.uint8)
-    flat[_tile_offsets(rows, columns)[: scale.shape[0], : scale.shape[1]]] = scale
+    flat[tile_offsets(rows, columns)[: scale.shape[0], : scale.shape[1]]] = scale
     return flat.reshape(rows, columns)

@@ -17,7 +17,7 @@ from ..experts import ExpertWeights
 from ..formats import FORMATS
 from ..layer import HIDDEN_ALIGNMENTS, Layer, Routing, capability_name
 from .devices import Devices
-from .operands import BIASES, SCALES, Call, LogitsCall, Operands, PreparedWeights
+from .operands import SCALES, Call, LogitsCall, Operands, PreparedWeights
 
 __all__ = [
     "Kernel",
@@ -93,8 +93,6 @@ class Kernel:
     intermediate_dtype: torch.dtype = torch.bfloat16
     # Whether it can choose the experts itself, in `run_from_logits`.
     routes: bool = False
-    # Whether its scale operands are products, which hide the logical scales.
-    mixes_scales: bool = False
 
     def run(self, call: Call) -> torch.Tensor:
         """Compute [T, H] of hidden's dtype."""
@@ -119,7 +117,10 @@ class Kernel:
         return []
 
     def scale_operands(self, operands: Operands, layer: Layer) -> Operands:
-        """Return what the four scales, and the values of the biases, become."""
+        """Return what the scales, and the values of the biases, become.
+
+        What a product replaces is kept beside it, so that `restore` finds it.
+        """
         return operands
 
     def warm_up(self, prepared: PreparedWeights) -> None:
@@ -206,7 +207,8 @@ class Kernel:
             hidden_scale=hidden_scale, intermediate_scale=intermediate_scale
         )
         operands, kept = self._with_scales(logical, prepared.layer)
-        names = (*SCALES, *(name for name in BIASES if f"logical_{name}" in kept))
+        changed = [name.removeprefix("logical_") for name in kept]
+        names = dict.fromkeys((*SCALES, *changed))
         return {**{name: getattr(operands, name) for name in names}, **kept}
 
     def _with_scales(
@@ -214,9 +216,8 @@ class Kernel:
     ) -> tuple[Operands, dict[str, torch.Tensor]]:
         """Return the operands with their scales, and the logical tensors that these hide."""
         operands = self.scale_operands(logical, layer)
-        hidden: tuple[str, ...] = SCALES if self.mixes_scales else ()
-        hidden += tuple(n for n in BIASES if getattr(operands, n) is not getattr(logical, n))
-        return operands, {f"logical_{name}": getattr(logical, name) for name in hidden}
+        changed = [n for n in logical.named() if getattr(operands, n) is not getattr(logical, n)]
+        return operands, {f"logical_{name}": getattr(logical, name) for name in changed}
 
     def __call__(self, call: Call | LogitsCall) -> torch.Tensor:
         """Check a call outside the operators, then run it."""

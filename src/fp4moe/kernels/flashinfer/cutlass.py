@@ -22,7 +22,7 @@ from ..devices import Devices
 from ..operands import Call, Operands
 from .library import FlashInfer, flashinfer_settings, library
 from .rows import up_gate_index
-from .weights import FlashInferKernel, local_ids, pad_columns, row_layout
+from .weights import FlashInferKernel, local_ids, pad_columns, row_layout, scale_products
 
 __all__ = ["FLASHINFER_CUTLASS", "GATED", "PARAMETERS", "UNGATED", "FlashInferCutlass"]
 __all__ += ["activation_reasons", "enum_name", "merge_repeated", "size_multiples"]
@@ -116,7 +116,7 @@ class FlashInferCutlass(FlashInferKernel):
     """CUTLASS' fused experts behind the operator.
 
     Operands: rows of gate_up are [up; gate]; block scales are interleaved 128x4 per expert; scales
-    as in `FlashInferKernel.scale_operands`; biases are in the order of the rows, each rounded to
+    as in `scale_products`; biases are in the order of the rows, each rounded to
     bfloat16. Gate, up, the intermediate and each expert's output are rounded to bfloat16, and
     biases are added after that, in float32.
     """
@@ -134,6 +134,10 @@ class FlashInferCutlass(FlashInferKernel):
     def activation_reasons(self, layer: Layer, ready: bool) -> list[str]:
         """Return why the kernel cannot compute the activation."""
         return activation_reasons(layer.activation, layer.gated, library() if ready else None)
+
+    def scale_operands(self, operands: Operands, layer: Layer) -> Operands:
+        """Return the operands with the four scales, see `scale_products`."""
+        return scale_products(operands)
 
     def run(self, call: Call) -> torch.Tensor:
         """Call cutlass_fused_moe on the local experts; ids are made local here."""

@@ -46,6 +46,14 @@ FLOAT32_WEIGHTS = (0, 6, 18, 0)
 # 0.6.13 tunes on random packed ids, (id << 16) | weight, even where it is called with plain ids:
 # all of them lie outside the experts, and it times empty work.
 TUNES_PLAIN_IDS = FLOAT32_WEIGHTS
+QUANTISERS = ("fp4_quantize", "mxfp8_quantize")
+EXPERTS = (
+    *("trtllm_fp4_block_scale_routed_moe", "trtllm_fp4_block_scale_moe"),
+    *("trtllm_fp8_block_scale_routed_moe", "trtllm_fp8_block_scale_moe"),
+    # The first of these is missing in 0.6.13.
+    *("trtllm_fp8_per_tensor_scale_routed_moe", "trtllm_fp8_per_tensor_scale_moe"),
+    "cutlass_fused_moe",
+)
 INSTALL = "pip install 'flashinfer-python==0.6.13' 'flashinfer-cubin==0.6.13'"
 
 
@@ -126,7 +134,7 @@ class FlashInfer:
         module: `flashinfer`; functions are looked up in it at each call.
         float32_weights: whether the routed entry reads float32 routing weights.
         tunes_plain_ids: whether the tuner may see ids and weights apart.
-        arguments: names of the arguments of each function that is called.
+        arguments: names of the arguments of each function that is called and that it has.
         activation_names: members of its ActivationType.
     """
 
@@ -138,8 +146,8 @@ class FlashInfer:
     activation_names: frozenset[str]
 
     def function(self, name: str) -> Callable:
-        """Return a function of `flashinfer.fused_moe`, or fp4_quantize."""
-        return getattr(self.module if name == "fp4_quantize" else self.module.fused_moe, name)
+        """Return a function of `flashinfer.fused_moe`, or one that quantises."""
+        return getattr(self.module if name in QUANTISERS else self.module.fused_moe, name)
 
     def call(self, name: str, optional: dict[str, Any], **arguments: Any) -> Any:
         """Call a function by keywords, with those of `optional` that this version takes."""
@@ -154,6 +162,10 @@ class FlashInfer:
     def routing_method(self, name: str) -> int:
         """Return the value of a RoutingMethodType by its name."""
         return int(self.module.RoutingMethodType[name].value)
+
+    def fp8_quantization(self, name: str) -> Any:
+        """Return a Fp8QuantizationType by its name."""
+        return self.module.fused_moe.Fp8QuantizationType[name]
 
     def linear_scale_layout(self) -> Any:
         """Return SfLayout.layout_linear."""
@@ -220,17 +232,9 @@ def library() -> FlashInfer:
     import flashinfer.fused_moe
 
     version = flashinfer.__version__.partition("+")[0]
-    functions = {
-        "fp4_quantize": flashinfer.fp4_quantize,
-        **{
-            name: getattr(flashinfer.fused_moe, name)
-            for name in (
-                "trtllm_fp4_block_scale_routed_moe",
-                "trtllm_fp4_block_scale_moe",
-                "cutlass_fused_moe",
-            )
-        },
-    }
+    functions = {name: getattr(flashinfer, name) for name in QUANTISERS}
+    experts = flashinfer.fused_moe
+    functions |= {name: getattr(experts, name) for name in EXPERTS if hasattr(experts, name)}
     return FlashInfer(
         version=version,
         module=flashinfer,

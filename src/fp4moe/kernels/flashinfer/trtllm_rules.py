@@ -1,7 +1,7 @@
 """What TRT-LLM-Gen can run, as data: activations, sizes, token tiles, and routing methods.
 
 Sizes: the rule behind the kernel manifest of flashinfer-cubin 0.6.13, each row of which is a test
-(`tests/data/README.md`). Routing: what the FP4 entries accept, from the C++ sources of FlashInfer
+(`tests/data/README.md`). Routing: what the library accepts, from the C++ sources of FlashInfer
 0.6.13 and 0.7.2.
 """
 
@@ -17,10 +17,10 @@ from ...errors import UnsupportedError, must
 from ...layer import HIDDEN_ALIGNMENTS
 
 __all__ = ["ACTIVATION_NAMES", "FORMATS", "NEWER_TIERS", "NEWER_TIERS_SINCE", "ROUTING_TIERS"]
-__all__ += ["SHAPE_RULES", "ShapeRule", "epilogue", "reasons", "routing_reasons", "routing_tiers"]
-__all__ += ["size_multiples", "token_tiles"]
+__all__ += ["SHAPE_RULES", "ShapeRule", "block_routing_reasons", "epilogue", "reasons"]
+__all__ += ["routing_reasons", "routing_tiers", "size_multiples", "token_tiles"]
 
-FORMATS = ("nvfp4", "fp8_per_tensor", "mxfp8")
+FORMATS = ("nvfp4", "fp8", "fp8_block", "mxfp8", "mxfp4")
 
 # (our activation, gated) -> name in the library's ActivationType. Never its number: numbers moved
 # between 0.6.13 and 0.7.2. There is one Geglu: the tanh form, says 0.6.13's machine code; erf
@@ -54,8 +54,8 @@ class ShapeRule:
 
     @property
     def hidden_multiple(self) -> int:
-        """What hidden_size must be a multiple of for any tile at all."""
-        return min(self.hidden_multiples.values())
+        """What hidden_size must be a multiple of for the smallest tile, which few tokens take."""
+        return self.hidden_multiples[min(self.hidden_multiples)]
 
     def tiles(self, hidden_size: int, intermediate_size: int) -> tuple[int, ...]:
         """Return the token tiles with kernels at exactly this size, smallest first."""
@@ -65,7 +65,8 @@ class ShapeRule:
 
 
 _NVFP4 = MappingProxyType({8: 128, 16: 128, 32: 128, 64: 128, 128: 128, 256: 256})
-_FP8_PER_TENSOR = MappingProxyType(dict.fromkeys((8, 16, 32, 64, 128, 192, 256), 128))
+_FP8 = MappingProxyType(dict.fromkeys((8, 16, 32, 64, 128, 192, 256), 128))
+_FP8_BLOCK = MappingProxyType(dict.fromkeys((8, 16, 32, 64, 128), 128))
 # Few tokens choose a small tile: hidden_size should be a multiple of 256 here.
 _MXFP8 = MappingProxyType({8: 256, 16: 256, 32: 256, 64: 128, 128: 128, 256: 128})
 
@@ -73,10 +74,13 @@ SHAPE_RULES: tuple[ShapeRule, ...] = (
     ShapeRule("nvfp4", "Swiglu", 64, _NVFP4, parameters=True),
     ShapeRule("nvfp4", "Geglu", 64, _NVFP4),
     ShapeRule("nvfp4", "Relu2", 128, _NVFP4),
-    ShapeRule("fp8_per_tensor", "Swiglu", 64, _FP8_PER_TENSOR),
-    ShapeRule("fp8_per_tensor", "Relu2", 128, _FP8_PER_TENSOR),
+    ShapeRule("fp8", "Swiglu", 64, _FP8),
+    ShapeRule("fp8", "Relu2", 128, _FP8),
+    ShapeRule("fp8_block", "Swiglu", 128, _FP8_BLOCK),
     ShapeRule("mxfp8", "Swiglu", 128, _MXFP8, parameters=True),
     ShapeRule("mxfp8", "Relu2", 128, _MXFP8),
+    ShapeRule("mxfp4", "Swiglu", 128, _MXFP8, parameters=True),
+    ShapeRule("mxfp4", "Relu2", 128, _MXFP8),
 )
 
 
@@ -124,7 +128,8 @@ def size_multiples(
 
     Args:
         activation, gated, format: as in Layer, and one of FORMATS.
-        hidden_alignment: 128 (the kernels' minimum), 256 (every tile) or 512.
+        hidden_alignment: 128, 256 (every tile of every format) or 512; not below what the smallest
+            tile takes.
 
     Raises ShapeError for another alignment, UnsupportedError where no size has a kernel.
     """
@@ -144,7 +149,7 @@ def size_multiples(
             "Use another kernel.",
             error=UnsupportedError,
         )
-    return hidden_alignment, rule.intermediate_multiple
+    return max(hidden_alignment, rule.hidden_multiple), rule.intermediate_multiple
 
 
 def reasons(
@@ -173,7 +178,7 @@ def reasons(
     if padded:
         return []
     _check_sizes("reasons", hidden_size=hidden_size, intermediate_size=intermediate_size)
-    if rule.tiles(hidden_size, intermediate_size):
+    if min(rule.hidden_multiples) in rule.tiles(hidden_size, intermediate_size):
         return []
     hidden = -(-hidden_size // rule.hidden_multiple) * rule.hidden_multiple
     intermediate = -(-intermediate_size // rule.intermediate_multiple) * rule.intermediate_multiple
@@ -273,6 +278,32 @@ def routing_reasons(
             f"routing method {method} has kernels up to num_experts {tiers[-1][0]} and top_k "
             f"{tiers[-1][1]}, got {num_experts} and {top_k}"
         )
+    return found
+
+
+# The FP8 functions with block scales have limits of their own on top, in both versions: experts in
+# fours, more of them than a token takes, and with a bias (num_experts, top_k) up to these.
+BLOCK_EXPERTS = 4
+BLOCK_BIASED_TOP_K = ((384, 8), (2048, 22))
+
+
+def block_routing_reasons(
+    method: str, num_experts: int, top_k: int, num_groups: int = 1, top_groups: int = 1
+) -> list[str]:
+    """Return why the FP8 functions with block scales refuse what `routing_reasons` allows."""
+    found = []
+    if num_experts % BLOCK_EXPERTS:
+        found.append(f"num_experts must be a multiple of {BLOCK_EXPERTS}, got {num_experts}")
+    kept = num_experts
+    if method == "DeepSeekV3":
+        kept = num_experts * top_groups // num_groups
+        most = next((k for experts, k in BLOCK_BIASED_TOP_K if num_experts <= experts), 22)
+        if top_k > most:
+            found.append(
+                f"top_k must not exceed {most} for {num_experts} experts with a bias, got {top_k}"
+            )
+    if top_k >= kept:
+        found.append(f"top_k must be below the {kept} experts to choose from, got {top_k}")
     return found
 
 

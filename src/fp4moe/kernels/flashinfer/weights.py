@@ -7,32 +7,48 @@ from collections.abc import Callable
 import torch
 
 from ...errors import must
+from ...formats import FORMATS
 from ...layer import Layer
+from ...padding import round_up
 from ..base import Kernel, Layout
 from ..operands import Call, LogitsCall, Operands
 from .block_scales import deinterleave_128x4, interleave_128x4
 from .library import library_reasons
 from .rows import inverse_index, permute_rows
 
-__all__ = ["FlashInferKernel", "local_ids", "pad_columns", "row_layout"]
+__all__ = ["FlashInferKernel", "local_ids", "pad_columns", "row_layout", "scale_products"]
 
 # (gemm, rows, gated) -> the index of `rows`, None where they stay in place.
 RowOrder = Callable[[str, int, bool], torch.Tensor | None]
 
 
-def row_layout(multiples: Callable[[Layer, int], tuple[int, int]], order: RowOrder) -> Layout:
-    """Return a layout with rows in another order and block scales interleaved 128x4.
+def row_layout(
+    multiples: Callable[[Layer, int], tuple[int, int]],
+    order: RowOrder,
+    *,
+    tiled: bool = True,
+    pad_byte: int = 0,
+) -> Layout:
+    """Return a layout with rows in another order and, if tiled, block scales interleaved 128x4.
 
     Nothing is added to the block scales: rows are multiples of 128 and columns of 4.
+
+    Args:
+        tiled: whether there is a block scale for each row; else the scales stay as they are.
+        pad_byte: the block scale of what the layout was padded with.
     """
 
     def apply(operands: Operands, layer: Layer) -> Operands:
         for gemm in ("gate_up", "down"):
             packed, scale = _matrix(operands, gemm)
             index = order(gemm, packed.shape[1], layer.gated)
+            if tiled and pad_byte:
+                scale = _with_padding(scale, gemm, layer, pad_byte)
             if index is not None:
-                packed, scale = permute_rows(packed, index), permute_rows(scale, index)
-            scale = interleave_128x4(scale).view(scale.shape)
+                packed = permute_rows(packed, index)
+                scale = permute_rows(scale, index) if tiled else scale
+            if tiled:
+                scale = interleave_128x4(scale).view(scale.shape)
             operands = _with_matrix(operands, gemm, packed.contiguous(), scale)
             operands = _with_bias(operands, gemm, index)
         return operands
@@ -40,16 +56,31 @@ def row_layout(multiples: Callable[[Layer, int], tuple[int, int]], order: RowOrd
     def undo(operands: Operands, layer: Layer) -> Operands:
         for gemm in ("gate_up", "down"):
             packed, scale = _matrix(operands, gemm)
-            scale = deinterleave_128x4(scale, scale.shape[1], scale.shape[2])
+            if tiled:
+                scale = deinterleave_128x4(scale, scale.shape[1], scale.shape[2])
             index = order(gemm, packed.shape[1], layer.gated)
             if index is not None:
                 index = inverse_index(index)
-                packed, scale = permute_rows(packed, index), permute_rows(scale, index)
+                packed = permute_rows(packed, index)
+                scale = permute_rows(scale, index) if tiled else scale
             operands = _with_matrix(operands, gemm, packed, scale)
             operands = _with_bias(operands, gemm, index)
         return operands
 
     return Layout(multiples, apply, undo)
+
+
+def _with_padding(scale: torch.Tensor, gemm: str, layer: Layer, byte: int) -> torch.Tensor:
+    """Return block scales [L, N, K / b] with `byte` where the weights are padding."""
+    format = FORMATS[layer.format]
+    sizes = [round_up(n, format.multiple) for n in (layer.intermediate_size, layer.hidden_size)]
+    rows, columns = sizes if gemm == "gate_up" else sizes[::-1]
+    halves = 1 + (layer.gated and gemm == "gate_up")
+    filled = scale.clone()
+    parts = filled.unflatten(1, (halves, -1))
+    parts[:, :, rows:] = byte
+    parts[..., format.scales.shape(1, rows, columns, 1)[2] :] = byte  # type: ignore[union-attr]
+    return filled
 
 
 def _matrix(operands: Operands, gemm: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,26 +108,10 @@ class FlashInferKernel(Kernel):
     needs = "flashinfer-python 0.6.13 or newer"
     biases = True
     quantizes_activations = True
-    mixes_scales = True
 
     def package_reasons(self) -> tuple[str, ...]:
         """Return why the installed FlashInfer cannot be used."""
         return library_reasons()
-
-    def scale_operands(self, operands: Operands, layer: Layer) -> Operands:
-        """Return the operands with the four scales, float32 contiguous.
-
-        With s_x = hidden_scale, s_a = intermediate_scale and s the global scales (decode
-        multipliers): gate_up_global_scale [L] = s_up * s_x turns an accumulator into its value,
-        hidden_scale [1] = 1 / s_x and intermediate_scale [L] = 1 / s_a encode, down_global_scale
-        [L] = s_a * s_down.
-        """
-        return operands._replace(
-            gate_up_global_scale=operands.gate_up_global_scale * operands.hidden_scale,
-            intermediate_scale=operands.intermediate_scale.reciprocal(),
-            down_global_scale=operands.intermediate_scale * operands.down_global_scale,
-            hidden_scale=operands.hidden_scale.reciprocal(),
-        )
 
     def check(self, call: Call | LogitsCall) -> None:
         """Raise what the library's launcher leaves unchecked; the operator has checked the rest."""
@@ -109,6 +124,22 @@ class FlashInferKernel(Kernel):
                     f"strides {tensor.stride()}",
                     "Use its prepare().",
                 )
+
+
+def scale_products(operands: Operands) -> Operands:
+    """Return NVFP4 operands with the four scales, float32 contiguous.
+
+    With s_x = hidden_scale, s_a = intermediate_scale and s the global scales (decode
+    multipliers): gate_up_global_scale [L] = s_up * s_x turns an accumulator into its value,
+    hidden_scale [1] = 1 / s_x and intermediate_scale [L] = 1 / s_a encode, down_global_scale
+    [L] = s_a * s_down.
+    """
+    return operands._replace(
+        gate_up_global_scale=operands.gate_up_global_scale * operands.hidden_scale,
+        intermediate_scale=operands.intermediate_scale.reciprocal(),
+        down_global_scale=operands.intermediate_scale * operands.down_global_scale,
+        hidden_scale=operands.hidden_scale.reciprocal(),
+    )
 
 
 def local_ids(expert_ids: torch.Tensor, first: int, count: int, base: int = 0) -> torch.Tensor:

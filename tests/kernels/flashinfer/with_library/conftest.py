@@ -48,12 +48,15 @@ def emulated(monkeypatch) -> Iterator[Recorder]:
     from flashinfer_contract import check_logits_call, check_routed_call, installed_features
     from flashinfer_cutlass_emulator import check_cutlass_call, emulate_cutlass_moe
     from flashinfer_emulator import emulate_fp4_quantize, emulate_moe, emulate_routed_moe
+    from flashinfer_formats_contract import check_format_call, format_of
+    from flashinfer_formats_emulator import emulate_format, emulate_mxfp8_quantize
 
     flashinfer_library.library()  # reads the signatures of the real functions
     recorder, features = Recorder(), installed_features()
 
-    def checked(check: Callable) -> Callable:
+    def checked(nvfp4: Callable | None) -> Callable:
         def run(function: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+            check = nvfp4 if format_of(kwargs) == "nvfp4" else check_format_call
             check(
                 function,
                 args,
@@ -73,7 +76,8 @@ def emulated(monkeypatch) -> Iterator[Recorder]:
         def record(*args: Any, **kwargs: Any) -> Any:
             check(function, args, kwargs)
             recorder.calls.append((name, kwargs))
-            return emulate(**kwargs)
+            other = "fp4_block" in name and format_of(kwargs) != "nvfp4"
+            return emulate_format(name, **kwargs) if other else emulate(**kwargs)
 
         monkeypatch.setattr(module, name, record)
 
@@ -88,5 +92,11 @@ def emulated(monkeypatch) -> Iterator[Recorder]:
     routed = "trtllm_fp4_block_scale_routed_moe"
     stand_in(experts, routed, checked(check_routed_call), emulate_routed_moe)
     stand_in(experts, "trtllm_fp4_block_scale_moe", checked(check_logits_call), emulate_moe)
+    stand_in(flashinfer, "mxfp8_quantize", by_keyword, emulate_mxfp8_quantize)
+    for kind in ("block", "per_tensor"):
+        for name in (f"trtllm_fp8_{kind}_scale_moe", f"trtllm_fp8_{kind}_scale_routed_moe"):
+            if hasattr(experts, name):
+                emulate = functools.partial(emulate_format, name)
+                stand_in(experts, name, checked(None), emulate)
     stand_in(experts, "cutlass_fused_moe", check_cutlass_call, emulate_cutlass_moe)
     yield recorder

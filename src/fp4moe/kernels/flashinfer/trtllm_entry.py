@@ -1,0 +1,117 @@
+"""What `flashinfer_trtllm` knows of a number format: layout, scales, arguments of two functions.
+
+A format's own file overrides what is its own. Sources: FlashInfer 0.6.13 and 0.7.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from ...activations import get_activation
+from ...layer import Layer
+from ..base import Layout
+from ..operands import Operands
+from . import trtllm_rules as rules
+from .library import FlashInfer
+from .rows import down_row_index, gate_up_row_index
+from .weights import row_layout
+
+__all__ = ["Entry", "another", "padded_sizes", "raw_parameters", "shuffled_rows"]
+
+
+def another(layer: Layer) -> str:
+    """Return what runs such a layer where its format's kernels do not."""
+    sizes = layer.hidden_size, layer.intermediate_size
+    nvfp4 = "format nvfp4 or " * (not rules.reasons(layer.activation, layer.gated, *sizes))
+    return f"take {nvfp4}kernel triton"
+
+
+def padded_sizes(layer: Layer, hidden_alignment: int) -> tuple[int, int]:
+    """Return the multiples of hidden and intermediate size."""
+    return rules.size_multiples(layer.activation, layer.gated, hidden_alignment, layer.format)
+
+
+def shuffled_rows(**options: Any) -> Layout:
+    """Return the layout with interleaved gate and up and shuffled rows; options: `row_layout`."""
+
+    def order(gemm: str, rows: int, gated: bool) -> torch.Tensor:
+        return gate_up_row_index(rows, gated) if gemm == "gate_up" else down_row_index(rows)
+
+    return row_layout(padded_sizes, order, **options)
+
+
+class Entry:
+    """How the library takes one number format.
+
+    Attributes:
+        format: its name.
+        given, from_logits: functions for experts that were chosen, and for router logits.
+        layout: of codes and block scales.
+        biased: which of the two take biases.
+        packed_ids: whether `given` takes an id and a bfloat16 weight in one int32 only, in some
+            version.
+        drops_padding: whether a narrower output makes the library drop padded columns.
+        one_group: whether a router without groups is told so by 1, not by None.
+    """
+
+    format: ClassVar[str]
+    given: ClassVar[str]
+    from_logits: ClassVar[str]
+    layout: ClassVar[Layout]
+    biased: ClassVar[tuple[str, ...]] = ()
+    packed_ids: ClassVar[bool] = False
+    drops_padding: ClassVar[bool] = False
+    one_group: ClassVar[bool] = False
+
+    def scale_operands(self, operands: Operands, layer: Layer) -> Operands:
+        """Return scales and biases as the kernel takes them."""
+        return operands
+
+    def quantize_input(
+        self, flashinfer: FlashInfer, hidden: torch.Tensor, columns: int, operands: Operands
+    ) -> dict[str, Any]:
+        """Return the arguments that hidden [T, H] becomes, padded to so many columns."""
+        raise NotImplementedError
+
+    def weights(self, flashinfer: FlashInfer, operands: Operands, layer: Layer) -> dict[str, Any]:
+        """Return the arguments that operands and activation become, for both functions."""
+        raise NotImplementedError
+
+    def bias_reasons(
+        self, layer: Layer, flashinfer: FlashInfer | None, *, routes: bool
+    ) -> list[str]:
+        """Return why biases cannot be added.
+
+        Args:
+            flashinfer: the installed library; None takes every argument as known.
+            routes: whether the library chooses the experts.
+        """
+        name = self.from_logits if routes else self.given
+        if name not in self.biased:
+            only = "".join(f", only {other}" for other in self.biased)
+            return [f"{name} has no biases with {self.format} weights{only}; {another(layer)}"]
+        if flashinfer is not None and "gemm1_bias" not in flashinfer.arguments[name]:
+            return [f"the installed FlashInfer has no biases in {name}: install 0.7.2.post1"]
+        return []
+
+    def reasons_without_function(self, layer: Layer, flashinfer: FlashInfer) -> list[str]:
+        """Return why experts that were chosen cannot be handed over."""
+        if self.given in flashinfer.arguments:
+            return []
+        return [
+            f"the installed FlashInfer has no {self.given}, which takes experts that were chosen: "
+            f"install flashinfer-python 0.7.2.post1, or {another(layer)}"
+        ]
+
+
+def raw_parameters(operands: Operands, layer: Layer) -> dict[str, torch.Tensor | None]:
+    """Return alpha, beta and limit in the model's units, each float32 [L] or None."""
+    activation, like = get_activation(layer.activation), operands.intermediate_scale
+    values = {
+        "gemm1_alpha": activation.alpha if activation.alpha != 1 else None,
+        "gemm1_beta": activation.beta or None,
+        "gemm1_clamp_limit": activation.limit or None,
+    }
+    return {n: None if v is None else torch.full_like(like, v) for n, v in values.items()}

@@ -1,0 +1,52 @@
+"""MXFP4 weights with MXFP8 activations for TRT-LLM-Gen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...formats import FORMATS
+from ...layer import Layer
+from ..operands import Operands
+from .library import FlashInfer
+from .trtllm_entry import Entry, raw_parameters, shuffled_rows
+from .trtllm_mxfp8 import ONE, quantize_mxfp8
+
+__all__ = ["Mxfp4Entry"]
+
+
+class Mxfp4Entry(Entry):
+    """MXFP8 x MXFP4: W4A8, as gpt-oss runs on Blackwell.
+
+    Operands as those of MXFP8, but codes of four bits. The library takes its scale bytes as e4m3,
+    and tells MXFP4 from NVFP4 by how many there are.
+    """
+
+    format = FORMATS["mxfp4"].name
+    given, from_logits = "trtllm_fp4_block_scale_routed_moe", "trtllm_fp4_block_scale_moe"
+    biased = (given, from_logits)
+    layout = shuffled_rows(pad_byte=ONE)
+    drops_padding = True
+
+    def quantize_input(
+        self, flashinfer: FlashInfer, hidden: torch.Tensor, columns: int, operands: Operands
+    ) -> dict[str, Any]:
+        """Return codes e4m3 [T, Hp] and scale bytes [T, Hp/32], viewed as e4m3."""
+        codes, scale = quantize_mxfp8(flashinfer, hidden, columns)
+        return {"hidden_states": codes, "hidden_states_scale": scale.view(torch.float8_e4m3fn)}
+
+    def weights(self, flashinfer: FlashInfer, operands: Operands, layer: Layer) -> dict[str, Any]:
+        """Return the weights; without scalars, for only blocks have scales."""
+        return {
+            "gemm1_weights": operands.gate_up_packed,
+            "gemm1_weights_scale": operands.gate_up_block_scale.view(torch.float8_e4m3fn),
+            "gemm1_bias": operands.gate_up_bias,
+            **raw_parameters(operands, layer),
+            "gemm2_weights": operands.down_packed,
+            "gemm2_weights_scale": operands.down_block_scale.view(torch.float8_e4m3fn),
+            "gemm2_bias": operands.down_bias,
+            "output1_scale_scalar": None,
+            "output1_scale_gate_scalar": None,
+            "output2_scale_scalar": None,
+        }

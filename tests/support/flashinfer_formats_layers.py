@@ -1,0 +1,98 @@
+"""Layers of FP8, MXFP8 and MXFP4 for `flashinfer_trtllm`, and what they should compute.
+
+Kernel and `reference_w4a4` round the same values to e4m3; a value next to a tie may differ by a
+step of 2^-3 of its size, and outputs are rounded to bfloat16 (2^-9): LIMIT. FP8 blocks round three
+times before the second product; a flipped code of gate or up is felt in one token, up to 1 %.
+"""
+
+from __future__ import annotations
+
+import torch
+from fused_layers import with_biases
+
+from fp4moe.formats import FORMATS
+from fp4moe.kernels import Routing, get_kernel
+from fp4moe.kernels.flashinfer.library import library
+from fp4moe.kernels.operands import LogitsCall
+from fp4moe.reference import reference_w4a4
+from fp4moe.routing import route
+from fp4moe.testing import make_layer
+
+__all__ = ["FORMS", "FROM_LOGITS", "GIVEN", "LIMIT", "RELU2", "SILU", "TRTLLM", "expected"]
+__all__ += ["from_logits", "layer"]
+
+TRTLLM = get_kernel("flashinfer_trtllm")
+LIMIT = 4e-3
+GIVEN = {
+    "mxfp8": "trtllm_fp8_block_scale_routed_moe",
+    "mxfp4": "trtllm_fp4_block_scale_routed_moe",
+    "fp8": "trtllm_fp8_per_tensor_scale_routed_moe",
+    "fp8_block": "trtllm_fp8_block_scale_routed_moe",
+}
+FROM_LOGITS = {format: name.replace("_routed", "") for format, name in GIVEN.items()}
+SILU, RELU2 = ("silu", True), ("relu2", False)
+FORMS = [(f, *form) for f in GIVEN for form in (SILU, RELU2) if (f, *form) != ("fp8_block", *RELU2)]
+
+
+def layer(
+    format, hidden=256, intermediate=192, activation="silu", gated=True, biased=False, **more
+):
+    """Random experts; static scales of activations, where there are some, differ from 1."""
+    seed = more.pop("seed", 0)
+    experts = more.pop("experts", 4)
+    if FORMATS[format].activation_range is not None:
+        more |= {"hidden_scale": 4.5 / 448}
+        more |= {"intermediate_scale": torch.linspace(0.5, 2.0, experts) * 3 / 448}
+    sizes = experts, hidden, intermediate
+    generator = torch.Generator().manual_seed(seed)
+    form = {"format": format, "generator": generator, **more}
+    weights = make_layer(*sizes, activation, gated, **form)
+    return with_biases(weights, seed) if biased else weights
+
+
+def expected(weights, call):
+    """reference_w4a4 with the routing weights that the function can take."""
+    x, ids, routing = call
+    if weights.format in ("mxfp8", "fp8_block") or not library().float32_weights:
+        routing = routing.bfloat16().float()
+    if weights.format == "fp8_block":
+        return with_rounded_gate_and_up(x, weights, ids, routing)
+    return reference_w4a4(x, weights, ids, routing)
+
+
+def with_rounded_gate_and_up(x, weights, ids, routing):
+    """The definition with what DeepSeek's first product writes: gate and up in e4m3 blocks."""
+    format, parts = FORMATS["fp8_block"], weights.dequantize()
+    one = torch.ones(1)
+    rows = format.round_activation(x.bfloat16().float(), one)
+    out = torch.zeros(x.shape)
+    for expert in range(weights.local_experts):
+        gate, up = (
+            format.round_activation(rows @ parts[n][expert].float().T, one) for n in ("gate", "up")
+        )
+        y = format.round_activation(torch.nn.functional.silu(gate) * up, one)
+        y = (y @ parts["down"][expert].float().T).bfloat16().float()
+        weight = (routing * (ids == expert + weights.expert_offset)).sum(1, keepdim=True)
+        out += weight * y
+    return out.to(x.dtype)
+
+
+def from_logits(weights, count=9, routing=None, biased_router=0, change=None, device="cpu"):
+    """Return (the kernel's result, the call) with experts chosen by the library.
+
+    change: of the operands, before the call.
+    """
+    generator = torch.Generator().manual_seed(0)
+    routing = routing or Routing("softmax_topk", 3)
+    x = torch.randn(count, weights.hidden_size, generator=generator).bfloat16()
+    experts = weights.num_experts
+    # Distinct bfloat16 numbers: neither ties nor the rounding of a bias choose.
+    logits = torch.stack([torch.randperm(experts, generator=generator) for _ in range(count)])
+    logits = logits.float() / 2 - 2
+    bias = torch.linspace(-0.05, 0.05, biased_router).bfloat16().float()
+    prepared = TRTLLM.prepare(weights.to(device), hidden_alignment=256)
+    operands = prepared.operands if change is None else change(prepared.operands)
+    given = (tensor.to(device) for tensor in (x, logits, bias))
+    call = LogitsCall(*given, routing, operands, weights.layer(routing.top_k))
+    ids, routing_weights = route(logits, bias, routing)
+    return TRTLLM.from_logits(call), (x, ids, routing_weights)
