@@ -146,7 +146,7 @@ def _moe_from_logits(given: MoeFromLogitsArguments) -> torch.Tensor:
 
 # The layers of calls that have passed all checks, by what these look at.
 _checked: dict[tuple, Layer] = {}
-MOST_CHECKED = 4096
+MOST_CHECKED = 1024
 METADATA = operator.attrgetter("shape", "dtype", "device")
 IS_THERE = functools.partial(operator.is_not, None)
 IS_CONTIGUOUS = operator.methodcaller("is_contiguous")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from ..experts import ExpertWeights
 from ..kernels import get_kernel
 from ..module import FusedExperts
 from ..reference import reference, reference_w4a4
+from ..resize import stack_experts
 
-__all__ = ["BF16_ROUNDING", "Subject", "bytes_or_floats", "make_subject"]
+__all__ = ["BF16_ROUNDING", "Subject", "make_subject"]
 
 # Relative RMS of one rounding to bfloat16, at most: half a step of 2^-7 is uniform noise.
 BF16_ROUNDING = 2**-7 / 12**0.5
@@ -122,9 +122,9 @@ def make_subject(
     # Not the amax itself: bfloat16 inputs would then often lie on a rounding boundary.
     hidden_scale = 1.03 * float(hidden.abs().max()) / 2688
     combine, biased = get_activation(sizes["activation"]).combine, sizes.get("biased", False)
-    x, parts = hidden[:64].float(), []
-    for expert in range(sizes["num_experts"]):
-        shape = (sizes["intermediate_size"], sizes["hidden_size"])
+    x, shape = hidden[:64].float(), (sizes["intermediate_size"], sizes["hidden_size"])
+
+    def one(expert: int) -> ExpertWeights:
         # Unlike experts: a scale that is shared or permuted among them shows.
         gain = 2.0 ** (expert % 5 / 2 - 1) * shape[1] ** -0.5
         matrices = {name: normal(shape) * gain for name in ("up", "gate")[: 1 + sizes["gated"]]}
@@ -136,29 +136,13 @@ def make_subject(
         gain = 2.0 ** (expert % 3 / 2 - 0.5) * shape[0] ** -0.5 / float(y.square().mean().sqrt())
         down = normal(shape[::-1]) * gain
         biases |= {"down_bias": normal(shape[1]) / 2} if biased else {}
-        parts.append(
-            ExpertWeights.quantize(
-                **{name: tensor[None] for name, tensor in (matrices | biases).items()},
-                down=down[None],
-                activation=sizes["activation"],
-                hidden_scale=hidden_scale,
-                intermediate_scale=1.03 * float(y.abs().max()) / 2688,
-            )
+        return ExpertWeights.quantize(
+            **{name: tensor[None] for name, tensor in (matrices | biases).items()},
+            down=down[None],
+            activation=sizes["activation"],
+            hidden_scale=hidden_scale,
+            intermediate_scale=1.03 * float(y.abs().max()) / 2688,
         )
-    metadata = {**parts[0].metadata(), "num_experts": len(parts)}
-    tensors = {
-        name: tensor
-        if name == "hidden_scale"
-        else bytes_or_floats(torch.cat, [part.tensors()[name] for part in parts])
-        for name, tensor in parts[0].tensors().items()
-    }
-    weights = ExpertWeights.from_tensors(tensors, metadata)
+
+    weights = stack_experts(sizes["num_experts"], one)
     return Subject(kernel, weights, hidden, sizes["top_k"], tokens, hidden_alignment)
-
-
-def bytes_or_floats(function: Callable, tensors: list[torch.Tensor]) -> torch.Tensor:
-    # Few operators know float8.
-    dtype = tensors[0].dtype
-    if dtype.itemsize > 1:
-        return function(tensors)
-    return function([tensor.view(torch.uint8) for tensor in tensors]).view(dtype)
