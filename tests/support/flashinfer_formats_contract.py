@@ -6,6 +6,7 @@ FP4 functions. Read from the Python and C++ sources of 0.6.13 and 0.7.2.post1.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -90,12 +91,10 @@ def check_format_call(
     rows = intermediate * (1 + gated)
     sizes = (local, rows, hidden), (local, hidden, intermediate)
     CHECKS[format](call, tokens, *sizes)
-    if any(p in call.arguments for p in PARAMETERS) and format != "fp8":
-        if format == "fp8_block":
-            for parameter in PARAMETERS:
-                require(parameter, call[parameter] is None, "be None in 0.6.13", "a tensor")
-        else:
-            check_parameters(call, local, parameters, raw=True)
+    if format != "fp8":
+        check_parameters(call, local, parameters, raw=True)
+    if "fp8_quantization_type" in call.arguments:
+        _check_by_library(call)
     check_switches(call, tune_max_num_tokens)
     if "output" in call.arguments:
         check_output(call, tokens, hidden)
@@ -111,6 +110,16 @@ def check_format_call(
         check_logits_routing(call, tokens)
     if format in ("mxfp8", "fp8_block"):
         _check_block_routing(call)
+
+
+def _check_by_library(call: Call) -> None:
+    """Let the library's own check say which parameters go with which format and activation."""
+    core = importlib.import_module("flashinfer.fused_moe.core")
+    given = (call[n] for n in ("fp8_quantization_type", "activation_type", *PARAMETERS))
+    try:
+        core._validate_fp8_block_scale_gemm1_activation_params(*given)
+    except ValueError as error:
+        raise AssertionError(f"gemm1_clamp_limit and others must fit: {error}") from error
 
 
 def _check_block_routing(call: Call) -> None:

@@ -174,8 +174,7 @@ class _Blocks(_Experts):
         return self.call[name][expert].double() * scale
 
     def between(self, raw: torch.Tensor, expert: int) -> torch.Tensor:
-        up, gate = _in_blocks(raw).chunk(2, 1)
-        return _in_blocks(up * gate / (1 + torch.exp(-gate)))
+        return _in_blocks(self.activate(_in_blocks(raw), expert))
 
 
 FORMATS: dict[str, Callable[[dict[str, Any], str], _Experts]] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from fused_layers import with_biases
 
+from fp4moe.activations import get_activation
 from fp4moe.formats import FORMATS
 from fp4moe.kernels import Routing, get_kernel
 from fp4moe.kernels.flashinfer.library import library
@@ -70,7 +71,7 @@ def with_rounded_gate_and_up(x, weights, ids, routing):
         gate, up = (
             format.round_activation(rows @ parts[n][expert].float().T, one) for n in ("gate", "up")
         )
-        y = format.round_activation(torch.nn.functional.silu(gate) * up, one)
+        y = format.round_activation(get_activation(weights.activation).combine(up, gate), one)
         y = (y @ parts["down"][expert].float().T).bfloat16().float()
         weight = (routing * (ids == expert + weights.expert_offset)).sum(1, keepdim=True)
         out += weight * y
@@ -95,4 +96,4 @@ def from_logits(weights, count=9, routing=None, biased_router=0, change=None, de
     given = (tensor.to(device) for tensor in (x, logits, bias))
     call = LogitsCall(*given, routing, operands, weights.layer(routing.top_k))
     ids, routing_weights = route(logits, bias, routing)
-    return TRTLLM.from_logits(call), (x, ids, routing_weights)
+    return TRTLLM(call), (x, ids, routing_weights)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-pytest.importorskip("flashinfer", reason="needs flashinfer-python")
-
-import flashinfer.fused_moe
 from flashinfer_contract import installed_features, takes
 from flashinfer_formats_contract import check_format_call, format_of
 from flashinfer_formats_emulator import emulate_format, emulate_mxfp8_quantize
 
+fused_moe = pytest.importorskip("flashinfer.fused_moe", reason="needs flashinfer-python")
 E4M3, BYTE = torch.float8_e4m3fn, torch.uint8
 LOCAL, EXPERTS, TOKENS, HIDDEN, INTERMEDIATE, TOP_K = 4, 8, 3, 256, 128, 2
 NAMES = {
@@ -33,7 +30,7 @@ def codes(*shape):
 def good(format):
     """A call with all that the function wants, of random numbers."""
     rows = 2 * INTERMEDIATE
-    enums, members = flashinfer.fused_moe, installed_features()
+    enums, members = fused_moe, installed_features()
     call = {
         "routing_logits": torch.randn(TOKENS, EXPERTS),
         "routing_bias": None,
@@ -84,7 +81,7 @@ def check(format, call, **meant):
     name = NAMES[format]
     if "topk_ids" in call:
         name = name.replace("_scale_moe", "_scale_routed_moe")
-    function = getattr(flashinfer.fused_moe, name)
+    function = getattr(fused_moe, name)
     check_format_call(function, (), call, version_features=installed_features(), **meant)
 
 
@@ -101,6 +98,11 @@ def test_a_sound_call_passes_and_computes(format):
 DEEPSEEK = installed_features().routing_methods["DeepSeekV3"].value
 GEGLU = installed_features().activations["Geglu"].value
 RELU2 = installed_features().activations["Relu2"].value
+UNGATED = {
+    "activation_type": RELU2,
+    "gemm1_weights": codes(LOCAL, INTERMEDIATE, HIDDEN),
+    "gemm1_weights_scale": bytes_(LOCAL, INTERMEDIATE, HIDDEN // 32, high=130),
+}
 WRONG = [
     *(
         (f, {"hidden_states": torch.zeros(TOKENS, HIDDEN)}, "hidden_states must be of")
@@ -122,7 +124,8 @@ WRONG = [
     ("mxfp4", {"gemm1_alpha": torch.ones(LOCAL + 1)}, "gemm1_alpha must be"),
     ("fp8_block", {"use_shuffled_weight": True}, "be False for plain rows"),
     ("fp8_block", {"hidden_states_scale": torch.ones(TOKENS, 2)}, "hidden_states_scale must be"),
-    ("fp8_block", {"gemm1_clamp_limit": torch.ones(LOCAL)}, "gemm1_clamp_limit must be None"),
+    ("fp8_block", {"gemm1_clamp_limit": torch.ones(1)}, "gemm1_clamp_limit must be"),
+    ("mxfp8", UNGATED | {"gemm1_alpha": torch.ones(LOCAL)}, "gemm1_alpha must be None but for"),
     ("fp8", {"output1_scales_scalar": torch.ones(LOCAL, 1)}, "output1_scales_scalar must be"),
     ("fp8", {"output2_scales_scalar": torch.full((LOCAL,), float("inf"))}, "be finite"),
     ("fp8", {"use_routing_scales_on_input": True}, "use_routing_scales_on_input must be False"),

@@ -139,7 +139,7 @@ def test_reasons_name_the_activations_that_have_kernels(padded):
 def test_only_silu_has_parameters():
     text = "silu(alpha=1.702,beta=1,limit=7)"
     assert epilogue(text, True) == "Swiglu" and epilogue("silu(alpha=2)", False) is None
-    for format in ("nvfp4", "mxfp8", "mxfp4"):
+    for format in ("nvfp4", "mxfp8", "mxfp4", "fp8_block"):
         assert reasons(text, True, 2880, 2880, format) == []
         assert size_multiples(text, True, 128, format) == size_multiples("silu", True, 128, format)
     # 0.6.13's entry for it has no such arguments.

@@ -65,7 +65,9 @@ class FlashInferTrtllm(FlashInferKernel):
 
     def activation_reasons(self, layer: Layer, ready: bool) -> list[str]:
         """Return why no kernel computes the activation."""
-        return self._size_reasons(layer, padded=True)
+        if found := self._size_reasons(layer, padded=True):
+            return found
+        return ENTRIES[layer.format].parameter_reasons(layer, library()) if ready else []
 
     def limit_reasons(self, layer: Layer) -> list[str]:
         """Return why biases, or the routing kernels' limits, are in the way of chosen experts."""

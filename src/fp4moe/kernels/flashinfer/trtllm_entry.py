@@ -14,7 +14,7 @@ from ...layer import Layer
 from ..base import Layout
 from ..operands import Operands
 from . import trtllm_rules as rules
-from .library import FlashInfer
+from .library import FlashInfer, version_key
 from .rows import down_row_index, gate_up_row_index
 from .weights import row_layout
 
@@ -53,6 +53,8 @@ class Entry:
         packed_ids: whether `given` takes an id and a bfloat16 weight in one int32 only, in some
             version.
         drops_padding: whether a narrower output makes the library drop padded columns.
+        parameters_since: the version that takes alpha, beta and limit, where not every known one
+            does.
         one_group: whether a router without groups is told so by 1, not by None.
     """
 
@@ -64,6 +66,7 @@ class Entry:
     packed_ids: ClassVar[bool] = False
     drops_padding: ClassVar[bool] = False
     one_group: ClassVar[bool] = False
+    parameters_since: ClassVar[str | None] = None
 
     def scale_operands(self, operands: Operands, layer: Layer) -> Operands:
         """Return scales and biases as the kernel takes them."""
@@ -78,6 +81,18 @@ class Entry:
     def weights(self, flashinfer: FlashInfer, operands: Operands, layer: Layer) -> dict[str, Any]:
         """Return the arguments that operands and activation become, for both functions."""
         raise NotImplementedError
+
+    def parameter_reasons(self, layer: Layer, flashinfer: FlashInfer) -> list[str]:
+        """Return why alpha, beta and limit cannot be handed over."""
+        since = self.parameters_since
+        if since is None or get_activation(layer.activation).plain:
+            return []
+        if version_key(flashinfer.version) >= version_key(since):
+            return []
+        return [
+            f"the installed FlashInfer takes no alpha, beta and limit with {self.format} weights: "
+            f"install flashinfer-python {since}, or {another(layer)}"
+        ]
 
     def bias_reasons(
         self, layer: Layer, flashinfer: FlashInfer | None, *, routes: bool

@@ -11,7 +11,7 @@ from ...layer import Layer
 from ..base import Layout
 from ..operands import Operands
 from .library import FlashInfer
-from .trtllm_entry import Entry, padded_sizes
+from .trtllm_entry import Entry, padded_sizes, raw_parameters
 from .weights import pad_columns
 
 __all__ = ["Fp8BlockEntry"]
@@ -46,6 +46,7 @@ class Fp8BlockEntry(Entry):
     given, from_logits = "trtllm_fp8_block_scale_routed_moe", "trtllm_fp8_block_scale_moe"
     layout = Layout(padded_sizes, _swap_halves, _swap_halves)
     packed_ids = one_group = True
+    parameters_since = "0.7.2.post1"
 
     def quantize_input(
         self, flashinfer: FlashInfer, hidden: torch.Tensor, columns: int, operands: Operands
@@ -64,6 +65,7 @@ class Fp8BlockEntry(Entry):
         return {
             "gemm1_weights": operands.gate_up_packed.view(torch.float8_e4m3fn),
             "gemm1_weights_scale": operands.gate_up_block_scale,
+            **raw_parameters(operands, layer),
             "gemm2_weights": operands.down_packed.view(torch.float8_e4m3fn),
             "gemm2_weights_scale": operands.down_block_scale,
             "use_shuffled_weight": False,

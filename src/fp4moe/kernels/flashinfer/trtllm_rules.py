@@ -43,7 +43,7 @@ class ShapeRule:
         format, epilogue: one of FORMATS, and a value of ACTIVATION_NAMES.
         intermediate_multiple: what intermediate_size must be a multiple of.
         hidden_multiples: token tile -> what hidden_size must be a multiple of for that tile.
-        parameters: whether the library takes alpha, beta and limit with it.
+        parameters: whether some version of the library takes alpha, beta and limit with it.
     """
 
     format: str
@@ -76,7 +76,7 @@ SHAPE_RULES: tuple[ShapeRule, ...] = (
     ShapeRule("nvfp4", "Relu2", 128, _NVFP4),
     ShapeRule("fp8", "Swiglu", 64, _FP8),
     ShapeRule("fp8", "Relu2", 128, _FP8),
-    ShapeRule("fp8_block", "Swiglu", 128, _FP8_BLOCK),
+    ShapeRule("fp8_block", "Swiglu", 128, _FP8_BLOCK, parameters=True),
     ShapeRule("mxfp8", "Swiglu", 128, _MXFP8, parameters=True),
     ShapeRule("mxfp8", "Relu2", 128, _MXFP8),
     ShapeRule("mxfp4", "Swiglu", 128, _MXFP8, parameters=True),

@@ -31,7 +31,7 @@ from fused_layers import LAYER, tokens
 from fp4moe import FusedExperts, why_not
 from fp4moe.errors import UnsupportedError
 from fp4moe.kernels import Routing
-from fp4moe.kernels.flashinfer.library import library
+from fp4moe.kernels.flashinfer.library import library, version_key
 from fp4moe.kernels.flashinfer.trtllm import ENTRIES
 from fp4moe.reference import reference_w4a4
 from fp4moe.testing import relative_error
@@ -192,6 +192,25 @@ def test_parameters(emulated, format, activation):
     assert relative_error(got, expected(plain, call)) > 10 * LIMIT
 
 
+@pytest.mark.parametrize("activation", [OPENAI, "silu(limit=0.5)"])
+def test_parameters_of_fp8_blocks(emulated, activation):
+    """Taken by 0.7, refused by name before."""
+    weights = layer("fp8_block", 256, 128, activation)
+    form = {"format": "fp8_block", "activation": activation}
+    reasons = why_not(TRTLLM.name, **LAYER | form)
+    if version_key(library().version) < (0, 7, 2, 1):
+        (reason,) = reasons
+        assert reason.startswith("the installed FlashInfer takes no alpha, beta and limit with ")
+        with pytest.raises(UnsupportedError, match=r"-python 0\.7\.2\.post1, or take form"):
+            from_logits(weights)
+        return
+    assert reasons == []
+    got, call = from_logits(weights)
+    assert relative_error(got, expected(weights, call)) < 3 * LIMIT
+    plain = dataclasses.replace(weights, activation="silu")
+    assert relative_error(got, expected(plain, call)) > 10 * LIMIT
+
+
 @pytest.mark.parametrize("activation, gated", [(OPENAI, True), SILU, RELU2])
 def test_biases_of_mxfp4(emulated, activation, gated):
     weights = layer("mxfp4", 272, 40, activation, gated, biased=True)
@@ -252,8 +271,8 @@ def test_why_not_names_what_would_run():
     )
     (reason,) = why_not(TRTLLM.name, **form | {"activation": "silu_step(limit=7)"})
     assert reason.endswith("; take kernel triton")
-    (reason,) = why_not(TRTLLM.name, **form | {"activation": OPENAI, "format": "fp8_block"})
-    assert reason.endswith("there are kernels for gated silu; take format nvfp4 or kernel triton")
+    (reason,) = why_not(TRTLLM.name, **form | {"activation": "gelu", "format": "fp8_block"})
+    assert reason.endswith("alpha, beta and limit); take format nvfp4 or kernel triton")
     (reason,) = why_not(TRTLLM.name, **form | {"format": "fp8_channel"})
     assert reason.startswith("it has no layout for fp8_channel")
 
