@@ -71,6 +71,11 @@ def test_bytes_are_those_that_modelopt_exports(name, dtype, shape):
             assert codes.float().isnan().all() and scales == 0
             assert not ours.packed.float().any() and ours.block_scale == 1
             continue
+        # A cast of torch 2.11 makes NaN of what newer ones saturate, as denormal scales need.
+        over = codes.float().isnan()
+        assert case == "denormal32" or not over.any()
+        assert (ours.packed.float()[over].abs() == 448).all()
+        codes = torch.where(over, ours.packed.float(), codes.float()).to(E4M3)
         assert_same_bytes(ours.packed, codes, case)
         assert torch.equal(ours.block_scale, scales.view(ours.block_scale.shape)), case
         compared += 1
