@@ -15,7 +15,7 @@ import torch
 from .activations import Activation, get_activation
 from .errors import check_choice, must
 from .formats import DEFAULT_FORMAT, FORMATS, StoredMatrix, WeightFormat
-from .formats.base import SLOTS
+from .formats.base import SLOTS, as_bytes
 from .layer import Layer
 from .pack import (
     GATE_UP_LAYOUTS,
@@ -175,12 +175,7 @@ class ExpertWeights:
 
     def operands(self) -> dict[str, torch.Tensor]:
         """Return the tensors as the operator takes them: 8-bit ones as bytes, dotless names."""
-
-        def crossing(tensor: torch.Tensor) -> torch.Tensor:
-            plain = tensor.dtype.itemsize > 1 or tensor.dtype == torch.uint8
-            return tensor if plain else tensor.view(torch.uint8)
-
-        return {name.replace(".", "_"): crossing(t) for name, t in self.tensors().items()}
+        return {name.replace(".", "_"): as_bytes(t) for name, t in self.tensors().items()}
 
     def metadata(self) -> dict[str, Any]:
         """Return what is not a tensor, as plain JSON values."""

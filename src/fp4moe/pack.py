@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from .errors import must, refuse
 from .formats import FORMATS, StoredMatrix, WeightFormat
+from .formats.base import as_bytes
 from .padding import round_up
 
 __all__ = [
@@ -213,11 +214,9 @@ def _quantize_into(
     index, halves = half
     for name, part in format.quantize(weight, shared_scale, method).parts().items():
         whole = getattr(out, name)
-        # Float8 has no assignment to a slice everywhere; its bytes do.
-        plain = torch.uint8 if whole.dtype.itemsize == 1 else whole.dtype
         if whole.ndim == 3:
             start = index * (whole.shape[1] // halves)
-            whole.view(plain)[expert, start : start + part.shape[0]] = part.view(plain)
+            as_bytes(whole)[expert, start : start + part.shape[0]] = as_bytes(part)
         elif whole.numel():
             whole[expert] = part
 

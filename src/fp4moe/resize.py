@@ -10,6 +10,7 @@ import torch
 
 from .errors import must
 from .formats import StoredMatrix
+from .formats.base import as_bytes
 
 __all__ = ["resized", "slice_experts", "slice_intermediate", "stack_experts"]
 
@@ -132,9 +133,5 @@ def stack_experts(count: int, one: Callable[[int], ExpertWeights]) -> ExpertWeig
                 continue
             if expert == 0:
                 packed[name] = tensor.new_empty((count, *tensor.shape[1:]))
-            to, source = packed[name][expert], tensor[0]
-            if tensor.dtype.itemsize == 1:
-                # Not every device copies float8; its bytes it does.
-                to, source = to.view(torch.uint8), source.view(torch.uint8)
-            to.copy_(source)
+            as_bytes(packed[name][expert]).copy_(as_bytes(tensor[0]))
     return weights.from_tensors(packed, weights.metadata() | {"num_experts": count})

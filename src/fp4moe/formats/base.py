@@ -13,7 +13,8 @@ import torch
 
 from ..errors import check_choice, refuse
 
-__all__ = ["METHODS", "BlockScaledFormat", "Part", "StoredMatrix", "WeightFormat", "divide"]
+__all__ = ["METHODS", "BlockScaledFormat", "Part", "StoredMatrix", "WeightFormat", "as_bytes"]
+__all__ += ["divide"]
 
 SLOTS = ("packed", "block_scale", "global_scale")
 # Ways to choose scales: by the largest magnitude, or for the least squared error.
@@ -44,6 +45,15 @@ class Part(NamedTuple):
         down = -(-each // (self.rows or max(each, 1)))
         across = -(-columns // (self.columns or max(columns, 1)))
         return (experts, halves * down, across)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of 8-bit elements as uint8, a view; others as they are.
+
+    Float8 cannot be copied, indexed or concatenated everywhere; its bytes can.
+    """
+    plain = tensor.dtype.itemsize > 1 or tensor.dtype == torch.uint8
+    return tensor if plain else tensor.view(torch.uint8)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import must
-from .base import Part, StoredMatrix, WeightFormat
+from .base import Part, StoredMatrix, WeightFormat, as_bytes
 
 __all__ = ["E4M3_MAX", "ScaledFormat", "block_amax", "multiply_blocks", "to_e4m3"]
 
@@ -37,7 +37,7 @@ class ScaledFormat(WeightFormat):
         self._check_weight(weight)
         rows, columns = weight.shape
         out = self.zeros(1, rows, columns, device=weight.device)
-        codes, scales = (t[0].view(_plain(t)) for t in (out.packed, out.block_scale))
+        codes, scales = as_bytes(out.packed[0]), as_bytes(out.block_scale[0])
         block = self.scales.rows or 1
         peaks = []
         for piece in _pieces(rows, columns, block):
@@ -130,8 +130,3 @@ def multiply_blocks(x: torch.Tensor, factor: torch.Tensor, columns: int | None) 
 def _pieces(rows: int, columns: int, block: int) -> Iterator[slice]:
     step = max(PIECE // max(columns, 1) // block, 1) * block
     return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
-
-
-def _plain(tensor: torch.Tensor) -> torch.dtype:
-    # Float8 has no assignment to a slice everywhere; its bytes do.
-    return torch.uint8 if tensor.dtype.itemsize == 1 else tensor.dtype
