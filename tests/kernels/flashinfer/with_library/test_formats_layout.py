@@ -184,8 +184,8 @@ def test_a_whole_fp8_block_layer():
     kind = QuantFormat.DeepSeekFp8
     quant = QuantConfig(weight=kind, activation=kind)
     made = prepare.prepare_trtllm_fp8_block_weights(up_gate, down, quant=quant, **sizes)
-    first = made["gemm1_weights"], made["gemm1_weights_scale"]
-    second = made["gemm2_weights"], made["gemm2_weights_scale"]
+    # Not what was made: then rows that the helper moves would go unnoticed.
+    first, second = map(prepare._deepseek_fp8_quantize_weights, (up_gate, down))
     weights = weights_of("fp8_block", first, second)
     prepared = TRTLLM.prepare(weights, hidden_alignment=128)
     ours = ENTRIES["fp8_block"].weights(library(), prepared.operands, prepared.layer)
