@@ -135,7 +135,7 @@ def test_command(model_and_text, capsys):
     rows = [(r["name"], r["format"]) for r in json.loads(capsys.readouterr().out)["rows"]]
     assert rows[1:] == [(n, f) for f in ("fp8_block", "mxfp8") for n in ("W8A16", "W8A8")]
     assert main(["evaluate", str(folder), "--text", str(folder / "none"), "--no-progress"]) == 2
-    assert "path must be a readable UTF-8 file" in capsys.readouterr().err
+    assert "text must be a readable UTF-8 file" in capsys.readouterr().err
 
 
 def test_what_cannot_be_evaluated_is_refused(model_and_text, tmp_path):
