@@ -61,6 +61,7 @@ def test_the_methods_are_those_of_the_routing_module():
     assert all(map(torch.equal, got, want))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @CASE
 def test_opcheck(bias, scale, routing, dtype):

@@ -279,6 +279,7 @@ def load(directory):
     return fp4moe.from_pretrained(directory, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["bfloat16", "NVFP4"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "nemotron_h"])
 def test_the_defaults_do_not_matter_to_loading(name, form, checkpoints):
@@ -294,6 +295,7 @@ def test_the_defaults_do_not_matter_to_loading(name, form, checkpoints):
         assert_same(content(model), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "nemotron_h"])
 def test_the_defaults_do_not_matter_to_writing(name, checkpoints, tmp_path):
     written = load_tensors(checkpoints[name, "NVFP4"])

@@ -113,6 +113,7 @@ def test_the_error_of_every_element_is_within_half_a_step(format):
             assert (error <= want.abs() * (1 / 16 + 2.0**-8) + amax / 448 * 2.0**-9).all()
 
 
+@pytest.mark.slow
 @every_format
 @every_form
 def test_padding_is_exact_and_is_undone(format, gated):
@@ -148,6 +149,7 @@ def test_odd_sizes_are_padded_to_the_multiple(format):
         assert part.shape == floats[name].shape
 
 
+@pytest.mark.slow
 @every_format
 @every_form
 @pytest.mark.parametrize(("intermediate", "cuts"), [(704, (128, 384)), (1856, (1024, 1792))])

@@ -344,6 +344,7 @@ def test_assign_with_a_missing_key_keeps_what_is_there():
 # Compilers.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_graph_sees_what_is_loaded(backend, fresh_dynamo):
     block, other = Block(), Block()

@@ -399,6 +399,7 @@ def test_compile_with_a_dynamic_number_of_tokens(backend, dtype, fresh_dynamo):
         check(tokens)
 
 
+@pytest.mark.slow
 def test_inductor_keeps_strides_and_hands_on_any(fresh_dynamo):
     def model(x, ids, routing):
         turned = (x + 1).t().contiguous().t()

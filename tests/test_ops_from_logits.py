@@ -87,6 +87,7 @@ def test_backward_refuses():
         out.sum().backward()
 
 
+@pytest.mark.slow
 def test_compiled_without_a_break(fresh_dynamo):
     settings = arguments(SIGMOID)
     bias = torch.linspace(-0.3, 0.3, E)

@@ -403,6 +403,7 @@ def saved(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_scales_from_text(saved, tmp_path):
     lines = ["import os\nprint(os)\n", "", "x" * 100, "ä" * 50]
     text = tmp_path / "text.jsonl"

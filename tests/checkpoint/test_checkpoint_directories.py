@@ -70,6 +70,7 @@ def test_shards_beside_one_file_are_left_out_with_a_warning(tmp_path, name, regi
     assert torch.equal(files.logits(plain), files.logits(usual))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gemma4"])
 def test_quantize_reads_one_file_with_its_index(tmp_path, name):
     made = files.make(name, tmp_path / "source")
@@ -172,6 +173,7 @@ def opened(monkeypatch):
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*MODELS, "gemma4"])
 @pytest.mark.parametrize("stored", ["float", "nvfp4"])
 def test_headers_are_read_once(tmp_path, name, stored, registered, opened):

@@ -343,6 +343,7 @@ def check_like_the_library(folder: pathlib.Path, data: bytes) -> None:
     assert_same(found, safetensors.torch.load_file(folder / "model.safetensors"))
 
 
+@pytest.mark.slow
 @FUZZ
 @hypothesis.given(
     edits=st.lists(

@@ -107,6 +107,7 @@ def test_both_scale_conventions_give_equal_experts(gemma, tmp_path):
     assert_same_experts(load(compressed), load(gemma), ulps=1)
 
 
+@pytest.mark.slow
 def test_scalars_of_one_element_are_read_as_scalars(gemma, tmp_path):
     def change(tensors):
         for key, tensor in tensors.items():
@@ -163,6 +164,7 @@ def test_more_than_ten_experts_are_ordered_as_numbers(tmp_path):
     assert distance.argmin(1).tolist() == list(range(12))
 
 
+@pytest.mark.slow
 def test_input_scales_are_maxima_of_gate_and_up_and_single_for_down(tmp_path):
     makers.save_compressed("gemma4", tmp_path, input_amax=3.0)
     tensors = makers.load_tensors(tmp_path)
@@ -395,6 +397,7 @@ def test_edited_key_sets_are_refused_or_equal(packed, tmp_path_factory, edits):
 JSON = st.sampled_from([None, 0, 17, -1.5, "", "NVFP4", "x" * 300, [], [1], {}, {"a": []}, True])
 
 
+@pytest.mark.slow
 @fuzz(20)
 @hypothesis.given(st.lists(st.tuples(st.integers(0, 1000), JSON), min_size=1, max_size=2))
 def test_edited_quantisation_configurations_are_refused_or_equal(packed, tmp_path_factory, edits):

@@ -232,6 +232,7 @@ def test_every_form_beside_others(tmp_path, large, name, where, form):
     assert relative_error(files.logits(model), made.expected(tmp_path / "float")) < 5e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
 @pytest.mark.parametrize("form", [form for form in STORED if "," not in form])
 def test_experts_of_two_formats_are_named(tmp_path, large, name, form):

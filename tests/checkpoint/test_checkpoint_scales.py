@@ -15,6 +15,7 @@ GATED = ("qwen3_moe", "gemma4", "glm4_moe", "deepseek_v3")
 ROUNDING = 5e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*GATED, "nemotron_h"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_weights_are_those_of_the_file(tmp_path, name, shared, caplog):
@@ -39,6 +40,7 @@ def test_weights_are_those_of_the_file(tmp_path, name, shared, caplog):
     assert "global scales" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "glm4_moe"])
 def test_up_enters_linearly_under_every_activation(tmp_path, name, activation):
@@ -156,6 +158,7 @@ def test_without_any_range_the_scales_are_one(tmp_path, name, caplog):
         assert (f"for {experts} experts" in caplog.text) == bool(experts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
 @pytest.mark.parametrize("stored", [0.0, torch.inf], ids=str)
 def test_reciprocals_of_no_range(tmp_path, name, stored, caplog):

@@ -112,6 +112,7 @@ def test_modelopt_writes_the_same_tensors(exported, tmp_path):
     assert set(report.layers) == layers
 
 
+@pytest.mark.slow
 def test_modelopt_writes_the_same_configuration(exported, tmp_path):
     pytest.importorskip("modelopt", reason="optional package")
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
@@ -148,6 +149,7 @@ def test_each_module_is_excluded_or_quantised(exported, tmp_path):
             assert excluded == (f"{module}.weight_scale" not in tensors), module
 
 
+@pytest.mark.slow
 def test_what_is_written_loads_and_gives_the_logits_of_the_quantised_model(exported, tmp_path):
     source, _ = exported
     fp4moe.quantize_checkpoint(source, tmp_path / "out", progress=False)

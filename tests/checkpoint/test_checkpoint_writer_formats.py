@@ -82,6 +82,7 @@ def _without_names(content):
     return content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_what_is_written_is_read(float_model, tmp_path, form):
     _, source = float_model

@@ -154,6 +154,7 @@ def compiled(model, inner="eager", **options):
     return torch.compile(model, backend=fp4moe.backend, fullgraph=True, options=options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_compiled_is_the_model_with_dequantised_weights(name, caplog):
     model = build(name)
@@ -173,12 +174,14 @@ def test_compiled_is_the_model_with_dequantised_weights(name, caplog):
     assert error(before, expected) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v4"])
 def test_other_implementation(name):
     model = build(name, "batched_mm")
     assert error(logits(compiled(model)), logits(twin_of(model))) < LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["backend", "inductor_options"])
 def test_inductor(way):
     experts = experts_of(build("gpt_oss"))[0]
@@ -231,6 +234,7 @@ def test_step3p7(limit):
     assert ("silu_step(limit=7)" if limit else "silu") in node.args
 
 
+@pytest.mark.slow
 def test_muse_spark_is_left_and_says_what_is_closest():
     model = build("muse_spark")
     with pytest.warns(UserWarning, match=r"closest is gated \(gate_up\) silu.* with relative err"):

@@ -425,6 +425,7 @@ class TestPackedOnce:
             run(compiled(block, kernel=kernel), *routed(5))
         assert len(table_entries(block.experts.gate_up_proj)) == 2
 
+    @pytest.mark.slow
     def test_dies_with_the_parameter(self):
         block = Block(Gated)
         # An inner backend that keeps no example inputs.
@@ -439,6 +440,7 @@ class TestPackedOnce:
         gc.collect()
         assert [reference() for reference in alive] == [None, None, None]
 
+    @pytest.mark.slow
     def test_keeps_no_parameter_alive(self):
         block = Block(Gated)
         run(compiled(block), *routed(5))
@@ -470,6 +472,7 @@ class TestDtypes:
         assert actual.dtype == torch.bfloat16
         assert torch.equal(actual, logits(replaced(model)))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision_block(self, dtype, implementation):

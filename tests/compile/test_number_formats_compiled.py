@@ -63,6 +63,7 @@ def test_backend(name, format):
     assert operators(graph.graph) == [operator_of(name, format).default]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, format", PAIRS)
 def test_replaced_and_compiled(name, format):
     inner = CapturingBackend()
@@ -71,6 +72,7 @@ def test_replaced_and_compiled(name, format):
     assert operators(inner.graphs[0].graph) == [operator_of(name, format).default]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, format", PAIRS)
 def test_exported(name, format):
     def run(program):
@@ -86,6 +88,7 @@ def test_exported(name, format):
         assert relative_error(run(each), expected(name, format)) < COMPILED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["nvfp4", "fp8", "mxfp4"])
 def test_a_saved_program_is_the_same(format, tmp_path):
     plain = torch.export.export(float_model("qwen3_moe"), (IDS,), {"use_cache": False})
@@ -111,6 +114,7 @@ def test_inductor(way, format):
     assert relative_error(logits(fast), expected("gpt_oss", format)) < COMPILED
 
 
+@pytest.mark.slow
 def test_rewrite_moe_keeps_the_format_beside_the_floats():
     inner = CapturingBackend()
     logits(torch.compile(float_model("qwen3_moe"), backend=inner, fullgraph=True))
@@ -126,6 +130,7 @@ def test_rewrite_moe_keeps_the_format_beside_the_floats():
     assert relative_error(out, expected("qwen3_moe", "fp8_channel")) < COMPILED
 
 
+@pytest.mark.slow
 def test_one_model_compiled_in_all_formats():
     """The same float weights, packed in each format, by turns."""
     model = float_model("qwen3_moe")
@@ -147,6 +152,7 @@ def replaced_like(model, format):
     return fp4moe.replace_moe(other, format=format, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("formats", [("fp8", "mxfp4"), ("nvfp4", "fp8_block"), ("mxfp8", "nvfp4")])
 def test_layers_of_one_class_in_several_formats(formats):
     """Each layer compiled by itself, with a format of its own, in either way."""
@@ -166,6 +172,7 @@ def test_layers_of_one_class_in_several_formats(formats):
     assert len(inner.graphs) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["nvfp4", "fp8", "mxfp8"])
 def test_the_kernel_chooses_the_experts(format):
     """Also where an empty tensor stands for the biases, in a graph and in a program."""
@@ -182,6 +189,7 @@ def test_the_kernel_chooses_the_experts(format):
     assert relative_error(out, expected("nemotron_h", format)) < COMPILED
 
 
+@pytest.mark.slow
 def test_a_factor_per_expert_needs_a_global_scale(caplog):
     """Gemma4's: NVFP4's down projection takes it, the others leave the routing in the graph."""
     for format in ("nvfp4", "fp8"):
@@ -205,6 +213,7 @@ def test_the_operator_refuses_a_factor_that_has_no_place():
         fp4.float_moe_from_logits(*given, *weights, *routing, "fp8", *form)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_eager_and_compiled_agree_on_a_layer(format):
     """Dynamic shapes, one graph for every number of tokens."""

@@ -52,6 +52,7 @@ def shown_model(name, dynamic):
 
 
 class TestShownGraph:
+    @pytest.mark.slow
     def test_gemma4_static(self):
         assert_expected_inline(
             shown_model("gemma4", dynamic=False),
@@ -61,6 +62,7 @@ nvfp4_moe_default: f32[10, 64] = fp4moe.nvfp4_moe.default(
     <packed experts>, gelu_tanh, True, reference, 8, 0)""",
         )
 
+    @pytest.mark.slow
     def test_gemma4_dynamic(self):
         assert_expected_inline(
             shown_model("gemma4", dynamic=True),
@@ -70,6 +72,7 @@ nvfp4_moe_default: f32[2*s, 64] = fp4moe.nvfp4_moe.default(
     <packed experts>, gelu_tanh, True, reference, 8, 0)""",
         )
 
+    @pytest.mark.slow
     def test_nemotron_h_static(self):
         assert_expected_inline(
             shown_model("nemotron_h", dynamic=False),
@@ -79,6 +82,7 @@ nvfp4_moe_default: f32[10, 64] = fp4moe.nvfp4_moe.default(
     <packed experts>, relu2, False, reference, 8, 0)""",
         )
 
+    @pytest.mark.slow
     def test_nemotron_h_dynamic(self):
         assert_expected_inline(
             shown_model("nemotron_h", dynamic=True),

@@ -52,6 +52,7 @@ def export(model, name, directory):
     return load_tensors(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [qwen3_moe, nemotron_h], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", PRESETS)
 def test_experts_are_those_that_modelopt_exports(name, make, tmp_path):

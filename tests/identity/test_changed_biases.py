@@ -63,6 +63,7 @@ def through_numpy(bias):
 CHANGES = [in_place, through_data, one_expert_through_data, other_data, through_numpy]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gate_up_proj_bias", "down_proj_bias"])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("way", ["eager", "pass"])
@@ -89,6 +90,7 @@ def test_two_blocks_share_a_graph():
     assert len(inner.graphs) == 1
 
 
+@pytest.mark.slow
 def test_released_with_the_weights():
     block = Block(experts_class(has_bias=True))
     wanted = expected(block)
@@ -98,6 +100,7 @@ def test_released_with_the_weights():
     assert not any(p.untyped_storage().nbytes() for p in block.experts.parameters())
 
 
+@pytest.mark.slow
 def test_a_replaced_bias_frees_the_packed_weights():
     block = Block(experts_class(has_bias=True))
     compiled = torch.compile(block, **ways("eager"))

@@ -105,6 +105,7 @@ def tensors(dtype):
     yield "expanded", torch.randn(17, 1, 7).to(dtype).expand(-1, 6, -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_both_hashes_are_as_defined(dtype):
     for name, tensor in tensors(dtype):

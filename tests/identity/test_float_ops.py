@@ -99,6 +99,7 @@ def with_biases(weights, form):
     return weights._replace(**biases)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_numbers_with_biases(name):
     make, form = FORMS[name]

@@ -57,6 +57,7 @@ def test_w4a16_costs_little(reports, method):
     assert row.difference / math.log(2) < 0.05 and row.agreement > 0.92
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["max", "mse"])
 def test_w4a4_costs_more_but_little(reports, method):
     report = reports[method]

@@ -122,6 +122,7 @@ def test_a_multimodal_wrapper():
     assert len(fused_routers(model)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_compiles_to_two_operators_per_block(name, fresh_dynamo):
     model = replaced(build(name))
@@ -176,6 +177,7 @@ def test_hooks_of_its_parts_are_not_run_by_the_check():
         replaced(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_state_dict_is_that_of_a_model_with_its_own_router(name):
     source = replaced(build(name))
@@ -186,6 +188,7 @@ def test_a_state_dict_is_that_of_a_model_with_its_own_router(name):
         assert relative(logits(target), logits(source)) <= LIMITS[torch.float32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_backend_hands_the_choice_to_the_kernel(name, fresh_dynamo):
     model, capture = replaced(build(name)), CapturingBackend()
@@ -248,6 +251,7 @@ def twice(self, x):
     return self.experts(y, ids, torch.full(ids.shape, 0.5)).view(x.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forward", [rescaled, used_afterwards, twice])
 def test_a_block_may_use_what_the_router_returns_as_it_likes(forward, fresh_dynamo):
     model = build("qwen3_moe")

@@ -155,6 +155,7 @@ REFUSED = {
 LAST = "model.layers.1.mlp.experts"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_block_that_cannot_route_in_the_kernel_is_refused(case, caplog):
     change, reason = REFUSED[case]

@@ -180,6 +180,7 @@ def test_experts_outside_the_interface_are_not_known():
     assert fingerprint(model) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("name", ["gemma4", "nemotron_h"])
 def test_the_configured_implementation_does_not_matter(name, implementation):
@@ -189,6 +190,7 @@ def test_the_configured_implementation_does_not_matter(name, implementation):
     assert torch.equal(logits(model), logits(other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "name",

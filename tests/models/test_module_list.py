@@ -89,6 +89,7 @@ def replaced(make, dtype=torch.float32):
     return replace_moe(make_model(make, dtype), kernel="reference", progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", STYLES)
 def test_autocast_around_it_refuses_nothing(make):
     with torch.autocast("cpu", torch.bfloat16):
@@ -130,6 +131,7 @@ def test_half_precision(make, dtype):
     assert relative_error(result, tensor(load_dequantised(original, model).blocks[0](x))) < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", STYLES)
 def test_float_weights_are_freed_at_once(make):
     model = make_model(make)
@@ -143,6 +145,7 @@ def test_float_weights_are_freed_at_once(make):
         gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", STYLES)
 def test_router_and_shared_parts_stay_as_they_were(make):
     model = make_model(make)

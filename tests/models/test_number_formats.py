@@ -72,6 +72,7 @@ def test_state_dict_goes_through_a_file(format):
     assert torch.equal(logits(other), logits(model))
 
 
+@pytest.mark.slow
 def test_state_of_another_format_is_refused_by_name():
     states = {f: replaced("qwen3_moe", f).state_dict() for f in FORMATS}
     for here, there in itertools.permutations(FORMATS, 2):
@@ -157,6 +158,7 @@ ENTRIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_unknown_names_are_refused_everywhere(entry):
     with pytest.raises(Exception, match=rf"{entry}: format must be one of .*got 'int4'") as caught:

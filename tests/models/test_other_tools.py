@@ -137,6 +137,7 @@ def test_functional_call(model):
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.9)], ids=["mean", "ema"])
 def test_averaged_model(model, average):
     averaged = AveragedModel(emptied(model), multi_avg_fn=average)

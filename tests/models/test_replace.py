@@ -202,6 +202,7 @@ def test_one_impossible_layer_leaves_the_whole_model_alone(spoil):
         assert any(LAST_ONLY[spoil] in reason for reason in row.reasons)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", LAST_ONLY, ids=lambda spoil: spoil.__name__)
 def test_strict_false_replaces_the_others_and_logs_why(spoil, caplog):
     model = qwen3_moe()
@@ -377,6 +378,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subclass", WRONG, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_wrong_maths_is_refused_by_its_numbers(subclass, implementation):
@@ -566,6 +568,7 @@ COPIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("build", [gemma4, nemotron_h])
 def test_copies_compute_the_same_from_their_own_tensors(how, build):

@@ -47,6 +47,7 @@ def check_refused(model, directory, path=""):
         assert not target.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [replaced, implemented])
 @pytest.mark.parametrize("name", BUILDS)
 def test_packed_models_and_what_is_in_them_refuse(name, way, tmp_path):

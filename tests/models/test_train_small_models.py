@@ -49,6 +49,7 @@ def test_balance_is_one_where_all_experts_are_used_alike():
     assert experts.balance.item() == pytest.approx(4.0)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_models_that_load(tmp_path, monkeypatch, capsys):
     options = ["--steps", "2", "--batch", "2", "--length", "64", "--device", "cpu"]
     options += ["--held-out-bytes", "1024", "--out", str(tmp_path)]

@@ -110,6 +110,7 @@ def test_the_examples_have_the_real_widths(name, monkeypatch):
     assert block.status == "replaceable" and block.nbytes > 1.4e9
 
 
+@pytest.mark.slow
 def test_the_tables_are_those_of_the_measurements(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import tables

@@ -92,6 +92,7 @@ def last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+@pytest.mark.slow
 def test_no_test_file_imports_another():
     wrong, files = [], {file.stem for file in TESTS.rglob("test_*.py")}
     for file in TESTS.rglob("*.py"):

@@ -45,6 +45,7 @@ def rewritten(model, args, route):
     return report, result[0] if isinstance(result, (tuple, list)) else result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["dynamo", "export", "export decomposed"])
 @pytest.mark.parametrize("name", BIASED)
 def test_ways_of_writing(name, route):
@@ -68,6 +69,7 @@ def test_without_a_gate(name):
     assert error(actual, definition(parts, args)) < LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("stamps", [{}, {"is_transposed": True}, {"has_gate": False}], ids=str)
 def test_transformers_implementations(stamps, implementation):
@@ -183,6 +185,7 @@ def expected_of(model, parts, hidden):
 
 
 class TestExported:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["interleaved, transposed", "list of Linears"])
     @pytest.mark.parametrize("routing", ["given", "fused"])
     def test_program_owns_biases(self, name, routing, tmp_path):
@@ -211,6 +214,7 @@ class TestExported:
         assert again is program and (report.count, report.already_fused) == (0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gathered", "list of Linears"])
 @pytest.mark.parametrize("routing", ["given", "fused"])
 def test_compiled(name, routing):

@@ -283,6 +283,7 @@ class TestLookAlikes:
             )
             assert rewrite_moe(graph, values).count == 0
 
+    @pytest.mark.slow
     def test_erf_and_tanh_are_told_apart(self):
         for activation in ("gelu", "gelu_tanh"):
             sizes = Sizes()
@@ -311,6 +312,7 @@ def test_flow_reads_keywords_and_lists():
 
 
 class TestSideEffects:
+    @pytest.mark.slow
     @pytest.mark.parametrize("route", ["dynamo", "export", "symbolic"])
     def test_state_and_graph(self, route):
         sizes = Sizes()

@@ -125,6 +125,7 @@ class TestRewrite:
         compiled = torch.compile(program.module(), backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(hidden(9)), expected, **CLOSE)
 
+    @pytest.mark.slow
     def test_a_whole_model(self):
         model = qwen3_moe().requires_grad_(False)
         ids = torch.arange(12)[None]
@@ -208,6 +209,7 @@ class TestRefused:
             warnings.simplefilter("error")
             assert rewrite_exported(program, on_no_match="ignore")[1].count == 0
 
+    @pytest.mark.slow
     def test_weights_that_the_program_writes(self):
         class Writes(nn.Module):
             def __init__(self):

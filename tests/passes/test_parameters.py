@@ -95,6 +95,7 @@ def error(actual, expected):
     return float((actual - expected).norm() / expected.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", KNOWN)
 def test_every_activation(activation):
     block = Block(gating(KNOWN[activation]))
@@ -105,6 +106,7 @@ def test_every_activation(activation):
     assert error(actual, definition(block, activation, "gate_up", 5)) < LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("transposed", [False, True])
@@ -122,6 +124,7 @@ def test_every_storage(layout, transposed, tokens, implementation):
     assert error(actual, definition(block, activation, layout, tokens)) < LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n, w in WRITERS.items() if n != "interleaved"])
 def test_ways_of_writing_without_a_gate(name):
     writer = WRITERS[name]
@@ -168,6 +171,7 @@ NEAR = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEAR)
 def test_what_is_no_form_is_left(name):
     graph, values = capture(Block(gating(NEAR[name])), *routed(5))

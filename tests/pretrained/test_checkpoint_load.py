@@ -101,6 +101,7 @@ def without_configuration(name, content):
     return {k: v for k, v in content.items() if (name, k) != ("config.json", "quantization_config")}
 
 
+@pytest.mark.slow
 def test_plain_transformers_reads_hf_quant_config(checkpoint, registered, tmp_path):
     directory = checkpoint("modelopt gemma4")
     bare = makers.rewrite(directory, tmp_path, lambda tensors: None, without_configuration)

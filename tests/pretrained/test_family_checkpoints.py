@@ -73,6 +73,7 @@ def load(directory, **options):
     return fp4moe.from_pretrained(directory, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*NAMES, *(f"{name} whole" for name in WHOLE)])
 def test_what_is_written_is_the_model_with_dequantised_weights(name, tmp_path):
     name, _, rest = name.partition(" ")

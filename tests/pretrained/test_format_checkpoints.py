@@ -55,6 +55,7 @@ def test_logits_equal_the_tools_own_dequantisation(tmp_path, registered, name, t
     assert relative_error(makers.logits(model), expected) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tool", "kind"), [("modelopt", "FP8_DEFAULT_CFG"), ("compressed", "FP8")])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gemma4"])
 def test_static_scales_of_inputs(tmp_path, tool, kind, name):
@@ -84,6 +85,7 @@ def test_gate_and_up_keep_scales_of_their_own(tmp_path):
     assert bool((weights.gate_up.block_scale[:, 0] != weights.gate_up.block_scale[:, 1]).any())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", files.FINE_GRAINED)
 @pytest.mark.parametrize("name", ["qwen3_moe", "gemma4", "nemotron_h"])
 def test_stacks_of_transformers_are_those_of_single_experts(tmp_path, name, kind):

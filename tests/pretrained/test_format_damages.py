@@ -129,6 +129,7 @@ def test_damaged_files_are_refused_with_the_keys(written, tmp_path, form, damage
         load(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [form for form in SOURCES if form != "mxfp4"])
 @pytest.mark.parametrize("module", [E, Q])
 def test_codes_that_are_no_numbers_are_refused(written, tmp_path, form, module):
@@ -156,6 +157,7 @@ def test_a_format_that_is_not_announced_is_refused(written, tmp_path, form):
         load(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gemma4", "nemotron_h"])
 @pytest.mark.parametrize("preset", ["FP8", "FP8_DYNAMIC", "FP8_BLOCK"])
 def test_sizes_that_are_no_multiples_of_16_are_padded(tmp_path, name, preset):

@@ -87,6 +87,7 @@ def test_a_quantisation_that_is_only_in_hf_quant_config(name, tmp_path):
     assert loadable(explain_source(str(tmp_path / "packed"))) == fused(tmp_path / "packed") != set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
 @pytest.mark.parametrize(
     ("written", "said"),

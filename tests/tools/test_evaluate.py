@@ -109,6 +109,7 @@ def test_w4a16_is_the_float_model_with_dequantised_weights(seed, model_and_text,
     assert fits == (seed is None), (row, difference, agreement)
 
 
+@pytest.mark.slow
 def test_rows_table_and_plain_data(report):
     names = ["bf16", "W4A16", "W4A4", "W4A4 calibrated"]
     assert [row.name for row in report.rows] == names
@@ -178,6 +179,7 @@ def of_formats(model_and_text):
     return fp4moe.evaluate(folder, format=FORMATS, calibrate=calibration, progress=False, **options)
 
 
+@pytest.mark.slow
 def test_rows_of_several_formats(of_formats, report):
     names = [("bf16", None)]
     for format, bits, activations, stored in ROWS:
@@ -196,6 +198,7 @@ def test_rows_of_several_formats(of_formats, report):
         of_formats.row("W4A16", "fp8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format, bits", [("fp8", 8), ("mxfp4", 4)])
 def test_a_format_is_the_float_model_with_dequantised_weights(
     format, bits, model_and_text, of_formats

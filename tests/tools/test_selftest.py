@@ -98,6 +98,7 @@ def padded_as_one(o):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [swapped, rows_permuted, experts_permuted, padded_as_one])
 def test_a_wrong_layout_fails_everywhere(change, monkeypatch):
     kernel = Variant()
@@ -288,6 +289,7 @@ def with_biases(change):
         (OtherActivation("silu_softcap(alpha=4,beta=2)"), SOFTCAP),
     ],
 )
+@pytest.mark.slow
 def test_wrong_parameters_and_biases_fail_in_numbers(kernel, sizes, monkeypatch):
     report = run(monkeypatch, kernel, {"layer": sizes})
     assert {(r.check, r.tokens) for r in report.failures} >= {("numbers", 1), ("numbers", 33)}

@@ -185,6 +185,7 @@ def assert_agrees(got, want):
     assert relative_error(got, want) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_routed_equals_the_reference(features, case):
     weights, x, ids, routing_weights = make(case)
@@ -256,6 +257,7 @@ SLIPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slip", SLIPS)
 def test_slips_with_parameters_and_biases_show(features, slip):
     weights, x, ids, routing_weights = make(BIASED[0])

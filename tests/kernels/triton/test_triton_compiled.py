@@ -113,7 +113,9 @@ def size(tile):
 
 
 @compiled
-@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize(
+    "capability", [pytest.param(t, marks=() if t == 90 else pytest.mark.slow) for t in TARGETS]
+)
 def test_every_variant_compiles(capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for function, constants, warps, further in variants():
@@ -144,6 +146,7 @@ def test_a_plain_activation_compiles_to_its_formula_alone(capability, tmp_path, 
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("name", ["gate_up_kernel", "down_kernel"])

@@ -276,7 +276,10 @@ def test_shipped_tiles_fit(format):
 
 
 @compiled
-@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+@pytest.mark.parametrize(
+    "capability",
+    [90, *(pytest.param(t, marks=pytest.mark.slow) for t in (80, 89, 100, 120))],
+)
 def test_every_format_compiles(capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     # What targets share is compiled with every format for two of them.

@@ -59,6 +59,7 @@ def arguments(weights):
     return nvfp4_moe_arguments(CUTLASS.prepare(weights, hidden_alignment=256), CUTLASS.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden, intermediate", [(128, 64), (272, 40), (130, 100), (384, 176)])
 @pytest.mark.parametrize("activation, gated", FORMS)
 def test_numbers(exact, activation, gated, hidden, intermediate):

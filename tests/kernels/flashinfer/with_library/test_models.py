@@ -91,6 +91,7 @@ def run(model, ids):
         return model(ids).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("hidden_alignment", [128, 256, 512])
 def test_replaced(emulated, name, hidden_alignment):

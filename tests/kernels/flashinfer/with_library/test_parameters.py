@@ -267,6 +267,7 @@ def test_expert_and_tensor_shards_sum_to_the_whole(emulated, name):
         assert relative_error(sum(run(name, part, call) for part in parts), whole) < 2**-7
 
 
+@pytest.mark.slow
 def test_the_width_of_gpt_oss(emulated, name):
     weights = layer(2880, 2880, 2, OPENAI, biased=True)
     call = tokens(2, weights)
