@@ -188,37 +188,23 @@ class FusedExperts(PackedModule):
         if not torch.compiler.is_compiling() and self._lent.marks:
             self._lent.check(self)
         # Spelled out: torch.compile follows attributes, and a call costs less so.
-        if not self._alone:
-            return torch.ops.fp4moe.moe.default(
-                hidden_states,
-                top_k_index,
-                top_k_weights,
-                self.prepared_gate_up_packed,
-                self.prepared_gate_up_block_scale,
-                self.prepared_gate_up_global_scale,
-                self.prepared_gate_up_bias,
-                self.prepared_down_packed,
-                self.prepared_down_block_scale,
-                self.prepared_down_global_scale,
-                self.prepared_down_bias,
-                self.prepared_hidden_scale,
-                self.prepared_intermediate_scale,
-                *self._arguments,
-            )
-        return torch.ops.fp4moe.nvfp4_moe.default(
-            hidden_states,
-            top_k_index,
-            top_k_weights,
+        gate_up = (
             self.prepared_gate_up_packed,
             self.prepared_gate_up_block_scale,
             self.prepared_gate_up_global_scale,
+        )
+        down = (
             self.prepared_down_packed,
             self.prepared_down_block_scale,
             self.prepared_down_global_scale,
-            self.prepared_hidden_scale,
-            self.prepared_intermediate_scale,
-            *self._arguments,
         )
+        scales = self.prepared_hidden_scale, self.prepared_intermediate_scale
+        chosen = hidden_states, top_k_index, top_k_weights
+        if self._alone:
+            operands = *gate_up, *down, *scales
+            return torch.ops.fp4moe.nvfp4_moe.default(*chosen, *operands, *self._arguments)
+        biased = *gate_up, self.prepared_gate_up_bias, *down, self.prepared_down_bias, *scales
+        return torch.ops.fp4moe.moe.default(*chosen, *biased, *self._arguments)
 
     def _apply(self, fn, recurse: bool = True):
         before = self.prepared_gate_up_packed.device

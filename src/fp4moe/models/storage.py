@@ -219,7 +219,7 @@ def beyond_reasons(module: nn.Module, storage: Storage) -> list[str]:
     with torch.no_grad():
         try:
             result = type(module).forward(_holding(module, tensors), hidden, ids, weights)
-        except Exception:  # whatever its code raises: it has no such id
+        except (LookupError, RuntimeError, ValueError, AssertionError):  # it has no such id
             return []
     if bool((result == 0).all()):
         return []

@@ -18,7 +18,7 @@ from .library import FlashInfer, version_key
 from .rows import down_row_index, gate_up_row_index
 from .weights import row_layout
 
-__all__ = ["Entry", "another", "padded_sizes", "raw_parameters", "shuffled_rows"]
+__all__ = ["Entry", "another", "fp4_weights", "padded_sizes", "raw_parameters", "shuffled_rows"]
 
 
 def another(layer: Layer) -> str:
@@ -130,3 +130,26 @@ def raw_parameters(operands: Operands, layer: Layer) -> dict[str, torch.Tensor |
         "gemm1_clamp_limit": activation.limit or None,
     }
     return {n: None if v is None else torch.full_like(like, v) for n, v in values.items()}
+
+
+def fp4_weights(
+    operands: Operands,
+    parameters: dict[str, torch.Tensor | None],
+    scalars: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+) -> dict[str, Any]:
+    """Return the weights as both functions for codes of four bits take them.
+
+    Args:
+        parameters: alpha, beta and limit by name. scalars: output1, output1's gate, output2.
+    """
+    names = "output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar"
+    return {
+        "gemm1_weights": operands.gate_up_packed,
+        "gemm1_weights_scale": operands.gate_up_block_scale.view(torch.float8_e4m3fn),
+        "gemm1_bias": operands.gate_up_bias,
+        **parameters,
+        "gemm2_weights": operands.down_packed,
+        "gemm2_weights_scale": operands.down_block_scale.view(torch.float8_e4m3fn),
+        "gemm2_bias": operands.down_bias,
+        **dict(zip(names, scalars, strict=True)),
+    }

@@ -10,7 +10,7 @@ from ...formats import FORMATS
 from ...layer import Layer
 from ..operands import Operands
 from .library import FlashInfer
-from .trtllm_entry import Entry, raw_parameters, shuffled_rows
+from .trtllm_entry import Entry, fp4_weights, raw_parameters, shuffled_rows
 from .trtllm_mxfp8 import ONE, quantize_mxfp8
 
 __all__ = ["Mxfp4Entry"]
@@ -38,15 +38,4 @@ class Mxfp4Entry(Entry):
 
     def weights(self, flashinfer: FlashInfer, operands: Operands, layer: Layer) -> dict[str, Any]:
         """Return the weights; without scalars, for only blocks have scales."""
-        return {
-            "gemm1_weights": operands.gate_up_packed,
-            "gemm1_weights_scale": operands.gate_up_block_scale.view(torch.float8_e4m3fn),
-            "gemm1_bias": operands.gate_up_bias,
-            **raw_parameters(operands, layer),
-            "gemm2_weights": operands.down_packed,
-            "gemm2_weights_scale": operands.down_block_scale.view(torch.float8_e4m3fn),
-            "gemm2_bias": operands.down_bias,
-            "output1_scale_scalar": None,
-            "output1_scale_gate_scalar": None,
-            "output2_scale_scalar": None,
-        }
+        return fp4_weights(operands, raw_parameters(operands, layer), (None, None, None))

@@ -12,7 +12,7 @@ from ...formats import NVFP4
 from ...layer import Layer
 from ..operands import Operands
 from .library import FlashInfer, flashinfer_settings
-from .trtllm_entry import Entry, shuffled_rows
+from .trtllm_entry import Entry, fp4_weights, shuffled_rows
 from .weights import pad_columns, scale_products
 
 __all__ = ["Nvfp4Entry", "quantize_input"]
@@ -66,18 +66,9 @@ class Nvfp4Entry(Entry):
 
     def weights(self, flashinfer: FlashInfer, operands: Operands, layer: Layer) -> dict[str, Any]:
         """Return the weights, and the three scalars of the epilogues."""
-        return {
-            "gemm1_weights": operands.gate_up_packed,
-            "gemm1_weights_scale": operands.gate_up_block_scale.view(torch.float8_e4m3fn),
-            "gemm1_bias": operands.gate_up_bias,
-            **_parameters(operands, layer),
-            "gemm2_weights": operands.down_packed,
-            "gemm2_weights_scale": operands.down_block_scale.view(torch.float8_e4m3fn),
-            "gemm2_bias": operands.down_bias,
-            "output1_scale_scalar": operands.intermediate_scale,
-            "output1_scale_gate_scalar": operands.gate_up_global_scale,
-            "output2_scale_scalar": operands.down_global_scale,
-        }
+        first, second = operands.gate_up_global_scale, operands.down_global_scale
+        scalars = operands.intermediate_scale, first, second
+        return fp4_weights(operands, _parameters(operands, layer), scalars)
 
 
 def _check_divisors(**products: torch.Tensor) -> None:

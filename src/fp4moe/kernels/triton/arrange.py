@@ -1,11 +1,27 @@
-"""Bring decoded values into the order of rows and columns."""
+"""What all decoders end with: their PTX program, and the order of rows and columns."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["arrange"]
+__all__ = ["arrange", "assemble"]
+
+
+@triton.jit
+def assemble(args, PROGRAM: tl.constexpr, CONSTRAINTS: tl.constexpr):
+    """Run a program of PTX on tensors of one shape; return its sixteen halfwords as int16."""
+    return tl.inline_asm_elementwise(
+        asm=PROGRAM,
+        constraints=CONSTRAINTS,
+        args=args,
+        dtype=(
+            tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
+            tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
+        ),
+        is_pure=True,
+        pack=1,
+    )  # fmt: skip
 
 
 @triton.jit

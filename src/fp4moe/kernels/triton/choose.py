@@ -81,32 +81,29 @@ def choose_experts_kernel(
 
 
 def choose_experts(
-    router_logits: torch.Tensor,
-    routing_bias: torch.Tensor,
-    routing: Routing,
-    output_scale: torch.Tensor,
+    logits: torch.Tensor, bias: torch.Tensor, routing: Routing, output_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (expert_ids int64, routing_weights float32), [T, K] each, as `fp4moe.routing` does.
 
     Args:
-        router_logits: [T, E], any float dtype, T > 0 and E at most MOST_EXPERTS.
-        routing_bias, output_scale: [E], or [0] for none.
+        logits: [T, E], any float dtype, T > 0 and E at most MOST_EXPERTS.
+        bias, output_scale: [E], or [0] for none.
         routing: the method; see `Routing`.
     """
-    tokens, num_experts = router_logits.shape
-    logits = router_logits if router_logits.stride(1) == 1 else router_logits.contiguous()
+    tokens, num_experts = logits.shape
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
     ids = logits.new_empty((tokens, routing.top_k), dtype=torch.int64)
     weights = logits.new_empty((tokens, routing.top_k), dtype=torch.float32)
     group_experts = num_experts // routing.num_groups
     sigmoid = routing.method == "sigmoid_topk"
     choose_experts_kernel[(tokens,)](
-        logits, logits.stride(0), routing_bias.contiguous(), output_scale.contiguous(),
+        logits, logits.stride(0), bias.contiguous(), output_scale.contiguous(),
         ids, weights, routing.num_groups, group_experts, routing.scaling,
         GROUPS=triton.next_power_of_2(routing.num_groups),
         GROUP_EXPERTS=triton.next_power_of_2(group_experts),
         TOP_GROUPS=routing.top_groups if routing.top_groups < routing.num_groups else 0,
         TOP_K=routing.top_k, TOP_K_PADDED=triton.next_power_of_2(routing.top_k),
-        SIGMOID=sigmoid, BIASED=sigmoid and routing_bias.numel() > 0,
+        SIGMOID=sigmoid, BIASED=sigmoid and bias.numel() > 0,
         SCALED=output_scale.numel() > 0, num_warps=1,
     )  # fmt: skip
     return ids, weights

@@ -12,9 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arrange import arrange
+from .arrange import arrange, assemble
 
-__all__ = ["MXFP8_SHIFT", "MX_SHIFT", "decode_fp8", "decode_mxfp8", "power_lines"]
+__all__ = ["MXFP8_SHIFT", "MX_SHIFT", "decode_fp8", "decode_mxfp8", "power_lines", "powers"]
 
 # With float16 activations MXFP8's weights are multiplied by 2^7, so that small ones fit; in
 # bfloat16 those of MX formats by 2^-32, so that one factor reaches from a code's bits to them.
@@ -100,6 +100,14 @@ _BFLOAT16_FACTOR = tl.constexpr(2.0**MX_SHIFT)
 
 
 @triton.jit
+def powers(scales, FACTOR: tl.constexpr):
+    """What `power_lines` makes of the bytes 0 and 1, in float32: 2^(byte - 127) x FACTOR."""
+    first = ((scales & 0xFF) << 23).to(tl.float32, bitcast=True)
+    second = (((scales >> 8) & 0xFF) << 23).to(tl.float32, bitcast=True)
+    return first * FACTOR, second * FACTOR
+
+
+@triton.jit
 def _values(word, scale, FP16: tl.constexpr):
     """The four values of a word times a scale: columns 2 * lane, + 1, + 8, + 9."""
     other = ((word << 4) & 0x80F080F0) | ((word >> 4) & 0x07000700)
@@ -143,17 +151,7 @@ def decode_fp8(
     """
     w0, w1, w2, w3 = _four(words, SLABS, ROWS)
     if ASSEMBLY:
-        h = tl.inline_asm_elementwise(
-            asm=FLOAT16_PROGRAM if FP16 else BFLOAT16_PROGRAM,
-            constraints=CONSTRAINTS,
-            args=[w0, w1, w2, w3],
-            dtype=(
-                tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
-                tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
-            ),
-            is_pure=True,
-            pack=1,
-        )  # fmt: skip
+        h = assemble((w0, w1, w2, w3), FLOAT16_PROGRAM if FP16 else BFLOAT16_PROGRAM, CONSTRAINTS)
     else:
         h = _plain(w0, w1, w2, w3, 1.0, 1.0, FP16)
     return arrange(h, SLABS, ROWS, FP16, ASSEMBLY)
@@ -161,13 +159,9 @@ def decode_fp8(
 
 @triton.jit
 def decode_mxfp8(
-    words,
-    scales,
-    SLABS: tl.constexpr,
-    ROWS: tl.constexpr,
-    FP16: tl.constexpr,
+    words, scales, SLABS: tl.constexpr, ROWS: tl.constexpr, FP16: tl.constexpr,
     ASSEMBLY: tl.constexpr,
-):
+):  # fmt: skip
     """Return weights [ROWS, 64 * SLABS] times 2^-32 in bfloat16, or times 2^7 in float16.
 
     words: uint32 [SLABS, ROWS, 16]; scales: uint32 [SLABS, ROWS], two bytes each. Exact in
@@ -176,21 +170,12 @@ def decode_mxfp8(
     w0, w1, w2, w3 = _four(words, SLABS, ROWS)
     scales = tl.broadcast_to(tl.expand_dims(scales, 2), (SLABS, ROWS, 4))
     if ASSEMBLY:
-        h = tl.inline_asm_elementwise(
-            asm=FLOAT16_SCALED_PROGRAM if FP16 else BFLOAT16_SCALED_PROGRAM,
-            constraints=SCALED_CONSTRAINTS,
-            args=[w0, w1, w2, w3, scales],
-            dtype=(
-                tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
-                tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
-            ),
-            is_pure=True,
-            pack=1,
-        )  # fmt: skip
+        h = assemble(
+            (w0, w1, w2, w3, scales),
+            FLOAT16_SCALED_PROGRAM if FP16 else BFLOAT16_SCALED_PROGRAM,
+            SCALED_CONSTRAINTS,
+        )
     else:
-        first = ((scales & 0xFF) << 23).to(tl.float32, bitcast=True)
-        second = (((scales >> 8) & 0xFF) << 23).to(tl.float32, bitcast=True)
-        first *= _FLOAT16_FACTOR if FP16 else _BFLOAT16_FACTOR
-        second *= _FLOAT16_FACTOR if FP16 else _BFLOAT16_FACTOR
+        first, second = powers(scales, _FLOAT16_FACTOR if FP16 else _BFLOAT16_FACTOR)
         h = _plain(w0, w1, w2, w3, first, second, FP16)
     return arrange(h, SLABS, ROWS, FP16, ASSEMBLY)

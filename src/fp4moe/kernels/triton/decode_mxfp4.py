@@ -9,10 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arrange import arrange
-from .decode_fp8 import MX_SHIFT, power_lines
-from .decode_nvfp4 import code_lines, word_lines
-from .layout import LEFT, RECIPE, SECOND_MOVE
+from .arrange import arrange, assemble
+from .decode_fp8 import MX_SHIFT, power_lines, powers
+from .decode_nvfp4 import code_lines, code_values, lanes, word_lines
 
 __all__ = ["MXFP4_SHIFT", "decode_mxfp4"]
 
@@ -40,73 +39,27 @@ def _program(fp16: bool) -> str:
 BFLOAT16_PROGRAM = tl.constexpr(_program(fp16=False))
 FLOAT16_PROGRAM = tl.constexpr(_program(fp16=True))
 CONSTRAINTS = tl.constexpr(",".join(["=h"] * 16 + ["r"] * 3))
-_ROTATION = tuple(tl.constexpr(rotation) for _, rotation in RECIPE)
-_REST = tl.constexpr(sum(0x10001 << bit for bit in LEFT))
-_MOVE = tl.constexpr(SECOND_MOVE)
+_TO_VALUE = tl.constexpr(2.0**126)
 _FLOAT16_FACTOR = tl.constexpr(2.0**MXFP4_SHIFT)
 _BFLOAT16_FACTOR = tl.constexpr(2.0**MX_SHIFT)
 
 
 @triton.jit
-def _values(word, ROTATION: tl.constexpr, scale, FP16: tl.constexpr):
-    """The two values of one register, as the PTX makes them."""
-    rotated = word
-    if ROTATION > 0:
-        rotated = (word << ROTATION) | (word >> (32 - ROTATION))
-    power = 8.507059173023462e37  # 2^126
-    even = ((rotated & 0x81C0) << 16).to(tl.float32, bitcast=True) * power * scale
-    odd = (rotated & 0x81C00000).to(tl.float32, bitcast=True) * power * scale
-    kind = tl.float16 if FP16 else tl.bfloat16
-    return even.to(kind), odd.to(kind)
-
-
-@triton.jit
-def _plain(first, second, a, b, FP16: tl.constexpr):
-    """The 16 values of two words, in the order of the PTX."""
-    rest = (first & _REST) | ((second << _MOVE) & (0xFFFFFFFF - _REST))
-    v0, v1 = _values(first, _ROTATION[0], a, FP16)
-    v2, v3 = _values(first, _ROTATION[1], a, FP16)
-    v4, v5 = _values(first, _ROTATION[2], a, FP16)
-    v6, v7 = _values(rest, _ROTATION[3], a, FP16)
-    v8, v9 = _values(second, _ROTATION[4], b, FP16)
-    v10, v11 = _values(second, _ROTATION[5], b, FP16)
-    v12, v13 = _values(second, _ROTATION[6], b, FP16)
-    v14, v15 = _values(rest, _ROTATION[7], b, FP16)
-    return v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15
-
-
-@triton.jit
 def decode_mxfp4(
-    words,
-    scales,
-    SLABS: tl.constexpr,
-    ROWS: tl.constexpr,
-    FP16: tl.constexpr,
+    words, scales, SLABS: tl.constexpr, ROWS: tl.constexpr, FP16: tl.constexpr,
     ASSEMBLY: tl.constexpr,
-):
+):  # fmt: skip
     """Return weights [ROWS, 64 * SLABS] times 2^-32 in bfloat16, or times 2^10 in float16.
 
     words: uint32 [SLABS, ROWS, 8]; scales: uint32 [SLABS, ROWS], two bytes each. Exact in
     bfloat16 with scale bytes 27 to 160, in float16 94 to 130: below rounded, above infinite.
     """
-    first, second = tl.split(tl.reshape(words, (SLABS, ROWS, 4, 2)))
-    scales = tl.broadcast_to(tl.expand_dims(scales, 2), (SLABS, ROWS, 4))
+    first, second, scales = lanes(words, scales, SLABS, ROWS)
     if ASSEMBLY:
-        h = tl.inline_asm_elementwise(
-            asm=FLOAT16_PROGRAM if FP16 else BFLOAT16_PROGRAM,
-            constraints=CONSTRAINTS,
-            args=[first, second, scales],
-            dtype=(
-                tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
-                tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
-            ),
-            is_pure=True,
-            pack=1,
-        )  # fmt: skip
+        h = assemble(
+            (first, second, scales), FLOAT16_PROGRAM if FP16 else BFLOAT16_PROGRAM, CONSTRAINTS
+        )
     else:
-        a = ((scales & 0xFF) << 23).to(tl.float32, bitcast=True)
-        b = (((scales >> 8) & 0xFF) << 23).to(tl.float32, bitcast=True)
-        a *= _FLOAT16_FACTOR if FP16 else _BFLOAT16_FACTOR
-        b *= _FLOAT16_FACTOR if FP16 else _BFLOAT16_FACTOR
-        h = _plain(first, second, a, b, FP16)
+        a, b = powers(scales, _FLOAT16_FACTOR if FP16 else _BFLOAT16_FACTOR)
+        h = code_values(first, second, a, a, b, b, _TO_VALUE, FP16)
     return arrange(h, SLABS, ROWS, FP16, ASSEMBLY)

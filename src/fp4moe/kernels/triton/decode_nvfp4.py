@@ -13,10 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arrange import arrange
+from .arrange import arrange, assemble
 from .layout import LEFT, RECIPE, SECOND_MOVE
 
-__all__ = ["WEIGHT_FACTOR", "code_lines", "decode_slabs", "word_lines"]
+__all__ = ["WEIGHT_FACTOR", "code_lines", "code_values", "decode_slabs", "lanes", "word_lines"]
 
 WEIGHT_FACTOR = tl.constexpr(128.0)
 _LEFT_MASK = sum(0x10001 << bit for bit in LEFT)
@@ -77,14 +77,14 @@ CONSTRAINTS = tl.constexpr(",".join(["=h"] * 16 + ["r"] * 3))
 
 
 @triton.jit
-def _values(word, ROTATION: tl.constexpr, scale, FP16: tl.constexpr):
+def _values(word, ROTATION: tl.constexpr, POWER: tl.constexpr, scale, FP16: tl.constexpr):
     """The two values of one register, as the PTX makes them."""
     rotated = word
     if ROTATION > 0:
         rotated = (word << ROTATION) | (word >> (32 - ROTATION))
     # The same bits at the same place of a float32.
-    even = ((rotated & 0x81C0) << 16).to(tl.float32, bitcast=True) * scale
-    odd = (rotated & 0x81C00000).to(tl.float32, bitcast=True) * scale
+    even = ((rotated & 0x81C0) << 16).to(tl.float32, bitcast=True) * POWER * scale
+    odd = (rotated & 0x81C00000).to(tl.float32, bitcast=True) * POWER * scale
     kind = tl.float16 if FP16 else tl.bfloat16
     return even.to(kind), odd.to(kind)
 
@@ -98,52 +98,46 @@ def _block_scale(scales, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _plain(first, second, scales, FP16: tl.constexpr):
-    """The 16 values of two words, in the order of the PTX."""
+def code_values(first, second, a, b, c, d, POWER: tl.constexpr, FP16: tl.constexpr):
+    """The 16 codes of two words times 2^-126 x POWER x scale a to d, in the order of the PTX."""
     rest = (first & _REST) | ((second << _MOVE) & (0xFFFFFFFF - _REST))
-    a = _block_scale(scales, 0)
-    b = _block_scale(scales, 1)
-    c = _block_scale(scales, 2)
-    d = _block_scale(scales, 3)
-    v0, v1 = _values(first, _ROTATION[0], a, FP16)
-    v2, v3 = _values(first, _ROTATION[1], a, FP16)
-    v4, v5 = _values(first, _ROTATION[2], b, FP16)
-    v6, v7 = _values(rest, _ROTATION[3], b, FP16)
-    v8, v9 = _values(second, _ROTATION[4], c, FP16)
-    v10, v11 = _values(second, _ROTATION[5], c, FP16)
-    v12, v13 = _values(second, _ROTATION[6], d, FP16)
-    v14, v15 = _values(rest, _ROTATION[7], d, FP16)
+    v0, v1 = _values(first, _ROTATION[0], POWER, a, FP16)
+    v2, v3 = _values(first, _ROTATION[1], POWER, a, FP16)
+    v4, v5 = _values(first, _ROTATION[2], POWER, b, FP16)
+    v6, v7 = _values(rest, _ROTATION[3], POWER, b, FP16)
+    v8, v9 = _values(second, _ROTATION[4], POWER, c, FP16)
+    v10, v11 = _values(second, _ROTATION[5], POWER, c, FP16)
+    v12, v13 = _values(second, _ROTATION[6], POWER, d, FP16)
+    v14, v15 = _values(rest, _ROTATION[7], POWER, d, FP16)
     return v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15
 
 
 @triton.jit
+def lanes(words, scales, SLABS: tl.constexpr, ROWS: tl.constexpr):
+    """Both words of each lane, and the word of scales beside them: [SLABS, ROWS, 4] each."""
+    first, second = tl.split(tl.reshape(words, (SLABS, ROWS, 4, 2)))
+    return first, second, tl.broadcast_to(tl.expand_dims(scales, 2), (SLABS, ROWS, 4))
+
+
+@triton.jit
 def decode_slabs(
-    words,
-    scales,
-    SLABS: tl.constexpr,
-    ROWS: tl.constexpr,
-    FP16: tl.constexpr,
+    words, scales, SLABS: tl.constexpr, ROWS: tl.constexpr, FP16: tl.constexpr,
     ASSEMBLY: tl.constexpr,
-):
+):  # fmt: skip
     """Return weights x 2^-7 [ROWS, 64 * SLABS], bfloat16 or float16, exact.
 
     words: uint32 [SLABS, ROWS, 8]; scales: uint32 [SLABS, ROWS], four E4M3 bytes each. ASSEMBLY
     False computes the same with Triton's own operations, for its interpreter.
     """
-    first, second = tl.split(tl.reshape(words, (SLABS, ROWS, 4, 2)))
-    scales = tl.broadcast_to(tl.expand_dims(scales, 2), (SLABS, ROWS, 4))
+    first, second, scales = lanes(words, scales, SLABS, ROWS)
     if ASSEMBLY:
-        h = tl.inline_asm_elementwise(
-            asm=FLOAT16_PROGRAM if FP16 else BFLOAT16_PROGRAM,
-            constraints=CONSTRAINTS,
-            args=[first, second, scales],
-            dtype=(
-                tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
-                tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
-            ),
-            is_pure=True,
-            pack=1,
-        )  # fmt: skip
+        h = assemble(
+            (first, second, scales), FLOAT16_PROGRAM if FP16 else BFLOAT16_PROGRAM, CONSTRAINTS
+        )
     else:
-        h = _plain(first, second, scales, FP16)
+        a = _block_scale(scales, 0)
+        b = _block_scale(scales, 1)
+        c = _block_scale(scales, 2)
+        d = _block_scale(scales, 3)
+        h = code_values(first, second, a, b, c, d, 1.0, FP16)
     return arrange(h, SLABS, ROWS, FP16, ASSEMBLY)
