@@ -59,6 +59,7 @@ class ExpertWeights:
         format: name of the number format of gate_up and down.
         gate_up_bias, down_bias: float32, as long as the rows of gate_up [L, M] and of down
             [L, H]; None for a layer without biases.
+        quantized_activations: as in `Layer`; what a checkpoint says.
     """
 
     gate_up: StoredMatrix
@@ -74,6 +75,7 @@ class ExpertWeights:
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
     format: str = DEFAULT_FORMAT
+    quantized_activations: bool = False
 
     def __post_init__(self) -> None:
         check_choice("format", self.format, FORMATS, caller="ExpertWeights")
@@ -193,6 +195,7 @@ class ExpertWeights:
             self.expert_offset,
             self.format,
             self.biased,
+            self.quantized_activations,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class Layer:
         expert_offset: global id of the first expert that is here.
         format: the number format of the weights.
         biased: whether gate, up and down have biases.
+        quantized_activations: whether the checkpoint was made for activations that are rounded by
+            the format's rule (W8A8), which lets "auto" take a kernel that rounds them.
     """
 
     activation: str
@@ -46,6 +48,7 @@ class Layer:
     expert_offset: int = 0
     format: str = "nvfp4"
     biased: bool = False
+    quantized_activations: bool = False
 
     @classmethod
     def of(cls, facts: object, **others: Any) -> Layer:
@@ -64,6 +67,7 @@ class Layer:
             "intermediate_size": self.intermediate_size,
             "num_experts": self.num_experts,
             "expert_offset": self.expert_offset,
+            **({"quantized_activations": True} if self.quantized_activations else {}),
         }
 
     def __str__(self) -> str:

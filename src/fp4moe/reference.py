@@ -125,6 +125,7 @@ def reference_w4a4(
     routing_weights: torch.Tensor,
     *,
     intermediate_dtype: torch.dtype = torch.float32,
+    product_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Compute the layer as kernels do that round input and intermediate by the weights' format.
 
@@ -132,11 +133,12 @@ def reference_w4a4(
     `round_activation`. The input is rounded to bfloat16 and then with `hidden_scale`, the
     intermediate with `intermediate_scale`, where the format stores such scales; each expert's
     output is rounded to bfloat16 before the weighted sum in float32. `intermediate_dtype` is what
-    gate, up and then the intermediate are rounded to before it is quantised: float32 in
-    TRT-LLM-Gen, which quantises by the format's `round_intermediate` and adds biases before it
-    rounds; bfloat16 in CUTLASS, which quantises by `round_activation`, rounds each bias, too, and
-    adds it after the rounding. Else as `reference`. Source: FlashInfer 0.7.2, fp4_quantize and
-    CUTLASS' activation and finalize kernels; the machine code of TRT-LLM-Gen.
+    the intermediate is rounded to before it is quantised, `product_dtype` (default: the same) what
+    gate, up and each bias are: float32 both in TRT-LLM-Gen, which quantises by the format's
+    `round_intermediate`; bfloat16 both in CUTLASS, which quantises by `round_activation` and adds
+    biases after the rounding; bfloat16 and float32 in `triton_w8a8`. Else as `reference`. Source:
+    FlashInfer 0.7.2, fp4_quantize and CUTLASS' activation and finalize kernels; the machine code of
+    TRT-LLM-Gen.
     """
     rounded = hidden.to(torch.bfloat16).float()
     x = weights.number_format.round_activation(rounded, weights.hidden_scale)
@@ -152,6 +154,7 @@ def reference_w4a4(
         weights.intermediate_scale,
         intermediate_dtype,
         quantise,
+        product_dtype or intermediate_dtype,
         caller="reference_w4a4",
     ).to(hidden.dtype)
 
@@ -175,6 +178,7 @@ def _run(
     intermediate_scale: torch.Tensor | None = None,
     intermediate_dtype: torch.dtype = torch.float32,
     quantise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    product_dtype: torch.dtype = torch.float32,
     caller: str = "reference",
 ) -> torch.Tensor:
     if (
@@ -189,7 +193,7 @@ def _run(
     x = hidden.float()
 
     def rounded(value: torch.Tensor) -> torch.Tensor:
-        return value.to(intermediate_dtype).float()
+        return value.to(product_dtype).float()
 
     def product(rows: torch.Tensor, part: dict[str, torch.Tensor], name: str) -> torch.Tensor:
         bias = part.get(f"{name}_bias")
@@ -200,11 +204,11 @@ def _run(
         part, rows = load(expert), x[token]
         up = product(rows, part, "up")
         gate = product(rows, part, "gate") if "gate" in part else None
-        y = rounded(combine(up, gate))
+        y = combine(up, gate).to(intermediate_dtype).float()
         if intermediate_scale is None or quantise is None:
             return product(y, part, "down")
         y = product(quantise(y, intermediate_scale[expert]), part, "down")
-        return y.bfloat16().float() if intermediate_dtype == torch.float32 else y
+        return y.bfloat16().float() if product_dtype == torch.float32 else y
 
     # float32 is part of the definition.
     with without_autocast(hidden.device):

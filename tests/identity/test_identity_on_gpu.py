@@ -139,7 +139,7 @@ def test_nothing_new_is_packed_inside_a_capture():
         compiled(ids, use_cache=False)
         for weight in (p for p in other.parameters() if p.ndim == 3):
             weight.mul_(2)
-        with pytest.raises(UnsupportedError, match="before a CUDA graph is captured"):
+        with pytest.raises(UnsupportedError, match="because a CUDA graph is being captured"):
             with torch.cuda.graph(torch.cuda.CUDAGraph()):
                 compiled(ids, use_cache=False)
         torch.cuda.synchronize()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -32,11 +34,14 @@ LAYER = {
 REFUSALS = {
     "flashinfer_trtllm": "needs compute capability 10.0 or 10.3, got ",
     "flashinfer_cutlass": "needs compute capability 12.0, 12.1, 10.0 or 10.3, got ",
+    "triton_w8a8": "needs compute capability 8.9 or newer, got ",
     "triton": "needs compute capability 8.0 or newer, got ",
     "humming": "needs compute capability 7.5 to 9.0, got ",
 }
 PRESENT = ("reference", "reference_w4a4")
 MULTIPLES = {"flashinfer_cutlass": 128, "triton": 64, "humming": 128}
+# Kernels that do not have NVFP4, with a format that they have.
+FORMATS_OF = {"triton_w8a8": {"format": "fp8"}}
 
 
 def test_the_names_are_those_of_the_contract():
@@ -49,7 +54,8 @@ def test_the_names_are_those_of_the_contract():
 @pytest.mark.parametrize("name", KERNELS)
 def test_why_not_by_name(name, padded, capability, monkeypatch):
     monkeypatch.setattr(base, "query_capability", lambda device: None)
-    reasons = why_not(name, **LAYER, padded=padded, capability=capability)
+    own = LAYER | FORMATS_OF.get(name, {})
+    reasons = why_not(name, **own, padded=padded, capability=capability)
     got = f"{capability[0]}.{capability[1]}" if capability else "a CPU"
     assert reasons == ([] if name in PRESENT else [REFUSALS[name] + got])
 
@@ -116,8 +122,9 @@ def test_unknown_kernel_names_the_known_ones(call):
         else:
             select_kernel("trtllm", Layer(**LAYER), None, caller="why_not")
     assert str(error.value) == (
-        "why_not: kernel must be auto or one of flashinfer_trtllm, flashinfer_cutlass, triton, "
-        "humming, reference, reference_w4a4; got 'trtllm'. Pass one of these names."
+        "why_not: kernel must be auto or one of flashinfer_trtllm, flashinfer_cutlass, "
+        "triton_w8a8, triton, humming, reference, reference_w4a4; got 'trtllm'. Pass one of these "
+        "names."
     )
 
 
@@ -157,11 +164,25 @@ def test_select_kernel():
     for name in PRESENT:
         assert select_kernel(name, layer, None, caller="f") == name
     for name in REFUSALS:
+        own = dataclasses.replace(layer, **FORMATS_OF.get(name, {}))
         with pytest.raises(UnsupportedError) as error:
-            select_kernel(name, layer, None, caller="f")
+            select_kernel(name, own, None, caller="f")
         text = str(error.value)
         assert text.startswith(f"f: kernel '{name}' cannot run this layer (gated silu, 128 experts")
         assert f"because {name}: {REFUSALS[name]}a CPU. " in text
+
+
+@pytest.mark.parametrize("format", ["fp8", "fp8_channel", "fp8_block", "mxfp8", "nvfp4"])
+def test_auto_rounds_activations_only_where_the_checkpoint_does(format):
+    layer = Layer(**LAYER, format=format)
+    rounded = dataclasses.replace(layer, quantized_activations=True)
+    for capability in ((8, 0), (8, 9), (9, 0), (12, 0)):
+        both = [choose_kernel("auto", each, capability)[0] for each in (layer, rounded)]
+        if both[0] == "triton":
+            fits = format.startswith("fp8") and capability > (8, 0)
+            assert both[1] == ("triton_w8a8" if fits else "triton")
+        asked = why_not("triton", **LAYER, format=format, capability=capability)
+        assert asked == [] or "triton" in asked[0]
 
 
 def test_auto_that_finds_none_lists_every_candidate(monkeypatch):
@@ -199,7 +220,7 @@ def test_capability_of_a_gpu():
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_kernel_asked_for_by_name_is_never_replaced(name):
-    weights = make_layer(4, 48, 32, "relu2", gated=False)
+    weights = make_layer(4, 48, 32, "relu2", gated=False, **FORMATS_OF.get(name, {}))
     x, ids, routing = torch.randn(5, 48), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
     calls = {
         "fused_moe": lambda: fused_moe(x, weights, ids, routing, kernel=name),

@@ -46,7 +46,7 @@ def write(tmp_path, monkeypatch):
 
 
 def test_what_is_shipped_is_from_an_h200():
-    layers = read(SHIPPED)
+    layers = [layer for layer in read(SHIPPED) if layer.format == "nvfp4"]
     assert [layer.gated for layer in layers] == [True, False]
     for layer in layers:
         assert layer.gpu == "NVIDIA H200" and layer.capability == (9, 0)
@@ -102,7 +102,7 @@ def test_tiles_by_load(write, slots, experts, expected):
 
 def test_tiles_of_the_nearest_layer(write):
     write()
-    shipped = {layer.gated: layer for layer in read(SHIPPED)}
+    shipped = {layer.gated: layer for layer in read(SHIPPED) if layer.format == "nvfp4"}
     # Not gated is nearer than the user's own GPU; another GPU has the shipped tiles of that form.
     own = choose_tiles((9, 0), True, 2880, 720, 128, 8)
     other = choose_tiles((9, 0), False, 2688, 1856, 128, 6)
@@ -141,6 +141,15 @@ def test_a_broken_file_is_refused_by_name(write, change):
     assert str(error.value).startswith(
         f"FP4MOE_MEASURED: the measurements in {path} cannot be read"
     )
+
+
+def test_tiles_of_rounded_activations_are_their_own(write):
+    write(format="fp8", w8a8_tiles={"1": WIDE})
+    sizes = ((9, 0), True, 2816, 704, 128, 8)
+    # Another FP8 format of the nearest layer takes them, kernel triton does not.
+    for format in ("fp8", "fp8_channel"):
+        assert choose_tiles(*sizes, format, w8a8=True) == parse_config(WIDE)
+    assert choose_tiles(*sizes, "fp8") == parse_config(SLOT)
 
 
 def test_tiles_belong_to_a_format(write):

@@ -60,7 +60,7 @@ HEAVY: dict[str, set[str]] = {
         f"kernels.triton.{name}"
         for name in (
             *("activation", "arrange", "choose", "decode_fp8", "decode_mxfp4", "decode_nvfp4"),
-            *("fingerprint", "gemm", "sort", "weights"),
+            *("fingerprint", "gemm", "gemm_w8a8", "round_e4m3", "sort", "weights"),
         )
     },
 }

@@ -23,6 +23,7 @@ def layer(
     num_experts=None,
     expert_offset=0,
     seed=0,
+    format="nvfp4",
 ) -> ExpertWeights:
     """Random experts whose four scales all differ from 1 and from expert to expert."""
     return make_layer(
@@ -36,6 +37,7 @@ def layer(
         intermediate_scale=torch.linspace(0.5, 2.0, experts) * 3 / 2688,
         num_experts=num_experts,
         expert_offset=expert_offset,
+        format=format,
     )
 
 

@@ -66,7 +66,7 @@ def compressed_convention(quantization: Mapping[str, Any]) -> Convention:
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         fail("have config_groups", repr(groups)[:100], "Check config.json")
-    forms = set()
+    forms, rounding = set(), set()
     for name, group in groups.items():
         if not isinstance(group, dict):
             fail("have objects in config_groups", repr(group)[:100], "Check config.json")
@@ -76,6 +76,14 @@ def compressed_convention(quantization: Mapping[str, Any]) -> Convention:
             got = f"format {stored!r} for {form} in {name!r}"
             fail("have a format that fits its weights", got, KNOWN)
         forms |= {form} if form else set()
+        rounding |= {form} if form and group.get("input_activations") else set()
     ignored = strings(quantization.get("ignore"), "ignore")
     reciprocal = frozenset(GLOBAL.values())
-    return Convention("compressed-tensors", COMPRESSED_NAMES, frozenset(forms), ignored, reciprocal)
+    return Convention(
+        "compressed-tensors",
+        COMPRESSED_NAMES,
+        frozenset(forms),
+        ignored,
+        reciprocal,
+        rounding=frozenset(rounding),
+    )

@@ -65,4 +65,11 @@ def huggingface_convention(quantization: Mapping[str, Any]) -> Convention:
     if converted := strings(quantization.get("modules_to_convert"), "modules_to_convert"):
         fail("have no modules_to_convert, since embeddings stay float here", converted, KNOWN)
     found = {form} | ({"mxfp4"} if quantization.get("expert_dtype") == "fp4" else set())
-    return Convention("transformers", FINE_GRAINED, frozenset(found), ignored, aliases=ALIASES)
+    return Convention(
+        "transformers",
+        FINE_GRAINED,
+        frozenset(found),
+        ignored,
+        aliases=ALIASES,
+        rounding=frozenset({form}),
+    )

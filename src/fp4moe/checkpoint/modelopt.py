@@ -91,7 +91,9 @@ def modelopt_convention(quantization: Mapping[str, Any]) -> Convention:
         fail("have an object as quantization", repr(inner)[:100], "Check hf_quant_config.json")
     ignored = strings(inner.get("exclude_modules", inner.get("ignore")), "ignore")
     forms = _forms(inner)
-    return Convention("ModelOpt", MODELOPT_NAMES, frozenset(forms), ignored)
+    # "WO" is weights only; what has no other name rounds activations by its rule.
+    rounding = frozenset(forms & {"fp8", "fp8_channel"})
+    return Convention("ModelOpt", MODELOPT_NAMES, frozenset(forms), ignored, rounding=rounding)
 
 
 def _forms(inner: Mapping[str, Any]) -> set[str]:

@@ -74,6 +74,7 @@ class Convention:
         reciprocal: names on disk of scales that are stored as encode multipliers.
         interleaved: a stack of gate and up has their rows in turn where the class has.
         aliases: other name on disk -> the one in names.
+        rounding: formats whose activations are rounded too, as the configuration says.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Convention:
     reciprocal: frozenset[str] = frozenset()
     interleaved: bool = False
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rounding: frozenset[str] = frozenset()
 
     @functools.cached_property
     def parts(self) -> dict[str, str]:
@@ -95,6 +97,11 @@ class Convention:
         return form in self.forms or (
             form in ROWS_OR_TENSORS and bool(ROWS_OR_TENSORS & self.forms)
         )
+
+    def rounds(self, form: str) -> bool:
+        """Whether activations of a format, or of its twin of rows or of tensors, are rounded."""
+        twins = ROWS_OR_TENSORS if form in ROWS_OR_TENSORS else {form}
+        return bool(twins & self.rounding)
 
     @functools.cached_property
     def _pattern(self) -> re.Pattern[str]:

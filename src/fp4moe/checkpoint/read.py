@@ -100,7 +100,8 @@ def read_experts(
     down_scale = reader.fill("down_proj", second)
     inputs = [reader.input_scales(name) for name in (*projections, "down_proj")]
     # fmax prefers a number to NaN: one of the two scales of an input is enough.
-    hidden, unseen = fill_unseen(functools.reduce(torch.fmax, inputs[:-1]))
+    hidden_inputs = functools.reduce(torch.fmax, inputs[:-1])
+    hidden, unseen = fill_unseen(hidden_inputs)
     intermediate, unseen_by_down = fill_unseen(inputs[-1])
     biases = _biases(files, plan, dtype)
     ratio = torch.ones_like(intermediate)
@@ -118,6 +119,8 @@ def read_experts(
     if "up_bias" in biases:
         biases["up_bias"] = biases["up_bias"] / ratio[:, None]
     both = _both(biases, facts, inner, outer)
+    stored_range = format.activation_range is not None
+    ranges = not any(bool(s.isnan().all()) for s in (hidden_inputs, inputs[-1]))
     weights = ExpertWeights(
         gate_up=first,
         down=second,
@@ -132,6 +135,7 @@ def read_experts(
         gate_up_bias=both.get("gate_up_bias"),
         down_bias=both.get("down_bias"),
         format=plan.form,
+        quantized_activations=convention.rounds(plan.form) and (ranges or not stored_range),
     )
     return ReadExperts(
         weights.to(device), int((ratio != 1).sum()), tuple(sorted(unseen | unseen_by_down))

@@ -83,20 +83,25 @@ class Kernel:
     # None: any device. Layouts by number format.
     devices: Devices | None = None
     layouts: ClassVar[Mapping[str, Layout]]
-    # Whether "auto" may choose it, whether it is `reference_w4a4` that it computes, and with which
-    # intermediate_dtype.
+    # Whether "auto" may choose it for any layer, whether it is `reference_w4a4` that it computes,
+    # and with which intermediate_dtype and product_dtype.
     automatic: bool = True
     # Whether it has biases, and every activation with alpha, beta and limit.
     biases: bool = False
     parameters: bool = False
     quantizes_activations: bool = False
     intermediate_dtype: torch.dtype = torch.bfloat16
+    product_dtype: torch.dtype | None = None
     # Whether it can choose the experts itself, in `run_from_logits`.
     routes: bool = False
 
     def run(self, call: Call) -> torch.Tensor:
         """Compute [T, H] of hidden's dtype."""
         raise NotImplementedError
+
+    def automatic_for(self, layer: Layer) -> bool:
+        """Whether "auto" may choose it for this layer."""
+        return self.automatic
 
     def package_reasons(self) -> Sequence[str]:
         """Return what is wrong with the package or toolchain that it needs."""

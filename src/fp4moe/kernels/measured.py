@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,7 @@ class Measured:
         gpu, capability: its name and (major, minor).
         gated, hidden_size, intermediate_size, num_experts, top_k: of the layer.
         us: microseconds, by kernel and number of tokens.
-        tiles: Triton's config by number of tokens.
+        tiles: config of `triton` by number of tokens. w8a8_tiles: of `triton_w8a8`.
         facts: date, command and versions, as the file has them.
         format: of the weights; a file that does not name one means NVFP4.
     """
@@ -68,6 +69,7 @@ class Measured:
     tiles: Mapping[int, Config]
     facts: Mapping[str, Any]
     format: str = DEFAULT_FORMAT
+    w8a8_tiles: Mapping[int, Config] = dataclasses.field(default_factory=dict)
 
     def distance(self, hidden_size: int, intermediate_size: int, num_experts: int) -> float:
         """How unlike a layer is: 0 for equal sizes."""
@@ -109,10 +111,15 @@ def _from_json(row: Mapping[str, Any]) -> Measured:
             kernel: {int(t): float(us) for t, us in by_tokens.items()}
             for kernel, by_tokens in row["us"].items()
         },
-        tiles={int(tokens): parse_config(text) for tokens, text in row["tiles"].items()},
+        tiles=_tiles(row["tiles"]),
         facts=row["facts"],
         format=row.get("format", DEFAULT_FORMAT),
+        w8a8_tiles=_tiles(row.get("w8a8_tiles", {})),
     )
+
+
+def _tiles(row: Mapping[str, str]) -> dict[int, Config]:
+    return {int(tokens): parse_config(text) for tokens, text in row.items()}
 
 
 @functools.cache
@@ -169,20 +176,23 @@ def choose_tiles(
     num_experts: int,
     num_slots: int,
     format: str = DEFAULT_FORMAT,
+    w8a8: bool = False,
 ) -> Config:
     """Return Triton's config: of the nearest layer, this GPU's if measured, at the nearest load.
 
-    A format that was not measured takes that of NVFP4, where it fits; see `tiles.fitted`.
+    A format that was not measured takes that of NVFP4, where it fits (see `tiles.fitted`), with
+    `triton_w8a8` that of another FP8 format.
 
     Args:
         capability: of the GPU; None in Triton's interpreter.
         gated, hidden_size, intermediate_size, num_experts: of the layer, sizes padded or not.
         num_slots: entries of expert_ids.
-        format: of the weights.
+        format: of the weights. w8a8: for `triton_w8a8` instead of `triton`.
     """
-    found = [m for m in measurements() if m.tiles]
+    tiles = operator.attrgetter("w8a8_tiles" if w8a8 else "tiles")
+    found = [m for m in measurements() if tiles(m)]
     own = [m for m in found if m.format == format]
-    found = own or [m for m in found if m.format == DEFAULT_FORMAT]
+    found = own or [m for m in found if w8a8 or m.format == DEFAULT_FORMAT]
     nearest = min(
         found,
         key=lambda m: (
@@ -200,5 +210,5 @@ def choose_tiles(
         density = num_slots / num_experts * nearest.num_experts / slots
         return config.mode == "slot", abs(math.log2(density))
 
-    config = min(nearest.tiles.items(), key=unlike)[1]
-    return config if own else fitted(config, format, gated)
+    config = min(tiles(nearest).items(), key=unlike)[1]
+    return config if own or w8a8 else fitted(config, format, gated)

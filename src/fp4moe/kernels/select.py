@@ -18,6 +18,7 @@ from .humming.library import toolkit_variables
 from .measured import fastest, times_forgotten
 from .reference import REFERENCE, REFERENCE_W4A4
 from .triton.kernel import TRITON
+from .triton.w8a8 import TRITON_W8A8
 
 __all__ = [
     "KERNELS",
@@ -32,6 +33,7 @@ __all__ = [
 _PRESENT: tuple[Kernel, ...] = (
     FLASHINFER_TRTLLM,
     FLASHINFER_CUTLASS,
+    TRITON_W8A8,
     TRITON,
     HUMMING,
     REFERENCE,
@@ -76,6 +78,7 @@ def why_not(
     padded: bool = True,
     format: str = "nvfp4",
     biased: bool = False,
+    quantized_activations: bool = False,
 ) -> list[str]:
     """Return the reasons why a kernel cannot run such a layer; empty where it can.
 
@@ -87,6 +90,8 @@ def why_not(
         capability: CUDA compute capability; default that of the current device, None on a CPU.
         padded: whether zero padding of the weights is allowed; False asks for exactly this size.
         format: the number format of the weights. biased: whether the experts have biases.
+        quantized_activations: whether the checkpoint says that activations are rounded, too, so
+            that "auto" may take triton_w8a8.
 
     Raises:
         UnsupportedError: no such kernel or activation. ShapeError: a size below 1, or top_k above
@@ -109,10 +114,19 @@ def why_not(
         rule = f"not exceed num_experts = {num_experts}"
         must("why_not: top_k", rule, top_k, "Pass experts per token.")
     capability = current_capability() if capability is None else capability
-    layer = Layer(str(activation), gated, **sizes, format=format, biased=biased)
+    layer = Layer(
+        str(activation),
+        gated,
+        **sizes,
+        format=format,
+        biased=biased,
+        quantized_activations=quantized_activations,
+    )
     if kernel != "auto":
         return _reasons(kernel, layer, capability, padded)
-    reasons = {name: _reasons(name, layer, capability, padded) for name in _candidates(kernel)}
+    reasons = {
+        name: _reasons(name, layer, capability, padded) for name in _candidates(kernel, layer)
+    }
     if not all(reasons.values()):
         return []
     return [f"{name}: {why}" for name, whys in reasons.items() for why in whys]
@@ -125,7 +139,7 @@ def choose_kernel(
 
     Among several, the first, or the fastest where they were measured (see `measured`).
     """
-    reasons = {name: _reasons(name, layer, capability, True) for name in _candidates(kernel)}
+    reasons = {name: _reasons(name, layer, capability, True) for name in _candidates(kernel, layer)}
     if able := [name for name, whys in reasons.items() if not whys]:
         return fastest(able, layer, capability), []
     return None, [f"{name}: {'; '.join(whys)}" for name, whys in reasons.items()]
@@ -156,10 +170,10 @@ def choice_state() -> tuple:
     return times_forgotten(), *toolkit_variables()
 
 
-def _candidates(kernel: str) -> list[str]:
+def _candidates(kernel: str, layer: Layer) -> list[str]:
     if kernel != "auto":
         return [kernel]
-    return [name for name, found in KERNELS.items() if found.automatic]
+    return [name for name, found in KERNELS.items() if found.automatic_for(layer)]
 
 
 def _reasons(

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.tune:
                 bench.require_gpu()
                 bench.check_output(arguments.output, tuned=True)
-                names = ("shape", "tokens", "output", "jobs", "format")
+                names = ("shape", "tokens", "output", "jobs", "format", "kernel")
                 return tune(*(getattr(arguments, name) for name in names))
             return bench.run(arguments)
         elif arguments.command == "selftest":

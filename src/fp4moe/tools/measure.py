@@ -10,17 +10,18 @@ import json
 import multiprocessing
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import refuse
 from ..experts import ExpertWeights
 from ..formats import DEFAULT_FORMAT, FORMATS
-from ..kernels import Layer, PreparedWeights, current_capability, measured
+from ..kernels import KERNELS, Layer, PreparedWeights, current_capability, measured
 from ..kernels.measured import FEW_SLOTS
-from ..kernels.triton.kernel import TRITON, run_with
+from ..kernels.operands import Call
+from ..kernels.triton import kernel, w8a8
 from ..kernels.triton.layout import SLAB
 from ..kernels.triton.tiles import Config, Tile
 from ..testing import random_codes, relative_error
@@ -49,34 +50,68 @@ def candidates(slots: int, more: int) -> tuple[list[Tile], list[Tile]]:
     return gate_up, down
 
 
+def w8a8_candidates(slots: int, more: int) -> tuple[list[Tile], list[Tile]]:
+    """The same for `triton_w8a8`, whose steps are 128 columns."""
+
+    def tile(rows: int, warps: int, stages: int) -> Tile:
+        return Tile(slots, rows, 2, warps, stages, more)
+
+    stages = (3, 4, 5) if slots + more <= 128 else (3, 4)
+    gate_up = [tile(r, 4, s) for r in (32, 64) for s in stages]
+    down = [tile(r, 4, s) for r in (64, 128) for s in stages]
+    if slots + more >= 64:
+        gate_up += [tile(64, 8, s) for s in stages]
+        down += [tile(128, 8, s) for s in stages]
+    if slots + more >= 128:
+        gate_up += [tile(128, 8, s) for s in (3, 4)]
+    return gate_up, down
+
+
+class Tuned(NamedTuple):
+    """A kernel whose tiles are measured, and the entry of the file that they go to."""
+
+    name: str
+    entry: str
+    candidates: Callable[[int, int], tuple[list[Tile], list[Tile]]]
+    run_with: Callable[[Config, Call], torch.Tensor]
+
+
+TUNED = (
+    Tuned("triton", "tiles", candidates, kernel.run_with),
+    Tuned("triton_w8a8", "w8a8_tiles", w8a8_candidates, w8a8.run_with),
+)
+
+
 def families(slots: int, num_experts: int) -> list[tuple[str, int, int]]:
     """(mode, slots a tile, further slots) worth a try for so many slots in all."""
     if slots <= FEW_SLOTS:
         return [("slot", 16, 0)]
     density = slots / num_experts
     sizes = [(n, 0) for n in (16, 32, 64, 128, 256)]
-    sizes += [(32, 16), (64, 16), (64, 32), (128, 16), (128, 32)]
-    low, high = density / 4, max(density * 4, 16)
+    sizes += [(32, 16), (64, 16), (64, 32), (128, 16), (128, 32), (128, 64)]
+    # Larger tiles than about 100 slots need more registers than they save loads.
+    low, high = min(density / 4, 96), max(density * 4, 16)
     return [("sorted", n, more) for n, more in sizes if low <= n + more <= high]
 
 
-def compile_one(shape: Layer, config: Config) -> None:
+def compile_one(number: int, shape: Layer, config: Config) -> None:
     """Compile a config into Triton's cache, in a process of its own."""
     # 16 experts are a multiple of 16, as 128 are: the same specialisation.
     small = dataclasses.replace(shape, num_experts=16)
-    prepared = TRITON.prepare(random_codes(small, "cuda"), hidden_alignment=256)
+    tuned = TUNED[number]
+    prepared = KERNELS[tuned.name].prepare(random_codes(small, "cuda"), hidden_alignment=256)
     x = torch.zeros(64, shape.hidden_size, dtype=torch.bfloat16, device="cuda")
     ids, weights = bench.routing(small, 64, 0, 0.0)
-    run_with(config, prepared.call(x, ids, weights))
+    tuned.run_with(config, prepared.call(x, ids, weights))
     torch.cuda.synchronize()
 
 
-def compile_all(shape: Layer, tokens: list[int], jobs: int) -> set[Config]:
+def compile_all(number: int, shape: Layer, tokens: list[int], jobs: int) -> set[Config]:
     """Compile what will be measured, side by side; return what compiles and runs."""
     configs = set()
     for count in tokens:
         for mode, *size in families(count * bench.top_k(shape), shape.num_experts):
-            gate_up, down = candidates(*size)
+            gate_up, down = TUNED[number].candidates(*size)
             configs |= {Config(mode, tile, down[0]) for tile in gate_up}
             configs |= {Config(mode, gate_up[0], tile) for tile in down}
     scales = FORMATS[shape.format].scales
@@ -87,7 +122,7 @@ def compile_all(shape: Layer, tokens: list[int], jobs: int) -> set[Config]:
     good = set()
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
-        started = {pool.submit(compile_one, shape, config): config for config in configs}
+        started = {pool.submit(compile_one, number, shape, config): config for config in configs}
         for done in concurrent.futures.as_completed(started):
             if error := done.exception():
                 print(f"left out: {started[done]}: {str(error).strip().splitlines()[:1]}")
@@ -97,23 +132,28 @@ def compile_all(shape: Layer, tokens: list[int], jobs: int) -> set[Config]:
 
 
 def tune_tiles(
-    name: str, tokens: list[int], jobs: int, format: str = DEFAULT_FORMAT
+    number: int, name: str, tokens: list[int], jobs: int, format: str = DEFAULT_FORMAT
 ) -> dict[int, Config]:
-    """Return the fastest config for each number of tokens; none where Triton does not run."""
+    """Return the fastest config for each number of tokens; none where the kernel does not run.
+
+    number: of TUNED.
+    """
     shape = bench.shape_of(name, format)
-    if TRITON.reasons_not_to_run(shape, current_capability()):
+    tuned = TUNED[number]
+    if KERNELS[tuned.name].reasons_not_to_run(shape, current_capability()):
         return {}
     weights = random_codes(shape, "cuda")
-    good = compile_all(shape, tokens, jobs)
-    prepared = TRITON.prepare(weights, hidden_alignment=256)
+    good = compile_all(number, shape, tokens, jobs)
+    prepared = KERNELS[tuned.name].prepare(weights, hidden_alignment=256)
     tiles = {}
     for count in tokens:
-        tiles[count] = tune_tokens(shape, count, prepared, weights, good)
-        print(f"{name} {format} T = {count}: {tiles[count]}", flush=True)
+        tiles[count] = tune_tokens(tuned, shape, count, prepared, weights, good)
+        print(f"{name} {format} {tuned.name} T = {count}: {tiles[count]}", flush=True)
     return tiles
 
 
 def tune_tokens(
+    tuned: Tuned,
     shape: Layer,
     tokens: int,
     prepared: PreparedWeights,
@@ -127,13 +167,14 @@ def tune_tokens(
     calls = [prepared.call(x, *routed) for routed in routings]
 
     def us(config: Config) -> float:
-        return bench.graph_us([functools.partial(run_with, config, call) for call in calls])
+        return bench.graph_us([functools.partial(tuned.run_with, config, call) for call in calls])
 
     best: tuple[float, Config] | None = None
     for mode, *size in families(tokens * bench.top_k(shape), shape.num_experts):
-        gate_up, down = candidates(*size)
+        gate_up, down = tuned.candidates(*size)
+        first_gate_up = gate_up[0]
         gate_up = [tile for tile in gate_up if Config(mode, tile, down[0]) in good]
-        down = [tile for tile in down if Config(mode, candidates(*size)[0][0], tile) in good]
+        down = [tile for tile in down if Config(mode, first_gate_up, tile) in good]
         if not gate_up or not down:
             continue
         first = min(gate_up, key=lambda tile: us(Config(mode, tile, down[0])))
@@ -142,12 +183,13 @@ def tune_tokens(
     if best is None:
         what = f"no tiles can be chosen for {tokens} tokens"
         refuse("bench", what, "none of them compiles", "See the lines above.")
-    expected = bench.float32_result(x, weights, *routings[0])
-    runs = [run_with(best[1], calls[0]) for _ in range(RUNS)]
-    error = relative_error(runs[0], expected)
-    if not error <= bench.LIMIT or not all(torch.equal(runs[0], other) for other in runs):
+    runs = [tuned.run_with(best[1], calls[0]) for _ in range(RUNS)]
+    own = KERNELS[tuned.name]
+    error = relative_error(runs[0], bench.float32_result(x, weights, *routings[0], own))
+    limit = bench.ROUNDED_LIMIT if own.quantizes_activations else bench.LIMIT
+    if not error <= limit or not all(torch.equal(runs[0], other) for other in runs):
         what = f"{best[1]} cannot be measured"
-        reason = f"its error is {error:.1e} with a limit of {bench.LIMIT}, or its runs differ"
+        reason = f"its error is {error:.1e} with a limit of {limit}, or its runs differ"
         refuse("bench", what, reason, "Report this GPU and the versions.")
     return best[1]
 
@@ -158,6 +200,7 @@ def tune(
     output: str | None,
     jobs: int,
     formats: Sequence[str] = (DEFAULT_FORMAT,),
+    kernels: Sequence[str] = (),
 ) -> int:
     """Measure and write; other layers and GPUs in the file stay. Returns 1 for a wrong result.
 
@@ -167,6 +210,7 @@ def tune(
         output: the file; default the user's own.
         jobs: processes that compile.
         formats: names of `fp4moe.formats.FORMATS`.
+        kernels: which to measure; default all that run. The tiles of others stay as they were.
 
     Raises:
         UnsupportedError: there is no CUDA device, or nothing compiles.
@@ -182,18 +226,24 @@ def tune(
     for name, format in itertools.product(names, formats):
         row = _describe(bench.shape_of(name, format))
         same = ("gpu", "capability", *_SIZES)
-        rows = [
+        earlier = [
             other
             for other in rows
-            if any(other[key] != row[key] for key in same)
-            or other.get("format", DEFAULT_FORMAT) != format
+            if all(other[key] == row[key] for key in same)
+            and other.get("format", DEFAULT_FORMAT) == format
         ]
+        rows = [other for other in rows if other not in earlier]
         rows.append(row)
-        found = tune_tiles(name, tokens, jobs, format)
-        row["tiles"] = {t: str(c) for t, c in found.items()}
+        for number, tuned in enumerate(TUNED):
+            if kernels and tuned.name not in kernels:
+                row |= {key: old[key] for old in earlier for key in (tuned.entry,) if key in old}
+                continue
+            found = tune_tiles(number, name, tokens, jobs, format)
+            if found or tuned.entry == "tiles":
+                row[tuned.entry] = {t: str(c) for t, c in found.items()}
         _write(unfinished, rows)
-        kernels = bench.runnable(bench.shape_of(name, format))
-        for result in bench.measure(name, kernels, tokens, 0.0, peers=False, format=format):
+        timed = list(kernels) or bench.runnable(bench.shape_of(name, format))
+        for result in bench.measure(name, timed, tokens, 0.0, peers=False, format=format):
             what = f"{name} {format} T = {result['tokens']} {result['kernel']}"
             if result.get("wrong"):
                 print(f"{what}: wrong result")

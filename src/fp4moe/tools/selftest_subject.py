@@ -83,6 +83,7 @@ class Subject:
             expert_ids,
             routing_weights,
             intermediate_dtype=get_kernel(self.kernel).intermediate_dtype,
+            product_dtype=get_kernel(self.kernel).product_dtype,
         )
 
     def inputs(self, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

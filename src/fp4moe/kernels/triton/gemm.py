@@ -17,9 +17,11 @@ import triton
 import triton.language as tl
 
 from .activation import combine
+from .round_e4m3 import to_codes
 from .weights import block_scale, load_weights, row_factor
 
-__all__ = ["SLOT", "SORTED", "down_kernel", "gate_up_kernel"]
+__all__ = ["SLOT", "SORTED", "UNSPECIALIZED", "down_kernel", "find_work", "gate_up_kernel"]
+__all__ += ["store_down", "store_gate_up"]
 
 SLOT = tl.constexpr(0)
 SORTED = tl.constexpr(1)
@@ -120,25 +122,27 @@ def _gate_up_tile(
     if bias is not None:
         bias += expert.to(tl.int64) * PARTS * intermediate
         acc += tl.load(bias + row)[:, None]
-    _store_gate_up(
+    store_gate_up(
         out, acc, slot, block, intermediate, SLOTS, ROWS, GATED, ACTIVATION, ALPHA, BETA, LIMIT
     )
     if MORE:
         acc_more *= scale
         if bias is not None:
             acc_more += tl.load(bias + row)[:, None]
-        _store_gate_up(
+        store_gate_up(
             out, acc_more, more, block, intermediate, MORE, ROWS, GATED,
             ACTIVATION, ALPHA, BETA, LIMIT,
         )  # fmt: skip
 
 
 @triton.jit
-def _store_gate_up(
+def store_gate_up(
     out, acc, slot, block, intermediate,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, inverse=None,
+    ASSEMBLY: tl.constexpr = True,
 ):  # fmt: skip
+    """Store the activation of sums [PARTS * ROWS, SLOTS]; inverse: of the scale of e4m3 codes."""
     if GATED:
         parts = tl.reshape(acc, (ROWS // 8, 2, 8, SLOTS))
         gate, up = tl.split(tl.permute(parts, (0, 2, 3, 1)))
@@ -146,6 +150,8 @@ def _store_gate_up(
         value = combine(up, gate, ACTIVATION, ALPHA, BETA, LIMIT)
     else:
         value = combine(acc, None, ACTIVATION, ALPHA, BETA, LIMIT)
+    if inverse is not None:
+        value = to_codes(value.to(tl.bfloat16).to(tl.float32) * inverse, ASSEMBLY)
     row = block * ROWS + tl.arange(0, ROWS)
     at = out + (tl.maximum(slot, 0).to(tl.int64) * intermediate)[None, :] + row[:, None]
     mask = (row < intermediate)[:, None] & (slot >= 0)[None, :]
@@ -201,13 +207,13 @@ def _down_tile(
         if MORE:
             acc_more = acc_more * scale + tl.load(bias + row)[:, None]
         scale = 1.0
-    _store_down(out, acc, routing_weights, scale, slot, block, hidden_padded, ROWS)
+    store_down(out, acc, routing_weights, scale, slot, block, hidden_padded, ROWS)
     if MORE:
-        _store_down(out, acc_more, routing_weights, scale, more, block, hidden_padded, ROWS)
+        store_down(out, acc_more, routing_weights, scale, more, block, hidden_padded, ROWS)
 
 
 @triton.jit
-def _store_down(
+def store_down(
     out, acc, routing_weights, scale, slot, block, hidden_padded, ROWS: tl.constexpr
 ):  # fmt: skip
     row = block * ROWS + tl.arange(0, ROWS)
@@ -218,7 +224,7 @@ def _store_down(
 
 
 @triton.jit
-def _find_work(
+def find_work(
     ids, order, tiles, num_tiles, total_rows, num_slots, expert_offset, local_experts,
     MODE: tl.constexpr, SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -256,7 +262,7 @@ def gate_up_kernel(
 
     Grid: [(slots or tiles, by MODE) * row blocks]. bias: float32 [experts, rows of words], or None.
     """
-    block, expert, slot, more = _find_work(
+    block, expert, slot, more = find_work(
         ids, order, tiles, num_tiles, intermediate, num_slots, expert_offset, local_experts,
         MODE, SLOTS, MORE, ROWS,
     )  # fmt: skip
@@ -280,7 +286,7 @@ def down_kernel(
 
     Grid and bias as above. Slots whose id is not local stay unwritten.
     """
-    block, expert, slot, more = _find_work(
+    block, expert, slot, more = find_work(
         ids, order, tiles, num_tiles, hidden_padded, num_slots, expert_offset, local_experts,
         MODE, SLOTS, MORE, ROWS,
     )  # fmt: skip

@@ -27,7 +27,7 @@ from .tiles import MODES, Config, Tile
 if TYPE_CHECKING:
     from .sort import Sorted
 
-__all__ = ["TRITON", "TritonKernel", "run_with"]
+__all__ = ["TRITON", "TritonKernel", "constants_of", "find_slots", "interpreted", "run_with"]
 
 MOST_EXPERTS, MOST_TOP_K = 512, 32
 
@@ -130,15 +130,13 @@ def run_with(config: Config, call: Call) -> torch.Tensor:
     form["FORMAT"] = call.layer.format
     form["WAIT"] = capability is not None and capability[0] == 9
     with torch.cuda.device_of(hidden):
-        first, second = _find_slots(config, ids, window)
-        middle = _gate_up(call, x, ids, first, {**form, **_constants(config.gate_up)})
-        partial = _down(call, middle, ids, weights, second, {**form, **_constants(config.down)})
+        first, second = find_slots(config, ids, window)
+        middle = _gate_up(call, x, ids, first, {**form, **constants_of(config.gate_up)})
+        partial = _down(call, middle, ids, weights, second, {**form, **constants_of(config.down)})
         return sum_slots(partial, ids, window, out)
 
 
-def _find_slots(
-    config: Config, ids: torch.Tensor, window: tuple[int, int]
-) -> tuple[Sorted, Sorted]:
+def find_slots(config: Config, ids: torch.Tensor, window: tuple[int, int]) -> tuple[Sorted, Sorted]:
     """Sort for both GEMMs before the first runs, so that nothing stands between them."""
     from .sort import Sorted, sort_slots
 
@@ -201,7 +199,7 @@ def _words(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, tor
     return packed.view(torch.int32), words
 
 
-def _constants(tile: Tile) -> dict[str, Any]:
+def constants_of(tile: Tile) -> dict[str, Any]:
     return {
         "SLOTS": tile.slots,
         "MORE": tile.more,
