@@ -26,7 +26,7 @@ import torch
 from ..errors import refuse
 from ..formats import DEFAULT_FORMAT
 from ..layer import Layer
-from .triton.tiles import Config, fitted, parse_config
+from .triton.tiles import Config, fitted, fitted_w8a8, parse_config
 
 __all__ = [
     "SHIPPED",
@@ -211,4 +211,6 @@ def choose_tiles(
         return config.mode == "slot", abs(math.log2(density))
 
     config = min(tiles(nearest).items(), key=unlike)[1]
-    return config if own or w8a8 else fitted(config, format, gated)
+    if w8a8:
+        return config if nearest.capability == capability else fitted_w8a8(config, gated)
+    return config if own else fitted(config, format, gated)

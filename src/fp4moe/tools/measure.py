@@ -62,8 +62,10 @@ def w8a8_candidates(slots: int, more: int) -> tuple[list[Tile], list[Tile]]:
     if slots + more >= 64:
         gate_up += [tile(64, 8, s) for s in stages]
         down += [tile(128, 8, s) for s in stages]
-    if slots + more >= 128:
+    if slots + more >= 96:
+        # What comes from L2 is the limit: the larger the tile, the less of it.
         gate_up += [tile(128, 8, s) for s in (3, 4)]
+        down += [tile(256, 8, s) for s in (3, 4)]
     return gate_up, down
 
 
@@ -88,7 +90,7 @@ def families(slots: int, num_experts: int) -> list[tuple[str, int, int]]:
         return [("slot", 16, 0)]
     density = slots / num_experts
     sizes = [(n, 0) for n in (16, 32, 64, 128, 256)]
-    sizes += [(32, 16), (64, 16), (64, 32), (128, 16), (128, 32), (128, 64)]
+    sizes += [(32, 16), (64, 16), (64, 32), (64, 64), (128, 16), (128, 32), (128, 64)]
     # Larger tiles than about 100 slots need more registers than they save loads.
     low, high = min(density / 4, 96), max(density * 4, 16)
     return [("sorted", n, more) for n, more in sizes if low <= n + more <= high]

@@ -18,8 +18,19 @@ __all__ = ["down_w8a8_kernel", "gate_up_w8a8_kernel"]
 
 
 @triton.jit
-def _load(codes, row, there, column, columns, WHOLE: tl.constexpr):
-    """Codes [rows, columns]; row: element offsets, int64."""
+def _load_weights(codes, row, column, columns, WHOLE: tl.constexpr):
+    """Codes [rows, columns]; row: element offsets."""
+    at = codes + (row[:, None] + column[None, :])
+    if WHOLE:
+        w = tl.load(at)
+    else:
+        w = tl.load(at, mask=(column < columns)[None, :], other=0.0)
+    return w
+
+
+@triton.jit
+def _load_tokens(codes, row, there, column, columns, WHOLE: tl.constexpr):
+    """Codes [slots, columns]; row: element offsets, int64."""
     mask = there[:, None] if WHOLE else there[:, None] & (column < columns)[None, :]
     return tl.load(codes + row[:, None] + column[None, :], mask=mask, other=0.0)
 
@@ -50,38 +61,39 @@ def _token_scale(token_scales, row, there, block, blocks, FORMAT: tl.constexpr):
 @triton.jit
 def _sums(
     weights, scales, codes, token_scales, expert, first_row, place, row, token, there, token_more,
-    there_more, total_rows, columns, PARTS: tl.constexpr, SLOTS: tl.constexpr, MORE: tl.constexpr,
-    SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr,
-    FORMAT: tl.constexpr,
+    there_more, total_rows, columns, one, PARTS: tl.constexpr, SLOTS: tl.constexpr,
+    MORE: tl.constexpr, SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+    ASSEMBLY: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Products of rows with tokens and with further tokens, times the scales of both."""
+    BLOCKED: tl.constexpr = FORMAT == "fp8_block"
     acc = tl.zeros((row.shape[0], SLOTS), dtype=tl.float32)
     acc_more = tl.zeros((row.shape[0], MORE if MORE else 16), dtype=tl.float32)
-    weight_at = expert.to(tl.int64) * total_rows * columns + row.to(tl.int64) * columns
+    weights += expert.to(tl.int64) * total_rows * columns
+    weight_at = row * columns
     token_at, more_at = token.to(tl.int64) * columns, token_more.to(tl.int64) * columns
-    all_rows = row >= 0
     slabs, blocks = (columns + 63) // 64, (columns + 127) // 128
+    # Scales of blocks are those of 128 rows and 128 columns.
+    tl.static_assert(SLABS <= 2 and (not BLOCKED or row.shape[0] <= 128 * PARTS))
     for slab in tl.range(0, slabs, SLABS, num_stages=STAGES):
         column = slab * 64 + tl.arange(0, SLABS * 64)
-        w = _load(weights, weight_at, all_rows, column, columns, WHOLE)
-        x = _load(codes, token_at, there, column, columns, WHOLE)
-        product = _product(w, x, ASSEMBLY)
-        if FORMAT == "fp8_block":
-            tl.static_assert(SLABS <= 2)
+        w = _load_weights(weights, weight_at, column, columns, WHOLE)
+        x = _load_tokens(codes, token_at, there, column, columns, WHOLE)
+        # Times a number that Triton does not know: it would let the tensor core add.
+        factor = one
+        if BLOCKED:
             factor = block_scale(scales, expert, first_row, place, slab, total_rows, slabs, PARTS)
-            own = _token_scale(token_scales, token, there, slab // 2, blocks, FORMAT)
-            acc += product * (factor * own)
-        else:
-            acc += product
+        own = factor
+        if BLOCKED:
+            own *= _token_scale(token_scales, token, there, slab // 2, blocks, FORMAT)
+        acc += _product(w, x, ASSEMBLY) * own
         if MORE:
-            x = _load(codes, more_at, there_more, column, columns, WHOLE)
-            product = _product(w, x, ASSEMBLY)
-            if FORMAT == "fp8_block":
-                own = _token_scale(token_scales, token_more, there_more, slab // 2, blocks, FORMAT)
-                acc_more += product * (factor * own)
-            else:
-                acc_more += product
-    if FORMAT != "fp8_block":
+            own = factor
+            if BLOCKED:
+                own *= _token_scale(token_scales, token_more, there_more, slab // 2, blocks, FORMAT)
+            x = _load_tokens(codes, more_at, there_more, column, columns, WHOLE)
+            acc_more += _product(w, x, ASSEMBLY) * own
+    if not BLOCKED:
         factor = row_factor(scales, scales, expert, row, total_rows, PARTS, False, FORMAT)
         acc *= factor * _token_scale(token_scales, token, there, 0, blocks, FORMAT)
         if MORE:
@@ -94,7 +106,7 @@ def _sums(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gate_up_w8a8_kernel(
     codes, token_scales, ids, order, tiles, num_tiles, weights, scales, intermediate_scale, bias,
-    out, num_slots, top_k, hidden_size, intermediate, expert_offset, local_experts,
+    out, num_slots, top_k, hidden_size, intermediate, expert_offset, local_experts, one,
     MODE: tl.constexpr, SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr,
     SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr,
     ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
@@ -102,8 +114,8 @@ def gate_up_w8a8_kernel(
 ):  # fmt: skip
     """Write combine(up x, gate x), or combine(up x), to out [slots, intermediate].
 
-    codes: e4m3 [T, hidden_size]. weights: e4m3 [experts, parts * intermediate, hidden_size]. out is
-    bfloat16, or for fp8 e4m3 with intermediate_scale [experts], from a value rounded to bfloat16.
+    codes: e4m3 [T, hidden_size]. weights: e4m3 [experts, rows, hidden_size]. out is bfloat16, or
+    for fp8 e4m3 with intermediate_scale [experts], from a value rounded to bfloat16. one: 1.0.
     Grid and bias as in `gemm`.
     """
     block, expert, slot, more = find_work(
@@ -119,8 +131,8 @@ def gate_up_w8a8_kernel(
         acc, acc_more = _sums(
             weights, scales, codes, token_scales, expert, block * ROWS, place, row,
             tl.maximum(slot, 0) // top_k, slot >= 0, tl.maximum(more, 0) // top_k, more >= 0,
-            PARTS * intermediate, hidden_size, PARTS, SLOTS, MORE, SLABS, STAGES, WHOLE, ASSEMBLY,
-            FORMAT,
+            PARTS * intermediate, hidden_size, one, PARTS, SLOTS, MORE, SLABS, STAGES, WHOLE,
+            ASSEMBLY, FORMAT,
         )  # fmt: skip
         if bias is not None:
             bias += expert.to(tl.int64) * PARTS * intermediate
@@ -143,14 +155,14 @@ def gate_up_w8a8_kernel(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def down_w8a8_kernel(
     codes, token_scales, ids, order, tiles, num_tiles, weights, scales, intermediate_scale, bias,
-    routing_weights, out, num_slots, hidden_size, intermediate, expert_offset, local_experts,
+    routing_weights, out, num_slots, hidden_size, intermediate, expert_offset, local_experts, one,
     MODE: tl.constexpr, SLOTS: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr,
     SLABS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, ASSEMBLY: tl.constexpr,
     FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Write routing weight * (down x + bias) of every slot to out [slots, hidden_size].
 
-    codes: e4m3 [slots, intermediate]. Slots whose id is not local stay unwritten.
+    codes: e4m3 [slots, intermediate]. Slots of other ids stay unwritten.
     """
     block, expert, slot, more = find_work(
         ids, order, tiles, num_tiles, hidden_size, num_slots, expert_offset, local_experts,
@@ -164,7 +176,7 @@ def down_w8a8_kernel(
         acc, acc_more = _sums(
             weights, scales, codes, token_scales, expert, block * ROWS, place, row,
             tl.maximum(slot, 0), slot >= 0, tl.maximum(more, 0), more >= 0, hidden_size,
-            intermediate, 1, SLOTS, MORE, SLABS, STAGES, WHOLE, ASSEMBLY, FORMAT,
+            intermediate, one, 1, SLOTS, MORE, SLABS, STAGES, WHOLE, ASSEMBLY, FORMAT,
         )  # fmt: skip
         if bias is not None:
             bias += expert.to(tl.int64) * hidden_size

@@ -9,7 +9,7 @@ import triton.language as tl
 from ...formats.fp8 import BLOCK, BLOCK_RANGE_MIN, TOKEN_SCALE_MIN
 from ...formats.scaled import E4M3_MAX
 
-__all__ = ["round_kernel", "round_rows", "to_codes"]
+__all__ = ["round_blocks", "round_kernel", "round_rows", "to_codes"]
 
 _MAX = tl.constexpr(E4M3_MAX)
 _TOKEN_SCALE_MIN = tl.constexpr(TOKEN_SCALE_MIN)
@@ -28,6 +28,13 @@ def to_codes(x, ASSEMBLY: tl.constexpr):
         small = (x + 24576.0) - 24576.0
         x = tl.where(tl.abs(x) < 0.015625, small, normal.to(tl.float32, bitcast=True))
     return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def round_blocks(x, ASSEMBLY: tl.constexpr):
+    """Return codes of float32 blocks [N, 128], and their scales [N]."""
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 1), _BLOCK_RANGE_MIN), _MAX)
+    return to_codes(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)), ASSEMBLY), scale
 
 
 @triton.jit
@@ -53,12 +60,9 @@ def round_kernel(
         code = to_codes(value * tl.div_rn(1.0, scale), ASSEMBLY)
     else:
         tl.static_assert(FORMAT == "fp8_block")
-        scale = tl.div_rn(tl.maximum(tl.max(tl.abs(value), 1), _BLOCK_RANGE_MIN), _MAX)
+        code, scale = round_blocks(value, ASSEMBLY)
         blocks = (width + _BLOCK - 1) // _BLOCK
         tl.store(scales + row * blocks + block, scale, mask=block < blocks)
-        code = to_codes(
-            tl.div_rn(value, tl.broadcast_to(scale[:, None], (BLOCKS, _BLOCK))), ASSEMBLY
-        )
     tl.store(codes + row * width + column, code, mask=column < width)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["MODES", "Config", "Tile", "fitted", "parse_config"]
+__all__ = ["MODES", "Config", "Tile", "fitted", "fitted_w8a8", "parse_config"]
 
 MODES = ("slot", "sorted")
 
@@ -18,7 +18,7 @@ class Tile:
 
     Attributes:
         slots: tokens on the N side: 16, 32, 64, 128 or 256.
-        rows: weight rows, of gate and of up each: 16 to 128. wgmma needs 64 in all and 4 warps.
+        rows: weight rows, of gate and of up each: 16 to 256. wgmma needs 64 in all and 4 warps.
         slabs: 64 columns of K each: 1, 2 or 4.
         warps, stages: as Triton's num_warps and num_stages.
         more: further slots beside the power of two: 0, 16, 32 or 64; in mode "sorted" only.
@@ -78,6 +78,16 @@ def fitted(config: Config, format: str, gated: bool) -> Config:
 
     if format == "nvfp4":
         return config
+    return Config(config.mode, fit(config.gate_up, 1 + gated), fit(config.down, 1))
+
+
+def fitted_w8a8(config: Config, gated: bool) -> Config:
+    """Return a config of `triton_w8a8` that was measured on Hopper, as every target can run it."""
+
+    def fit(tile: Tile, parts: int) -> Tile:
+        step = 64 * tile.slabs * (parts * tile.rows + tile.slots + tile.more)
+        return dataclasses.replace(tile, stages=max(1, min(tile.stages, SHARED_BYTES // step)))
+
     return Config(config.mode, fit(config.gate_up, 1 + gated), fit(config.down, 1))
 
 

@@ -86,30 +86,29 @@ def run_with(config: Config, call: Call) -> torch.Tensor:
     static = layer.format == "fp8"
     with torch.cuda.device_of(hidden):
         first, second = find_slots(config, ids, window)
+        dtype = torch.float8_e4m3fn if static else torch.bfloat16
+        middle = hidden.new_empty((ids.numel(), intermediate), dtype=dtype)
+        partial = hidden.new_empty((ids.numel(), hidden_padded), dtype=torch.bfloat16)
         x, x_scale = round_rows(
             hidden, hidden_padded, operands.hidden_scale, layer.format, form["ASSEMBLY"]
         )
-        dtype = torch.float8_e4m3fn if static else torch.bfloat16
-        middle = hidden.new_empty((ids.numel(), intermediate), dtype=dtype)
-        gate_up = {**form, **constants_of(config.gate_up)}
-        step = gate_up["SLABS"] * 64
-        gate_up_w8a8_kernel[(first.most * -(-intermediate // gate_up["ROWS"]),)](
+        tile = constants_of(config.gate_up)
+        gate_up_w8a8_kernel[(first.most * -(-intermediate // config.gate_up.rows),)](
             x, x_scale, ids, *first[:3], _codes(operands.gate_up_packed),
             operands.gate_up_block_scale, operands.intermediate_scale, operands.gate_up_bias,
-            middle, ids.numel(), ids.shape[1], hidden_padded, intermediate, *window, **gate_up,
-            WHOLE=hidden_padded % step == 0, GATED=layer.gated,
+            middle, ids.numel(), ids.shape[1], hidden_padded, intermediate, *window, 1.0,
+            **form, **tile, WHOLE=hidden_padded % (tile["SLABS"] * 64) == 0, GATED=layer.gated,
             **activation_constants(layer.activation),
         )  # fmt: skip
         y, y_scale = middle, operands.intermediate_scale
         if not static:
-            y, y_scale = round_rows(middle, intermediate, y_scale, layer.format, form["ASSEMBLY"])
-        partial = hidden.new_empty((ids.numel(), hidden_padded), dtype=torch.bfloat16)
-        down = {**form, **constants_of(config.down)}
-        step = down["SLABS"] * 64
-        down_w8a8_kernel[(second.most * -(-hidden_padded // down["ROWS"]),)](
+            y, y_scale = round_rows(y, intermediate, y_scale, layer.format, form["ASSEMBLY"])
+        tile = constants_of(config.down)
+        down_w8a8_kernel[(second.most * -(-hidden_padded // config.down.rows),)](
             y, y_scale, ids, *second[:3], _codes(operands.down_packed), operands.down_block_scale,
             operands.intermediate_scale, operands.down_bias, weights, partial, ids.numel(),
-            hidden_padded, intermediate, *window, **down, WHOLE=intermediate % step == 0,
+            hidden_padded, intermediate, *window, 1.0, **form, **tile,
+            WHOLE=intermediate % (tile["SLABS"] * 64) == 0,
         )  # fmt: skip
         return sum_slots(partial, ids, window, hidden.new_empty(hidden.shape))
 
