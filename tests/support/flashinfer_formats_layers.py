@@ -11,7 +11,8 @@ import torch
 from fused_layers import with_biases
 
 from fp4moe.activations import get_activation
-from fp4moe.formats import FORMATS
+from fp4moe.experts import ExpertWeights
+from fp4moe.formats import FORMATS, StoredMatrix
 from fp4moe.kernels import Routing, get_kernel
 from fp4moe.kernels.flashinfer.library import library
 from fp4moe.kernels.operands import LogitsCall
@@ -20,7 +21,7 @@ from fp4moe.routing import route
 from fp4moe.testing import make_layer
 
 __all__ = ["FORMS", "FROM_LOGITS", "GIVEN", "LIMIT", "RELU2", "SILU", "TRTLLM", "expected"]
-__all__ += ["from_logits", "layer"]
+__all__ += ["float_matrices", "from_logits", "layer", "weights_of"]
 
 TRTLLM = get_kernel("flashinfer_trtllm")
 LIMIT = 4e-3
@@ -97,3 +98,35 @@ def from_logits(weights, count=9, routing=None, biased_router=0, change=None, de
     call = LogitsCall(*given, routing, operands, weights.layer(routing.top_k))
     ids, routing_weights = route(logits, bias, routing)
     return TRTLLM(call), (x, ids, routing_weights)
+
+
+def weights_of(format, first, second, gated=True, **scales):
+    """Return a layer of FlashInfer's codes and scales, whose halves are [up; gate]."""
+
+    def swapped(tensor):
+        plain = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+        return torch.cat(plain.chunk(2, 1)[::-1], 1).view(tensor.dtype) if gated else tensor
+
+    absent = torch.empty(0)
+    experts, hidden, intermediate = second[0].shape
+    return ExpertWeights(
+        gate_up=StoredMatrix(*map(swapped, first), absent),
+        down=StoredMatrix(*second, absent),
+        activation="silu" if gated else "relu2",
+        gated=gated,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_experts=experts,
+        expert_offset=0,
+        format=format,
+        hidden_scale=scales.get("hidden_scale", torch.ones(1)),
+        intermediate_scale=scales.get("intermediate_scale", torch.ones(experts)),
+    )
+
+
+def float_matrices(gated, experts=3, hidden=256, intermediate=384):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (experts, intermediate * (1 + gated), hidden), (experts, hidden, intermediate)
+    made = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    sizes = {"num_local_experts": experts, "hidden_size": hidden, "intermediate_size": intermediate}
+    return made, sizes

@@ -72,7 +72,7 @@ def each_matrix(
 class Kernel:
     """Base of every kernel.
 
-    A kernel writes the attributes and `run`. The methods from `package_reasons` to
+    A kernel writes the attributes and `run`. The methods from `devices_for` to
     `run_from_logits` have defaults that it may replace; what follows is the same for all, but for
     what a kernel checks beside.
     """
@@ -97,6 +97,14 @@ class Kernel:
     def run(self, call: Call) -> torch.Tensor:
         """Compute [T, H] of hidden's dtype."""
         raise NotImplementedError
+
+    def devices_for(self, format: str) -> Devices | None:
+        """Return where it runs with weights of a number format that it has; None: anywhere."""
+        return self.devices
+
+    def is_automatic(self, format: str) -> bool:
+        """Return whether "auto" may choose it for weights of a number format."""
+        return self.automatic
 
     def package_reasons(self) -> Sequence[str]:
         """Return what is wrong with the package or toolchain that it needs."""
@@ -141,7 +149,8 @@ class Kernel:
         """
         if layer.format not in self.layouts:
             return [f"it has no layout for {layer.format}, only for {', '.join(self.layouts)}"]
-        reasons = self.devices.reasons(capability) if self.devices else []
+        devices = self.devices_for(layer.format)
+        reasons = devices.reasons(capability) if devices else []
         reasons = reasons or ([] if installed else list(self.package_reasons()))
         return [
             *reasons,
@@ -260,16 +269,17 @@ class Kernel:
 
     def check_device(self, call: Call | LogitsCall) -> None:
         """Raise where the kernel does not run on the device of hidden."""
-        if self.devices is None:
+        devices = self.devices_for(call.layer.format)
+        if devices is None:
             return
         device = call.hidden.device
         capability = current_capability(device)
-        if not self.devices.include(capability):
+        if not devices.include(capability):
             refuse(
                 call.caller,
                 f"kernel {self.name} cannot run",
                 f"hidden is on {device} ({capability_name(capability)}), and the kernel needs a "
-                f"device of compute capability {self.devices}",
+                f"device of compute capability {devices}",
                 "Prepare the weights for another kernel.",
             )
 

@@ -112,7 +112,8 @@ def why_not(
     layer = Layer(str(activation), gated, **sizes, format=format, biased=biased)
     if kernel != "auto":
         return _reasons(kernel, layer, capability, padded)
-    reasons = {name: _reasons(name, layer, capability, padded) for name in _candidates(kernel)}
+    names = _candidates(kernel, layer)
+    reasons = {name: _reasons(name, layer, capability, padded) for name in names}
     if not all(reasons.values()):
         return []
     return [f"{name}: {why}" for name, whys in reasons.items() for why in whys]
@@ -125,7 +126,7 @@ def choose_kernel(
 
     Among several, the first, or the fastest where they were measured (see `measured`).
     """
-    reasons = {name: _reasons(name, layer, capability, True) for name in _candidates(kernel)}
+    reasons = {n: _reasons(n, layer, capability, True) for n in _candidates(kernel, layer)}
     if able := [name for name, whys in reasons.items() if not whys]:
         return fastest(able, layer, capability), []
     return None, [f"{name}: {'; '.join(whys)}" for name, whys in reasons.items()]
@@ -156,10 +157,10 @@ def choice_state() -> tuple:
     return times_forgotten(), *toolkit_variables()
 
 
-def _candidates(kernel: str) -> list[str]:
+def _candidates(kernel: str, layer: Layer) -> list[str]:
     if kernel != "auto":
         return [kernel]
-    return [name for name, found in KERNELS.items() if found.automatic]
+    return [name for name, found in KERNELS.items() if found.is_automatic(layer.format)]
 
 
 def _reasons(
