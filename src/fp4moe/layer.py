@@ -35,6 +35,7 @@ class Layer:
         expert_offset: global id of the first expert that is here.
         format: the number format of the weights.
         biased: whether gate, up and down have biases.
+        kernel_routes: whether the kernel is to choose the experts itself.
     """
 
     activation: str
@@ -46,6 +47,7 @@ class Layer:
     expert_offset: int = 0
     format: str = "nvfp4"
     biased: bool = False
+    kernel_routes: bool = False
 
     @classmethod
     def of(cls, facts: object, **others: Any) -> Layer:

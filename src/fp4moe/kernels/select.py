@@ -6,10 +6,12 @@ anything runs; a kernel that fails is never replaced by another.
 
 from __future__ import annotations
 
+import dataclasses
+
 from ..activations import Activation, get_activation
 from ..errors import UnsupportedError, check_choice, must, refuse
 from ..formats import FORMATS
-from ..layer import Layer
+from ..layer import ROUTINGS, Layer
 from .base import Kernel, current_capability
 from .flashinfer.cutlass import FLASHINFER_CUTLASS
 from .flashinfer.trtllm import FLASHINFER_TRTLLM
@@ -76,6 +78,7 @@ def why_not(
     padded: bool = True,
     format: str = "nvfp4",
     biased: bool = False,
+    routing: str = "given",
 ) -> list[str]:
     """Return the reasons why a kernel cannot run such a layer; empty where it can.
 
@@ -87,6 +90,7 @@ def why_not(
         capability: CUDA compute capability; default that of the current device, None on a CPU.
         padded: whether zero padding of the weights is allowed; False asks for exactly this size.
         format: the number format of the weights. biased: whether the experts have biases.
+        routing: "given", or "fused" where the kernel is to choose the experts, see `replace_moe`.
 
     Raises:
         UnsupportedError: no such kernel or activation. ShapeError: a size below 1, or top_k above
@@ -96,6 +100,7 @@ def why_not(
     activation = get_activation(activation, caller="why_not")
     activation.check_gate(gated, caller="why_not")
     check_choice("format", format, FORMATS, caller="why_not")
+    check_choice("routing", routing, ROUTINGS, caller="why_not")
     sizes = {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
@@ -110,10 +115,10 @@ def why_not(
         must("why_not: top_k", rule, top_k, "Pass experts per token.")
     capability = current_capability() if capability is None else capability
     layer = Layer(str(activation), gated, **sizes, format=format, biased=biased)
+    layer = dataclasses.replace(layer, kernel_routes=routing == "fused")
     if kernel != "auto":
         return _reasons(kernel, layer, capability, padded)
-    names = _candidates(kernel, layer)
-    reasons = {name: _reasons(name, layer, capability, padded) for name in names}
+    reasons = _candidates(kernel, layer, capability, padded)
     if not all(reasons.values()):
         return []
     return [f"{name}: {why}" for name, whys in reasons.items() for why in whys]
@@ -126,7 +131,7 @@ def choose_kernel(
 
     Among several, the first, or the fastest where they were measured (see `measured`).
     """
-    reasons = {n: _reasons(n, layer, capability, True) for n in _candidates(kernel, layer)}
+    reasons = _candidates(kernel, layer, capability, True)
     if able := [name for name, whys in reasons.items() if not whys]:
         return fastest(able, layer, capability), []
     return None, [f"{name}: {'; '.join(whys)}" for name, whys in reasons.items()]
@@ -157,10 +162,16 @@ def choice_state() -> tuple:
     return times_forgotten(), *toolkit_variables()
 
 
-def _candidates(kernel: str, layer: Layer) -> list[str]:
+def _candidates(
+    kernel: str, layer: Layer, capability: tuple[int, int] | None, padded: bool
+) -> dict[str, list[str]]:
+    """Return the kernels to choose from, each with the reasons against it."""
     if kernel != "auto":
-        return [kernel]
-    return [name for name, found in KERNELS.items() if found.is_automatic(layer.format)]
+        return {kernel: _reasons(kernel, layer, capability, padded)}
+    # One that cannot but route would refuse each call outside a compiled graph: by name only.
+    layer = dataclasses.replace(layer, kernel_routes=False)
+    names = [name for name, found in KERNELS.items() if found.is_automatic(layer.format)]
+    return {name: _reasons(name, layer, capability, padded) for name in names}
 
 
 def _reasons(

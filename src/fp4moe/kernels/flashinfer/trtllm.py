@@ -73,7 +73,7 @@ class FlashInferTrtllm(FlashInferKernel):
         """Return why biases, or the routing kernels' limits, are in the way of chosen experts."""
         entry, found = ENTRIES[layer.format], []
         if layer.biased:
-            found += entry.bias_reasons(layer, None, routes=False)
+            found += entry.bias_reasons(layer, None, routes=layer.kernel_routes)
         if layer.top_k:
             sizes = layer.num_experts, layer.top_k
             found += rules.routing_reasons(GIVEN_ROUTING, *sizes)
@@ -83,11 +83,15 @@ class FlashInferTrtllm(FlashInferKernel):
     def reasons_not_to_run(
         self, layer: Layer, capability: tuple[int, int] | None, *, installed: bool = False
     ) -> list[str]:
-        """Return why it cannot run such a layer with experts that were chosen."""
+        """Return why it cannot run such a layer: all that is known before the router is."""
         reasons = super().reasons_not_to_run(layer, capability, installed=installed)
         if reasons or installed:
             return reasons
-        return ENTRIES[layer.format].reasons_without_function(layer, library())
+        entry, routes = ENTRIES[layer.format], layer.kernel_routes
+        reasons = [] if routes else entry.reasons_without_function(layer, library())
+        if layer.biased and not reasons:
+            reasons = entry.bias_reasons(layer, library(), routes=routes)
+        return reasons
 
     def reasons_without_padding(self, layer: Layer) -> list[str]:
         """Return which padded size would have a kernel."""
@@ -101,8 +105,13 @@ class FlashInferTrtllm(FlashInferKernel):
         return found
 
     def reasons_not_to_route(self, layer: Layer, routing: Routing) -> list[str]:
-        """Return why the routing kernel cannot do this."""
-        return list(library_reasons() or routing_reasons(routing, layer.num_experts, layer.format))
+        """Return why the function that routes cannot do this."""
+        if found := library_reasons():
+            return list(found)
+        reasons = list(routing_reasons(routing, layer.num_experts, layer.format))
+        if layer.biased:
+            reasons += ENTRIES[layer.format].bias_reasons(layer, library(), routes=True)
+        return reasons
 
     def scale_operands(self, operands: Operands, layer: Layer) -> Operands:
         """Return scales and biases as the format's entry has them."""
