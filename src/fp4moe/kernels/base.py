@@ -102,8 +102,8 @@ class Kernel:
         """Return where it runs with weights of a number format that it has; None: anywhere."""
         return self.devices
 
-    def is_automatic(self, format: str) -> bool:
-        """Return whether "auto" may choose it for weights of a number format."""
+    def automatic_for(self, layer: Layer) -> bool:
+        """Whether "auto" may choose it for this layer."""
         return self.automatic
 
     def package_reasons(self) -> Sequence[str]:

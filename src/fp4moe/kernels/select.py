@@ -170,7 +170,7 @@ def _candidates(
         return {kernel: _reasons(kernel, layer, capability, padded)}
     # One that cannot but route would refuse each call outside a compiled graph: by name only.
     layer = dataclasses.replace(layer, kernel_routes=False)
-    names = [name for name, found in KERNELS.items() if found.is_automatic(layer.format)]
+    names = [name for name, found in KERNELS.items() if found.automatic_for(layer)]
     return {name: _reasons(name, layer, capability, padded) for name in names}
 
 

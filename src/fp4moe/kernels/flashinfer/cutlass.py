@@ -123,9 +123,9 @@ class FlashInferCutlass(FlashInferKernel):
         """Return what the library compiles the format's kernels for."""
         return ENTRIES[format].devices
 
-    def is_automatic(self, format: str) -> bool:
-        """Return whether the format's kernels may be chosen; they quantise activations."""
-        return format in ENTRIES and ENTRIES[format].automatic
+    def automatic_for(self, layer: Layer) -> bool:
+        """Whether "auto" may choose the format's kernels, which quantise activations."""
+        return layer.format in ENTRIES and ENTRIES[layer.format].automatic
 
     def activation_reasons(self, layer: Layer, ready: bool) -> list[str]:
         """Return why the kernel cannot compute the activation."""
