@@ -83,6 +83,8 @@ class Kernel:
     # None: any device. Layouts by number format.
     devices: Devices | None = None
     layouts: ClassVar[Mapping[str, Layout]]
+    # By format: why it has none, and what would run.
+    without_layout: ClassVar[Mapping[str, str]] = {}
     # Whether "auto" may choose it, whether it is `reference_w4a4` that it computes, and with which
     # intermediate_dtype.
     automatic: bool = True
@@ -148,7 +150,8 @@ class Kernel:
             installed: take what it `needs` as installed, and do not look.
         """
         if layer.format not in self.layouts:
-            return [f"it has no layout for {layer.format}, only for {', '.join(self.layouts)}"]
+            why = self.without_layout.get(layer.format, "")
+            return [f"it has no layout for {layer.format}, only for {', '.join(self.layouts)}{why}"]
         devices = self.devices_for(layer.format)
         reasons = devices.reasons(capability) if devices else []
         reasons = reasons or ([] if installed else list(self.package_reasons()))

@@ -14,7 +14,7 @@ from ..formats import FORMATS
 from ..layer import ROUTINGS, Layer
 from .base import Kernel, current_capability
 from .flashinfer.cutlass import FLASHINFER_CUTLASS
-from .flashinfer.trtllm import FLASHINFER_TRTLLM
+from .flashinfer.trtllm import FLASHINFER_TRTLLM, FLASHINFER_TRTLLM_W4A16
 from .humming.kernel import HUMMING
 from .humming.library import toolkit_variables
 from .measured import fastest, times_forgotten
@@ -38,6 +38,8 @@ _PRESENT: tuple[Kernel, ...] = (
     HUMMING,
     REFERENCE,
     REFERENCE_W4A4,
+    # By name only.
+    FLASHINFER_TRTLLM_W4A16,
 )
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _PRESENT}
 # Names that users may look for, and why there is no such kernel.

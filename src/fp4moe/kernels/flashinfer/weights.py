@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 
@@ -130,6 +131,10 @@ class FlashInferKernel(Kernel):
     needs = "flashinfer-python 0.6.13 or newer"
     biases = True
     quantizes_activations = True
+    without_layout: ClassVar = {
+        "fp8_channel": "; FlashInfer 0.6.13 has no kernel with a scale for each row, and what 0.7 "
+        "has was not read; take kernel triton"
+    }
 
     def package_reasons(self) -> tuple[str, ...]:
         """Return why the installed FlashInfer cannot be used."""

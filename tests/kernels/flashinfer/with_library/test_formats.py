@@ -275,6 +275,7 @@ def test_why_not_names_what_would_run():
     assert reason.endswith("alpha, beta and limit); take format nvfp4 or kernel triton")
     (reason,) = why_not(TRTLLM.name, **form | {"format": "fp8_channel"})
     assert reason.startswith("it has no layout for fp8_channel")
+    assert reason.endswith("what 0.7 has was not read; take kernel triton")
 
 
 @pytest.mark.slow
