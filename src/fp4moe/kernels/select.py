@@ -116,8 +116,14 @@ def why_not(
         rule = f"not exceed num_experts = {num_experts}"
         must("why_not: top_k", rule, top_k, "Pass experts per token.")
     capability = current_capability() if capability is None else capability
-    layer = Layer(str(activation), gated, **sizes, format=format, biased=biased)
-    layer = dataclasses.replace(layer, kernel_routes=routing == "fused")
+    layer = Layer(
+        str(activation),
+        gated,
+        **sizes,
+        format=format,
+        biased=biased,
+        kernel_routes=routing == "fused",
+    )
     if kernel != "auto":
         return _reasons(kernel, layer, capability, padded)
     reasons = _candidates(kernel, layer, capability, padded)

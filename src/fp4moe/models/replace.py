@@ -82,7 +82,8 @@ def replace_moe(
         hidden_alignment: 128, 256 or 512: what the Blackwell kernel pads the hidden size to; other
             kernels do not need it.
         routing: "given": the model's own router stays as it is. "fused": it chooses in one launch
-            and returns the same.
+            and returns the same; a kernel asked for by name may be one that must choose itself, for
+            which `fp4moe.backend` wants routing="fused", too.
 
     Returns:
         The same model.

@@ -103,7 +103,7 @@ class FlashInferTrtllm(FlashInferKernel):
 
     def _size_reasons(self, layer: Layer, padded: bool) -> list[str]:
         sizes = (layer.hidden_size, layer.intermediate_size)
-        kind = self.entries[layer.format].kind
+        kind = self.entries[layer.format].kind or layer.format
         found = rules.reasons(layer.activation, layer.gated, *sizes, kind, padded)
         if padded and layer.format != NVFP4.name:
             found = [f"{why}; {another(layer)}" for why in found]

@@ -54,7 +54,7 @@ class Entry:
     """How the library takes one number format.
 
     Attributes:
-        format: its name. kind: its name in `trtllm_rules.FORMATS`, by default the same.
+        format: its name. kind: its name in `trtllm_rules.FORMATS` where that is another.
         given, from_logits: functions for experts that were chosen, and for router logits.
         layout: of codes and block scales.
         biased: which of the two take biases.
@@ -67,7 +67,7 @@ class Entry:
     """
 
     format: ClassVar[str]
-    kind: ClassVar[str]
+    kind: ClassVar[str | None] = None
     given: ClassVar[str]
     from_logits: ClassVar[str]
     layout: ClassVar[Layout]
@@ -76,10 +76,6 @@ class Entry:
     drops_padding: ClassVar[bool] = False
     one_group: ClassVar[bool] = False
     parameters_since: ClassVar[str | None] = None
-
-    def __init_subclass__(cls) -> None:
-        """Name the kind after the format where it has no other name."""
-        cls.kind = vars(cls).get("kind", cls.format)
 
     def scale_operands(self, operands: Operands, layer: Layer) -> Operands:
         """Return scales and biases as the kernel takes them."""

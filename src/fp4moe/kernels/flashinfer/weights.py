@@ -80,17 +80,12 @@ def up_first(gemm: str, rows: int, gated: bool) -> torch.Tensor | None:
 
 
 def swap_halves(operands: Operands, layer: Layer) -> Operands:
-    """Turn [gate; up] into [up; gate] or back, in codes, block scales of blocks, and biases."""
-
-    def swapped(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None or not layer.gated:
-            return tensor
-        return torch.cat(tensor.chunk(2, 1)[::-1], 1)
-
-    names = "gate_up_packed", "gate_up_block_scale", "gate_up_bias"
-    changed = operands._replace(**{name: swapped(getattr(operands, name)) for name in names})
-    contiguous = {name: tensor.contiguous() for name, tensor in changed.named().items()}
-    return changed._replace(**contiguous)
+    """Turn [gate; up] into [up; gate] or back, in codes, block scales and biases."""
+    tensors = {name: tensor.contiguous() for name, tensor in operands.named().items()}
+    for name, tensor in tensors.items():
+        if layer.gated and name in ("gate_up_packed", "gate_up_block_scale", "gate_up_bias"):
+            tensors[name] = torch.cat(tensor.chunk(2, 1)[::-1], 1)
+    return operands._replace(**tensors)
 
 
 def _with_padding(scale: torch.Tensor, gemm: str, layer: Layer, byte: int) -> torch.Tensor:
