@@ -15,7 +15,10 @@ from flashinfer_contract import takes
 from flashinfer_formats_layers import LIMIT, layer, with_scales
 from flashinfer_formats_layers import expected_of_cutlass as expected
 from fused_layers import LAYER, tokens
+from fused_routers import build
+from tiny_models import family
 
+import fp4moe
 from fp4moe import FusedExperts, why_not
 from fp4moe.errors import UnsupportedError
 from fp4moe.kernels import Routing, get_kernel
@@ -218,6 +221,25 @@ def test_compiled_without_a_break(emulated, format, fresh_dynamo):
     for count in (3, 5):
         call = tokens(count, weights)
         assert torch.equal(compiled(*call), module(*call))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_moe", "nemotron_h", "gpt_oss"])
+@pytest.mark.parametrize("format", FP8S)
+def test_models(emulated, format, name):
+    """Of transformers' classes: gated, without a gate, and with a limit and biases."""
+    ids = torch.tensor([[17, 5, 9, 22, 7]])
+
+    def outputs(kernel):
+        model = (
+            family(name, dtype=torch.bfloat16) if name == "gpt_oss" else build(name, torch.bfloat16)
+        )
+        fused = fp4moe.replace_moe(model, kernel, format=format, progress=False)
+        with torch.no_grad():
+            return fused(ids)[0].float()
+
+    assert relative_error(outputs(CUTLASS.name), outputs("reference_w4a4")) < 2 * ROUNDING_LIMIT
+    assert len(emulated.of("cutlass_fused_moe")) == 2
 
 
 # What the emulator must not forgive.
