@@ -72,7 +72,7 @@ def each_matrix(
 class Kernel:
     """Base of every kernel.
 
-    A kernel writes the attributes and `run`. The methods from `devices_for` to
+    A kernel writes the attributes and `run`. The methods from `package_reasons` to
     `run_from_logits` have defaults that it may replace; what follows is the same for all, but for
     what a kernel checks beside.
     """
@@ -83,8 +83,6 @@ class Kernel:
     # None: any device. Layouts by number format.
     devices: Devices | None = None
     layouts: ClassVar[Mapping[str, Layout]]
-    # By format: why it has none, and what would run.
-    without_layout: ClassVar[Mapping[str, str]] = {}
     # Whether "auto" may choose it, whether it is `reference_w4a4` that it computes, and with which
     # intermediate_dtype.
     automatic: bool = True
@@ -95,14 +93,12 @@ class Kernel:
     intermediate_dtype: torch.dtype = torch.bfloat16
     # Whether it can choose the experts itself, in `run_from_logits`.
     routes: bool = False
+    # By formats that it lacks: why, and what would run.
+    without_layout: ClassVar[Mapping[str, str]] = {}
 
     def run(self, call: Call) -> torch.Tensor:
         """Compute [T, H] of hidden's dtype."""
         raise NotImplementedError
-
-    def devices_for(self, format: str) -> Devices | None:
-        """Return where it runs with weights of a number format that it has; None: anywhere."""
-        return self.devices
 
     def automatic_for(self, layer: Layer) -> bool:
         """Whether "auto" may choose it for this layer."""
@@ -111,6 +107,10 @@ class Kernel:
     def package_reasons(self) -> Sequence[str]:
         """Return what is wrong with the package or toolchain that it needs."""
         return ()
+
+    def devices_for(self, format: str) -> Devices | None:
+        """Return where it runs with weights of a number format that it has; None: anywhere."""
+        return self.devices
 
     def activation_reasons(self, layer: Layer, ready: bool) -> list[str]:
         """Return why it lacks the activation; ready: whether device and package will do."""
