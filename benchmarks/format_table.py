@@ -7,6 +7,7 @@ The same on every machine: packages are taken as installed. A test compares the 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -47,7 +48,7 @@ HAS_RUN: dict[tuple[str, str], set[Capability]] = {
     ("humming", "nvfp4"): {(9, 0)},
 }
 ANYWHERE = ("reference", "reference_w4a4")
-RUNS, PROVED, REFUSED = "runs", "proved", "refused"
+RUNS, PROVED, FUSED, REFUSED = "runs", "proved", "proved, fused", "refused"
 HEAD = """# What runs where, by number format
 
 Written by `python benchmarks/format_table.py`; the test-suite compares it with the kernels.
@@ -57,6 +58,7 @@ without, padded where a kernel wants it.
 * *runs*: it has run on such a device, and its numbers were compared.
 * *proved*: it has not. The tests compile it for that device, or hold its calls against the
   library's contract and an emulator of its kernels.
+* *proved, fused*: the same, but only where the kernel chooses the experts (`routing="fused"`).
 * numbers: refused, for the reasons of these numbers below.
 
 Packages are taken as installed:
@@ -70,11 +72,14 @@ def layer_of(format: str, activation: str, gated: bool, biased: bool) -> Layer:
 
 
 def verdict(kernel: Kernel, layer: Layer, capability: Capability) -> tuple[str, list[str]]:
-    """Return (RUNS, PROVED or REFUSED, the reasons); what the column says is left out of them."""
+    """Return (RUNS, PROVED, FUSED or REFUSED, the reasons); they leave out what the column says."""
     reasons = kernel.reasons_not_to_run(layer, capability, installed=True)
     if not reasons:
         ran = HAS_RUN.get((kernel.name, layer.format), ())
         return RUNS if kernel.name in ANYWHERE or capability in ran else PROVED, []
+    routed = dataclasses.replace(layer, kernel_routes=True)
+    if kernel.routes and not kernel.reasons_not_to_run(routed, capability, installed=True):
+        return FUSED, []
     if reasons[0].startswith("needs compute capability"):
         return REFUSED, [re.sub(r", got (a CPU|[\d.]+)", "", reasons[0])]
     return REFUSED, reasons

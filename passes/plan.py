@@ -199,6 +199,7 @@ class Planner:
             intermediate_size=(columns if form.transposed else rows) // (1 + joint),
             num_experts=experts,
             top_k=int(meta_value(region.expert_ids).shape[-1]),
+            kernel_routes=self.settings.routing == "fused",
         )
         capability = current_capability(first.device)
         try:

@@ -37,6 +37,7 @@ class Layer:
         biased: whether gate, up and down have biases.
         quantized_activations: whether the checkpoint was made for activations that are rounded by
             the format's rule (W8A8), which lets "auto" take a kernel that rounds them.
+        kernel_routes: whether the kernel is to choose the experts itself.
     """
 
     activation: str
@@ -49,6 +50,7 @@ class Layer:
     format: str = "nvfp4"
     biased: bool = False
     quantized_activations: bool = False
+    kernel_routes: bool = False
 
     @classmethod
     def of(cls, facts: object, **others: Any) -> Layer:

@@ -7,6 +7,7 @@ nobody who pairs state_dict and buffers by name mixes the two.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch
 from torch import nn
 
 from .arguments import has_own_operator
-from .errors import must
+from .errors import check_choice, must
 from .experts import ExpertWeights
 from .formats import DEFAULT_FORMAT
 from .kernels import (
     BIASES,
     DEFAULT_HIDDEN_ALIGNMENT,
+    ROUTINGS,
     Layer,
     Operands,
     PreparedWeights,
@@ -53,6 +55,8 @@ class FusedExperts(PackedModule):
             device.
         hidden_alignment: what the Blackwell kernel pads the hidden size to: 128, 256 or 512.
         top_k: experts per token where it is known; only `autotune` asks.
+        routing: "given", or "fused" where `fp4moe.backend` lets the kernel choose the experts: then
+            a kernel asked for by name may be one that refuses ids.
 
     Raises:
         UnsupportedError: no kernel runs these weights on their device; lists the reasons.
@@ -88,16 +92,20 @@ class FusedExperts(PackedModule):
         *,
         hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
         top_k: int | None = None,
+        routing: str = "given",
     ):
         super().__init__()
         check_kernel_name(kernel, caller="FusedExperts")
+        check_choice("routing", routing, ROUTINGS, caller="FusedExperts")
         self.top_k = top_k
         self.requested_kernel = kernel
         self.hidden_alignment = hidden_alignment
+        self.routing = routing
         self._prepare(weights)
 
     def _select(self, layer: Layer, device: torch.device) -> str:
         capability = current_capability(device)
+        layer = dataclasses.replace(layer, kernel_routes=self.routing == "fused")
         return select_kernel(self.requested_kernel, layer, capability, caller=type(self).__name__)
 
     def _prepare(self, weights: ExpertWeights) -> None:

@@ -10,6 +10,7 @@ from fused_layers import tokens
 from fp4moe import FusedExperts
 from fp4moe.formats import FORMATS
 from fp4moe.kernels import current_capability
+from fp4moe.reference import reference
 from fp4moe.testing import relative_error
 
 pytestmark = [
@@ -52,6 +53,15 @@ def test_gpt_oss(count):
     call = tokens(count, weights)
     got = FusedExperts(weights.to("cuda"), TRTLLM.name)(*(t.cuda() for t in call))
     assert relative_error(got.cpu(), expected(weights, call)) < LIMIT
+
+
+@pytest.mark.parametrize("count", [1, 128])
+def test_gpt_oss_with_16_bit_activations(count):
+    weights = layer("mxfp4", 2880, 2880, OPENAI, experts=8, biased=True)
+    call = tokens(count, weights)
+    got = FusedExperts(weights.to("cuda"), "flashinfer_trtllm_w4a16")(*(t.cuda() for t in call))
+    # Roundings to bfloat16 alone: a third of rounding to e4m3 would show.
+    assert relative_error(got.cpu(), reference(call[0], weights, *call[1:])) < 1e-2
 
 
 def test_the_librarys_mxfp8():

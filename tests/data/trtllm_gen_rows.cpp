@@ -1,7 +1,7 @@
-// The rows mxfp8, mxfp4 and fp8_block of trtllm_gen_kernels.json, asked of the library itself on the host.
+// The rows mxfp8, mxfp4, mxfp4_w4a16 and fp8_block of trtllm_gen_kernels.json, asked of the library itself on the host.
 // Needs the export headers and flashinferMetaInfo.h of flashinfer-cubin 0.6.13 (batched_gemm-91e0ba0-896b90b) and the
 // headers of CUDA; the driver functions that they name are never called, so they may be stubs when it is linked:
-//     g++ -std=c++17 -I HEADERS -I CUDA/include trtllm_gen_rows.cpp stubs.c -o rows && ./rows sizes.txt
+//     g++ -std=c++17 -DTLLM_ENABLE_CUDA -DTLLM_GEN_GEMM_CUBIN_PATH='""' -I HEADERS -I CUDA/include trtllm_gen_rows.cpp stubs.c -o rows && ./rows sizes.txt
 // sizes.txt: one "hidden intermediate" a line. Prints format, activation, hidden, intermediate, token tiles.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
@@ -35,7 +35,7 @@ int main(int argc,char**argv){
   auto B=tgx::Dtype::Bfloat16, X=tgx::Dtype::MxE4m3, F=tgx::Dtype::MxE2m1, Q=tgx::Dtype::E4m3;
   std::ifstream in(argv[1]); int h,i; std::vector<std::pair<int,int>> sizes; while(in>>h>>i) sizes.push_back({h,i});
   struct K{const char* f; const char* a; tgx::Dtype w,x; bool ds; bool gated;};
-  for(K k: {K{"mxfp8","swiglu",X,X,false,true},K{"mxfp8","relu2",X,X,false,false},K{"mxfp4","swiglu",F,X,false,true},K{"mxfp4","relu2",F,X,false,false},K{"fp8_block","swiglu",Q,Q,true,true}})
+  for(K k: {K{"mxfp8","swiglu",X,X,false,true},K{"mxfp8","relu2",X,X,false,false},K{"mxfp4","swiglu",F,X,false,true},K{"mxfp4","relu2",F,X,false,false},K{"mxfp4_w4a16","swiglu",F,B,false,true},K{"fp8_block","swiglu",Q,Q,true,true}})
    { std::vector<std::pair<int,std::pair<std::vector<int>,std::vector<int>>>> t;
      for(int tile:{8,16,32,64,128,192,256}){
        auto g1=passing({k.w,k.x,k.x,k.ds,!k.ds&&k.gated,true,k.gated?none:relu2,tile,k.ds?64:128,!k.ds});

@@ -39,19 +39,21 @@ REFUSALS = {
     "humming": "needs compute capability 7.5 to 9.0, got ",
 }
 PRESENT = ("reference", "reference_w4a4")
+# For MXFP4 alone: its tests are with FlashInfer's others.
+W4A16 = "flashinfer_trtllm_w4a16"
 MULTIPLES = {"flashinfer_cutlass": 128, "triton": 64, "humming": 128}
 # Kernels that do not have NVFP4, with a format that they have.
 FORMATS_OF = {"triton_w8a8": {"format": "fp8"}}
 
 
 def test_the_names_are_those_of_the_contract():
-    assert tuple(KERNELS) == (*REFUSALS, *PRESENT)
+    assert tuple(KERNELS) == (*REFUSALS, *PRESENT, W4A16)
     assert all(kernel.name == name for name, kernel in KERNELS.items())
 
 
 @pytest.mark.parametrize("capability", [None, (6, 1), (7, 0)])
 @pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", [*REFUSALS, *PRESENT])
 def test_why_not_by_name(name, padded, capability, monkeypatch):
     monkeypatch.setattr(base, "query_capability", lambda device: None)
     own = LAYER | FORMATS_OF.get(name, {})
@@ -123,8 +125,8 @@ def test_unknown_kernel_names_the_known_ones(call):
             select_kernel("trtllm", Layer(**LAYER), None, caller="why_not")
     assert str(error.value) == (
         "why_not: kernel must be auto or one of flashinfer_trtllm, flashinfer_cutlass, "
-        "triton_w8a8, triton, humming, reference, reference_w4a4; got 'trtllm'. Pass one of these "
-        "names."
+        "triton_w8a8, triton, humming, reference, reference_w4a4, flashinfer_trtllm_w4a16; got "
+        "'trtllm'. Pass one of these names."
     )
 
 

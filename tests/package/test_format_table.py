@@ -57,7 +57,12 @@ def test_each_cell_is_what_why_not_says(script, format):
                 whys = why_not(name, **form, **sizes, capability=device)
                 whys = [w for w in whys if w not in packages and "the installed" not in w]
                 word, reasons = script.verdict(kernel, layer, device)
-                assert (word == script.REFUSED) == bool(whys), (name, activation, device)
+                refused = word in (script.REFUSED, script.FUSED)
+                assert refused == bool(whys), (name, activation, device)
+                if word == script.FUSED:
+                    routed = why_not(name, **form, **sizes, capability=device, routing="fused")
+                    routed = [w for w in routed if w not in packages and "the installed" not in w]
+                    assert routed == reasons == []
                 assert all(any(w.startswith(r.split(" (")[0]) for w in whys) for r in reasons)
 
 

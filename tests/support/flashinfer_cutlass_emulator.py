@@ -49,8 +49,8 @@ PARAMETERS: dict[str, dict[str, float]] = {
 UNREAD = {"SwigluStep": ("swiglu_alpha", "swiglu_beta")}
 
 _ROUTING = ("token_selected_experts", "token_final_scales")
-_TENSORS = ("input", *_ROUTING, "fc1_expert_weights", "fc2_expert_weights")
-_REQUIRED = (*_TENSORS, "output_dtype", "quant_scales")
+TENSORS = ("input", *_ROUTING, "fc1_expert_weights", "fc2_expert_weights")
+_REQUIRED = (*TENSORS, "output_dtype", "quant_scales")
 _DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(("fc1_expert_biases", "fc2_expert_biases", "input_sf")),
     **dict.fromkeys(("swiglu_alpha", "swiglu_beta", "swiglu_limit")),
@@ -67,13 +67,13 @@ _NEWER: dict[str, Any] = {
     **dict.fromkeys(("clamped_relu2_limit", "situ_beta", "situ_linear_beta")),
 }
 # What another path of the library would do, each at the value that leaves it off.
-_OFF = {
+OFF = {
     name: default
     for name, default in {**_DEFAULTS, **_NEWER}.items()
     if name.startswith(("clamped", "tp", "cluster", "use_", "min", "enable_a"))
     and name != "use_fused_finalize"
 }
-_OFF["backend"] = "cutlass"
+OFF["backend"] = "cutlass"
 
 
 class CallError(ValueError):
@@ -106,41 +106,41 @@ def check_cutlass_call(
         TypeError: no such parameter in the signature of `function`, or one is missing.
         CallError: the kernel would refuse the call, or read something else than is meant.
     """
-    _require(not args, "arguments are positional: their order differs between versions")
+    require(not args, "arguments are positional: their order differs between versions")
     bound = inspect.signature(function).bind(**kwargs)
     bound.apply_defaults()
     call = dict(bound.arguments)
-    for name, off in _OFF.items():
+    for name, off in OFF.items():
         value = call.get(name, off)
-        _require(value is off or value == off, f"{name} must be {off}")
-    for name in _TENSORS:
-        _check_memory(name, call[name], call["input"].device)
+        require(value is off or value == off, f"{name} must be {off}")
+    for name in TENSORS:
+        check_memory(name, call[name], call["input"].device)
     fc1, fc2 = call["fc1_expert_weights"], call["fc2_expert_weights"]
     rule = "weights must be int64 [L, M, H / 16] and [L, H, I / 16]; uint8 selects INT4"
-    _require(torch.int64 == fc1.dtype == fc2.dtype and fc1.ndim == fc2.ndim == 3, rule)
+    require(torch.int64 == fc1.dtype == fc2.dtype and fc1.ndim == fc2.ndim == 3, rule)
     activation = getattr(call["activation_type"], "name", "")
     known = {*ACTIVATIONS, *PAIRED}
-    _require(activation in known, "activation_type must be an enum member the kernel has")
+    require(activation in known, "activation_type must be an enum member the kernel has")
     gated = activation in PAIRED or ACTIVATIONS[activation][0]
     experts, hidden, intermediate = fc2.shape[0], fc2.shape[1], fc2.shape[2] * 16
     rows = intermediate * (1 + gated)
     shape = (experts, rows, hidden // 16)
-    _require(fc1.shape == shape, f"fc1_expert_weights must be {list(shape)}; got {list(fc1.shape)}")
+    require(fc1.shape == shape, f"fc1_expert_weights must be {list(shape)}; got {list(fc1.shape)}")
     rule = f"sizes must be multiples of 32; got hidden {hidden}, intermediate {intermediate}"
-    _require(hidden % 32 == 0 and intermediate % 32 == 0, rule)
+    require(hidden % 32 == 0 and intermediate % 32 == 0, rule)
     rule = f"block scales of {intermediate} ungated rows are checked and read differently"
-    _require(gated or _up(intermediate, 64) == _up(intermediate, 128), rule)
+    require(gated or _up(intermediate, 64) == _up(intermediate, 128), rule)
     _check_input(call, hidden)
-    _check_routing(call, experts)
+    check_routing(call, experts)
     _check_scales(call, rows, hidden, intermediate, experts, gated)
-    _check_parameters(call, activation, experts)
-    _check_biases(call, (experts, rows), (experts, hidden))
+    check_parameters(call, activation, experts)
+    check_biases(call, (experts, rows), (experts, hidden))
     output = call["output"]
     if output is not None:
         dtype, size = call["output_dtype"], (len(call["input"]), hidden)
         rule = f"output must be {dtype} {list(size)}; no narrower one is allowed"
-        _require(output.dtype == dtype and output.shape == size, rule)
-        _check_memory("output", output, call["input"].device)
+        require(output.dtype == dtype and output.shape == size, rule)
+        check_memory("output", output, call["input"].device)
     return call
 
 
@@ -183,7 +183,7 @@ def emulate_cutlass_moe(*, round_between: bool = True, **call: Any) -> torch.Ten
                 both = both + call["fc1_expert_biases"][expert].float()
             linear, activated = both[:, :intermediate], both[:, -intermediate:]
             if combine is not None:
-                y = combine(activated, linear, *_parameters(call, activation, expert))
+                y = combine(activated, linear, *parameters_of(call, activation, expert))
             else:
                 y = function(activated) * linear if gated else function(activated)
             y = rounded(y)
@@ -198,7 +198,7 @@ def emulate_cutlass_moe(*, round_between: bool = True, **call: Any) -> torch.Ten
     return result.to(dtype)
 
 
-def _parameters(call: dict[str, Any], activation: str, expert: int) -> list[float]:
+def parameters_of(call: dict[str, Any], activation: str, expert: int) -> list[float]:
     """Return alpha, beta and limit of one expert; caps of Situ as alpha and beta."""
     given = [
         default if call.get(name) is None else float(call[name][expert])
@@ -259,45 +259,45 @@ def _input_rows(call: dict[str, Any], hit: torch.Tensor, expert: int) -> torch.T
 
 def _check_input(call: dict[str, Any], hidden: int) -> None:
     x, sf, dtype = call["input"], call["input_sf"], call["output_dtype"]
-    _require(dtype in HALF_DTYPES, f"output_dtype must be bfloat16 or float16; got {dtype}")
-    _require(x.ndim == 2 and len(x) > 0, "input must be [T, H] with T > 0: null data pointer")
+    require(dtype in HALF_DTYPES, f"output_dtype must be bfloat16 or float16; got {dtype}")
+    require(x.ndim == 2 and len(x) > 0, "input must be [T, H] with T > 0: null data pointer")
     if x.dtype in HALF_DTYPES:
-        _require(x.dtype == dtype, f"input is read as {dtype}, the output_dtype; got {x.dtype}")
+        require(x.dtype == dtype, f"input is read as {dtype}, the output_dtype; got {x.dtype}")
         columns = hidden
-        _require(sf is None, "input_sf must be None where the kernel quantises the input")
+        require(sf is None, "input_sf must be None where the kernel quantises the input")
     else:
-        _require(x.dtype in PACKED_DTYPES, f"input of {x.dtype} would be read as packed FP4")
+        require(x.dtype in PACKED_DTYPES, f"input of {x.dtype} would be read as packed FP4")
         columns = hidden // (2 if x.dtype == torch.uint8 else 16)
         rows = _up(len(x), 128) if call["swizzled_input_sf"] else len(x)
         needed = rows * _up(hidden, 64) // 16
-        _require(sf is not None, "packed input needs input_sf")
+        require(sf is not None, "packed input needs input_sf")
         rule = f"input_sf must hold {needed} bytes; got {sf.dtype} {list(sf.shape)}"
-        _require(sf.element_size() == 1 and sf.numel() == needed, rule)
-        _check_memory("input_sf", sf, x.device)
-    _require(x.shape[1] == columns, f"input must have {columns} columns; got {x.shape[1]}")
+        require(sf.element_size() == 1 and sf.numel() == needed, rule)
+        check_memory("input_sf", sf, x.device)
+    require(x.shape[1] == columns, f"input must have {columns} columns; got {x.shape[1]}")
 
 
-def _check_routing(call: dict[str, Any], experts: int) -> None:
+def check_routing(call: dict[str, Any], experts: int) -> None:
     tokens = len(call["input"])
     ids, weights = call["token_selected_experts"], call["token_final_scales"]
-    _require(ids.dtype == torch.int32, f"token_selected_experts must be int32; got {ids.dtype}")
-    _require(weights.dtype == torch.float32, "token_final_scales must be float32")
-    _require(ids.ndim == 2 and len(ids) == tokens, f"token_selected_experts must be [{tokens}, K]")
-    _require(weights.shape == ids.shape, "token_final_scales must have the shape of the ids")
+    require(ids.dtype == torch.int32, f"token_selected_experts must be int32; got {ids.dtype}")
+    require(weights.dtype == torch.float32, "token_final_scales must be float32")
+    require(ids.ndim == 2 and len(ids) == tokens, f"token_selected_experts must be [{tokens}, K]")
+    require(weights.shape == ids.shape, "token_final_scales must have the shape of the ids")
     size, rank = call["ep_size"], call["ep_rank"]
-    _require(0 <= rank < size, f"ep_rank must lie in 0..{size - 1}; got {rank}")
+    require(0 <= rank < size, f"ep_rank must lie in 0..{size - 1}; got {rank}")
     local = ids.long() - rank * experts
     for slot in range(1, ids.shape[1]):
         repeated = (local[:, :slot] == local[:, slot, None]).any(1)
         inside = (local[:, slot] >= 0) & (local[:, slot] < experts)
-        _require(not bool((repeated & inside).any()), "an id is repeated: only the first counts")
+        require(not bool((repeated & inside).any()), "an id is repeated: only the first counts")
 
 
 def _check_scales(
     call: dict[str, Any], rows: int, hidden: int, intermediate: int, experts: int, gated: bool
 ) -> None:
     scales = call["quant_scales"]
-    _require(len(scales) == 6, f"quant_scales must hold 6 tensors; got {len(scales)}")
+    require(len(scales) == 6, f"quant_scales must hold 6 tensors; got {len(scales)}")
     shapes = {
         1: (experts, _up(intermediate, 64) * (1 + gated), _up(hidden, 64) // 64),
         2: (experts,),
@@ -306,59 +306,59 @@ def _check_scales(
     }
     for index, scale in enumerate(scales):
         name = f"quant_scales[{index}]"
-        _check_memory(name, scale, call["input"].device)
+        check_memory(name, scale, call["input"].device)
         dtype = torch.int32 if index in (1, 4) else torch.float32
-        _require(scale.dtype == dtype, f"{name} must be {dtype}; got {scale.dtype}")
+        require(scale.dtype == dtype, f"{name} must be {dtype}; got {scale.dtype}")
         allowed = (shapes[index],) if index in shapes else ((), (experts,))
         rule = " or ".join(str(list(shape)) for shape in allowed)
-        _require(scale.shape in allowed, f"{name} must be {rule}; got {list(scale.shape)}")
+        require(scale.shape in allowed, f"{name} must be {rule}; got {list(scale.shape)}")
         if index in (1, 4):
             nan = (scale.view(torch.uint8) & 0x7F) == 0x7F
-            _require(not bool(nan.any()), f"{name} must not hold NaN, not in its padding either")
+            require(not bool(nan.any()), f"{name} must not hold NaN, not in its padding either")
         else:
             positive = bool(((scale > 0) & scale.isfinite()).all())
-            _require(positive, f"{name} must be finite and above 0")
+            require(positive, f"{name} must be finite and above 0")
     one = call["input"].dtype in HALF_DTYPES or scales[0].ndim == 0
-    _require(one, "quant_scales[0] must be 0-d where the input is packed")
+    require(one, "quant_scales[0] must be 0-d where the input is packed")
 
 
-def _check_parameters(call: dict[str, Any], activation: str, experts: int) -> None:
+def check_parameters(call: dict[str, Any], activation: str, experts: int) -> None:
     taken = PARAMETERS.get(activation, {}).keys() - set(UNREAD.get(activation, ()))
     for name in sorted({name for names in PARAMETERS.values() for name in names}):
         value = call.get(name)
         if value is None:
             continue
-        _require(name in taken, f"{name} must be None for {activation}: it is not read")
-        _check_memory(name, value, call["input"].device)
+        require(name in taken, f"{name} must be None for {activation}: it is not read")
+        check_memory(name, value, call["input"].device)
         rule = f"{name} must be float32 [{experts}]; got {value.dtype} {list(value.shape)}"
-        _require(value.dtype == torch.float32 and value.shape == (experts,), rule)
-        _require(bool(value.isfinite().all()), f"{name} must be finite")
+        require(value.dtype == torch.float32 and value.shape == (experts,), rule)
+        require(bool(value.isfinite().all()), f"{name} must be finite")
         if name != "swiglu_beta":
-            _require(bool((value > 0).all()), f"{name} must be above 0")
+            require(bool((value > 0).all()), f"{name} must be above 0")
 
 
-def _check_biases(call: dict[str, Any], first: tuple[int, ...], second: tuple[int, ...]) -> None:
+def check_biases(call: dict[str, Any], first: tuple[int, ...], second: tuple[int, ...]) -> None:
     names = ("fc1_expert_biases", "fc2_expert_biases")
     absent = [call[name] is None for name in names]
-    _require(absent[0] == absent[1], f"{' and '.join(names)} must be both there or neither")
+    require(absent[0] == absent[1], f"{' and '.join(names)} must be both there or neither")
     for name, shape in zip(names, (first, second), strict=True):
         if call[name] is not None:
             dtype = call["output_dtype"]
             rule = f"{name} must be {dtype} {list(shape)}; got {call[name].dtype}"
             rule += f" {list(call[name].shape)}"
-            _require(call[name].dtype == dtype and call[name].shape == shape, rule)
-            _check_memory(name, call[name], call["input"].device)
+            require(call[name].dtype == dtype and call[name].shape == shape, rule)
+            check_memory(name, call[name], call["input"].device)
 
 
-def _check_memory(name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    _require(tensor.is_contiguous(), f"{name} must be contiguous: strides are not looked at")
-    _require(tensor.device == device, f"{name} must be on {device}; got {tensor.device}")
+def check_memory(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    require(tensor.is_contiguous(), f"{name} must be contiguous: strides are not looked at")
+    require(tensor.device == device, f"{name} must be on {device}; got {tensor.device}")
 
 
 def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _require(condition: bool, rule: str) -> None:
+def require(condition: bool, rule: str) -> None:
     if not condition:
         raise CallError(f"cutlass_fused_moe: {rule}")

@@ -27,15 +27,19 @@ from flashinfer_contract import (
 
 __all__ = ["check_format_call", "format_of"]
 
-E4M3, BYTE = torch.float8_e4m3fn, torch.uint8
+E4M3, BYTE, BF16 = torch.float8_e4m3fn, torch.uint8, torch.bfloat16
+# MXFP4 weights, 16-bit activations.
+W4A16 = "mxfp4_w4a16"
 # (intermediate size gated, not gated, hidden size) are multiples of these.
 MULTIPLES = {
     "mxfp8": (128, 128, 256),
     "mxfp4": (128, 128, 256),
+    W4A16: (128, 128, 256),
     "fp8_block": (128, 128, 128),
     "fp8": (64, 128, 128),
 }
-ACTIVATIONS = {name: ("Swiglu", "Relu2") for name in MULTIPLES} | {"fp8_block": ("Swiglu",)}
+ACTIVATIONS = {name: ("Swiglu", "Relu2") for name in MULTIPLES}
+ACTIVATIONS |= {"fp8_block": ("Swiglu",), W4A16: ("Swiglu",)}
 PARAMETERS = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
 OUTPUT_SCALARS = ("output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar")
 TENSOR_SCALARS = ("output1_scales_scalar", "output1_scales_gate_scalar", "output2_scales_scalar")
@@ -50,7 +54,7 @@ def format_of(kwargs: dict[str, Any]) -> str:
         return {"MxFp8": "mxfp8", "DeepSeekFp8": "fp8_block"}[kind.name]
     if "output2_scales_scalar" in kwargs:
         return "fp8"
-    return "mxfp4" if kwargs["hidden_states"].dtype == E4M3 else "nvfp4"
+    return {E4M3: "mxfp4", BF16: W4A16}.get(kwargs["hidden_states"].dtype, "nvfp4")
 
 
 def check_format_call(
@@ -77,7 +81,7 @@ def check_format_call(
     x = call["hidden_states"]
     tokens, hidden = x.shape
     require("hidden_states", tokens > 0, "have a token", tokens)
-    call.tensor("hidden_states", x, (E4M3,), (tokens, hidden))
+    call.tensor("hidden_states", x, (BF16 if format == W4A16 else E4M3,), (tokens, hidden))
     intermediate, local = call["intermediate_size"], call["local_num_experts"]
     multiple = MULTIPLES[format][0 if gated else 1]
     even = intermediate % multiple == 0
@@ -99,7 +103,7 @@ def check_format_call(
     if "output" in call.arguments:
         check_output(call, tokens, hidden)
         narrow = call["output"] is None or call["output"].shape[1] == hidden
-        require("output", format == "mxfp4" or narrow, f"have {hidden} columns", "fewer")
+        require("output", format in ("mxfp4", W4A16) or narrow, f"have {hidden} columns", "fewer")
     if "topk_ids" in call.arguments:
         check_given_routing(call, tokens)
         plain = isinstance(call["topk_ids"], tuple)
@@ -146,7 +150,11 @@ def _check_mx(call: Call, tokens: int, first: tuple[int, ...], second: tuple[int
         columns = shape[2] // 2 if fp4 else shape[2]
         call.tensor(name, call[name], (codes,), (*shape[:2], columns))
         _check_bytes(call, f"{name}_scale", scales, (*shape[:2], shape[2] // 32))
-    _check_bytes(call, "hidden_states_scale", scales, (tokens, first[2] // 32))
+    if call["hidden_states"].dtype == BF16:
+        scale = call["hidden_states_scale"]
+        require("hidden_states_scale", scale is None, "be None for bfloat16", "a tensor")
+    else:
+        _check_bytes(call, "hidden_states_scale", scales, (tokens, first[2] // 32))
     if fp4:
         for name in OUTPUT_SCALARS:
             require(name, call[name] is None, "be None for MXFP4", "a tensor")
@@ -190,4 +198,5 @@ def _check_tensor(call: Call, tokens: int, first: tuple[int, ...], second: tuple
     require("gemm1_clamp_limit", limit is None, "be None but for SwigluStep", "a tensor")
 
 
-CHECKS = {"mxfp8": _check_mx, "mxfp4": _check_mx, "fp8_block": _check_blocks, "fp8": _check_tensor}
+CHECKS = {"mxfp8": _check_mx, "mxfp4": _check_mx, W4A16: _check_mx}
+CHECKS |= {"fp8_block": _check_blocks, "fp8": _check_tensor}

@@ -137,6 +137,17 @@ class _Mx(_Experts):
         return raw + self.bias("gemm2_bias", expert, False)
 
 
+class _MxBf16(_Mx):
+    """MXFP4 weights with bfloat16 activations: nothing is quantised."""
+
+    def input(self) -> torch.Tensor:
+        return self.call["hidden_states"].double()
+
+    def between(self, raw: torch.Tensor, expert: int) -> torch.Tensor:
+        value = self.activate(raw + self.bias("gemm1_bias", expert, self.gated), expert)
+        return value.bfloat16().double()
+
+
 class _Tensor(_Experts):
     """FP8 with three scalars; those of the first product are in units of its accumulators."""
 
@@ -180,6 +191,7 @@ class _Blocks(_Experts):
 FORMATS: dict[str, Callable[[dict[str, Any], str], _Experts]] = {
     "mxfp8": _Mx,
     "mxfp4": _Mx,
+    "mxfp4_w4a16": _MxBf16,
     "fp8": _Tensor,
     "fp8_block": _Blocks,
 }

@@ -1,4 +1,4 @@
-"""Layers of FP8, MXFP8 and MXFP4 for `flashinfer_trtllm`, and what they should compute.
+"""Layers of FP8, MXFP8 and MXFP4 for FlashInfer's kernels, and what they should compute.
 
 Kernel and `reference_w4a4` round the same values to e4m3; a value next to a tie may differ by a
 step of 2^-3 of its size, and outputs are rounded to bfloat16 (2^-9): LIMIT. FP8 blocks round three
@@ -7,11 +7,14 @@ times before the second product; a flipped code of gate or up is felt in one tok
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from fused_layers import with_biases
 
 from fp4moe.activations import get_activation
-from fp4moe.formats import FORMATS
+from fp4moe.experts import ExpertWeights
+from fp4moe.formats import FORMATS, StoredMatrix
 from fp4moe.kernels import Routing, get_kernel
 from fp4moe.kernels.flashinfer.library import library
 from fp4moe.kernels.operands import LogitsCall
@@ -20,7 +23,14 @@ from fp4moe.routing import route
 from fp4moe.testing import make_layer
 
 __all__ = ["FORMS", "FROM_LOGITS", "GIVEN", "LIMIT", "RELU2", "SILU", "TRTLLM", "expected"]
-__all__ += ["from_logits", "layer"]
+__all__ += [
+    "expected_of_cutlass",
+    "float_matrices",
+    "from_logits",
+    "layer",
+    "weights_of",
+    "with_scales",
+]
 
 TRTLLM = get_kernel("flashinfer_trtllm")
 LIMIT = 4e-3
@@ -78,6 +88,50 @@ def with_rounded_gate_and_up(x, weights, ids, routing):
     return out.to(x.dtype)
 
 
+def expected_of_cutlass(weights, call, rounds=False):
+    """The definition as CUTLASS computes FP8; rounds: gate, up and so on to bfloat16, too."""
+    x, ids, routing = call
+    blocks, parts, out = weights.format == "fp8_block", weights.dequantize(), torch.zeros(x.shape)
+
+    def quantised(value, scale):
+        if not blocks:
+            return FORMATS["fp8"].round_activation(value, scale)
+        padded = torch.nn.functional.pad(value, (0, -value.shape[1] % 128))
+        encode = 448 / padded.unflatten(1, (-1, 128)).abs().amax(2).repeat_interleave(128, 1)
+        encode = encode[:, : value.shape[1]].nan_to_num(posinf=1.0)
+        return (value * encode).to(torch.float8_e4m3fn).float() / encode
+
+    def rounded(value):
+        return value.bfloat16().float() if rounds else value
+
+    def bias(name, expert):
+        return parts[name][expert].bfloat16().float() if name in parts else 0.0
+
+    rows = quantised(x.bfloat16().float(), weights.hidden_scale)
+    for expert in range(weights.local_experts):
+        up, gate = (
+            rounded(rows @ parts[name][expert].T) + bias(f"{name}_bias", expert)
+            if name in parts
+            else None
+            for name in ("up", "gate")
+        )
+        y = get_activation(weights.activation).combine(up, gate)
+        y = quantised(rounded(y) if blocks else y, weights.intermediate_scale[expert])
+        y = (y @ parts["down"][expert].T).bfloat16().float() + bias("down_bias", expert)
+        hit = ids == expert + weights.expert_offset
+        out += torch.where(hit, routing, 0.0).sum(1, keepdim=True) * y
+    return out.to(x.dtype)
+
+
+def with_scales(weights, gate, up):
+    """Return the FP8 layer with gate's and up's scales of each expert times these."""
+    factors = torch.tensor([gate, up], dtype=torch.float32).view(1, 2, 1)
+    scale = weights.gate_up.block_scale * factors
+    return dataclasses.replace(
+        weights, gate_up=dataclasses.replace(weights.gate_up, block_scale=scale)
+    )
+
+
 def from_logits(weights, count=9, routing=None, biased_router=0, change=None, device="cpu"):
     """Return (the kernel's result, the call) with experts chosen by the library.
 
@@ -97,3 +151,35 @@ def from_logits(weights, count=9, routing=None, biased_router=0, change=None, de
     call = LogitsCall(*given, routing, operands, weights.layer(routing.top_k))
     ids, routing_weights = route(logits, bias, routing)
     return TRTLLM(call), (x, ids, routing_weights)
+
+
+def weights_of(format, first, second, gated=True, **scales):
+    """Return a layer of FlashInfer's codes and scales, whose halves are [up; gate]."""
+
+    def swapped(tensor):
+        plain = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+        return torch.cat(plain.chunk(2, 1)[::-1], 1).view(tensor.dtype) if gated else tensor
+
+    absent = torch.empty(0)
+    experts, hidden, intermediate = second[0].shape
+    return ExpertWeights(
+        gate_up=StoredMatrix(*map(swapped, first), absent),
+        down=StoredMatrix(*second, absent),
+        activation="silu" if gated else "relu2",
+        gated=gated,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_experts=experts,
+        expert_offset=0,
+        format=format,
+        hidden_scale=scales.get("hidden_scale", torch.ones(1)),
+        intermediate_scale=scales.get("intermediate_scale", torch.ones(experts)),
+    )
+
+
+def float_matrices(gated, experts=3, hidden=256, intermediate=384):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (experts, intermediate * (1 + gated), hidden), (experts, hidden, intermediate)
+    made = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    sizes = {"num_local_experts": experts, "hidden_size": hidden, "intermediate_size": intermediate}
+    return made, sizes

@@ -94,6 +94,8 @@ class Kernel:
     product_dtype: torch.dtype | None = None
     # Whether it can choose the experts itself, in `run_from_logits`.
     routes: bool = False
+    # By formats that it lacks: why, and what would run.
+    without_layout: ClassVar[Mapping[str, str]] = {}
 
     def run(self, call: Call) -> torch.Tensor:
         """Compute [T, H] of hidden's dtype."""
@@ -106,6 +108,10 @@ class Kernel:
     def package_reasons(self) -> Sequence[str]:
         """Return what is wrong with the package or toolchain that it needs."""
         return ()
+
+    def devices_for(self, format: str) -> Devices | None:
+        """Return where it runs with weights of a number format that it has; None: anywhere."""
+        return self.devices
 
     def activation_reasons(self, layer: Layer, ready: bool) -> list[str]:
         """Return why it lacks the activation; ready: whether device and package will do."""
@@ -145,8 +151,10 @@ class Kernel:
             installed: take what it `needs` as installed, and do not look.
         """
         if layer.format not in self.layouts:
-            return [f"it has no layout for {layer.format}, only for {', '.join(self.layouts)}"]
-        reasons = self.devices.reasons(capability) if self.devices else []
+            why = self.without_layout.get(layer.format, "")
+            return [f"it has no layout for {layer.format}, only for {', '.join(self.layouts)}{why}"]
+        devices = self.devices_for(layer.format)
+        reasons = devices.reasons(capability) if devices else []
         reasons = reasons or ([] if installed else list(self.package_reasons()))
         return [
             *reasons,
@@ -265,16 +273,17 @@ class Kernel:
 
     def check_device(self, call: Call | LogitsCall) -> None:
         """Raise where the kernel does not run on the device of hidden."""
-        if self.devices is None:
+        devices = self.devices_for(call.layer.format)
+        if devices is None:
             return
         device = call.hidden.device
         capability = current_capability(device)
-        if not self.devices.include(capability):
+        if not devices.include(capability):
             refuse(
                 call.caller,
                 f"kernel {self.name} cannot run",
                 f"hidden is on {device} ({capability_name(capability)}), and the kernel needs a "
-                f"device of compute capability {self.devices}",
+                f"device of compute capability {devices}",
                 "Prepare the weights for another kernel.",
             )
 

@@ -29,7 +29,7 @@ class Devices(NamedTuple):
             return f"{last} or newer"
         if self.up_to:
             return f"{last} to {capability_name(self.up_to)}"
-        return f"{', '.join(names)} or {last}"
+        return f"{', '.join(names)} or {last}" if names else last
 
     def include(self, capability: tuple[int, int] | None) -> bool:
         """Return whether the kernel runs there; None is a CPU."""

@@ -6,13 +6,15 @@ anything runs; a kernel that fails is never replaced by another.
 
 from __future__ import annotations
 
+import dataclasses
+
 from ..activations import Activation, get_activation
 from ..errors import UnsupportedError, check_choice, must, refuse
 from ..formats import FORMATS
-from ..layer import Layer
+from ..layer import ROUTINGS, Layer
 from .base import Kernel, current_capability
 from .flashinfer.cutlass import FLASHINFER_CUTLASS
-from .flashinfer.trtllm import FLASHINFER_TRTLLM
+from .flashinfer.trtllm import FLASHINFER_TRTLLM, FLASHINFER_TRTLLM_W4A16
 from .humming.kernel import HUMMING
 from .humming.library import toolkit_variables
 from .measured import fastest, times_forgotten
@@ -38,6 +40,8 @@ _PRESENT: tuple[Kernel, ...] = (
     HUMMING,
     REFERENCE,
     REFERENCE_W4A4,
+    # By name only.
+    FLASHINFER_TRTLLM_W4A16,
 )
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _PRESENT}
 # Names that users may look for, and why there is no such kernel.
@@ -79,6 +83,7 @@ def why_not(
     format: str = "nvfp4",
     biased: bool = False,
     quantized_activations: bool = False,
+    routing: str = "given",
 ) -> list[str]:
     """Return the reasons why a kernel cannot run such a layer; empty where it can.
 
@@ -92,6 +97,7 @@ def why_not(
         format: the number format of the weights. biased: whether the experts have biases.
         quantized_activations: whether the checkpoint says that activations are rounded, too, so
             that "auto" may take triton_w8a8.
+        routing: "given", or "fused" where the kernel is to choose the experts, see `replace_moe`.
 
     Raises:
         UnsupportedError: no such kernel or activation. ShapeError: a size below 1, or top_k above
@@ -101,6 +107,7 @@ def why_not(
     activation = get_activation(activation, caller="why_not")
     activation.check_gate(gated, caller="why_not")
     check_choice("format", format, FORMATS, caller="why_not")
+    check_choice("routing", routing, ROUTINGS, caller="why_not")
     sizes = {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
@@ -121,12 +128,11 @@ def why_not(
         format=format,
         biased=biased,
         quantized_activations=quantized_activations,
+        kernel_routes=routing == "fused",
     )
     if kernel != "auto":
         return _reasons(kernel, layer, capability, padded)
-    reasons = {
-        name: _reasons(name, layer, capability, padded) for name in _candidates(kernel, layer)
-    }
+    reasons = _candidates(kernel, layer, capability, padded)
     if not all(reasons.values()):
         return []
     return [f"{name}: {why}" for name, whys in reasons.items() for why in whys]
@@ -139,7 +145,7 @@ def choose_kernel(
 
     Among several, the first, or the fastest where they were measured (see `measured`).
     """
-    reasons = {name: _reasons(name, layer, capability, True) for name in _candidates(kernel, layer)}
+    reasons = _candidates(kernel, layer, capability, True)
     if able := [name for name, whys in reasons.items() if not whys]:
         return fastest(able, layer, capability), []
     return None, [f"{name}: {'; '.join(whys)}" for name, whys in reasons.items()]
@@ -170,10 +176,16 @@ def choice_state() -> tuple:
     return times_forgotten(), *toolkit_variables()
 
 
-def _candidates(kernel: str, layer: Layer) -> list[str]:
+def _candidates(
+    kernel: str, layer: Layer, capability: tuple[int, int] | None, padded: bool
+) -> dict[str, list[str]]:
+    """Return the kernels to choose from, each with the reasons against it."""
     if kernel != "auto":
-        return [kernel]
-    return [name for name, found in KERNELS.items() if found.automatic_for(layer)]
+        return {kernel: _reasons(kernel, layer, capability, padded)}
+    # One that cannot but route would refuse each call outside a compiled graph: by name only.
+    layer = dataclasses.replace(layer, kernel_routes=False)
+    names = [name for name, found in KERNELS.items() if found.automatic_for(layer)]
+    return {name: _reasons(name, layer, capability, padded) for name in names}
 
 
 def _reasons(

@@ -37,7 +37,7 @@ from .replace import asked_of, find_candidates
 __all__ = ["autotune", "cache_stamp"]
 
 logger = logging.getLogger("fp4moe")
-TUNED_KERNELS = ("flashinfer_trtllm", "flashinfer_cutlass")
+TUNED_KERNELS = ("flashinfer_trtllm", "flashinfer_trtllm_w4a16", "flashinfer_cutlass")
 # 0.6.13's CUTLASS may be tuned to a sum in bfloat16 that no two runs share; this turns it off.
 DETERMINISTIC = "use_fused_finalize"
 
@@ -75,8 +75,8 @@ def autotune(
         refuse(
             "autotune",
             f"{type(model).__name__} cannot be tuned",
-            f"its experts have the kernels {found or 'none'}, and only "
-            f"{' and '.join(TUNED_KERNELS)} are tuned",
+            f"its experts have the kernels {found or 'none'}, and "
+            f"only {', '.join(TUNED_KERNELS)} are tuned",
             "Move the model to a Blackwell GPU, see fp4moe.explain(model); flashinfer_cutlass "
             "needs FlashInfer 0.6.15 or newer.",
         )

@@ -82,7 +82,8 @@ def replace_moe(
         hidden_alignment: 128, 256 or 512: what the Blackwell kernel pads the hidden size to; other
             kernels do not need it.
         routing: "given": the model's own router stays as it is. "fused": it chooses in one launch
-            and returns the same.
+            and returns the same; a kernel asked for by name may be one that must choose itself, for
+            which `fp4moe.backend` wants routing="fused", too.
 
     Returns:
         The same model.
@@ -110,7 +111,7 @@ def replace_moe(
             "expert MLPs.",
         )
     root = type(model).__name__
-    refused = _refused(candidates, kernel, format, progress)
+    refused = _refused(candidates, kernel, format, routing, progress)
     blocks = present | {c.path: c.num_experts for c in candidates if c.path not in refused}
     plans, unroutable = plan_fused_routing(model, blocks if routing == "fused" else {})
     refused |= unroutable
@@ -132,6 +133,7 @@ def replace_moe(
             kernel,
             hidden_alignment=hidden_alignment,
             top_k=job.top_k,
+            routing=routing,
         )
         fused = job.build(experts)
         fused.train(job.module.training)
@@ -178,7 +180,7 @@ def explain(
 
 
 def _refused(
-    candidates: list[Candidate], kernel: str, format: str, progress: bool
+    candidates: list[Candidate], kernel: str, format: str, routing: str, progress: bool
 ) -> dict[str, list[str]]:
     """Return the reasons against those that cannot be replaced, by path."""
     refused = {}
@@ -186,7 +188,7 @@ def _refused(
         reasons = (
             candidate.reasons
             or value_reasons(candidate)
-            or choose_kernel(kernel, *asked_of(candidate, format))[1]
+            or choose_kernel(kernel, *asked_of(candidate, format, routing))[1]
         )
         if reasons:
             refused[candidate.path] = reasons
@@ -234,7 +236,7 @@ def _refuse_shared_weights(model: nn.Module, candidates: list[Candidate]) -> Non
 
 
 def asked_of(
-    candidate: Candidate, format: str = DEFAULT_FORMAT
+    candidate: Candidate, format: str = DEFAULT_FORMAT, routing: str = "given"
 ) -> tuple[Layer, tuple[int, int] | None]:
     """Return what a kernel is asked to run for a candidate whose form is known, and where."""
     assert candidate.activation and candidate.hidden_size and candidate.intermediate_size
@@ -243,6 +245,7 @@ def asked_of(
         gated=bool(candidate.gated),
         num_experts=candidate.num_experts or 0,
         format=format,
+        kernel_routes=routing == "fused",
     )
     return layer, current_capability(next(iter(candidate.parameters.values())).device)
 

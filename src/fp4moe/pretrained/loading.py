@@ -196,8 +196,9 @@ class Loading:
         for path, found in plan.experts.items():
             # What any device would be asked to run; the device itself is known later.
             form = found.facts.format if found.form == "float" else found.form
-            asked = Layer.of(found.facts, format=form), current_capability()
-            if reasons := choose_kernel(self.options.kernel, *asked)[1]:
+            fused = self.options.routing == "fused"
+            layer = Layer.of(found.facts, format=form, kernel_routes=fused)
+            if reasons := choose_kernel(self.options.kernel, layer, current_capability())[1]:
                 refused[path] = reasons
         if refused:
             self._refuse(refused, names)
@@ -292,6 +293,7 @@ class Loading:
                 self.options.kernel,
                 hidden_alignment=self.options.hidden_alignment,
                 top_k=experts.facts.top_k,
+                routing=self.options.routing,
             )
             model.set_submodule(path, fused.eval())
         for path, linear in plan.linears.items():

@@ -39,8 +39,8 @@ from fp4moe.kernels.flashinfer.cutlass import (
     UNGATED,
     activation_reasons,
     enum_name,
-    size_multiples,
 )
+from fp4moe.kernels.flashinfer.cutlass_nvfp4 import size_multiples
 from fp4moe.kernels.flashinfer.library import FlashInfer
 from fp4moe.reference import reference_w4a4
 from fp4moe.testing import relative_error
@@ -445,7 +445,7 @@ def known_to_have(names: frozenset[str], *arguments: str) -> FlashInfer:
 
 
 def test_reasons() -> None:
-    assert FLASHINFER_CUTLASS.devices.listed == ((12, 0), (12, 1), (10, 0), (10, 3))
+    assert FLASHINFER_CUTLASS.devices_for("nvfp4").listed == ((12, 0), (12, 1), (10, 0), (10, 3))
     for activation in OURS:
         for gated in (True, False):
             refused = activation_reasons(activation, gated, None)

@@ -50,7 +50,7 @@ def rows_of(format, activation):
 
 
 def test_the_data_is_whole():
-    assert len(ROWS) == 6377
+    assert len(ROWS) == 6849
     keys = {(r["format"], r["activation"], r["hidden_size"], r["intermediate_size"]) for r in ROWS}
     assert len(keys) == len(ROWS)
     assert {(rule.format, rule.epilogue.lower()) for rule in SHAPE_RULES} == set(KINDS)
@@ -228,14 +228,14 @@ def test_size_multiples():
         (
             lambda: token_tiles("fp4", "Swiglu", 128, 128),
             UnsupportedError,
-            "token_tiles: format must be one of nvfp4, fp8, fp8_block, mxfp8, mxfp4; got 'fp4'. "
-            "Pass one of these names.",
+            "token_tiles: format must be one of nvfp4, fp8, fp8_block, mxfp8, mxfp4, "
+            "mxfp4_w4a16; got 'fp4'. Pass one of these names.",
         ),
         (
             lambda: reasons("silu", True, 128, 128, "fp4"),
             UnsupportedError,
-            "reasons: format must be one of nvfp4, fp8, fp8_block, mxfp8, mxfp4; got 'fp4'. "
-            "Pass one of these names.",
+            "reasons: format must be one of nvfp4, fp8, fp8_block, mxfp8, mxfp4, "
+            "mxfp4_w4a16; got 'fp4'. Pass one of these names.",
         ),
         (
             lambda: token_tiles("nvfp4", "silu", 128, 128),

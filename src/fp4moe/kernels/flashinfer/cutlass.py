@@ -1,9 +1,10 @@
-"""Kernel `flashinfer_cutlass`: FlashInfer's CUTLASS NVFP4 fused experts (SM120/121, SM100/103).
+"""Kernel `flashinfer_cutlass`: FlashInfer's CUTLASS fused experts.
 
-Decides: which activations and sizes it has, layout and scales of the operands, every check that the
-library omits, the arguments of `cutlass_fused_moe`.
-Sources: FlashInfer 0.6.13 and 0.7.2; nothing of this has run on a Blackwell GPU yet, see `fp4moe
-selftest`.
+NVFP4 (SM120/121, SM100/103), FP8 with one scale a matrix (SM89 to SM121), FP8 in blocks (SM90); the
+library has none for a scale a row. Decides: which activations it has, every check that the library
+omits, the call of `cutlass_fused_moe`. Not here: layout, scales and sizes of a number format
+(cutlass_<format>.py).
+Sources: FlashInfer 0.6.13 and 0.7.2; nothing of this has run on a GPU yet, see `fp4moe selftest`.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ from typing import ClassVar
 import torch
 
 from ...activations import get_activation
-from ...formats import NVFP4
 from ...layer import Layer
 from ..devices import Devices
 from ..operands import Call, Operands
+from .cutlass_entry import CutlassEntry
+from .cutlass_fp8 import Fp8CutlassEntry
+from .cutlass_fp8_block import Fp8BlockCutlassEntry
+from .cutlass_nvfp4 import Nvfp4CutlassEntry
 from .library import FlashInfer, flashinfer_settings, library
-from .rows import up_gate_index
-from .weights import FlashInferKernel, local_ids, pad_columns, row_layout, scale_products
+from .weights import FlashInferKernel, local_ids
 
-__all__ = ["FLASHINFER_CUTLASS", "GATED", "PARAMETERS", "UNGATED", "FlashInferCutlass"]
-__all__ += ["activation_reasons", "enum_name", "merge_repeated", "size_multiples"]
+__all__ = ["ENTRIES", "FLASHINFER_CUTLASS", "GATED", "PARAMETERS", "UNGATED"]
+__all__ += ["FlashInferCutlass", "activation_reasons", "enum_name", "merge_repeated"]
 
 # Our activation -> member of ActivationType; `Geglu` and `Gelu` are erf, `GegluTanh` is tanh. Their
 # numbers differ between versions.
@@ -77,17 +80,6 @@ def parameters(activation: str) -> Mapping[str, float]:
     return MappingProxyType(needed)
 
 
-def size_multiples(gated: bool) -> tuple[int, int]:
-    """Return the multiples that hidden and intermediate size are padded to.
-
-    At these, block scales in the kernel's order need no padding of their own: their atom has 128
-    rows and 64 columns. The kernel alone would take hidden sizes by 32, padded scales beside.
-    """
-    # Without a gate, the library checks block scale rows against multiples of 64, but steps from
-    # expert to expert by multiples of 128: at 704 or 1856 rows it reads the wrong scales.
-    return (128, 64) if gated else (128, 128)
-
-
 def activation_reasons(activation: str, gated: bool, flashinfer: FlashInfer | None) -> list[str]:
     """Return why the kernel cannot compute an activation, on any device; empty where it can.
 
@@ -112,37 +104,41 @@ def activation_reasons(activation: str, gated: bool, flashinfer: FlashInfer | No
     ]
 
 
-class FlashInferCutlass(FlashInferKernel):
-    """CUTLASS' fused experts behind the operator.
+ENTRIES: dict[str, CutlassEntry] = {
+    entry.format: entry
+    for entry in (Nvfp4CutlassEntry(), Fp8CutlassEntry(), Fp8BlockCutlassEntry())
+}
 
-    Operands: rows of gate_up are [up; gate]; block scales are interleaved 128x4 per expert; scales
-    as in `scale_products`; biases are in the order of the rows, each rounded to
-    bfloat16. Gate, up, the intermediate and each expert's output are rounded to bfloat16, and
-    biases are added after that, in float32.
+
+class FlashInferCutlass(FlashInferKernel):
+    """CUTLASS' fused experts behind the operator; operands are described in each `CutlassEntry`.
+
+    Biases are rounded to bfloat16 and added in float32 to what was rounded to bfloat16.
     """
 
     name = "flashinfer_cutlass"
-    # First where nothing else of FlashInfer runs, then where TRT-LLM-Gen comes first.
-    devices = Devices(((12, 0), (12, 1), (10, 0), (10, 3)))
-    layouts: ClassVar = {
-        NVFP4.name: row_layout(
-            lambda layer, hidden_alignment: size_multiples(layer.gated),
-            lambda gemm, rows, gated: up_gate_index(rows) if gated and gemm == "gate_up" else None,
-        )
-    }
+    layouts: ClassVar = {name: entry.layout for name, entry in ENTRIES.items()}
+
+    def devices_for(self, format: str) -> Devices:
+        """Return what the library compiles the format's kernels for."""
+        return ENTRIES[format].devices
+
+    def automatic_for(self, layer: Layer) -> bool:
+        """Whether "auto" may choose the format's kernels, which quantise activations."""
+        return layer.format in ENTRIES and ENTRIES[layer.format].automatic
 
     def activation_reasons(self, layer: Layer, ready: bool) -> list[str]:
         """Return why the kernel cannot compute the activation."""
         return activation_reasons(layer.activation, layer.gated, library() if ready else None)
 
     def scale_operands(self, operands: Operands, layer: Layer) -> Operands:
-        """Return the operands with the four scales, see `scale_products`."""
-        return scale_products(operands)
+        """Return scales and biases as the format's entry has them."""
+        return ENTRIES[layer.format].scale_operands(operands, layer)
 
     def run(self, call: Call) -> torch.Tensor:
         """Call cutlass_fused_moe on the local experts; ids are made local here."""
         hidden, operands, layer = call.hidden, call.operands, call.layer
-        flashinfer = library()
+        flashinfer, entry = library(), ENTRIES[layer.format]
         local, hidden_padded, _ = operands.down_packed.shape
         first = layer.expert_offset
         ids = local_ids(call.expert_ids, first, local, base=first)
@@ -158,39 +154,29 @@ class FlashInferCutlass(FlashInferKernel):
                 "cutlass_fused_moe",
                 # The fused one adds in bfloat16, in the order in which blocks end.
                 {"use_fused_finalize": False},
-                input=pad_columns(hidden, hidden_padded),
+                **entry.arguments(hidden, operands),
                 token_selected_experts=ids,
                 token_final_scales=weights,
-                fc1_expert_weights=operands.gate_up_packed.view(torch.int64),
-                fc2_expert_weights=operands.down_packed.view(torch.int64),
                 output_dtype=torch.bfloat16,
-                quant_scales=[
-                    operands.hidden_scale.reshape(()),
-                    operands.gate_up_block_scale.view(torch.int32),
-                    operands.gate_up_global_scale,
-                    operands.intermediate_scale,
-                    operands.down_block_scale.view(torch.int32),
-                    operands.down_global_scale,
-                ],
                 output=output,
                 enable_pdl=speed.enable_pdl,
                 tune_max_num_tokens=speed.tune_max_num_tokens,
                 activation_type=flashinfer.module.ActivationType[name],
-                **_more_arguments(operands, layer),
+                **entry.parameters(parameters(layer.activation), operands),
+                **_biases(operands),
             )
         # This library writes whole padded rows.
         return output[:, : hidden.shape[1]].to(hidden.dtype).contiguous()
 
 
-def _more_arguments(operands: Operands, layer: Layer) -> dict[str, torch.Tensor]:
-    """Return parameters and biases; only those that the layer has."""
-    scale = operands.down_global_scale
-    more = {n: torch.full_like(scale, v) for n, v in parameters(layer.activation).items()}
-    if operands.gate_up_bias is not None and operands.down_bias is not None:
-        # The library wants the dtype of its output.
-        more["fc1_expert_biases"] = operands.gate_up_bias.to(torch.bfloat16)
-        more["fc2_expert_biases"] = operands.down_bias.to(torch.bfloat16)
-    return more
+def _biases(operands: Operands) -> dict[str, torch.Tensor]:
+    """Return the biases in the dtype of the output, as the library wants them, if there are any."""
+    if operands.gate_up_bias is None or operands.down_bias is None:
+        return {}
+    return {
+        "fc1_expert_biases": operands.gate_up_bias.to(torch.bfloat16),
+        "fc2_expert_biases": operands.down_bias.to(torch.bfloat16),
+    }
 
 
 def sorts_in_one_block(tokens: int, top_k: int, experts: int) -> bool:

@@ -1,4 +1,7 @@
-"""Kernel `flashinfer_trtllm`: FlashInfer's TRT-LLM-Gen fused experts (SM100, SM103).
+"""Kernels `flashinfer_trtllm` and `flashinfer_trtllm_w4a16`: TRT-LLM-Gen (SM100, SM103).
+
+FlashInfer's fused experts. The second is for MXFP4 weights with bfloat16 activations; the library
+tells it by the dtype of the input.
 
 Decides: every check that the C++ launchers omit, launches, routing. Not here: layout, scales and
 arguments of a number format (trtllm_<format>.py), which sizes have a kernel (trtllm_rules.py),
@@ -32,12 +35,12 @@ from .library import (
 from .trtllm_entry import Entry, another
 from .trtllm_fp8 import Fp8Entry
 from .trtllm_fp8_block import Fp8BlockEntry
-from .trtllm_mxfp4 import Mxfp4Entry
+from .trtllm_mxfp4 import Mxfp4Bf16Entry, Mxfp4Entry
 from .trtllm_mxfp8 import Mxfp8Entry
 from .trtllm_nvfp4 import Nvfp4Entry
 from .weights import FlashInferKernel, local_ids
 
-__all__ = ["ENTRIES", "FLASHINFER_TRTLLM", "FlashInferTrtllm"]
+__all__ = ["ENTRIES", "FLASHINFER_TRTLLM", "FLASHINFER_TRTLLM_W4A16", "FlashInferTrtllm"]
 
 # Where the routed entry is told nothing, this pipeline sorts given ids (no maths of its own).
 GIVEN_ROUTING = "Renormalize"
@@ -59,6 +62,7 @@ class FlashInferTrtllm(FlashInferKernel):
 
     name = "flashinfer_trtllm"
     devices = Devices(((10, 0), (10, 3)))
+    entries: ClassVar = ENTRIES
     layouts: ClassVar = {name: entry.layout for name, entry in ENTRIES.items()}
     intermediate_dtype = torch.float32
     routes = True
@@ -67,13 +71,13 @@ class FlashInferTrtllm(FlashInferKernel):
         """Return why no kernel computes the activation."""
         if found := self._size_reasons(layer, padded=True):
             return found
-        return ENTRIES[layer.format].parameter_reasons(layer, library()) if ready else []
+        return self.entries[layer.format].parameter_reasons(layer, library()) if ready else []
 
     def limit_reasons(self, layer: Layer) -> list[str]:
         """Return why biases, or the routing kernels' limits, are in the way of chosen experts."""
-        entry, found = ENTRIES[layer.format], []
+        entry, found = self.entries[layer.format], []
         if layer.biased:
-            found += entry.bias_reasons(layer, None, routes=False)
+            found += entry.bias_reasons(layer, None, routes=layer.kernel_routes)
         if layer.top_k:
             sizes = layer.num_experts, layer.top_k
             found += rules.routing_reasons(GIVEN_ROUTING, *sizes)
@@ -83,35 +87,46 @@ class FlashInferTrtllm(FlashInferKernel):
     def reasons_not_to_run(
         self, layer: Layer, capability: tuple[int, int] | None, *, installed: bool = False
     ) -> list[str]:
-        """Return why it cannot run such a layer with experts that were chosen."""
+        """Return why it cannot run such a layer: all that is known before the router is."""
         reasons = super().reasons_not_to_run(layer, capability, installed=installed)
         if reasons or installed:
             return reasons
-        return ENTRIES[layer.format].reasons_without_function(layer, library())
+        entry, routes = self.entries[layer.format], layer.kernel_routes
+        reasons = [] if routes else entry.reasons_without_function(layer, library())
+        if layer.biased and not reasons:
+            reasons = entry.bias_reasons(layer, library(), routes=routes)
+        return reasons
 
     def reasons_without_padding(self, layer: Layer) -> list[str]:
         """Return which padded size would have a kernel."""
-        return self._size_reasons(layer, padded=False) if layer.format in ENTRIES else []
+        return self._size_reasons(layer, padded=False) if layer.format in self.entries else []
 
     def _size_reasons(self, layer: Layer, padded: bool) -> list[str]:
         sizes = (layer.hidden_size, layer.intermediate_size)
-        found = rules.reasons(layer.activation, layer.gated, *sizes, layer.format, padded)
+        kind = self.entries[layer.format].kind or layer.format
+        found = rules.reasons(layer.activation, layer.gated, *sizes, kind, padded)
         if padded and layer.format != NVFP4.name:
             found = [f"{why}; {another(layer)}" for why in found]
         return found
 
     def reasons_not_to_route(self, layer: Layer, routing: Routing) -> list[str]:
-        """Return why the routing kernel cannot do this."""
-        return list(library_reasons() or routing_reasons(routing, layer.num_experts, layer.format))
+        """Return why the function that routes cannot do this."""
+        if found := library_reasons():
+            return list(found)
+        entry = self.entries[layer.format]
+        reasons = list(routing_reasons(routing, layer.num_experts, entry.one_group))
+        if layer.biased:
+            reasons += entry.bias_reasons(layer, library(), routes=True)
+        return reasons
 
     def scale_operands(self, operands: Operands, layer: Layer) -> Operands:
         """Return scales and biases as the format's entry has them."""
-        return ENTRIES[layer.format].scale_operands(operands, layer)
+        return self.entries[layer.format].scale_operands(operands, layer)
 
     def check(self, call: Call | LogitsCall) -> None:
         """Raise what the launcher would not: shapes and dtypes are checked by the operator."""
         super().check(call)
-        entry, flashinfer = ENTRIES[call.layer.format], library()
+        entry, flashinfer = self.entries[call.layer.format], library()
         routes, reasons = isinstance(call, LogitsCall), list[str]()
         if isinstance(call, LogitsCall):
             routing = call.routing
@@ -121,7 +136,7 @@ class FlashInferTrtllm(FlashInferKernel):
         if call.operands.gate_up_bias is not None and not reasons:
             reasons = entry.bias_reasons(call.layer, flashinfer, routes=routes)
         what = "run" if reasons else "route like this"
-        reasons += routing_reasons(routing, call.layer.num_experts, call.layer.format)
+        reasons += routing_reasons(routing, call.layer.num_experts, entry.one_group)
         if reasons:
             refuse(
                 call.caller,
@@ -136,7 +151,7 @@ class FlashInferTrtllm(FlashInferKernel):
         It takes bfloat16 routing weights before FlashInfer 0.6.18, and always with packed ids.
         """
         flashinfer, local = library(), call.operands.down_packed.shape[0]
-        entry = ENTRIES[call.layer.format]
+        entry = self.entries[call.layer.format]
         ids = local_ids(call.expert_ids, call.layer.expert_offset, local)
         dtype = torch.float32 if flashinfer.float32_weights else torch.bfloat16
         weights = call.routing_weights.to(dtype).contiguous()
@@ -158,7 +173,7 @@ class FlashInferTrtllm(FlashInferKernel):
 
     def run_from_logits(self, call: LogitsCall) -> torch.Tensor:
         """Call the function that routes; weights are rounded to bfloat16 in the kernel."""
-        flashinfer, routing, entry = library(), call.routing, ENTRIES[call.layer.format]
+        flashinfer, routing, entry = library(), call.routing, self.entries[call.layer.format]
         # float32 logits: bfloat16 ones tie often, and the library breaks ties its own way.
         logits = call.router_logits.to(torch.float32).contiguous()
         groups: tuple[int, int] | tuple[None, None] = None, None
@@ -192,14 +207,16 @@ class FlashInferTrtllm(FlashInferKernel):
         top_k: int,
         routing: Callable[[slice], dict[str, Any]],
     ) -> torch.Tensor:
-        hidden, operands, entry = call.hidden, call.operands, ENTRIES[call.layer.format]
+        hidden, operands, entry = call.hidden, call.operands, self.entries[call.layer.format]
         tokens, hidden_size = hidden.shape
         local, hidden_padded, _ = operands.down_packed.shape
         drops = entry.drops_padding and hidden_size % OUTPUT_MULTIPLE == 0
         width = hidden_size if drops else hidden_padded
         output = hidden.new_empty((tokens, width), dtype=torch.bfloat16)
-        fixed = _fixed_arguments(flashinfer, operands, call.layer)
-        optional = {"hidden_states_scale_layout": flashinfer.linear_scale_layout()}
+        fixed = _fixed_arguments(entry, flashinfer, operands, call.layer)
+        optional: dict[str, Any] = {}
+        if self.quantizes_activations:
+            optional["hidden_states_scale_layout"] = flashinfer.linear_scale_layout()
         step = tokens_per_launch(local, top_k)
         with torch.cuda.device_of(hidden):
             for start in range(0, tokens, step):
@@ -216,9 +233,22 @@ class FlashInferTrtllm(FlashInferKernel):
         return output[:, :hidden_size].to(hidden.dtype).contiguous()
 
 
-def _fixed_arguments(flashinfer: FlashInfer, operands: Operands, layer: Layer) -> dict[str, Any]:
+class FlashInferTrtllmW4A16(FlashInferTrtllm):
+    """The same with 16-bit activations; a name of its own, for only that crosses an operator."""
+
+    name = "flashinfer_trtllm_w4a16"
+    automatic = False
+    entries: ClassVar = {Mxfp4Bf16Entry.format: Mxfp4Bf16Entry()}
+    layouts: ClassVar = {name: entry.layout for name, entry in entries.items()}
+    quantizes_activations = False
+    intermediate_dtype = torch.bfloat16
+
+
+def _fixed_arguments(
+    entry: Entry, flashinfer: FlashInfer, operands: Operands, layer: Layer
+) -> dict[str, Any]:
     """Return what a function takes for every launch of a call."""
-    speed, entry = flashinfer_settings(), ENTRIES[layer.format]
+    speed = flashinfer_settings()
     name = rules.ACTIVATION_NAMES[get_activation(layer.activation).name, layer.gated]
     local, _, columns = operands.down_packed.shape
     return {
@@ -235,9 +265,7 @@ def _fixed_arguments(flashinfer: FlashInfer, operands: Operands, layer: Layer) -
 
 
 @functools.lru_cache(maxsize=1024)
-def routing_reasons(
-    routing: Routing, num_experts: int, format: str = NVFP4.name
-) -> tuple[str, ...]:
+def routing_reasons(routing: Routing, num_experts: int, one_group: bool = False) -> tuple[str, ...]:
     """Return why the library's routing kernels cannot sort (method "") or choose like this."""
     method = ROUTING_NAMES.get(routing.method, GIVEN_ROUTING)
     newer = version_key(library().version) >= rules.NEWER_TIERS_SINCE
@@ -249,7 +277,7 @@ def routing_reasons(
         routing.top_groups,
         newer=newer,
     )
-    if ENTRIES[format].one_group:
+    if one_group:
         groups = routing.num_groups, routing.top_groups
         reasons += rules.block_routing_reasons(method, num_experts, routing.top_k, *groups)
     if method != "DeepSeekV3" and routing.scaling != 1.0:
@@ -270,3 +298,4 @@ def tokens_per_launch(local_experts: int, top_k: int) -> int:
 
 
 FLASHINFER_TRTLLM = FlashInferTrtllm()
+FLASHINFER_TRTLLM_W4A16 = FlashInferTrtllmW4A16()

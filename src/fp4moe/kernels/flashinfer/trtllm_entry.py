@@ -14,18 +14,26 @@ from ...layer import Layer
 from ..base import Layout
 from ..operands import Operands
 from . import trtllm_rules as rules
+from .cutlass import enum_name
 from .library import FlashInfer, version_key
 from .rows import down_row_index, gate_up_row_index
 from .weights import row_layout
+
+# How experts come to be chosen by the library.
+ROUTES = "routing='fused' in replace_moe and fp4moe.backend"
 
 __all__ = ["Entry", "another", "fp4_weights", "padded_sizes", "raw_parameters", "shuffled_rows"]
 
 
 def another(layer: Layer) -> str:
     """Return what runs such a layer where its format's kernels do not."""
-    sizes = layer.hidden_size, layer.intermediate_size
-    nvfp4 = "format nvfp4 or " * (not rules.reasons(layer.activation, layer.gated, *sizes))
-    return f"take {nvfp4}kernel triton"
+    form = layer.activation, layer.gated
+    names = ["kernel triton"]
+    if layer.format == "fp8" and enum_name(*form) is not None:
+        names.insert(0, "kernel flashinfer_cutlass")
+    if not rules.reasons(*form, layer.hidden_size, layer.intermediate_size):
+        names.insert(0, "format nvfp4")
+    return "take " + ", ".join(names[:-1]) + " or " * (len(names) > 1) + names[-1]
 
 
 def padded_sizes(layer: Layer, hidden_alignment: int) -> tuple[int, int]:
@@ -46,7 +54,7 @@ class Entry:
     """How the library takes one number format.
 
     Attributes:
-        format: its name.
+        format: its name. kind: its name in `trtllm_rules.FORMATS` where that is another.
         given, from_logits: functions for experts that were chosen, and for router logits.
         layout: of codes and block scales.
         biased: which of the two take biases.
@@ -59,6 +67,7 @@ class Entry:
     """
 
     format: ClassVar[str]
+    kind: ClassVar[str | None] = None
     given: ClassVar[str]
     from_logits: ClassVar[str]
     layout: ClassVar[Layout]
@@ -106,7 +115,9 @@ class Entry:
         name = self.from_logits if routes else self.given
         if name not in self.biased:
             only = "".join(f", only {other}" for other in self.biased)
-            return [f"{name} has no biases with {self.format} weights{only}; {another(layer)}"]
+            with_it = f"pass {ROUTES}, or " * bool(only)
+            what = f"{name} has no biases with {self.format} weights{only}"
+            return [f"{what}; {with_it}{another(layer)}"]
         if flashinfer is not None and "gemm1_bias" not in flashinfer.arguments[name]:
             return [f"the installed FlashInfer has no biases in {name}: install 0.7.2.post1"]
         return []
@@ -117,7 +128,7 @@ class Entry:
             return []
         return [
             f"the installed FlashInfer has no {self.given}, which takes experts that were chosen: "
-            f"install flashinfer-python 0.7.2.post1, or {another(layer)}"
+            f"install flashinfer-python 0.7.2.post1, pass {ROUTES}, or {another(layer)}"
         ]
 
 

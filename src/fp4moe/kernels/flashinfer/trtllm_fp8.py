@@ -11,11 +11,9 @@ from ...layer import Layer
 from ..operands import Operands
 from .library import FlashInfer
 from .trtllm_entry import Entry, shuffled_rows
-from .weights import pad_columns
+from .weights import round_to_e4m3
 
 __all__ = ["Fp8Entry"]
-
-E4M3_MAX = 448.0
 
 
 class Fp8Entry(Entry):
@@ -48,8 +46,7 @@ class Fp8Entry(Entry):
         self, flashinfer: FlashInfer, hidden: torch.Tensor, columns: int, operands: Operands
     ) -> dict[str, Any]:
         """Return codes e4m3 [T, Hp]."""
-        scaled = pad_columns(hidden, columns).float() * operands.hidden_scale
-        return {"hidden_states": scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)}
+        return {"hidden_states": round_to_e4m3(hidden, columns, operands.hidden_scale)}
 
     def weights(self, flashinfer: FlashInfer, operands: Operands, layer: Layer) -> dict[str, Any]:
         """Return the weights, and the three scalars of the epilogues."""

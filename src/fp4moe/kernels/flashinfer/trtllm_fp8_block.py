@@ -12,27 +12,12 @@ from ..base import Layout
 from ..operands import Operands
 from .library import FlashInfer
 from .trtllm_entry import Entry, padded_sizes, raw_parameters
-from .weights import pad_columns
+from .weights import E4M3_MAX, pad_columns, swap_halves
 
 __all__ = ["Fp8BlockEntry"]
 
-E4M3_MAX = 448.0
 # Smallest largest value of a block of activations, as in `fp4moe.formats`.
 BLOCK, SMALLEST = 128, 1e-10
-
-
-def _swap_halves(operands: Operands, layer: Layer) -> Operands:
-    """Turn [gate; up] into [up; gate] or back, in codes and scales; every layer is gated."""
-
-    def swapped(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.cat(tensor.chunk(2, 1)[::-1], 1)
-
-    return operands._replace(
-        gate_up_packed=swapped(operands.gate_up_packed),
-        gate_up_block_scale=swapped(operands.gate_up_block_scale),
-        down_packed=operands.down_packed.contiguous(),
-        down_block_scale=operands.down_block_scale.contiguous(),
-    )
 
 
 class Fp8BlockEntry(Entry):
@@ -44,7 +29,7 @@ class Fp8BlockEntry(Entry):
 
     format = FORMATS["fp8_block"].name
     given, from_logits = "trtllm_fp8_block_scale_routed_moe", "trtllm_fp8_block_scale_moe"
-    layout = Layout(padded_sizes, _swap_halves, _swap_halves)
+    layout = Layout(padded_sizes, swap_halves, swap_halves)
     packed_ids = one_group = True
     parameters_since = "0.7.2.post1"
 

@@ -1,4 +1,4 @@
-"""MXFP4 weights with MXFP8 activations for TRT-LLM-Gen."""
+"""MXFP4 weights with MXFP8 or bfloat16 activations for TRT-LLM-Gen."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from ..operands import Operands
 from .library import FlashInfer
 from .trtllm_entry import Entry, fp4_weights, raw_parameters, shuffled_rows
 from .trtllm_mxfp8 import ONE, quantize_mxfp8
+from .weights import pad_columns
 
-__all__ = ["Mxfp4Entry"]
+__all__ = ["Mxfp4Bf16Entry", "Mxfp4Entry"]
 
 
 class Mxfp4Entry(Entry):
@@ -39,3 +40,15 @@ class Mxfp4Entry(Entry):
     def weights(self, flashinfer: FlashInfer, operands: Operands, layer: Layer) -> dict[str, Any]:
         """Return the weights; without scalars, for only blocks have scales."""
         return fp4_weights(operands, raw_parameters(operands, layer), (None, None, None))
+
+
+class Mxfp4Bf16Entry(Mxfp4Entry):
+    """bfloat16 x MXFP4: W4A16. Operands are those of W4A8, the intermediate is bfloat16."""
+
+    kind = "mxfp4_w4a16"
+
+    def quantize_input(
+        self, flashinfer: FlashInfer, hidden: torch.Tensor, columns: int, operands: Operands
+    ) -> dict[str, Any]:
+        """Return hidden as bfloat16 [T, Hp]; that there are no scales tells the library."""
+        return {"hidden_states": pad_columns(hidden, columns), "hidden_states_scale": None}

@@ -20,7 +20,8 @@ __all__ = ["ACTIVATION_NAMES", "FORMATS", "NEWER_TIERS", "NEWER_TIERS_SINCE", "R
 __all__ += ["SHAPE_RULES", "ShapeRule", "block_routing_reasons", "epilogue", "reasons"]
 __all__ += ["routing_reasons", "routing_tiers", "size_multiples", "token_tiles"]
 
-FORMATS = ("nvfp4", "fp8", "fp8_block", "mxfp8", "mxfp4")
+# The last one has bfloat16 activations.
+FORMATS = ("nvfp4", "fp8", "fp8_block", "mxfp8", "mxfp4", "mxfp4_w4a16")
 
 # (our activation, gated) -> name in the library's ActivationType. Never its number: numbers moved
 # between 0.6.13 and 0.7.2. There is one Geglu: the tanh form, says 0.6.13's machine code; erf
@@ -68,6 +69,7 @@ _NVFP4 = MappingProxyType({8: 128, 16: 128, 32: 128, 64: 128, 128: 128, 256: 256
 _FP8 = MappingProxyType(dict.fromkeys((8, 16, 32, 64, 128, 192, 256), 128))
 _FP8_BLOCK = MappingProxyType(dict.fromkeys((8, 16, 32, 64, 128), 128))
 # Few tokens choose a small tile: hidden_size should be a multiple of 256 here.
+_MXFP4_W4A16 = MappingProxyType(dict.fromkeys((8, 16, 32, 64, 128), 256))
 _MXFP8 = MappingProxyType({8: 256, 16: 256, 32: 256, 64: 128, 128: 128, 256: 128})
 
 SHAPE_RULES: tuple[ShapeRule, ...] = (
@@ -81,6 +83,7 @@ SHAPE_RULES: tuple[ShapeRule, ...] = (
     ShapeRule("mxfp8", "Relu2", 128, _MXFP8),
     ShapeRule("mxfp4", "Swiglu", 128, _MXFP8, parameters=True),
     ShapeRule("mxfp4", "Relu2", 128, _MXFP8),
+    ShapeRule("mxfp4_w4a16", "Swiglu", 128, _MXFP4_W4A16, parameters=True),
 )
 
 

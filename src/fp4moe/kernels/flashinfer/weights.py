@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 
@@ -14,9 +15,12 @@ from ..base import Kernel, Layout
 from ..operands import Call, LogitsCall, Operands
 from .block_scales import deinterleave_128x4, interleave_128x4
 from .library import library_reasons
-from .rows import inverse_index, permute_rows
+from .rows import inverse_index, permute_rows, up_gate_index
 
-__all__ = ["FlashInferKernel", "local_ids", "pad_columns", "row_layout", "scale_products"]
+__all__ = ["E4M3_MAX", "FlashInferKernel", "local_ids", "pad_columns", "round_to_e4m3"]
+__all__ += ["row_layout", "scale_products", "swap_halves", "up_first"]
+
+E4M3_MAX = 448.0
 
 # (gemm, rows, gated) -> the index of `rows`, None where they stay in place.
 RowOrder = Callable[[str, int, bool], torch.Tensor | None]
@@ -70,6 +74,20 @@ def row_layout(
     return Layout(multiples, apply, undo)
 
 
+def up_first(gemm: str, rows: int, gated: bool) -> torch.Tensor | None:
+    """Return the row order [up; gate], which only gate and up have."""
+    return up_gate_index(rows) if gated and gemm == "gate_up" else None
+
+
+def swap_halves(operands: Operands, layer: Layer) -> Operands:
+    """Turn [gate; up] into [up; gate] or back, in codes, block scales and biases."""
+    tensors = {name: tensor.contiguous() for name, tensor in operands.named().items()}
+    for name, tensor in tensors.items():
+        if layer.gated and name in ("gate_up_packed", "gate_up_block_scale", "gate_up_bias"):
+            tensors[name] = torch.cat(tensor.chunk(2, 1)[::-1], 1)
+    return operands._replace(**tensors)
+
+
 def _with_padding(scale: torch.Tensor, gemm: str, layer: Layer, byte: int) -> torch.Tensor:
     """Return block scales [L, N, K / b] with `byte` where the weights are padding."""
     format = FORMATS[layer.format]
@@ -108,6 +126,10 @@ class FlashInferKernel(Kernel):
     needs = "flashinfer-python 0.6.13 or newer"
     biases = True
     quantizes_activations = True
+    without_layout: ClassVar = {
+        "fp8_channel": "; FlashInfer 0.6.13 has no kernel with a scale for each row, and what 0.7 "
+        "has was not read; take kernel triton"
+    }
 
     def package_reasons(self) -> tuple[str, ...]:
         """Return why the installed FlashInfer cannot be used."""
@@ -159,3 +181,14 @@ def pad_columns(hidden: torch.Tensor, columns: int) -> torch.Tensor:
         x = torch.nn.functional.pad(x, (0, columns - x.shape[1]))
     # One row may carry any first stride; at stride 1 the quantiser would take it for transposed.
     return x.contiguous().as_strided(x.shape, (columns, 1))
+
+
+def round_to_e4m3(hidden: torch.Tensor, columns: int, encode: torch.Tensor) -> torch.Tensor:
+    """Return e4m3(hidden * encode) as [T, columns], zeros behind H.
+
+    Args:
+        hidden: [T, H], any float dtype; rounded to bfloat16. encode: float32 [1], the reciprocal of
+            the decode multiplier.
+    """
+    scaled = pad_columns(hidden, columns).float() * encode
+    return scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)

@@ -47,6 +47,7 @@ def emulated(monkeypatch) -> Iterator[Recorder]:
     import flashinfer.fused_moe
     from flashinfer_contract import check_logits_call, check_routed_call, installed_features
     from flashinfer_cutlass_emulator import check_cutlass_call, emulate_cutlass_moe
+    from flashinfer_cutlass_fp8 import check_cutlass_fp8_call, emulate_cutlass_fp8, is_fp8_call
     from flashinfer_emulator import emulate_fp4_quantize, emulate_moe, emulate_routed_moe
     from flashinfer_formats_contract import check_format_call, format_of
     from flashinfer_formats_emulator import emulate_format, emulate_mxfp8_quantize
@@ -98,5 +99,13 @@ def emulated(monkeypatch) -> Iterator[Recorder]:
             if hasattr(experts, name):
                 emulate = functools.partial(emulate_format, name)
                 stand_in(experts, name, checked(None), emulate)
-    stand_in(experts, "cutlass_fused_moe", check_cutlass_call, emulate_cutlass_moe)
+
+    def check_cutlass(function: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+        check = check_cutlass_fp8_call if is_fp8_call(kwargs) else check_cutlass_call
+        check(function, args, kwargs)
+
+    def emulate_cutlass(**kwargs: Any) -> Any:
+        return (emulate_cutlass_fp8 if is_fp8_call(kwargs) else emulate_cutlass_moe)(**kwargs)
+
+    stand_in(experts, "cutlass_fused_moe", check_cutlass, emulate_cutlass)
     yield recorder

@@ -267,14 +267,15 @@ def test_why_not_names_what_would_run():
     (reason,) = why_not(TRTLLM.name, **form | {"activation": "gelu_tanh"})
     assert reason == (
         "no fp8 kernel for gated gelu_tanh; there are kernels for gated silu, ungated relu2; "
-        "take format nvfp4 or kernel triton"
+        "take format nvfp4, kernel flashinfer_cutlass or kernel triton"
     )
     (reason,) = why_not(TRTLLM.name, **form | {"activation": "silu_step(limit=7)"})
-    assert reason.endswith("; take kernel triton")
+    assert reason.endswith("; take kernel flashinfer_cutlass or kernel triton")
     (reason,) = why_not(TRTLLM.name, **form | {"activation": "gelu", "format": "fp8_block"})
     assert reason.endswith("alpha, beta and limit); take format nvfp4 or kernel triton")
     (reason,) = why_not(TRTLLM.name, **form | {"format": "fp8_channel"})
     assert reason.startswith("it has no layout for fp8_channel")
+    assert reason.endswith("what 0.7 has was not read; take kernel triton")
 
 
 @pytest.mark.slow

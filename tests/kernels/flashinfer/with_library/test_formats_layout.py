@@ -15,13 +15,15 @@ from flashinfer_formats_layers import (
     LIMIT,
     TRTLLM,
     expected,
+    float_matrices,
     from_logits,
     layer,
+    weights_of,
 )
 from fused_layers import tokens
 
-from fp4moe import ExpertWeights, FusedExperts
-from fp4moe.formats import FORMATS, StoredMatrix
+from fp4moe import FusedExperts
+from fp4moe.formats import FORMATS
 from fp4moe.kernels.flashinfer.block_scales import deinterleave_128x4
 from fp4moe.kernels.flashinfer.library import library
 from fp4moe.kernels.flashinfer.trtllm import ENTRIES
@@ -97,38 +99,6 @@ def test_padding_of_mx_has_scale_one(format, activation, gated):
         )
 
 
-def weights_of(format, first, second, gated=True, **scales):
-    """Return a layer of FlashInfer's codes and scales, whose halves are [up; gate]."""
-
-    def swapped(tensor):
-        plain = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
-        return torch.cat(plain.chunk(2, 1)[::-1], 1).view(tensor.dtype) if gated else tensor
-
-    absent = torch.empty(0)
-    experts, hidden, intermediate = second[0].shape
-    return ExpertWeights(
-        gate_up=StoredMatrix(*map(swapped, first), absent),
-        down=StoredMatrix(*second, absent),
-        activation="silu" if gated else "relu2",
-        gated=gated,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_experts=experts,
-        expert_offset=0,
-        format=format,
-        hidden_scale=scales.get("hidden_scale", torch.ones(1)),
-        intermediate_scale=scales.get("intermediate_scale", torch.ones(experts)),
-    )
-
-
-def float_weights(gated, experts=3, hidden=256, intermediate=384):
-    generator = torch.Generator().manual_seed(0)
-    shapes = (experts, intermediate * (1 + gated), hidden), (experts, hidden, intermediate)
-    made = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
-    sizes = {"num_local_experts": experts, "hidden_size": hidden, "intermediate_size": intermediate}
-    return made, sizes
-
-
 def same_bytes(ours, theirs):
     return torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
@@ -139,7 +109,7 @@ def test_a_whole_fp8_layer(gated):
     from flashinfer.fused_moe import prepare
     from flashinfer.fused_moe.api import ReLU2, SwiGLU
 
-    (up_gate, down), sizes = float_weights(gated)
+    (up_gate, down), sizes = float_matrices(gated)
     made = prepare.prepare_trtllm_fp8_per_tensor_weights(
         up_gate,
         down,
@@ -180,7 +150,7 @@ def test_a_whole_fp8_block_layer():
     from flashinfer.fused_moe import prepare
     from flashinfer.fused_moe.api import QuantConfig, QuantFormat
 
-    (up_gate, down), sizes = float_weights(True)
+    (up_gate, down), sizes = float_matrices(True)
     kind = QuantFormat.DeepSeekFp8
     quant = QuantConfig(weight=kind, activation=kind)
     made = prepare.prepare_trtllm_fp8_block_weights(up_gate, down, quant=quant, **sizes)
