@@ -25,6 +25,8 @@ CASES = [
     *(("compressed", kind, form) for kind, form in files.COMPRESSED.items()),
     *(("transformers", kind, "fp8_block") for kind in files.FINE_GRAINED),
 ]
+# FP8 of these is of the weights alone; the others' activations are rounded, too.
+WEIGHTS_ONLY = ("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",)
 
 
 def load(directory, **options):
@@ -43,6 +45,10 @@ def test_logits_equal_the_tools_own_dequantisation(tmp_path, registered, name, t
     expected = makers.logits(files.reference_model(tmp_path))
     model = load(tmp_path)
     assert [m.layer.format for m in experts(model)] == [form] * 2
+    if form.startswith("fp8"):
+        rounded = kind not in WEIGHTS_ONLY
+        assert all(m.layer.quantized_activations == rounded for m in experts(model))
+        assert all(m.kernel == "reference" for m in experts(model))
     linears = [m for m in model.modules() if isinstance(m, fp4moe.PackedLinear)]
     assert len(linears) >= 4 and {m.format for m in linears} == {form}
     assert relative_error(makers.logits(model), expected) < ROUNDING
@@ -53,6 +59,24 @@ def test_logits_equal_the_tools_own_dequantisation(tmp_path, registered, name, t
     for module in experts(model):
         module.prepared_down_block_scale.zero_()
     assert relative_error(makers.logits(model), expected) > 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["FP8", "FP8_DYNAMIC", "FP8_BLOCK"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gemma4"])
+def test_activations_are_rounded_where_the_checkpoint_says_so(tmp_path, name, kind):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs compute capability 8.9")
+    files.save("compressed", name, kind, tmp_path)
+    found = {}
+    for kernel in ("auto", "triton", "reference_w4a4"):
+        model = load(tmp_path, kernel=kernel, device_map="cuda")
+        assert {m.kernel for m in experts(model)} == {kernel.replace("auto", "triton_w8a8")}
+        with torch.no_grad():
+            found[kernel] = model(torch.arange(3, 10, device="cuda")[None]).logits
+    # The definition rounds the intermediate once less: some of its codes are others.
+    assert relative_error(found["auto"], found["reference_w4a4"]) < 2e-2
+    assert relative_error(found["auto"], found["triton"]) > 1e-4
 
 
 @pytest.mark.slow
