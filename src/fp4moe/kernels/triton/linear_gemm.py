@@ -41,7 +41,8 @@ def _block_scales(scales, row, slab, slabs):
     return tl.load(scales + row // 128 * ((slabs + 1) // 2) + slab // 2)[:, None]
 
 
-@triton.jit(do_not_specialize=["tokens", "split_steps"])
+# They differ from layer to layer: no variant for a multiple of 16, or for 1.
+@triton.jit(do_not_specialize=["tokens", "slabs", "steps", "split_steps"])
 def linear_kernel(
     x, stride_token, words, scales, global_scale, bias, out, tokens, rows, columns, total_rows,
     slabs, steps, split_steps,
