@@ -26,9 +26,9 @@ import torch.nn.functional as F
 
 from fp4moe.formats import FORMATS
 from fp4moe.formats.base import as_bytes
+from fp4moe.kernels.linear_weight import LinearWeight
 from fp4moe.kernels.triton.linear import (
     LinearTile,
-    LinearWeight,
     choose_tile,
     decode_weight,
     processors,

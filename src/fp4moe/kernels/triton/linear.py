@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from ...formats import FORMATS
 from ...padding import round_up
 from ..base import current_capability
+from ..linear_weight import LinearWeight, linear_shapes
 from .kernel import Reorder, interpreted
 from .layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
 from .layout_fp8 import fp8_from_slabs, fp8_to_slabs, powers_from_slabs, powers_to_slabs
@@ -23,10 +24,11 @@ from .layout_fp8 import fp8_from_slabs, fp8_to_slabs, powers_from_slabs, powers_
 __all__ = [
     "COPY_TOKENS",
     "LinearTile",
-    "LinearWeight",
     "choose_tile",
     "decode_weight",
     "from_prepared",
+    "padded",
+    "processors",
     "run_linear",
     "run_with_tile",
     "to_prepared",
@@ -63,28 +65,9 @@ class LinearTile:
         return ",".join(map(str, dataclasses.astuple(self)))
 
 
-class LinearWeight(NamedTuple):
-    """A weight in the prepared layout.
-
-    Attributes:
-        packed: codes, uint8 [rows padded, bytes of a padded row].
-        block_scale: uint8 [rows padded, blocks], float32 [rows padded, 1] (fp8_channel), float32
-            [rows / 128, columns / 128] (fp8_block), float32 [] (fp8).
-        global_scale: float32 [], or of size 0.
-        format: a name of `fp4moe.formats.FORMATS`. rows, columns: sizes without padding.
-    """
-
-    packed: torch.Tensor
-    block_scale: torch.Tensor
-    global_scale: torch.Tensor
-    format: str
-    rows: int
-    columns: int
-
-    @property
-    def padded_columns(self) -> int:
-        """Columns with padding."""
-        return FORMATS[self.format].elements(self.packed.shape[1])
+def padded(size: int) -> int:
+    """Return the rows, or columns, of a prepared weight."""
+    return round_up(size, SLAB)
 
 
 def to_prepared(
@@ -92,41 +75,40 @@ def to_prepared(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad codes [N, bytes] and block scales, both as bytes, and lay them out; fresh tensors."""
     rows, columns = packed.shape[0], FORMATS[format].elements(packed.shape[1])
-    shapes = _shapes(format, round_up(rows, SLAB), round_up(columns, SLAB))
-    both = (_grown(t, shape) for t, shape in zip((packed, block_scale), shapes, strict=True))
-    return _reordered(_APPLY[format], *both)
+    shapes = linear_shapes(format, padded(rows), padded(columns))
+    packed, scale = _grown(packed, shapes["packed"]), _grown(block_scale, shapes["block_scale"])
+    return _reordered(_APPLY[format], packed, scale)
 
 
 def from_prepared(weight: LinearWeight) -> tuple[torch.Tensor, torch.Tensor]:
     """Undo `to_prepared`: codes and block scales as bytes, bit for bit; fresh tensors."""
-    both = _reordered(_UNDO[weight.format], weight.packed, weight.block_scale)
-    shapes = _shapes(weight.format, weight.rows, weight.columns)
-    packed, scale = (_cut(t, shape) for t, shape in zip(both, shapes, strict=True))
-    return packed, scale
+    packed, scale = _reordered(_UNDO[weight.format], weight.packed, weight.block_scale)
+    shapes = linear_shapes(weight.format, weight.rows, weight.columns)
+    return _cut(packed, shapes["packed"]), _cut(scale, shapes["block_scale"])
 
 
-def _shapes(format: str, rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of codes and block scales; one number for the whole matrix is 0-d."""
-    shapes = FORMATS[format].shapes(1, rows, columns)
-    scale = shapes["block_scale"][1][1:]
-    return shapes["packed"][1][1:], () if scale == (1, 1) and format == "fp8" else scale
+Shape = tuple[torch.dtype, tuple[int, ...]]
 
 
-def _grown(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    out = tensor.new_zeros(shape)
+def _grown(tensor: torch.Tensor, shape: Shape) -> torch.Tensor:
+    out = tensor.new_zeros(shape[1])
     out[tuple(map(slice, tensor.shape))] = tensor
     return out
 
 
-def _cut(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    return tensor[tuple(map(slice, shape))].contiguous()
+def _cut(tensor: torch.Tensor, shape: Shape) -> torch.Tensor:
+    return tensor[tuple(map(slice, shape[1]))].contiguous()
 
 
 def _reordered(
     functions: tuple[Reorder, Reorder | None], packed: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    # By row tiles as if they were experts: the order is the same, and the scratch small.
     codes, scales = functions
-    return codes(packed[None])[0], scale.clone() if scales is None else scales(scale[None])[0]
+    packed = codes(packed.view(-1, SLAB, packed.shape[1])).view(packed.shape)
+    if scales is None:
+        return packed, scale.clone()
+    return packed, scales(scale.view(-1, SLAB, scale.shape[1])).view(scale.shape)
 
 
 _APPLY: dict[str, tuple[Reorder, Reorder | None]] = {
@@ -150,7 +132,7 @@ def run_linear(x: torch.Tensor, weight: LinearWeight, bias: torch.Tensor | None)
     tokens; from there on with weights rounded once to x's dtype. float32 is never rounded: it is
     multiplied with a float32 copy, as torch multiplies float32.
     """
-    if x.dtype == torch.float32 or x.shape[0] >= COPY_TOKENS:
+    if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[0] >= COPY_TOKENS:
         bias = bias if bias is None else bias.to(x.dtype)
         return F.linear(x, decode_weight(weight, x.dtype), bias)
     tile = choose_tile(x.shape[0], weight, processors(x.device))
@@ -167,7 +149,7 @@ def processors(device: torch.device) -> int:
 
 def choose_tile(tokens: int, weight: LinearWeight, processors: int) -> LinearTile:
     """Return the tile for so many tokens by rule: two waves of programs where there is work."""
-    rows, slabs = weight.packed.shape[0], weight.padded_columns // SLAB
+    rows, slabs = padded(weight.rows), padded(weight.columns) // SLAB
     if tokens <= 16:
         slots = max(1, 1 << (tokens - 1).bit_length())
         chunks = max(4, 16 // slots)
@@ -188,7 +170,7 @@ def choose_tile(tokens: int, weight: LinearWeight, processors: int) -> LinearTil
 
 def fitted(tile: LinearTile, weight: LinearWeight, fp16: bool) -> tuple[LinearTile, bool]:
     """Return the tile as this weight can be read, and whether all its steps are whole."""
-    slabs = weight.padded_columns // SLAB
+    slabs = padded(weight.columns) // SLAB
     whole = weight.columns % SLAB == 0 and slabs % (tile.chunks * tile.slabs) == 0
     most = slabs
     if weight.format == "fp8_block":
@@ -210,7 +192,7 @@ def run_with_tile(
     x = x if x.stride(1) == 1 else x.contiguous()
     tokens, fp16 = x.shape[0], x.dtype == torch.float16
     tile, whole = fitted(tile, weight, fp16)
-    slabs = weight.padded_columns // SLAB
+    slabs = padded(weight.columns) // SLAB
     steps = -(-slabs // (tile.chunks * tile.slabs))
     split_steps = -(-steps // tile.splits)
     splits = -(-steps // split_steps)
@@ -239,7 +221,7 @@ def decode_weight(weight: LinearWeight, dtype: torch.dtype) -> torch.Tensor:
     from .linear_gemm import weight_kernel
 
     out = weight.packed.new_empty((weight.rows, weight.columns), dtype=dtype)
-    slabs = weight.padded_columns // SLAB
+    slabs = padded(weight.columns) // SLAB
     size = 2 if slabs > 1 else 1
     with torch.cuda.device_of(out):
         weight_kernel[(weight.packed.shape[0] // SLAB * -(-slabs // size), 1, 1)](
