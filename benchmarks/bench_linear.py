@@ -6,7 +6,7 @@
 A time is the median of replays of a CUDA graph that goes through copies of the weight, more than
 the L2 cache holds. Every result is compared with float32 on the same values before its time is
 printed. floor: the bytes of codes and scales at the speed of a copy on this card, or the operations
-at 790 TFLOP/s. From 512 tokens on both ways are timed, decoding in registers and a decoded copy.
+at 790 TFLOP/s. From 256 tokens on both ways are timed, decoding in registers and a decoded copy.
 --tune prints the fastest tiles instead, best first.
 """
 
@@ -41,11 +41,11 @@ from fp4moe.tools.bench import graph_us
 
 SHAPES = ("8192x2816", "2816x4096", "10304x2688")
 TOKENS = (1, 16, 256, 1024, 4096)
-BOTH_FROM = 512
+BOTH_FROM = 256
 OPERATIONS = 790e12
 CACHE = 120e6  # bytes that a graph goes through
-# Rounding of the output, and of the decoded copy: below 2^-9 each, relative.
-LIMIT = 2 * 2.0**-9
+# Rounding of the output, and of the decoded copy: 2^-8 each at most, relative.
+LIMIT = 2 * 2.0**-8
 
 
 def sizes(shape: str) -> tuple[int, int]:
