@@ -198,13 +198,14 @@ def test_a_write_to_the_handed_out_state_is_refused():
 
 @interpreted
 def test_gradients_of_input_and_bias():
+    # Not bfloat16, which the interpreter cuts where it decodes the weight.
     bias = torch.randn(48)
     module, values = linear("nvfp4", 48, 96, bias=bias, kernel="triton")
     module.bias.requires_grad_()
-    x = torch.randn(2, 3, 96).bfloat16().requires_grad_()
-    seed = torch.randn(2, 3, 48).bfloat16()
+    x = torch.randn(2, 3, 96).half().requires_grad_()
+    seed = torch.randn(2, 3, 48).half()
     module(x).backward(seed)
-    weight = values.bfloat16()
+    weight = values.half()
     expected = seed @ weight
     torch.testing.assert_close(x.grad, expected)
     torch.testing.assert_close(module.bias.grad, seed.float().sum((0, 1)))
@@ -256,17 +257,18 @@ def test_compiled_and_exported(fresh_dynamo):
     module, values = linear("nvfp4", 48, 96, bias=torch.randn(48), kernel="triton")
     module.state_dict()  # its watch must not break the graph
     compiled_module = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
-    x = torch.randn(3, 96).bfloat16()
+    # Not bfloat16, which the interpreter cuts where it decodes a weight for the backward.
+    x = torch.randn(3, 96).half()
     for given in (x, x[:2], x[:1]):
         assert torch.equal(compiled_module(given), module(given))
     trained = x.clone().requires_grad_()
     compiled_module(trained).float().sum().backward()
-    torch.testing.assert_close(trained.grad, torch.ones(3, 48).bfloat16() @ values.bfloat16())
+    torch.testing.assert_close(trained.grad, torch.ones(3, 48).half() @ values.half())
     tokens = torch.export.Dim("tokens", min=1, max=64)
     program = torch.export.export(module, (x,), dynamic_shapes=({0: tokens},), strict=False)
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert names == {"fp4moe.linear.default"}
-    longer = torch.randn(5, 96).bfloat16()
+    longer = torch.randn(5, 96).half()
     assert torch.equal(program.module()(longer), module(longer))
 
 
@@ -279,9 +281,8 @@ def test_autocast_is_that_of_a_linear():
         assert module(x).dtype == F.linear(x, torch.randn(48, 96)).dtype == torch.bfloat16
 
 
+@compiled
 def test_triton_is_refused_where_it_does_not_run():
-    if INTERPRETED:
-        pytest.skip("the interpreter runs anywhere")
     with pytest.raises(UnsupportedError, match=r"^PackedLinear: kernel triton cannot run, because"):
         linear("nvfp4", 64, 64, kernel="triton")
     with pytest.raises(UnsupportedError, match="PackedLinear: kernel must be one of auto"):
@@ -290,17 +291,15 @@ def test_triton_is_refused_where_it_does_not_run():
 
 def variants():
     """(kernel, constants, warps, further) of the tiles that the rule gives."""
-    shapes = [(8192, 2816), (2816, 4096), (200, 160)]
+    shapes = [(8192, 2816), (200, 160)]
     for number, form in enumerate(FORMATS):
         scales = "*i32" if form in ("nvfp4", "mxfp8", "mxfp4") else "*fp32"
-        for rows, columns in shapes[: 3 if form == "nvfp4" else 1]:
+        # The largest tiles need most registers and memory; NVFP4 has all of them.
+        others = (4, 16, 32, 64) if form == "nvfp4" else ()
+        for rows, columns in shapes[: 2 if others else 1]:
             weight = LinearWeight(*[torch.empty(0)] * 3, form, rows, columns)
-            tiles = {}
-            for tokens in (1, 4, 16, 32, 64, 256, 1023):
-                tile = choose_tile(tokens, weight, 132)
-                tiles[str(tile).rpartition(",")[0]] = tile
-            for tile in tiles.values():
-                tile, whole = fitted(tile, weight)
+            for tokens in (1, *others, 511):
+                tile, whole = fitted(choose_tile(tokens, weight, 132), weight)
                 constants = {"SLOTS": tile.slots, "CHUNKS": tile.chunks, "ROWS": tile.rows}
                 constants |= {"SLABS": tile.slabs, "STAGES": tile.stages, "WHOLE": whole}
                 fp16 = number % 2 == 1
