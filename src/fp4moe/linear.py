@@ -1,8 +1,8 @@
 """PackedLinear, NVFP4Linear and FP8Linear: quantised Linears of a checkpoint, kept packed.
 
-The forward decodes the whole weight in float32, casts it once and calls torch's linear: plain torch
-operations, which torch.compile captures. Activations are never quantised, so input_scale is kept
-for whoever wants it and not used. Not handled: training, kernels of their own.
+On compute capability 8.0 and newer the forward is `torch.ops.fp4moe.linear`; elsewhere it decodes
+the whole weight in float32, casts it once and calls torch's linear. Activations are never
+quantised, so input_scale is kept for whoever wants it and not used.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import torch.nn.functional as F
 
 from .errors import check_choice, must
 from .formats import FORMATS, WeightFormat
-from .formats.four_bits import e2m1_values, unpack_codes
-from .formats.mx import e8m0_values
-from .saving import PackedModule
+from .formats.base import as_bytes
+from .kernels.linear import prepare_linear, restore_linear, select_linear_kernel
+from .kernels.linear_weight import LinearWeight, linear_shapes
+from .linear_op import linear_operator
+from .logical import Lent, logical_tensor
+from .prepared import PREPARED, PreparedModule
 
 __all__ = ["FP8Linear", "NVFP4Linear", "PackedLinear", "packed_linear"]
 
@@ -22,11 +25,14 @@ __all__ = ["FP8Linear", "NVFP4Linear", "PackedLinear", "packed_linear"]
 NAMES = {"packed": "weight", "block_scale": "weight_scale", "global_scale": "weight_scale_2"}
 
 
-class PackedLinear(PackedModule):
+class PackedLinear(PreparedModule):
     """A Linear whose weight stays as a number format stores it; `state_dict` has ModelOpt's names.
 
-    A cast of the model moves codes and scales but never converts them. A forward makes temporaries
-    of up to 12 bytes an element of the weight.
+    A cast of the model moves codes and scales but never converts them. The weight gets no gradient;
+    the input does. A float32 input is never rounded: it is multiplied with a float32 copy of the
+    weight, made at each call, as kernel "reference" does with every input; that takes up to 12
+    bytes an element of the weight. With float16 inputs MX weights beyond float16's range overflow,
+    see `kernels.triton.decode_fp8`.
 
     Args:
         format: a name of `fp4moe.formats.FORMATS`.
@@ -38,18 +44,26 @@ class PackedLinear(PackedModule):
         weight_scale_2: 0-d float32, the global scale (decode multiplier) of a format that has one.
         bias: [out] float, or None.
         input_scale: 0-d float32, kept but not used, or None.
+        kernel: "triton", "reference", or "auto" for what the device has, decided again when the
+            module moves.
 
     Raises:
-        UnsupportedError: there is no such format.
+        UnsupportedError: there is no such format or kernel, or the kernel does not run there.
         ShapeError: a shape, dtype or device does not fit; names the argument.
     """
 
-    weight: torch.Tensor
-    weight_scale: torch.Tensor
-    weight_scale_2: torch.Tensor
+    prepared_weight: torch.Tensor
+    prepared_weight_scale: torch.Tensor
+    # Of size 0, for what a Linear does not have.
+    prepared_absent: torch.Tensor
+    weight_scale_2: torch.Tensor | None
     input_scale: torch.Tensor | None
     bias: torch.Tensor | None
-    codes: torch.Tensor
+
+    weight = logical_tensor("weight")
+    weight_scale = logical_tensor("weight_scale")
+
+    _castable = frozenset({"bias"})
 
     def __init__(
         self,
@@ -59,52 +73,45 @@ class PackedLinear(PackedModule):
         weight_scale_2: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
         input_scale: torch.Tensor | None = None,
+        *,
+        kernel: str = "auto",
     ):
         super().__init__()
         check_choice("format", format, FORMATS, caller=type(self).__name__)
         self.format = format
+        self.requested_kernel = kernel
         rows, columns = weight.shape if weight.ndim == 2 else (0, 0)
         self.in_features, self.out_features = self.number_format.elements(columns), rows
         given = {"packed": weight, "block_scale": weight_scale, "global_scale": weight_scale_2}
-        for part, (dtype, shape) in self._shapes().items():
+        for part, (dtype, shape) in linear_shapes(format, rows, self.in_features).items():
             if (tensor := given[part]) is not None:
-                self._hold(NAMES[part], tensor, dtype, shape, weight.device)
-            elif shape != (0,):
+                if part == "global_scale" and not self.number_format.globally_scaled:
+                    rule = f"be None, since {format} has no global scale"
+                    self._refuse("weight_scale_2", rule, f"{list(tensor.shape)}")
+                self._check(NAMES[part], tensor, dtype, shape, weight.device)
+            elif part != "global_scale" or self.number_format.globally_scaled:
                 self._refuse(NAMES[part], f"be {dtype} {list(shape)}", "None")
-        if weight_scale_2 is not None and not self.number_format.globally_scaled:
-            rule = f"be None, since {format} has no global scale"
-            self._refuse("weight_scale_2", rule, f"{list(weight_scale_2.shape)}")
         for name, tensor in (("bias", bias), ("input_scale", input_scale)):
             if tensor is None:
-                self.register_buffer(name, None)
                 continue
             floats = tensor.is_floating_point() and tensor.element_size() > 1
             if name == "bias" and not floats:
                 self._refuse(name, "be bfloat16, float16 or float32", tensor.dtype)
             dtype = tensor.dtype if name == "bias" else torch.float32
-            self._hold(name, tensor, dtype, (rows,) if name == "bias" else (), weight.device)
-        if self.number_format.codes.columns == 2:
-            # Code 8, minus zero, decodes to +0, as in ModelOpt.
-            grid = e2m1_values(weight.device)
-            self.register_buffer("codes", torch.cat((grid, 0 - grid)), persistent=False)
+            self._check(name, tensor, dtype, (rows,) if name == "bias" else (), weight.device)
+        others = {"weight_scale_2": weight_scale_2, "bias": bias, "input_scale": input_scale}
+        for name in others:
+            self.register_buffer(name, None)
+        state = {name: tensor for name, tensor in others.items() if tensor is not None}
+        state |= {"weight": weight, "weight_scale": weight_scale}
+        self._take_state(state, self._select_kernel(weight.device))
 
     @property
     def number_format(self) -> WeightFormat:
         """The number format of the weight."""
         return FORMATS[self.format]
 
-    def _shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtype and shape of each part; one number for the whole matrix is 0-d."""
-        shapes = self.number_format.shapes(1, self.out_features, self.in_features)
-        found = {part: (dtype, shape[1:] or ()) for part, (dtype, shape) in shapes.items()}
-        scales = self.number_format.scales
-        if scales and scales.rows is None and scales.columns is None:
-            found["block_scale"] = (scales.dtype, ())
-        if not self.number_format.globally_scaled:
-            del found["global_scale"]
-        return found
-
-    def _hold(
+    def _check(
         self,
         name: str,
         tensor: torch.Tensor,
@@ -119,53 +126,98 @@ class PackedLinear(PackedModule):
             rule = f"be {dtype} {list(shape)} on {device}"
             rule += f" with whole blocks of {block} columns" * bool(uneven)
             self._refuse(name, rule, f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}")
-        self.register_buffer(name, tensor.detach())
 
     def _refuse(self, name: str, rule: str, got: object) -> None:
         advice = "Pass the tensors of one Linear as the checkpoint holds them."
         must(f"{type(self).__name__}: {name}", rule, got, advice)
 
-    def _apply(self, fn, recurse: bool = True):
-        for name, tensor in self._buffers.items():
-            if tensor is None:
-                continue
-            result = fn(tensor)
-            # A cast would destroy codes and scales; only the bias is an ordinary number.
-            keep = name == "bias" or result.dtype == tensor.dtype
-            self._buffers[name] = result if keep else tensor.to(result.device)
-        return self
+    def _device(self) -> torch.device:
+        return self.prepared_weight.device
+
+    def _select_kernel(self, device: torch.device) -> str:
+        return select_linear_kernel(self.requested_kernel, device, caller=type(self).__name__)
+
+    @property
+    def prepared(self) -> LinearWeight:
+        """What the kernel reads."""
+        return LinearWeight(
+            self.prepared_weight,
+            self.prepared_weight_scale,
+            self.prepared_absent if self.weight_scale_2 is None else self.weight_scale_2,
+            self.format,
+            self.out_features,
+            self.in_features,
+        )
+
+    def _logical(self, prepared: LinearWeight) -> dict[str, torch.Tensor]:
+        """Return codes and block scales as the checkpoint has them."""
+        both = restore_linear(self.kernel, prepared)
+        dtypes = self.number_format.dtypes()
+        parts = zip(("packed", "block_scale"), both, strict=True)
+        return {NAMES[part]: tensor.view(dtypes[part]) for part, tensor in parts}
+
+    def _others(self) -> dict[str, torch.Tensor]:
+        names = ("weight_scale_2", "bias", "input_scale")
+        return {name: t for name in names if (t := getattr(self, name)) is not None}
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        return {**self._logical(self.prepared), **self._others()}
+
+    def _blank_state(self) -> dict[str, torch.Tensor]:
+        blank = self.prepared
+        codes, scale = blank.packed.to("meta"), blank.block_scale.to("meta")
+        return {**self._logical(blank._replace(packed=codes, block_scale=scale)), **self._others()}
+
+    def _read_by_kernel(self) -> tuple[torch.Tensor, ...]:
+        return (self.prepared_weight, self.prepared_weight_scale, *self._others().values())
+
+    def _take_state(self, state: dict[str, torch.Tensor], kernel: str) -> None:
+        self.kernel = kernel
+        for name, tensor in self._prepared_state(state).items():
+            held = name.startswith(PREPARED)
+            self.register_buffer(name, tensor.detach(), persistent=not held)
+        absent = self.prepared_weight.new_empty(0, dtype=torch.float32)
+        self.register_buffer(PREPARED + "absent", absent, persistent=False)
+        self._lent = Lent()
+
+    def _prepared_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        codes, scale = (as_bytes(state[name]) for name in ("weight", "weight_scale"))
+        codes, scale = prepare_linear(self.kernel, self.format, codes, scale)
+        others = {n: tensor for n, tensor in state.items() if n not in ("weight", "weight_scale")}
+        return {PREPARED + "weight": codes, PREPARED + "weight_scale": scale, **others}
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the weight [out, in]: code x (block scale x global scale) in float32, one cast."""
-        format, size = self.number_format, (self.out_features, self.in_features)
-        if format.codes.columns == 2:
-            values = self.codes[unpack_codes(self.weight).int()]
-        else:
-            values = self.weight.float()
-        scale = self.weight_scale
-        step = e8m0_values(scale) if scale.dtype == torch.uint8 else scale.float()
-        if format.globally_scaled:
-            step = step * self.weight_scale_2
-        if step.ndim and tuple(step.shape) != (size[0], 1):
-            assert format.scales is not None
-            down, across = format.scales.rows or size[0], format.scales.columns or size[1]
-            if (step.shape[0] * down, step.shape[1] * across) == size:
-                blocks = values.view(step.shape[0], down, step.shape[1], across)
-                return (blocks * step[:, None, :, None]).view(size).to(dtype)
-            step = step.repeat_interleave(down, 0)[: size[0]]
-            step = step.repeat_interleave(across, 1)[:, : size[1]]
-        return (values * step).to(dtype)
+        weight = self.prepared
+        packed, scale = restore_linear(self.kernel, weight)
+        return weight._replace(packed=packed, block_scale=scale).decoded(dtype)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return hidden [..., in] x weight^T + bias, in hidden's dtype."""
-        bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        return F.linear(hidden, self.dequantized(hidden.dtype), bias)
+        """Return hidden [..., in] x weight^T + bias, in hidden's dtype, or autocast's."""
+        if self.kernel == "reference":
+            # Plain operations, which torch.compile fuses with what stands around them.
+            bias = None if self.bias is None else self.bias.to(hidden.dtype)
+            return F.linear(hidden, self.prepared.decoded(hidden.dtype), bias)
+        if not torch.compiler.is_compiling() and self._lent.marks:
+            self._lent.check(self)
+        kind = hidden.device.type
+        if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+            hidden = hidden.to(torch.get_autocast_dtype(kind))
+        weight = self.prepared
+        return linear_operator(
+            hidden,
+            *weight[:3],
+            self.prepared_absent if self.bias is None else self.bias,
+            self.format,
+            self.kernel,
+            self.out_features,
+        )
 
     def extra_repr(self) -> str:
         """One line: sizes, bias and format."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, format={self.format}"
+            f"bias={self.bias is not None}, format={self.format}, kernel={self.kernel}"
         )
 
 

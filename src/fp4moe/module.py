@@ -12,7 +12,6 @@ import json
 from typing import Any
 
 import torch
-from torch import nn
 
 from .arguments import has_own_operator
 from .errors import check_choice, must
@@ -33,15 +32,12 @@ from .kernels import (
 from .logical import Lent, logical_tensor
 from .ops import nvfp4_moe_arguments
 from .pack import activation_scale
-from .saving import PackedModule
+from .prepared import PREPARED, PreparedModule
 
 __all__ = ["FusedExperts"]
 
-# What the kernel reads: a buffer is called by this and the operand's name.
-PREPARED = "prepared_"
 
-
-class FusedExperts(PackedModule):
+class FusedExperts(PreparedModule):
     """The experts of one layer: (hidden [T, H], ids [T, K], weights [T, K]) -> [T, H].
 
     The call signature is that of Hugging Face's experts modules.
@@ -177,7 +173,8 @@ class FusedExperts(PackedModule):
         format, given = self.layer.format, (device, caller)
         hidden = activation_scale(format, "hidden_scale", hidden_scale, 1, *given)
         inner = activation_scale(format, "intermediate_scale", intermediate_scale, count, *given)
-        self._copy_tensors(get_kernel(self.kernel).update_scales(prepared, hidden, inner))
+        changed = get_kernel(self.kernel).update_scales(prepared, hidden, inner)
+        self._copy_tensors({PREPARED + name: tensor for name, tensor in changed.items()})
 
     @property
     def prepared(self) -> PreparedWeights:
@@ -214,23 +211,37 @@ class FusedExperts(PackedModule):
         biased = *gate_up, self.prepared_gate_up_bias, *down, self.prepared_down_bias, *scales
         return torch.ops.fp4moe.moe.default(*chosen, *biased, *self._arguments)
 
-    def _apply(self, fn, recurse: bool = True):
-        before = self.prepared_gate_up_packed.device
-        for name, tensor in self._buffers.items():
-            assert tensor is not None
-            result = fn(tensor)
-            # A cast would destroy scales; take over the device only.
-            self._buffers[name] = (
-                result if result.dtype == tensor.dtype else tensor.to(result.device)
-            )
-        after = self.prepared_gate_up_packed.device
-        if after not in (before, torch.device("meta")):
-            kernel = self._select(self.layer, after)
-            if kernel != self.kernel:
-                weights = self.weights
-                self.kernel = kernel
-                self._hold(self._laid_out(weights))
-        return self
+    def _device(self) -> torch.device:
+        return self.prepared_gate_up_packed.device
+
+    def _select_kernel(self, device: torch.device) -> str:
+        return self._select(self.layer, device)
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        return {_short(name): t for name, t in self._logical(self.prepared).items()}
+
+    def _blank_state(self) -> dict[str, torch.Tensor]:
+        return {_short(name): t for name, t in self._logical(self._blank()).items()}
+
+    def _blank(self) -> PreparedWeights:
+        prepared = self.prepared
+        return prepared.replaced({name: t.to("meta") for name, t in prepared.tensors().items()})
+
+    def _read_by_kernel(self) -> tuple[torch.Tensor, ...]:
+        return self.prepared.operands.flat()
+
+    def _take_state(self, state: dict[str, torch.Tensor], kernel: str) -> None:
+        weights = self._weights_of(state)
+        self.kernel = kernel
+        self._hold(self._laid_out(weights))
+
+    def _prepared_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors = self._laid_out(self._weights_of(state)).tensors()
+        return {PREPARED + name: tensor for name, tensor in tensors.items()}
+
+    def _weights_of(self, state: dict[str, torch.Tensor]) -> ExpertWeights:
+        named = {name: state[_short(name)] for name in self._logical(self._blank())}
+        return ExpertWeights.from_tensors(named, self.metadata)
 
     def _logical(self, prepared: PreparedWeights) -> dict[str, torch.Tensor]:
         """What the state_dict holds, by dotted name."""
@@ -250,76 +261,14 @@ class FusedExperts(PackedModule):
             advice = "Load into a model that was replaced in the same way."
             must("FusedExperts.load_state_dict: metadata", rule, metadata, advice)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        self._lent.check(self)
-        logical = self._logical(self.prepared)
-        logical = {name.replace(".", "_"): tensor for name, tensor in logical.items()}
-        self._lent = Lent(logical, self.prepared.operands.flat())
-        for name, tensor in logical.items():
-            destination[prefix + name] = tensor if keep_vars else tensor.detach()
-        destination[prefix + nn.modules.module._EXTRA_STATE_KEY_SUFFIX] = self.get_extra_state()
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
-    ):
-        # Shapes only: undoing the layout of the values takes a while.
-        blank = {name: t.to("meta") for name, t in self.prepared.tensors().items()}
-        own = self._logical(self.prepared.replaced(blank))
-        assign = metadata.get("assign_to_params_buffers", False)
-        names = {name.replace(".", "_"): name for name in own}
-        extra = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
-        found = {short for short in names if prefix + short in state_dict}
-        missing.extend(
-            prefix + short for short in (*names, extra) if prefix + short not in state_dict
+    def _reason_not_to_load(self, extra_state: torch.Tensor) -> str | None:
+        own, format = self.layer.format, _metadata(extra_state).get("format", DEFAULT_FORMAT)
+        if format == own:
+            return None
+        return (
+            f"the weights must be in this layer's format {own!r}; got {format!r}. Load into a "
+            f"model that was replaced with format={format!r}."
         )
-        known = {prefix + short for short in (*names, extra)}
-        unexpected.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
-        if not found:
-            return
-        # The lists that torch passes are those of the whole model: only this layer's errors count.
-        wrong = []
-        if prefix + extra in state_dict:
-            format = _metadata(state_dict[prefix + extra]).get("format", DEFAULT_FORMAT)
-            if format != self.layer.format:
-                errors.append(
-                    f"{prefix.removesuffix('.') or type(self).__name__}: the weights must be in "
-                    f"this layer's format {self.layer.format!r}; got {format!r}. Load into a "
-                    f"model that was replaced with format={format!r}."
-                )
-                return
-        for short in sorted(found):
-            given, tensor = state_dict[prefix + short], own[names[short]]
-            if given.shape != tensor.shape or given.dtype != tensor.dtype:
-                wrong.append(
-                    f"{prefix}{short} must be {tensor.dtype} {list(tensor.shape)}; got "
-                    f"{given.dtype} {list(given.shape)}."
-                )
-        if self.prepared_gate_up_packed.is_meta and not assign:
-            wrong.append(f"{prefix}: the layer is on the meta device; pass assign=True.")
-        if wrong:
-            errors.extend(wrong)
-            return
-        if prefix + extra in state_dict:
-            self.set_extra_state(state_dict[prefix + extra])
-        if len(found) < len(names):
-            own = self._logical(self.prepared)
-        loaded = {name: state_dict.get(prefix + short, own[name]) for short, name in names.items()}
-        if assign:
-            self._prepare(ExpertWeights.from_tensors(loaded, self.metadata))
-            return
-        device = self.prepared_gate_up_packed.device
-        loaded = {name: tensor.to(device) for name, tensor in loaded.items()}
-        self._copy_in(ExpertWeights.from_tensors(loaded, self.metadata))
-
-    def _copy_in(self, weights: ExpertWeights) -> None:
-        self._copy_tensors(self._laid_out(weights).tensors())
-
-    def _copy_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            # copy_ keeps the storage that compiled graphs and CUDA graphs know.
-            for name, tensor in tensors.items():
-                self.get_buffer(PREPARED + name).copy_(tensor)
-        self._lent = Lent()
 
     def extra_repr(self) -> str:
         """One line: sizes, activation, kernel."""
@@ -329,6 +278,11 @@ class FusedExperts(PackedModule):
             f"{layer.num_experts} experts of {layer.hidden_size} x {layer.intermediate_size}, "
             f"{form}{layer.activation}, {layer.format}, kernel={self.kernel}"
         )
+
+
+def _short(name: str) -> str:
+    """Return the name in the state_dict of a tensor of ExpertWeights."""
+    return name.replace(".", "_")
 
 
 def _metadata(state: torch.Tensor) -> dict[str, Any]:

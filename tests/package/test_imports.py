@@ -22,12 +22,13 @@ LAYERS: list[set[str]] = [
     {"borrowed", "devices", "errors", "layer", "precision", "progress", "random_floats", "report"}
     | {"saving", "version"},
     {"activations", "formats", "padding", "routing"},
-    {"experts", "linear", "pack", "resize"},
-    {"checkpoint", "reference", "testing"},
+    {"experts", "pack", "resize"},
+    {"reference", "testing"},
     {"kernels"},
     {"identity"},
-    {"arguments", "checks", "ops"},
-    {"fused", "logical", "module"},
+    {"arguments", "checks", "linear_op", "ops"},
+    {"fused", "linear", "logical", "module", "prepared"},
+    {"checkpoint"},
     {"models"},
     {"calibration", "pretrained"},
     {"passes"},
@@ -60,7 +61,7 @@ HEAVY: dict[str, set[str]] = {
         f"kernels.triton.{name}"
         for name in (
             *("activation", "arrange", "choose", "decode_fp8", "decode_mxfp4", "decode_nvfp4"),
-            *("fingerprint", "gemm", "gemm_w8a8", "round_e4m3", "sort", "weights"),
+            *("fingerprint", "gemm", "gemm_w8a8", "linear_gemm", "round_e4m3", "sort", "weights"),
         )
     },
 }

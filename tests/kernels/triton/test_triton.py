@@ -1,9 +1,8 @@
 """The Triton kernels: layout, routing, results in the interpreter and on a GPU.
 
 The interpreter is chosen when triton is imported, so its cases, and those of test_fingerprint.py,
-of test_triton_formats.py, test_triton_rows.py, test_triton_w8a8.py and test_triton_parameters.py,
-run in a process of their own, with TRITON_INTERPRET=1; they are skipped here and started by
-test_the_interpreter_agrees.
+of the other files here that name it, run in a process of their own, with TRITON_INTERPRET=1; they
+are skipped here and started by test_the_interpreter_agrees.
 """
 
 from __future__ import annotations
@@ -295,6 +294,7 @@ def test_the_interpreter_agrees():
     file = pathlib.Path(__file__)
     others = (
         file.with_name("test_triton_formats.py"),
+        file.with_name("test_triton_linear.py"),
         file.with_name("test_triton_rows.py"),
         file.with_name("test_triton_w8a8.py"),
         file.with_name("test_triton_parameters.py"),

@@ -1,0 +1,228 @@
+"""Quantised Linears on this GPU against bfloat16, checked, in microseconds.
+
+    python benchmarks/bench_linear.py
+    python benchmarks/bench_linear.py --tune --formats nvfp4 --tokens 1 16 256
+
+A time is the median of replays of a CUDA graph that goes through copies of the weight, more than
+the L2 cache holds. Every result is compared with float32 on the same values before its time is
+printed. floor: the bytes of codes and scales at the speed of a copy on this card, or the operations
+at 790 TFLOP/s. From 256 tokens on both ways are timed, decoding in registers and a decoded copy.
+--tune prints the fastest tiles instead, best first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import itertools
+import multiprocessing
+import os
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+from fp4moe.formats import FORMATS
+from fp4moe.formats.base import as_bytes
+from fp4moe.kernels.linear_weight import LinearWeight
+from fp4moe.kernels.triton.linear import (
+    LinearTile,
+    choose_tile,
+    decode_weight,
+    processors,
+    run_with_tile,
+    to_prepared,
+)
+from fp4moe.layer import Layer
+from fp4moe.testing import random_codes, relative_error
+from fp4moe.tools.bench import graph_us
+
+SHAPES = ("8192x2816", "2816x4096", "10304x2688")
+TOKENS = (1, 16, 256, 1024, 4096)
+BOTH_FROM = 256
+OPERATIONS = 790e12
+CACHE = 120e6  # bytes that a graph goes through
+# Rounding of the output, and of the decoded copy: 2^-8 each at most, relative.
+LIMIT = 2 * 2.0**-8
+
+
+def sizes(shape: str) -> tuple[int, int]:
+    """Return rows and columns of the weight."""
+    rows, columns = map(int, shape.split("x"))
+    return rows, columns
+
+
+def make(shape: str, format: str) -> tuple[LinearWeight, torch.Tensor]:
+    """Return random weights as the kernel reads them, and their values in float32."""
+    rows, columns = sizes(shape)
+    layer = Layer("silu", False, columns, rows, 1, format=format)
+    stored = random_codes(layer, "cuda").gate_up
+    values = FORMATS[format].dequantize(stored, torch.float32)[0]
+    scale = as_bytes(stored.block_scale[0])
+    scale = scale.reshape(()) if format == "fp8" else scale
+    prepared = to_prepared(format, as_bytes(stored.packed[0]), scale)
+    global_scale = stored.global_scale.reshape(-1)
+    return LinearWeight(*prepared, global_scale, format, rows, columns), values
+
+
+def rotated(weight: LinearWeight, tokens: int) -> list[LinearWeight]:
+    """Copies of a weight, more than the cache holds."""
+    count = min(int(CACHE // weight.packed.nbytes) + 1, 16 if tokens < BOTH_FROM else 3)
+    return [
+        weight._replace(packed=weight.packed.clone(), block_scale=weight.block_scale.clone())
+        for _ in range(count)
+    ]
+
+
+def copied(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
+    """Multiply with a decoded copy."""
+    return F.linear(x, decode_weight(weight, x.dtype))
+
+
+def checked_us(call, weights: list[LinearWeight], expected: torch.Tensor) -> float:
+    """Return microseconds of a call with each weight by turns; NaN, with a line, if wrong."""
+    got = call(weight=weights[0])
+    error = relative_error(got, expected)
+    if not error <= LIMIT or not torch.equal(got, call(weight=weights[0])):
+        print(f"wrong: error {error:.1e}, or runs differ: {call}")
+        return float("nan")
+    return graph_us([functools.partial(call, weight=weight) for weight in weights])
+
+
+def candidates(tokens: int) -> list[LinearTile]:
+    """Tiles worth a try."""
+    if tokens <= 16:
+        slots = max(1, 1 << (tokens - 1).bit_length())
+        found = [
+            LinearTile(s, c, r, k, 4, stages, splits)
+            for s in {slots, 16}
+            for c in (1, 2, 4, 8, 16)
+            for r in {max(1, 64 // c), max(1, 128 // c)}
+            for k, stages in ((1, 3), (1, 5), (2, 3), (2, 4), (4, 2))
+            for splits in ((1,) if c > 2 else (1, 2, 4))
+            if 16 <= s * c <= 64
+        ]
+        return found
+    slots = [s for s in (16, 32, 64, 128, 256) if s <= 2 * tokens]
+    return [
+        LinearTile(s, c, r, k, warps, stages, splits)
+        for s in slots
+        for c, r in ((1, 64), (1, 128), (2, 32), (2, 64), (4, 16))
+        for k, stages in ((1, 3), (1, 4), (2, 3))
+        for warps in (4, 8)
+        for splits in (1, 2, 3, 4)
+        if s * c <= 256
+        and (warps == 4 or s * c * c * r >= 64 * 128)
+        and (warps == 8 or s * c * c * r <= 128 * 128)
+        and (splits == 1 or tokens <= 512)
+        and (k == 1 or s * c <= 64)
+        and s * 8 >= tokens
+    ]
+
+
+def compile_one(tile: LinearTile, shape: str, format: str) -> None:
+    """Compile a tile into Triton's cache, in a process of its own."""
+    weight, _ = make(shape, format)
+    run_with_tile(tile, torch.zeros(1, weight.columns, device="cuda").bfloat16(), weight, None)
+    torch.cuda.synchronize()
+
+
+def compile_all(tiles: list[LinearTile], shapes: list[str], format: str, jobs: int) -> None:
+    """Compile side by side; a tile that does not compile is left out when it is timed."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
+        # The count of splits is no constant, but whether there are any is.
+        unique = {str(t).rpartition(",")[0] + f",{min(t.splits, 2)}": t for t in tiles}
+        work = itertools.product(unique.values(), shapes)
+        started = [pool.submit(compile_one, tile, shape, format) for tile, shape in work]
+        for done in concurrent.futures.as_completed(started):
+            done.exception()
+
+
+def tune(shapes: list[str], formats: list[str], tokens: list[int], jobs: int, most: int) -> None:
+    """Print the fastest tiles of each shape, format and number of tokens."""
+    for format in formats:
+        compile_all(
+            sorted({t for n in tokens for t in candidates(n)}, key=str), shapes, format, jobs
+        )
+        for shape in shapes:
+            weight, values = make(shape, format)
+            for count in tokens:
+                x = torch.randn(count, weight.columns, device="cuda").bfloat16()
+                expected, weights = x.float() @ values.T, rotated(weight, count)
+                rule = choose_tile(count, weight, processors(x.device))
+                timed = []
+                for tile in {rule, *candidates(count)}:
+                    try:
+                        call = functools.partial(run_with_tile, tile, x, bias=None)
+                        timed.append((checked_us(call, weights, expected), str(tile)))
+                    except Exception as error:
+                        print(f"left out: {tile}: {str(error).strip().splitlines()[:1]}")
+                own = next((us for us, tile in timed if tile == str(rule)), float("nan"))
+                best = ", ".join(f"{us:.1f} ({tile})" for us, tile in sorted(timed)[:most])
+                print(f"{shape} {format} T = {count}: {best}; rule {own:.1f} ({rule})", flush=True)
+
+
+def bandwidth() -> float:
+    """Return bytes a second of a copy on this card, read and written."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / graph_us([lambda: target.copy_(source)]) * 1e6
+
+
+def measure(shapes: list[str], formats: list[str], tokens: list[int]) -> None:
+    """Print a line for each shape and format."""
+    rate = bandwidth()
+    print(f"{torch.cuda.get_device_name()}, copy {rate / 1e12:.2f} TB/s; us by tokens")
+    for shape in shapes:
+        rows, columns = sizes(shape)
+        plain = torch.randn(rows, columns, device="cuda").bfloat16()
+        copies = [plain.clone() for _ in range(int(CACHE // plain.nbytes) + 1)]
+        xs = {count: torch.randn(count, columns, device="cuda").bfloat16() for count in tokens}
+        times = {n: graph_us([functools.partial(F.linear, x, w) for w in copies])
+                 for n, x in xs.items()}  # fmt: skip
+        print(f"{shape} bf16: " + ", ".join(f"{n}: {us:.1f}" for n, us in times.items()))
+        del copies, plain
+        for format in formats:
+            weight, values = make(shape, format)
+            parts, stored = [], weight.packed.nbytes + weight.block_scale.nbytes
+            for count, x in xs.items():
+                expected, weights = x.float() @ values.T, rotated(weight, count)
+                tile = choose_tile(count, weight, processors(x.device))
+                call = functools.partial(run_with_tile, tile, x, bias=None)
+                us = checked_us(call, weights, expected)
+                floor = max(stored / rate, 2 * count * rows * columns / OPERATIONS) * 1e6
+                text = f"{count}: {us:.1f} ({tile}"
+                if count >= BOTH_FROM:
+                    call = functools.partial(copied, x)
+                    text += f"; copy {checked_us(call, weights, expected):.1f}"
+                parts.append(f"{text}; floor {floor:.1f})")
+            print(f"{shape} {format}: " + ", ".join(parts), flush=True)
+
+
+def main() -> int:
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="ROWSxCOLUMNS")
+    parser.add_argument("--formats", nargs="+", default=["nvfp4", "fp8"], choices=list(FORMATS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--tune", action="store_true", help="try tiles")
+    parser.add_argument("--best", type=int, default=3, help="tiles to print")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compile with")
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench_linear: needs a CUDA device; there is none, so nothing is measured.")
+        return 0
+    started = time.perf_counter()
+    if given.tune:
+        tune(given.shapes, given.formats, given.tokens, given.jobs, given.best)
+    else:
+        measure(given.shapes, given.formats, given.tokens)
+    print(f"{time.perf_counter() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""How a quantised Linear is computed: which kernel, its layout and the way back, one call.
+
+triton     compute capability 8.0 or newer: weights are decoded in registers
+reference  any device: a decoded copy at each call, and torch's own product
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import check_choice, refuse
+from ..layer import capability_name
+from .base import current_capability
+from .linear_weight import LinearWeight, linear_shapes
+from .triton import linear as triton
+from .triton.kernel import TRITON, interpreted
+
+__all__ = [
+    "LINEAR_KERNELS",
+    "decode_linear_weight",
+    "linear_operands",
+    "multiply",
+    "prepare_linear",
+    "restore_linear",
+    "select_linear_kernel",
+]
+
+LINEAR_KERNELS = ("triton", "reference")
+
+
+def select_linear_kernel(kernel: str, device: torch.device, *, caller: str) -> str:
+    """Return "triton" or "reference"; kernel: one of them, or "auto" for what the device has.
+
+    Raises:
+        UnsupportedError: there is no such kernel, or it does not run there.
+    """
+    check_choice("kernel", kernel, ("auto", *LINEAR_KERNELS), caller=caller)
+    if kernel == "reference" or device.type == "meta":
+        return "reference" if kernel == "auto" else kernel
+    reasons = list(TRITON.package_reasons())
+    capability = current_capability(device)
+    if not reasons and not TRITON.devices.include(capability) and not interpreted():
+        reasons = [f"needs compute capability {TRITON.devices}, got {capability_name(capability)}"]
+    if kernel == "auto":
+        return "reference" if reasons or device.type != "cuda" else "triton"
+    if reasons:
+        refuse(caller, "kernel triton cannot run", "; ".join(reasons), 'Pass kernel="auto".')
+    return kernel
+
+
+def prepare_linear(
+    kernel: str, format: str, packed: torch.Tensor, block_scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes and block scales of the logical layout as a kernel reads them, as bytes."""
+    if kernel == "reference":
+        return packed, block_scale
+    return triton.to_prepared(format, packed, block_scale)
+
+
+def restore_linear(kernel: str, weight: LinearWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Undo `prepare_linear`, bit for bit."""
+    if kernel == "reference":
+        return weight.packed, weight.block_scale
+    return triton.from_prepared(weight)
+
+
+def linear_operands(
+    kernel: str, format: str, rows: int, columns: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return dtype and shape of what `prepare_linear` returns, and of the global scale."""
+    if kernel == "triton":
+        rows, columns = triton.padded(rows), triton.padded(columns)
+    return {
+        part: (torch.uint8 if dtype.itemsize == 1 else dtype, shape)
+        for part, (dtype, shape) in linear_shapes(format, rows, columns).items()
+    }
+
+
+def multiply(
+    kernel: str, x: torch.Tensor, weight: LinearWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return x [T, K] weight^T + bias [T, N] in x's dtype, T > 0."""
+    if kernel == "triton":
+        return triton.run_linear(x, weight, bias)
+    return F.linear(x, weight.decoded(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def decode_linear_weight(kernel: str, weight: LinearWeight, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weight [N, K], computed in float32 and rounded once."""
+    return triton.decode_weight(weight, dtype) if kernel == "triton" else weight.decoded(dtype)

@@ -1,0 +1,241 @@
+"""A quantised Linear on compute capability 8.0 and newer: layout, tiles, launches.
+
+One launch, or two where K is split; no host synchronisation. Weights are decoded in registers; for
+many tokens a full copy is decoded first and torch multiplies, see `COPY_TOKENS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ...formats import FORMATS
+from ...padding import round_up
+from ..base import current_capability
+from ..linear_weight import LinearWeight, linear_shapes
+from .kernel import Reorder, interpreted
+from .layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
+from .layout_fp8 import fp8_from_slabs, fp8_to_slabs, powers_from_slabs, powers_to_slabs
+
+__all__ = [
+    "COPY_TOKENS",
+    "LinearTile",
+    "choose_tile",
+    "decode_weight",
+    "from_prepared",
+    "padded",
+    "processors",
+    "run_linear",
+    "run_with_tile",
+    "to_prepared",
+]
+
+# From so many tokens on a full copy of the weight and torch's own product are faster.
+COPY_TOKENS = 512
+PROCESSORS = 132  # where there is no GPU to ask
+SUM_BLOCK = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearTile:
+    """One program of a Linear; CHUNKS and the rest are explained in `linear_gemm`.
+
+    Attributes:
+        slots: tokens, a power of two; slots * chunks is at least 16.
+        chunks: pieces of K side by side, a power of two.
+        rows: rows of the weight; rows * chunks is 16 to 128. wgmma needs 64 and 4 warps.
+        slabs: 64 columns of K each: 1, 2 or 4.
+        warps, stages: as Triton's num_warps and num_stages.
+        splits: programs along K; more than one take a second launch.
+    """
+
+    slots: int
+    chunks: int
+    rows: int
+    slabs: int
+    warps: int
+    stages: int
+    splits: int = 1
+
+    def __str__(self) -> str:
+        return ",".join(map(str, dataclasses.astuple(self)))
+
+
+def padded(size: int) -> int:
+    """Return the rows, or columns, of a prepared weight."""
+    return round_up(size, SLAB)
+
+
+def to_prepared(
+    format: str, packed: torch.Tensor, block_scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad codes [N, bytes] and block scales, both as bytes, and lay them out; fresh tensors."""
+    rows, columns = packed.shape[0], FORMATS[format].elements(packed.shape[1])
+    shapes = linear_shapes(format, padded(rows), padded(columns))
+    packed, scale = _grown(packed, shapes["packed"]), _grown(block_scale, shapes["block_scale"])
+    return _reordered(_APPLY[format], packed, scale)
+
+
+def from_prepared(weight: LinearWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Undo `to_prepared`: codes and block scales as bytes, bit for bit; fresh tensors."""
+    packed, scale = _reordered(_UNDO[weight.format], weight.packed, weight.block_scale)
+    shapes = linear_shapes(weight.format, weight.rows, weight.columns)
+    return _cut(packed, shapes["packed"]), _cut(scale, shapes["block_scale"])
+
+
+Shape = tuple[torch.dtype, tuple[int, ...]]
+
+
+def _grown(tensor: torch.Tensor, shape: Shape) -> torch.Tensor:
+    out = tensor.new_zeros(shape[1])
+    out[tuple(map(slice, tensor.shape))] = tensor
+    return out
+
+
+def _cut(tensor: torch.Tensor, shape: Shape) -> torch.Tensor:
+    return tensor[tuple(map(slice, shape[1]))].contiguous()
+
+
+def _reordered(
+    functions: tuple[Reorder, Reorder | None], packed: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # By row tiles as if they were experts: the order is the same, and the scratch small.
+    codes, scales = functions
+    packed = codes(packed.view(-1, SLAB, packed.shape[1])).view(packed.shape)
+    if scales is None:
+        return packed, scale.clone()
+    return packed, scales(scale.view(-1, SLAB, scale.shape[1])).view(scale.shape)
+
+
+_APPLY: dict[str, tuple[Reorder, Reorder | None]] = {
+    "nvfp4": (to_slabs, scales_to_slabs),
+    "mxfp4": (to_slabs, powers_to_slabs),
+    "mxfp8": (fp8_to_slabs, powers_to_slabs),
+    **dict.fromkeys(("fp8", "fp8_channel", "fp8_block"), (fp8_to_slabs, None)),
+}
+_UNDO: dict[str, tuple[Reorder, Reorder | None]] = {
+    "nvfp4": (from_slabs, scales_from_slabs),
+    "mxfp4": (from_slabs, powers_from_slabs),
+    "mxfp8": (fp8_from_slabs, powers_from_slabs),
+    **dict.fromkeys(("fp8", "fp8_channel", "fp8_block"), (fp8_from_slabs, None)),
+}
+
+
+def run_linear(x: torch.Tensor, weight: LinearWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x [T, K] weight^T + bias [T, N] in x's dtype, T > 0.
+
+    bfloat16 and float16 are multiplied with exact weights and summed in float32, below COPY_TOKENS
+    tokens; from there on with weights rounded once to x's dtype. float32 is never rounded: it is
+    multiplied with a float32 copy, as torch multiplies float32.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[0] >= COPY_TOKENS:
+        bias = bias if bias is None else bias.to(x.dtype)
+        return F.linear(x, decode_weight(weight, x.dtype), bias)
+    tile = choose_tile(x.shape[0], weight, processors(x.device))
+    return run_with_tile(tile, x, weight, bias)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Return the streaming multiprocessors of a GPU."""
+    if device.type != "cuda":
+        return PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def choose_tile(tokens: int, weight: LinearWeight, processors: int) -> LinearTile:
+    """Return the tile for so many tokens, by a rule that was measured with NVFP4 on an H200.
+
+    Few tokens fill the N side with pieces of K, so that two programs a multiprocessor need no
+    second launch; more tokens take splits along K.
+    """
+    rows, slabs = padded(weight.rows), padded(weight.columns) // SLAB
+    if tokens <= 4:
+        slots = 1 << (tokens - 1).bit_length()
+        chunks, lines = 16 // slots, 128
+        if rows * chunks < 1.5 * processors * lines:
+            chunks, lines = min(2 * chunks, 16), 64
+        return LinearTile(slots, chunks, lines // chunks, 1, 4, 4)
+    if tokens <= 64:
+        slots = max(16, 1 << (tokens - 1).bit_length())
+        tile = LinearTile(slots, 1, 64, 2, 4, 3, 4 if slots == 16 else 3)
+    else:
+        tile = LinearTile(128, 1, 64, 1, 4, 3)
+        programs = -(-rows // tile.rows) * -(-tokens // tile.slots)
+        tile = dataclasses.replace(tile, splits=max(1, 2 * processors // programs))
+    # A split has four slabs at least.
+    return dataclasses.replace(tile, splits=max(1, min(tile.splits, slabs // 4)))
+
+
+def fitted(tile: LinearTile, weight: LinearWeight) -> tuple[LinearTile, bool]:
+    """Return the tile as this weight can be read, and whether all its steps are whole."""
+    slabs = padded(weight.columns) // SLAB
+    whole = weight.columns % SLAB == 0 and slabs % (tile.chunks * tile.slabs) == 0
+    most = slabs
+    if weight.format == "fp8_block":
+        # A step's sum must not reach beyond a block of 128 columns.
+        most = min(most, 2 if whole else 1)
+    size = tile.slabs
+    while size > most:
+        size //= 2
+    tile = dataclasses.replace(tile, slabs=size)
+    return tile, weight.columns % SLAB == 0 and slabs % (tile.chunks * tile.slabs) == 0
+
+
+def run_with_tile(
+    tile: LinearTile, x: torch.Tensor, weight: LinearWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Compute `run_linear` of bfloat16 or float16 x with a given tile."""
+    from .linear_gemm import linear_kernel, sum_splits_kernel
+
+    x = x if x.stride(1) == 1 else x.contiguous()
+    tokens, fp16 = x.shape[0], x.dtype == torch.float16
+    tile, whole = fitted(tile, weight)
+    slabs = padded(weight.columns) // SLAB
+    steps = -(-slabs // (tile.chunks * tile.slabs))
+    split_steps = -(-steps // tile.splits)
+    splits = -(-steps // split_steps)
+    out = x.new_empty((tokens, weight.rows))
+    target = out if splits == 1 else x.new_empty((splits, *out.shape), dtype=torch.float32)
+    grid = -(-weight.packed.shape[0] // tile.rows) * -(-tokens // tile.slots), splits, 1
+    with torch.cuda.device_of(x):
+        capability = None if interpreted() else current_capability(x.device)
+        linear_kernel[grid](
+            x, x.stride(0), *_operands(weight), bias if splits == 1 else None, target, tokens,
+            weight.rows, weight.columns, weight.packed.shape[0], slabs, steps, split_steps,
+            SLOTS=tile.slots, CHUNKS=tile.chunks, ROWS=tile.rows, SLABS=tile.slabs,
+            STAGES=tile.stages, WHOLE=whole, FP16=fp16, ASSEMBLY=capability is not None,
+            WAIT=capability is not None and capability[0] == 9, FORMAT=weight.format,
+            num_warps=tile.warps,
+        )  # fmt: skip
+        if splits > 1:
+            sum_splits_kernel[(-(-out.numel() // SUM_BLOCK),)](
+                target, bias, out, weight.rows, out.numel(), SPLITS=splits, BLOCK=SUM_BLOCK
+            )
+    return out
+
+
+def decode_weight(weight: LinearWeight, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weight [N, K], computed in float32 and rounded once."""
+    from .linear_gemm import weight_kernel
+
+    out = weight.packed.new_empty((weight.rows, weight.columns), dtype=dtype)
+    slabs = padded(weight.columns) // SLAB
+    size = 2 if slabs > 1 else 1
+    with torch.cuda.device_of(out):
+        weight_kernel[(weight.packed.shape[0] // SLAB * -(-slabs // size), 1, 1)](
+            *_operands(weight), out, weight.rows, weight.columns, weight.packed.shape[0], slabs,
+            ROWS=SLAB, SLABS=size, ASSEMBLY=not interpreted(), FORMAT=weight.format, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _operands(weight: LinearWeight) -> tuple[Any, ...]:
+    scale = weight.block_scale
+    # A row of scales may be two bytes long, half a word.
+    words = scale if scale.dtype == torch.float32 else scale.view(-1).view(torch.int32)
+    return weight.packed.view(torch.int32), words, weight.global_scale
