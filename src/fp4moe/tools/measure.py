@@ -46,7 +46,7 @@ def candidates(slots: int, more: int) -> tuple[list[Tile], list[Tile]]:
         return gate_up + more_k, down + more_k
     if slots >= 64:
         wide = [tile(r, 1, 8, s) for r in (64, 128) for s in (3, 4)]
-        return gate_up + wide, down + wide
+        return gate_up + wide, down + wide + [tile(256, 1, 8, s) for s in (2, 3)]
     return gate_up, down
 
 

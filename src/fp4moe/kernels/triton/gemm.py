@@ -171,6 +171,8 @@ def _down_tile(
     row = block * ROWS + tl.arange(0, ROWS)
     if ROWS > 64:
         row = tl.minimum(row, hidden_padded - 1)
+    # Scales of blocks are those of 128 rows.
+    tl.static_assert(FORMAT != "fp8_block" or ROWS <= 128)
     acc = tl.zeros((ROWS, SLOTS), dtype=tl.float32)
     acc_more = tl.zeros((ROWS, MORE if MORE else 16), dtype=tl.float32)
     following = 1.0
