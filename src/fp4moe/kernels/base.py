@@ -113,6 +113,10 @@ class Kernel:
         """Return where it runs with weights of a number format that it has; None: anywhere."""
         return self.devices
 
+    def intermediate_dtype_for(self, format: str) -> torch.dtype:
+        """Return the intermediate_dtype of `reference_w4a4` with weights of a number format."""
+        return self.intermediate_dtype
+
     def activation_reasons(self, layer: Layer, ready: bool) -> list[str]:
         """Return why it lacks the activation; ready: whether device and package will do."""
         if self.parameters or get_activation(layer.activation).plain:

@@ -82,7 +82,7 @@ class Subject:
             weights,
             expert_ids,
             routing_weights,
-            intermediate_dtype=get_kernel(self.kernel).intermediate_dtype,
+            intermediate_dtype=get_kernel(self.kernel).intermediate_dtype_for(self.weights.format),
             product_dtype=get_kernel(self.kernel).product_dtype,
         )
 

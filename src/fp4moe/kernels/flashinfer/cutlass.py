@@ -118,6 +118,12 @@ class FlashInferCutlass(FlashInferKernel):
 
     name = "flashinfer_cutlass"
     layouts: ClassVar = {name: entry.layout for name, entry in ENTRIES.items()}
+    # What gate, up and an expert's output are rounded to.
+    product_dtype = torch.bfloat16
+
+    def intermediate_dtype_for(self, format: str) -> torch.dtype:
+        """Return what the format's kernels round the intermediate to before they quantise it."""
+        return ENTRIES[format].intermediate_dtype
 
     def devices_for(self, format: str) -> Devices:
         """Return what the library compiles the format's kernels for."""

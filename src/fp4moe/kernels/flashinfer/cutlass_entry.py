@@ -26,12 +26,14 @@ class CutlassEntry:
         devices: what the library compiles its kernels for.
         automatic: whether "auto" may choose them.
         layout: of codes, scales and biases.
+        intermediate_dtype: what the intermediate is rounded to before it is quantised.
     """
 
     format: ClassVar[str]
     devices: ClassVar[Devices]
     automatic: ClassVar[bool] = False
     layout: ClassVar[Layout]
+    intermediate_dtype: ClassVar[torch.dtype] = torch.bfloat16
 
     def scale_operands(self, operands: Operands, layer: Layer) -> Operands:
         """Return scales and biases as the kernel takes them."""

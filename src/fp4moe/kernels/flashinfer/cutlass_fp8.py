@@ -43,6 +43,7 @@ class Fp8CutlassEntry(CutlassEntry):
 
     format = FORMATS["fp8"].name
     devices = Devices(((8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)))
+    intermediate_dtype = torch.float32
     layout = row_layout(lambda layer, hidden_alignment: (MULTIPLE, MULTIPLE), up_first, tiled=False)
 
     def scale_operands(self, operands: Operands, layer: Layer) -> Operands:

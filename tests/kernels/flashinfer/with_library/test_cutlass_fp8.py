@@ -104,6 +104,11 @@ def test_with_the_kernels_roundings(emulated, format, activation, gated):
     call = tokens(9, weights)
     got = run(weights, call)
     assert relative_error(got, expected(weights, call, rounds=True)) < LIMIT
+    if format == "fp8_block":
+        rounding = {"intermediate_dtype": CUTLASS.intermediate_dtype_for(format)}
+        near = reference_w4a4(call[0], weights, *call[1:], **rounding)
+        assert relative_error(got, near) < APART[format]
+    assert (CUTLASS.intermediate_dtype_for(format) == torch.float32) == (format == "fp8")
     # They matter.
     assert LIMIT < relative_error(got, expected(weights, call)) < ROUNDING_LIMIT
 

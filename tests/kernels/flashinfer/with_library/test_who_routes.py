@@ -88,6 +88,16 @@ def test_fp8_from_float_weights(emulated, name):
 
 
 @pytest.mark.slow
+def test_from_a_checkpoint(emulated, tmp_path):
+    build("nemotron_h", torch.bfloat16).save_pretrained(tmp_path)
+    options = {"format": "fp8", "routing": "fused", "progress": False}
+    want = run(fp4moe.from_pretrained(tmp_path, kernel="reference_w4a4", **options))
+    fused = fp4moe.from_pretrained(tmp_path, kernel=TRTLLM.name, **options)
+    assert relative_error(run(compiled(fused)), want) < MODEL_LIMIT
+    assert len(emulated.of(FROM_LOGITS["fp8"])) == 2
+
+
+@pytest.mark.slow
 def test_biases_of_mxfp8_where_the_library_chooses(emulated):
     model = family("gpt_oss", dtype=torch.bfloat16)
     options = {"format": "mxfp8", "progress": False}
