@@ -462,11 +462,8 @@ COLUMNS = {
 }
 ARGUMENTS = ["hidden", "expert_ids", "routing_weights", *COLUMNS]
 ARGUMENTS += ["activation", "gated", "kernel", "num_experts", "expert_offset"]
-NAMES = (
-    "flashinfer_trtllm, flashinfer_cutlass, triton_w8a8, triton, humming, reference, reference_w4a4"
-    ", flashinfer_trtllm_w4a16"
-)
-NAMES += ", flashinfer_trtllm_w4a16"
+NAMES = "flashinfer_trtllm, flashinfer_cutlass, triton_w8a8, triton, humming, reference"
+NAMES += ", reference_w4a4, flashinfer_trtllm_w4a16"
 
 F32 = "torch.float32"
 BAD = {
