@@ -1,8 +1,8 @@
 """The Triton kernels: layout, routing, results in the interpreter and on a GPU.
 
 The interpreter is chosen when triton is imported, so its cases, and those of test_fingerprint.py,
-of test_triton_formats.py, test_triton_linear.py, test_triton_rows.py and
-test_triton_parameters.py, run in a process of their own, with TRITON_INTERPRET=1; they are skipped
+of test_triton_formats.py, test_triton_linear.py, test_triton_rows.py, test_triton_parameters.py and
+test_linears_on_triton.py, run in a process of their own, with TRITON_INTERPRET=1; they are skipped
 here and started by test_the_interpreter_agrees.
 """
 
@@ -299,6 +299,7 @@ def test_the_interpreter_agrees():
         file.with_name("test_triton_rows.py"),
         file.with_name("test_triton_parameters.py"),
         file.parents[2] / "identity/test_fingerprint.py",
+        file.parents[2] / "pretrained/test_linears_on_triton.py",
     )
     files = [str(file), *map(str, others)]
     done = subprocess.run(
