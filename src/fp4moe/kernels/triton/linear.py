@@ -202,7 +202,12 @@ def steps_of(tile: LinearTile, format: str, columns: int) -> Steps:
         size //= 2
     steps = -(-slabs // (tile.chunks * size))
     split_steps = -(-steps // tile.splits)
-    constants = {"SLOTS": tile.slots, "CHUNKS": tile.chunks, "ROWS": tile.rows, "SLABS": size}
+    constants: dict[str, Any] = {
+        "SLOTS": tile.slots,
+        "CHUNKS": tile.chunks,
+        "ROWS": tile.rows,
+        "SLABS": size,
+    }
     constants |= {"STAGES": tile.stages, "WHOLE": whole(), "FORMAT": format}
     return Steps(constants, slabs, steps, split_steps, -(-steps // split_steps))
 
