@@ -152,7 +152,7 @@ def tune(shapes: list[str], formats: list[str], tokens: list[int], jobs: int, mo
             for count in tokens:
                 x = torch.randn(count, weight.columns, device="cuda").bfloat16()
                 expected, weights = x.float() @ values.T, rotated(weight, count)
-                rule = choose_tile(count, weight, processors(x.device))
+                rule = choose_tile(count, *sizes(shape), processors(x.device))
                 timed = []
                 for tile in {rule, *candidates(count)}:
                     try:
@@ -190,7 +190,7 @@ def measure(shapes: list[str], formats: list[str], tokens: list[int]) -> None:
             parts, stored = [], weight.packed.nbytes + weight.block_scale.nbytes
             for count, x in xs.items():
                 expected, weights = x.float() @ values.T, rotated(weight, count)
-                tile = choose_tile(count, weight, processors(x.device))
+                tile = choose_tile(count, *sizes(shape), processors(x.device))
                 call = functools.partial(run_with_tile, tile, x, bias=None)
                 us = checked_us(call, weights, expected)
                 floor = max(stored / rate, 2 * count * rows * columns / OPERATIONS) * 1e6

@@ -24,7 +24,7 @@ PUBLIC = {
     *("bench", "info", "quantize"),
     # Operators; a message of a kernel begins with that of the operator.
     *("moe", "moe_from_logits", "nvfp4_moe", "choose_experts", "float_moe"),
-    "float_moe_from_logits",
+    *("float_moe_from_logits", "linear", "linear_weight"),
     # Of fp4moe.passes, tensorrt, testing and reference.
     *("rewrite_exported", "rewrite_moe", "lowering_pass", "random_codes", "relative_error"),
     *("reference", "reference_w4a4"),

@@ -6,6 +6,8 @@ reference  any device: a decoded copy at each call, and torch's own product
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -65,6 +67,7 @@ def restore_linear(kernel: str, weight: LinearWeight) -> tuple[torch.Tensor, tor
     return triton.from_prepared(weight)
 
 
+@functools.lru_cache(4096)
 def linear_operands(
     kernel: str, format: str, rows: int, columns: int
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -299,6 +299,7 @@ def test_the_interpreter_agrees():
         file.with_name("test_triton_w8a8.py"),
         file.with_name("test_triton_parameters.py"),
         file.parents[2] / "identity/test_fingerprint.py",
+        file.parents[2] / "pretrained/test_linears_on_triton.py",
     )
     files = [str(file), *map(str, others)]
     done = subprocess.run(

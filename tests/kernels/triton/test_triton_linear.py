@@ -24,10 +24,10 @@ from fp4moe.kernels.triton.linear import (
     LinearTile,
     choose_tile,
     decode_weight,
-    fitted,
     from_prepared,
     run_linear,
     run_with_tile,
+    steps_of,
     to_prepared,
 )
 
@@ -38,13 +38,13 @@ if HAS_TRITON and not INTERPRETED:
 ROUNDOFF = {torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8, torch.float16: 2.0**-11}
 TILES = {
     "plain": LinearTile(16, 1, 64, 1, 4, 3),
-    "one token": LinearTile(1, 16, 4, 1, 4, 3),
+    "one token": LinearTile(1, 16, 8, 1, 4, 3),
     "chunks": LinearTile(4, 4, 16, 2, 4, 3),
     "splits": LinearTile(16, 2, 32, 1, 4, 3, 2),
     "rows behind the end": LinearTile(16, 1, 128, 4, 4, 2, 3),
 }
 # Multiples of 64 and not, one slab and more, fewer than a step has.
-SIZES = [(33, 96), (128, 320)]
+SIZES = [(33, 96), (70, 320)]
 
 
 def stored(form, rows, columns, device="cpu"):
@@ -104,7 +104,7 @@ def test_each_tile_equals_a_linear_in_float64(form, number):
         weight, values = prepared(form, *size)
         bias = torch.randn(size[0])
         # Rows with a stride of their own; more than one tile of tokens with one token a tile.
-        x = torch.randn(3, size[1] + 16).to(dtype)[:, : size[1]]
+        x = torch.randn(2, size[1] + 16).to(dtype)[:, : size[1]]
         check(run_with_tile(list(TILES.values())[number], x, weight, bias), x, values, bias)
 
 
@@ -137,18 +137,21 @@ def test_many_tokens_and_float32_take_a_copy(monkeypatch):
 @pytest.mark.parametrize("size", [(1, 32), (2816, 4096), (10304, 2688), (262144, 2816)], ids=str)
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_rule_gives_tiles_that_can_run(form, size, tokens):
-    weight = LinearWeight(*[torch.empty(0)] * 3, form, *size)
-    tile, whole = fitted(choose_tile(tokens, weight, 132), weight)
-    for number in (tile.slots, tile.chunks, tile.rows, tile.slabs):
+    tile = choose_tile(tokens, *size, 132)
+    constants, slabs, steps, split_steps, splits = steps_of(tile, form, size[1])
+    width, whole = constants["SLABS"], constants["WHOLE"]
+    for number in (tile.slots, tile.chunks, tile.rows, width):
         assert number & (number - 1) == 0 < number
     assert tile.slots * tile.chunks >= 16 and 64 <= tile.rows * tile.chunks <= 128
-    slabs = -(-size[1] // 64)
-    assert tile.slabs <= slabs
-    assert whole == (size[1] % (64 * tile.chunks * tile.slabs) == 0)
+    assert width <= slabs == -(-size[1] // 64)
+    assert whole == (size[1] % (64 * tile.chunks * width) == 0)
+    # All slabs, and no split without a step.
+    assert tile.chunks * width * steps >= slabs > tile.chunks * width * (steps - 1)
+    assert split_steps * splits >= steps > split_steps * (splits - 1)
     if form == "fp8_block":
-        assert tile.slabs == 1 or (tile.slabs == 2 and whole)
+        assert width == 1 or (width == 2 and whole)
     # The scratch of splits stays small.
-    assert tile.splits == 1 or tile.splits * tokens <= 4096
+    assert splits == 1 or splits * tokens <= 4096
 
 
 @interpreted
@@ -297,16 +300,13 @@ def variants():
         # The largest tiles need most registers and memory; NVFP4 has all of them.
         others = (4, 16, 32, 64) if form == "nvfp4" else ()
         for rows, columns in shapes[: 2 if others else 1]:
-            weight = LinearWeight(*[torch.empty(0)] * 3, form, rows, columns)
             for tokens in (1, *others, 511):
-                tile, whole = fitted(choose_tile(tokens, weight, 132), weight)
-                constants = {"SLOTS": tile.slots, "CHUNKS": tile.chunks, "ROWS": tile.rows}
-                constants |= {"SLABS": tile.slabs, "STAGES": tile.stages, "WHOLE": whole}
-                fp16 = number % 2 == 1
-                constants |= {"FP16": fp16, "ASSEMBLY": True, "WAIT": False, "FORMAT": form}
-                constants |= {"bias": None} if tile.splits > 1 else {}
+                tile = choose_tile(tokens, rows, columns, 132)
+                steps, fp16 = steps_of(tile, form, columns), number % 2 == 1
+                constants = steps.constants | {"FP16": fp16, "ASSEMBLY": True, "WAIT": False}
+                constants |= {"bias": None} if steps.splits > 1 else {}
                 pointers = {"scales": scales, "x": "*fp16" if fp16 else "*bf16"}
-                pointers["out"] = "*fp32" if tile.splits > 1 else pointers["x"]
+                pointers["out"] = "*fp32" if steps.splits > 1 else pointers["x"]
                 yield linear_gemm.linear_kernel, constants, tile.warps, {"pointers": pointers}
         constants = {"ROWS": 64, "SLABS": 2, "ASSEMBLY": True, "FORMAT": form}
         yield linear_gemm.weight_kernel, constants, 4, {"pointers": {"scales": scales}}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ __all__ = [
     "processors",
     "run_linear",
     "run_with_tile",
+    "steps_of",
     "to_prepared",
 ]
 
@@ -135,7 +136,7 @@ def run_linear(x: torch.Tensor, weight: LinearWeight, bias: torch.Tensor | None)
     if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[0] >= COPY_TOKENS:
         bias = bias if bias is None else bias.to(x.dtype)
         return F.linear(x, decode_weight(weight, x.dtype), bias)
-    tile = choose_tile(x.shape[0], weight, processors(x.device))
+    tile = choose_tile(x.shape[0], weight.rows, weight.columns, processors(x.device))
     return run_with_tile(tile, x, weight, bias)
 
 
@@ -147,13 +148,14 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def choose_tile(tokens: int, weight: LinearWeight, processors: int) -> LinearTile:
-    """Return the tile for so many tokens, by a rule that was measured with NVFP4 on an H200.
+@functools.lru_cache(4096)
+def choose_tile(tokens: int, rows: int, columns: int, processors: int) -> LinearTile:
+    """Return the tile for a weight [rows, columns], by a rule measured with NVFP4 on an H200.
 
     Few tokens fill the N side with pieces of K, so that two programs a multiprocessor need no
     second launch; more tokens take splits along K.
     """
-    rows, slabs = padded(weight.rows), padded(weight.columns) // SLAB
+    rows, slabs = padded(rows), padded(columns) // SLAB
     if tokens <= 4:
         slots = 1 << (tokens - 1).bit_length()
         chunks, lines = 16 // slots, 128
@@ -171,19 +173,43 @@ def choose_tile(tokens: int, weight: LinearWeight, processors: int) -> LinearTil
     return dataclasses.replace(tile, splits=max(1, min(tile.splits, slabs // 4)))
 
 
-def fitted(tile: LinearTile, weight: LinearWeight) -> tuple[LinearTile, bool]:
-    """Return the tile as this weight can be read, and whether all its steps are whole."""
-    slabs = padded(weight.columns) // SLAB
-    whole = weight.columns % SLAB == 0 and slabs % (tile.chunks * tile.slabs) == 0
-    most = slabs
-    if weight.format == "fp8_block":
-        # A step's sum must not reach beyond a block of 128 columns.
-        most = min(most, 2 if whole else 1)
-    size = tile.slabs
-    while size > most:
+class Steps(NamedTuple):
+    """How a tile goes through a weight.
+
+    Attributes:
+        constants: of the kernel, by name.
+        slabs, steps, split_steps, splits: slabs of 64 columns; steps of CHUNKS * SLABS slabs; those
+            of a split.
+    """
+
+    constants: dict[str, Any]
+    slabs: int
+    steps: int
+    split_steps: int
+    splits: int
+
+
+@functools.lru_cache(4096)
+def steps_of(tile: LinearTile, format: str, columns: int) -> Steps:
+    """Return the steps, with no more slabs in one than the weight and its format allow."""
+    slabs, size = padded(columns) // SLAB, tile.slabs
+
+    def whole() -> bool:
+        return columns % SLAB == 0 and slabs % (tile.chunks * size) == 0
+
+    # fp8_block: a step's sum must not reach beyond a block of 128 columns.
+    while size > slabs or (format == "fp8_block" and size > 1 + whole()):
         size //= 2
-    tile = dataclasses.replace(tile, slabs=size)
-    return tile, weight.columns % SLAB == 0 and slabs % (tile.chunks * tile.slabs) == 0
+    steps = -(-slabs // (tile.chunks * size))
+    split_steps = -(-steps // tile.splits)
+    constants: dict[str, Any] = {
+        "SLOTS": tile.slots,
+        "CHUNKS": tile.chunks,
+        "ROWS": tile.rows,
+        "SLABS": size,
+    }
+    constants |= {"STAGES": tile.stages, "WHOLE": whole(), "FORMAT": format}
+    return Steps(constants, slabs, steps, split_steps, -(-steps // split_steps))
 
 
 def run_with_tile(
@@ -193,28 +219,22 @@ def run_with_tile(
     from .linear_gemm import linear_kernel, sum_splits_kernel
 
     x = x if x.stride(1) == 1 else x.contiguous()
-    tokens, fp16 = x.shape[0], x.dtype == torch.float16
-    tile, whole = fitted(tile, weight)
-    slabs = padded(weight.columns) // SLAB
-    steps = -(-slabs // (tile.chunks * tile.slabs))
-    split_steps = -(-steps // tile.splits)
-    splits = -(-steps // split_steps)
-    out = x.new_empty((tokens, weight.rows))
-    target = out if splits == 1 else x.new_empty((splits, *out.shape), dtype=torch.float32)
-    grid = -(-weight.packed.shape[0] // tile.rows) * -(-tokens // tile.slots), splits, 1
+    tokens, rows, total_rows = x.shape[0], weight.rows, weight.packed.shape[0]
+    constants, slabs, steps, split_steps, splits = steps_of(tile, weight.format, weight.columns)
+    out = x.new_empty((tokens, rows))
+    target = out if splits == 1 else x.new_empty((splits, tokens, rows), dtype=torch.float32)
+    grid = -(-total_rows // tile.rows) * -(-tokens // tile.slots), splits, 1
     with torch.cuda.device_of(x):
         capability = None if interpreted() else current_capability(x.device)
         linear_kernel[grid](
             x, x.stride(0), *_operands(weight), bias if splits == 1 else None, target, tokens,
-            weight.rows, weight.columns, weight.packed.shape[0], slabs, steps, split_steps,
-            SLOTS=tile.slots, CHUNKS=tile.chunks, ROWS=tile.rows, SLABS=tile.slabs,
-            STAGES=tile.stages, WHOLE=whole, FP16=fp16, ASSEMBLY=capability is not None,
-            WAIT=capability is not None and capability[0] == 9, FORMAT=weight.format,
-            num_warps=tile.warps,
+            rows, weight.columns, total_rows, slabs, steps, split_steps, **constants,
+            FP16=x.dtype == torch.float16, ASSEMBLY=capability is not None,
+            WAIT=capability is not None and capability[0] == 9, num_warps=tile.warps,
         )  # fmt: skip
         if splits > 1:
             sum_splits_kernel[(-(-out.numel() // SUM_BLOCK),)](
-                target, bias, out, weight.rows, out.numel(), SPLITS=splits, BLOCK=SUM_BLOCK
+                target, bias, out, rows, out.numel(), SPLITS=splits, BLOCK=SUM_BLOCK
             )
     return out
 
