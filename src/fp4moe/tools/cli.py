@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import Fp4MoeError
+from ..formats import FORMATS
 from ..kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
     HIDDEN_ALIGNMENTS,
@@ -57,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=DEFAULT_HIDDEN_ALIGNMENT,
         help="what the Blackwell kernel pads the hidden size to",
     )
+    command.add_argument(
+        "--format", nargs="+", choices=FORMATS, help="of the layers' weights; default all"
+    )
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.add_parser(commands)
     cli_quantize.add_parser(commands)
@@ -92,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _selftest(arguments: argparse.Namespace) -> bool:
-    names = ("kernel", "device", "tokens", "hidden_alignment")
+    names = ("kernel", "device", "tokens", "hidden_alignment", "format")
     options = {name: getattr(arguments, name) for name in names}
     if not arguments.json:
         return selftest(**options)
