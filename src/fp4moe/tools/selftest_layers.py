@@ -40,8 +40,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "silu_step": {"activation": "silu_step(limit=1)"},
     "silu_softcap": {"activation": "silu_softcap(alpha=2,beta=2)"},
 }
-# gpt-oss' form, and the formats that such checkpoints and their relatives have.
-BIASED, BIASED_FORMATS = "clamped silu with biases", ("mxfp4", "mxfp8")
+# gpt-oss' form, also of formats with scales as gpt-oss has: powers of two.
+BIASED = "clamped silu with biases"
 # More than one block of 128 x 128, and the last ones are cut off.
 BLOCKS = {**SMALL, "hidden_size": 150, "intermediate_size": 136}
 
@@ -81,7 +81,9 @@ def _of(format: str, on_gpu: bool) -> dict[str, dict[str, Any]]:
         "silu, gated": {**gated, "activation": "silu"},
         f"{plain['activation']}, not gated": plain,
     }
-    if format in BIASED_FORMATS:
+    scales = FORMATS[format].scales
+    if scales and scales.dtype == torch.uint8:
         forms[f"{BIASED}, gated"] = {**gated, **FORMS[BIASED]}
-    small = {"num_experts": 16} if on_gpu else BLOCKS if format == "fp8_block" else SMALL
+    in_blocks = scales is not None and scales.rows not in (None, 1)
+    small = {"num_experts": 16} if on_gpu else BLOCKS if in_blocks else SMALL
     return {f"{format}: {n}": {**sizes, **small, "format": format} for n, sizes in forms.items()}

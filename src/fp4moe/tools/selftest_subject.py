@@ -60,9 +60,11 @@ class Subject:
         """Largest relative RMS against the definition."""
         if not self.quantizes_activations:
             return W4A16
-        if self.weights.number_format.activation_bits == 4:
+        format = self.weights.number_format
+        if format.activation_bits == 4:
             return W4A4
-        return ROUNDED_GATE_AND_UP if self.weights.format == "fp8_block" else W8A8
+        in_blocks = format.scales is not None and format.scales.rows not in (None, 1)
+        return ROUNDED_GATE_AND_UP if in_blocks else W8A8
 
     @property
     def quantizes_activations(self) -> bool:
