@@ -41,7 +41,8 @@ PACKAGES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (a result was wrong), 2 (an error of fp4moe)."""
     parser = argparse.ArgumentParser(
-        prog="fp4moe", description="NVFP4 mixture-of-experts operators for PyTorch."
+        prog="fp4moe",
+        description="Mixture-of-experts operators on NVFP4, FP8 and MX weights for PyTorch.",
     )
     parser.add_argument("--version", action="version", version=f"fp4moe {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
