@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import CheckpointError, check_choice, must, refuse
 from ..formats import DEFAULT_FORMAT, FORMATS
-from ..kernels import choose_kernel, current_capability
+from ..kernels import Layer, choose_kernel, current_capability
 from ..kernels.flashinfer.library import (
     CUBINS,
     flashinfer_settings,
@@ -139,16 +139,14 @@ def _distinct(model: nn.Module) -> list[FusedExperts]:
 
 def _stand_ins(model: nn.Module, format: str) -> list[FusedExperts]:
     """Return one random layer for each size of experts that are not fused yet."""
-    sizes: dict[tuple, Candidate] = {}
+    kinds: dict[Layer, Candidate] = {}
     for candidate in find_candidates(model):
         if not candidate.reasons:
-            form = (candidate.activation, candidate.gated, candidate.biased)
-            form += (candidate.num_experts, candidate.top_k)
-            sizes.setdefault((*form, candidate.hidden_size, candidate.intermediate_size), candidate)
+            kinds.setdefault(asked_of(candidate, format)[0], candidate)
     layers = []
-    for candidate in sizes.values():
+    for asked, candidate in kinds.items():
         device = next(iter(candidate.parameters.values())).device
-        asked, capability = asked_of(candidate, format)
+        capability = current_capability(device)
         if _is_tuned(choose_kernel("auto", asked, capability)[0]):
             # The kernel sees padded sizes, and the tuner's times do not depend on the values.
             hidden, inner = (
