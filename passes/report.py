@@ -45,8 +45,8 @@ class RoutingMatch:
     Attributes:
         path: dotted name of the experts module.
         method: what the routing computes, None where that is not known.
-        fused: whether the kernel does it now.
-        reasons: why it cannot.
+        fused: whether the kernel does it now, or, with a reason, choose_experts before the kernel.
+        reasons: why the kernel cannot.
     """
 
     path: str
@@ -112,7 +112,9 @@ class RewriteReport:
         fused = f", {self.already_fused} already fused" if self.already_fused else ""
         lines.append(f"{self.count} of {len(self.blocks)} blocks rewritten{fused}")
         for match in self.routing:
-            where = "in the kernel" if match.fused else "in the graph"
+            # Fused with a reason: choose_experts does it, not the kernel.
+            chosen = "in one launch before the kernel" if match.reasons else "in the kernel"
+            where = chosen if match.fused else "in the graph"
             why = f" ({'; '.join(match.reasons)})" if match.reasons else ""
             lines.append(f"{match.path}: routing {match.method or 'unknown'}, {where}{why}")
         return "\n".join(lines)

@@ -75,6 +75,20 @@ def test_the_format_reaches_quantize(format):
         assert 0.01 < relative_error(got, floats[name]) < 0.15
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_random_codes_have_the_biases_of_the_layer(gated):
+    layer = Layer("silu", gated, 64, 32, 3, biased=True)
+    weights = random_codes(layer)
+    assert weights.layer(2).biased and not random_codes(Layer("silu", gated, 64, 32, 3)).biased
+    assert weights.gate_up_bias.shape == (3, 32 * (1 + gated)) and weights.down_bias.shape == (
+        3,
+        64,
+    )
+    # 288 values at least: the deviation of their deviation is below 0.5 / sqrt(2 * 288) = 0.021.
+    both = torch.cat((weights.gate_up_bias.flatten(), weights.down_bias.flatten()))
+    assert abs(float(both.std()) - 0.5) < 0.1
+
+
 def test_random_codes_pad_nothing():
     with pytest.raises(ShapeError) as raised:
         random_codes(Layer("silu", True, 40, 64, 2))

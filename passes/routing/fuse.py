@@ -4,16 +4,19 @@ Before: logits [T, E] -> softmax or sigmoid, top-k, sum, div, ... -> float_moe, 
         choose_experts instead, where a model's routers are fused.
 After:  logits [T, E] -> float_moe_from_logits, moe_from_logits or nvfp4_moe_from_logits. A factor
 per expert (Gemma4) goes with the float weights, or into the global scales and the bias of the
-packed down projection.
+packed down projection. In a format without global scales choose_experts takes it, in one launch
+before the operator.
 Structure proposes (slice.py), numbers decide (forms.py). Not handled: logits that
-are not [T, E], methods without renormalisation, factors per expert that are not stored.
+are not [T, E], methods without renormalisation, factors that NVFP4 would need stored and are not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
+from operator import getitem
 from typing import Any
 
 import torch
@@ -74,18 +77,23 @@ def fuse_routing(
     matches, plans = [], []
     for operator in [node for node in gm.graph.nodes if node.target in (*GIVEN, FLOAT)]:
         found, form, why = _name(gm, flow, operator, known) if shapes else (None, None, NO_SHAPES)
-        factors = None
+        factors, note = None, ""
         if found is not None and form is not None and not why:
-            factors, why = _scaled_down(gm, values, operator, found, form)
-            why = why or _kernel_reason(operator, form)
+            note = _choose_reason(operator, form)
+            if not note:
+                factors, why = _scaled_down(gm, values, operator, found, form)
+                why = why or _kernel_reason(operator, form)
         if found is not None and form is not None and rewrite and not why:
-            plans.append((operator, found, form, factors))
-        reasons = (why,) if why else ()
+            plans.append((operator, found, form, factors, bool(note)))
+        reasons = tuple(filter(None, (why, note)))
         fused = rewrite and not why
         path, _module = innermost_module(operator)
         matches.append(RoutingMatch(path, str(form) if form else None, fused, reasons))
-    for operator, found, form, factors in plans:
-        _insert(gm, flow, operator, found, form, factors)
+    for operator, found, form, factors, before in plans:
+        if before:
+            _insert_choice(gm, flow, operator, found, form)
+        else:
+            _insert(gm, flow, operator, found, form, factors)
     if plans:
         gm.graph.lint()
         gm.recompile()
@@ -116,6 +124,14 @@ def _name(
     return None, None, why
 
 
+def _choose_reason(operator: fx.Node, form: RoutingForm) -> str:
+    """Why choose_experts has to choose before the operator; "" where the kernel may."""
+    format = _layer_of(operator)[0].format
+    if form.output_scale is None or FORMATS[format].globally_scaled:
+        return ""
+    return f"{format} has no global scale into which its factor per expert could go"
+
+
 def _scaled_down(
     gm: fx.GraphModule,
     values: dict[fx.Node, Any],
@@ -126,9 +142,6 @@ def _scaled_down(
     """Return (operands times the factor per expert or None, why they cannot be computed)."""
     if form.output_scale is None:
         return None, ""
-    format = _layer_of(operator)[0].format
-    if not FORMATS[format].globally_scaled:
-        return None, f"{format} has no global scale into which its factor per expert could go"
     if operator.target is FLOAT:
         return None, _factor_reason(values, found.vectors[form.output_scale])
     given = MoeArguments.read(operator.args)
@@ -196,6 +209,34 @@ def _stored(gm: fx.GraphModule, values: dict[fx.Node, Any], node: fx.Node) -> An
     return read_attribute(gm, node) if node.op == "get_attr" else values.get(node)
 
 
+def _insert_choice(
+    gm: fx.GraphModule, flow: Flow, node: fx.Node, found: RoutingSlice, form: RoutingForm
+) -> None:
+    """Let choose_experts say the operator's ids and routing weights."""
+    assert form.routing is not None and form.output_scale is not None
+    key = "example_value" if "example_value" in node.meta else "val"
+    choose = torch.ops.fp4moe.choose_experts.default
+    with gm.graph.inserting_before(node):
+        bias = _vector(gm.graph, found, form.bias)
+        scale = found.vectors[form.output_scale]
+        arguments = (found.logits, bias, scale, *form.routing)
+        both = gm.graph.call_function(choose, arguments)
+        with getattr(meta_value(found.logits), "fake_mode", None) or contextlib.nullcontext():
+            values: Any = fx.node.map_arg(arguments, meta_value)
+            both.meta = {**node.meta, key: choose(*values)}
+        parts = []
+        for number, value in enumerate(both.meta[key]):
+            parts.append(gm.graph.call_function(getitem, (both, number)))
+            parts[-1].meta = {**node.meta, key: value}
+    hidden, _ids, _weights, *others = node.args
+    node.args = (hidden, *parts, *others)
+    _erase_unused(gm.graph, flow, found)
+
+
+def _vector(graph: fx.Graph, found: RoutingSlice, number: int | None) -> fx.Node:
+    return insert_nothing(graph, found.logits) if number is None else found.vectors[number]
+
+
 def _insert(
     gm: fx.GraphModule,
     flow: Flow,
@@ -206,16 +247,12 @@ def _insert(
 ) -> None:
     """Put the operator that routes in place; factors are down's new operands, if any."""
     assert form.routing is not None
-
-    def vector(number: int | None) -> fx.Node:
-        return insert_nothing(gm.graph, found.logits) if number is None else found.vectors[number]
-
     unscaled = []
     with gm.graph.inserting_before(operator):
-        logits, bias = found.logits, vector(form.bias)
+        logits, bias = found.logits, _vector(gm.graph, found, form.bias)
         if operator.target is FLOAT:
             floats = FloatMoeArguments.read(operator.args)
-            scale = vector(form.output_scale)
+            scale = _vector(gm.graph, found, form.output_scale)
             given = (floats.hidden, logits, bias, scale, floats.weights, form.routing, floats.form)
             arguments = FloatMoeFromLogitsArguments(*given).flat()
             fused = gm.graph.call_function(FLOAT_FROM_LOGITS, arguments)

@@ -101,7 +101,8 @@ def make_layer(
 def random_codes(layer: Layer, device: torch.device | str = "cpu", seed: int = 0) -> ExpertWeights:
     """Return random codes and scales of the layer's format: at once, without float weights.
 
-    Scales make outputs near 1 for inputs near 1; those of activations are 1.
+    Scales make outputs near 1 for inputs near 1; those of activations are 1. Biases, if the layer
+    has some, are normal with a deviation of 0.5.
 
     Args:
         layer: its hidden_size and intermediate_size are multiples of the format's `multiple`.
@@ -122,9 +123,16 @@ def random_codes(layer: Layer, device: torch.device | str = "cpu", seed: int = 0
     ones = torch.ones(layer.num_experts, dtype=torch.float32, device=device)
     halves = 1 + layer.gated
     rows = halves * layer.intermediate_size
+    gate_up = _random_matrix(format, layer.num_experts, rows, sizes[0], halves, generator)
+    down = _random_matrix(format, layer.num_experts, *sizes, 1, generator)
+    biases = {}
+    for name, length in (("gate_up_bias", rows), ("down_bias", sizes[0])) * layer.biased:
+        shape = layer.num_experts, length
+        values = torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
+        biases[name] = values / 2
     return ExpertWeights(
-        gate_up=_random_matrix(format, layer.num_experts, rows, sizes[0], halves, generator),
-        down=_random_matrix(format, layer.num_experts, *sizes, 1, generator),
+        gate_up=gate_up,
+        down=down,
         activation=layer.activation,
         gated=layer.gated,
         hidden_size=layer.hidden_size,
@@ -134,6 +142,7 @@ def random_codes(layer: Layer, device: torch.device | str = "cpu", seed: int = 0
         hidden_scale=ones[:1].clone(),
         intermediate_scale=ones,
         format=layer.format,
+        **biases,
     )
 
 

@@ -27,6 +27,7 @@ TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.bfloat16).reshape(3, 4),
     "b.weight_scale": torch.arange(6, dtype=torch.uint8).view(torch.float8_e4m3fn),
     "c": torch.tensor(0.25),
+    "d.weight_scale_inv": torch.arange(125, 129, dtype=torch.uint8).view(torch.float8_e8m0fnu),
     "empty": torch.empty(0, 7, dtype=torch.int64),
     "mask": torch.tensor([True, False]),
 }

@@ -341,6 +341,14 @@ EDIT = st.tuples(
 )
 
 
+PER_ROW = "FP8_PER_CHANNEL_PER_TOKEN_CFG"
+
+
+def copy_files(name, directory):
+    data = pathlib.Path(__file__).resolve().parents[1] / "data" / "llm_compressor"
+    shutil.copytree(data / name, directory, dirs_exist_ok=True)
+
+
 # How the files that are edited are written.
 WRITTEN = {
     "modelopt NVFP4 and FP8": lambda d: makers.save_modelopt("nemotron_h_latent", d, "mixed"),
@@ -350,6 +358,9 @@ WRITTEN = {
     "compressed MXFP4": lambda d: files.save("compressed", "qwen3_moe", "MXFP4A16", d),
     "transformers fp8": lambda d: files.save("transformers", "nemotron_h", "ue8m0", d),
     "gpt-oss": lambda d: files.save_gpt_oss(d, packed=True),
+    "modelopt FP8 a row": lambda d: files.save("modelopt", "gemma4", PER_ROW, d),
+    "llm-compressor FP8_DYNAMIC": lambda d: copy_files("nemotron_h_FP8_DYNAMIC", d),
+    "llm-compressor NVFP4 and FP8": lambda d: copy_files("qwen3_moe_NVFP4_with_FP8", d),
 }
 
 

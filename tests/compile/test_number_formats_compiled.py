@@ -189,19 +189,6 @@ def test_the_kernel_chooses_the_experts(format):
     assert relative_error(out, expected("nemotron_h", format)) < COMPILED
 
 
-@pytest.mark.slow
-def test_a_factor_per_expert_needs_a_global_scale(caplog):
-    """Gemma4's: NVFP4's down projection takes it, the others leave the routing in the graph."""
-    for format in ("nvfp4", "fp8"):
-        inner = CapturingBackend()
-        fast = compiled(float_model("gemma4"), format, inner, routing="fused")
-        assert relative_error(logits(fast), expected("gemma4", format)) < COMPILED
-        target = fp4.nvfp4_moe_from_logits if format == "nvfp4" else fp4.moe
-        assert operators(inner.graphs[0].graph) == [target.default]
-        assert ("fp8 has no global scale into which" in caplog.text) == (format == "fp8")
-        torch._dynamo.reset()
-
-
 def test_the_operator_refuses_a_factor_that_has_no_place():
     weights = [[torch.randn(4, 96, 64)], [], [torch.randn(4, 64, 48)], [], [], []]
     given = torch.randn(3, 64), torch.randn(3, 4), torch.empty(0), torch.ones(4)

@@ -171,7 +171,7 @@ def test_there_and_back_again(name, dtype, caplog):
         back = logits(model)
         (record,) = caplog.records
         assert "experts_implementation='grouped_mm'" in record.getMessage()
-        assert "carry NVFP4's rounding; load the model again" in record.getMessage()
+        assert "carry the rounding of nvfp4; load the model again" in record.getMessage()
         logits(model)
         assert len(caplog.records) == 1
         assert sorted(

@@ -9,8 +9,13 @@ from format_models import IDS, logits
 from transformers import AutoModelForCausalLM
 
 import fp4moe
+from fp4moe.checkpoint.files import CheckpointFiles
 from fp4moe.errors import UnsupportedError
 from fp4moe.formats import FORMATS
+from fp4moe.kernels import KERNELS
+from fp4moe.kernels.reference import ReferenceKernel
+from fp4moe.pretrained.loading import Placeholder
+from fp4moe.reference import reference
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "nemotron_h"])
@@ -42,3 +47,39 @@ def test_what_cannot_be_asked_for_is_refused(directory, tmp_path):
         text = rf"^from_pretrained: the experts of .* cannot be quantised to {format}, because"
         with pytest.raises(UnsupportedError, match=text):
             fp4moe.from_pretrained(tmp_path / "quantised", format=format)
+
+
+def only(monkeypatch, *formats):
+    """Make a CPU's one kernel one of these formats alone."""
+    kernel = ReferenceKernel("reference", reference, automatic=True)
+    kernel.layouts = {form: kernel.layouts[form] for form in formats}
+    monkeypatch.setitem(KERNELS, "reference", kernel)
+
+
+@pytest.mark.parametrize(("asked", "other"), [("fp8", "nvfp4"), ("nvfp4", "mxfp4")])
+def test_a_kernel_is_asked_for_that_format_before_weights_are_read(
+    directory, monkeypatch, asked, other
+):
+    only(monkeypatch, asked)
+    model = fp4moe.from_pretrained(directory, kernel="reference", format=asked, progress=False)
+    assert {block.format for block in fp4moe.explain(model).blocks} == {asked}
+    read = []
+    monkeypatch.setattr(CheckpointFiles, "tensor", lambda self, key: read.append(key))
+    with pytest.raises(UnsupportedError, match=f"no layout for {other}, only for {asked}"):
+        fp4moe.from_pretrained(directory, kernel="reference", format=other, progress=False)
+    assert read == []
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_a_device_map_counts_is_what_the_experts_take(directory, monkeypatch, format):
+    counted = []
+    plain = Placeholder.__init__
+    monkeypatch.setattr(
+        Placeholder, "__init__", lambda self, nbytes: counted.append(nbytes) or plain(self, nbytes)
+    )
+    model = fp4moe.from_pretrained(directory, format=format, progress=False)
+    layers = [m.weights for m in model.modules() if isinstance(m, fp4moe.FusedExperts)]
+    # Scales of activations are not counted: 4 bytes, and 4 more an expert.
+    small = [4 + 4 * weights.local_experts for weights in layers]
+    taken = [sum(t.nbytes for t in weights.tensors().values()) for weights in layers]
+    assert [t - s for t, s in zip(taken, small, strict=True)] == counted

@@ -10,6 +10,7 @@ import re
 
 import pytest
 import torch
+from selftest_kernels import SIZES, TOKENS, DownBiasUnweighted, Variant, failed, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp4moe import ops
@@ -17,50 +18,15 @@ from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.kernels import KERNELS, Call, PreparedWeights
 from fp4moe.kernels.reference import ReferenceKernel
 from fp4moe.module import FusedExperts
-from fp4moe.reference import moe_definition, reference_w4a4
+from fp4moe.reference import moe_definition
 from fp4moe.routing import route
 from fp4moe.tools import selftest_checks
 from fp4moe.tools.cli import main
 from fp4moe.tools.selftest import LAYERS, default_layers, run_selftest, selftest
 
-SIZES = {"hidden_size": 84, "intermediate_size": 40, "num_experts": 5, "top_k": 2}
 GATED = {"gated": {"activation": "gelu_tanh", "gated": True, **SIZES}}
 UNGATED = {"not gated": {"activation": "relu2", "gated": False, **SIZES}}
-TOKENS = (0, 1, 7, 33)
 SCALES = ["gate_up_global_scale", "down_global_scale", "intermediate_scale", "hidden_scale"]
-
-
-class Variant(ReferenceKernel):
-    """The W4A4 definition, from which a mutation departs in one place.
-
-    Whatever a subclass changes in the operands is kept, so that `restore` stays right.
-    """
-
-    def __init__(self):
-        super().__init__("reference_w4a4", reference_w4a4, automatic=False)
-
-    def change(self, operands):
-        return operands
-
-    def prepare(self, weights, *, hidden_alignment):
-        right = super().prepare(weights, hidden_alignment=hidden_alignment)
-        kept = {f"logical_{name}": t for name, t in right.operands._asdict().items()}
-        return PreparedWeights(self.change(right.operands), kept, right.layer)
-
-    def restore(self, prepared):
-        logical = {name.removeprefix("logical_"): t for name, t in prepared.kept.items()}
-        operands = prepared.operands._replace(**logical)
-        return super().restore(PreparedWeights(operands, {}, prepared.layer))
-
-
-def run(monkeypatch, kernel, layers=GATED, **options):
-    """Put a kernel in the place of reference_w4a4 and test it."""
-    monkeypatch.setitem(KERNELS, "reference_w4a4", kernel)
-    return run_selftest("reference_w4a4", device="cpu", layers=layers, tokens=TOKENS, **options)
-
-
-def failed(report):
-    return {row.check for row in report.failures}
 
 
 ALL = {*SCALES[2:], "gate_up.global_scale", "down.global_scale", "numbers", "float16"}
@@ -250,17 +216,6 @@ class OtherActivation(Variant):
     def run(self, call):
         layer = dataclasses.replace(call.layer, activation=self.other)
         return super().run(call._replace(layer=layer))
-
-
-class DownBiasUnweighted(Variant):
-    def run(self, call):
-        bias = call.operands.down_bias
-        call = call._replace(operands=call.operands._replace(down_bias=bias * 0))
-        local = call.expert_ids - call.layer.expert_offset
-        inside = (local >= 0) & (local < len(bias))
-        added = torch.where(inside[..., None], bias[local.clamp(0, len(bias) - 1)], 0.0).sum(1)
-        out = super().run(call).float() + added[:, : call.hidden.shape[1]]
-        return out.to(call.hidden.dtype)
 
 
 def with_biases(change):
@@ -485,10 +440,10 @@ def test_the_reference_kernels_pass(kernel):
     limit = "0.05" if kernel == "reference_w4a4" else "0.018"
     pattern = rf"relu2, not gated +numbers +65 +0 +{limit} +ok +worst token 0"
     assert sum(bool(re.fullmatch(pattern, line)) for line in lines) == 1
-    # CUDA graphs, layers without gate, one with exchangeable halves.
-    skipped = 13 + 6 + 1
+    # CUDA graphs, layers without gate, one with exchangeable halves: of NVFP4 and the others.
+    skipped = (13 + 6 + 1) + (12 + 5)
     ok = re.fullmatch(
-        rf"{kernel} on cpu: (\d+) ok, 0 FAILED, 0 not supported, 20 skipped", lines[-1]
+        rf"{kernel} on cpu: (\d+) ok, 0 FAILED, 0 not supported, {skipped} skipped", lines[-1]
     )
     assert int(ok[1]) + skipped == len(lines) - 3
 
@@ -504,7 +459,7 @@ def test_the_report_is_plain_data_and_a_table(monkeypatch):
 
 
 def test_layers_of_a_gpu_are_the_models_and_every_form_once():
-    layers = default_layers(torch.device("cuda"))
+    layers = default_layers(torch.device("cuda"), ("nvfp4",))
     assert list(layers)[:2] == list(LAYERS)
     assert all(layers[name] == sizes for name, sizes in LAYERS.items())
     forms = {(s["activation"], s["gated"]) for s in layers.values()}

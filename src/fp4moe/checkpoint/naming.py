@@ -49,7 +49,8 @@ FORMS = {
     "mxfp4": "MXFP4 (e2m1, a power of two per 32 values)",
 }
 OTHER = (
-    "Use an NVFP4 checkpoint, or the float model, whose experts from_pretrained quantises to NVFP4"
+    f"Use a checkpoint of {', '.join(FORMS)}, or the float model, which "
+    "from_pretrained(format=...) quantises"
 )
 # Tools that announce one of these write the other for some Linears.
 ROWS_OR_TENSORS = frozenset({"fp8", "fp8_channel"})

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, must, refuse
-from ..formats import FORMATS
-from ..kernels import choose_kernel, current_capability
+from ..errors import CheckpointError, check_choice, must, refuse
+from ..formats import DEFAULT_FORMAT, FORMATS
+from ..kernels import Layer, choose_kernel, current_capability
 from ..kernels.flashinfer.library import (
     CUBINS,
     flashinfer_settings,
@@ -43,7 +43,11 @@ DETERMINISTIC = "use_fused_finalize"
 
 
 def autotune(
-    model: nn.Module, max_tokens: int = 8192, cache: str | os.PathLike | None = None
+    model: nn.Module,
+    max_tokens: int = 8192,
+    cache: str | os.PathLike | None = None,
+    *,
+    format: str = DEFAULT_FORMAT,
 ) -> int:
     """Tune FlashInfer's kernels for every distinct layer of the model.
 
@@ -54,18 +58,22 @@ def autotune(
             `set_flashinfer(tune_max_num_tokens=...)` is set to it for this process.
         cache: where FlashInfer's choices are kept. Loaded if it is there, written at the end; a
             `.versions.json` beside it says which GPU and which versions it is valid for.
+        format: what a float model's experts will be quantised to, as in `replace_moe`; fused
+            experts have theirs.
 
     Returns:
         The number of distinct layers that were tuned.
 
     Raises:
-        UnsupportedError: the model has no layer that a FlashInfer kernel runs on its device.
+        UnsupportedError: the model has no layer that a FlashInfer kernel runs on its device, or
+            there is no such format.
         ShapeError: max_tokens is below 1, or a layer does not know its top_k.
         CheckpointError: the cache was written for another GPU or other versions.
     """
     if max_tokens < 1:
         must("autotune: max_tokens", "be at least 1", max_tokens, "Pass the largest batch.")
-    layers = _distinct(model) or _stand_ins(model)
+    check_choice("format", format, FORMATS, caller="autotune")
+    layers = _distinct(model) or _stand_ins(model, format)
     unknown = [layer for layer in layers if layer.top_k is None]
     if unknown:
         got = "FusedExperts with top_k=None"
@@ -123,22 +131,22 @@ def _distinct(model: nn.Module) -> list[FusedExperts]:
     for module in model.modules():
         if isinstance(module, FusedExperts) and _is_tuned(module.kernel):
             shapes = tuple(tuple(operand.shape) for operand in module.prepared.operands.flat())
-            kind = (module.kernel, module.metadata["activation"], shapes, module.top_k)
+            form = module.layer.format, module.metadata["activation"]
+            kind = (module.kernel, *form, shapes, module.top_k)
             kinds.setdefault(kind, module)
     return list(kinds.values())
 
 
-def _stand_ins(model: nn.Module) -> list[FusedExperts]:
+def _stand_ins(model: nn.Module, format: str) -> list[FusedExperts]:
     """Return one random layer for each size of experts that are not fused yet."""
-    sizes: dict[tuple, Candidate] = {}
+    kinds: dict[Layer, Candidate] = {}
     for candidate in find_candidates(model):
         if not candidate.reasons:
-            form = (candidate.activation, candidate.gated, candidate.num_experts, candidate.top_k)
-            sizes.setdefault((*form, candidate.hidden_size, candidate.intermediate_size), candidate)
+            kinds.setdefault(asked_of(candidate, format)[0], candidate)
     layers = []
-    for candidate in sizes.values():
+    for asked, candidate in kinds.items():
         device = next(iter(candidate.parameters.values())).device
-        asked, capability = asked_of(candidate)
+        capability = current_capability(device)
         if _is_tuned(choose_kernel("auto", asked, capability)[0]):
             # The kernel sees padded sizes, and the tuner's times do not depend on the values.
             hidden, inner = (

@@ -33,6 +33,7 @@ __all__ = [
     "ACTIVATION_SCALES",
     "MERGE",
     "Candidate",
+    "as_default_scales",
     "carry_hooks",
     "runs_own_forward",
     "storage_reasons",
@@ -42,7 +43,8 @@ __all__ = [
     "verify_against_definition",
 ]
 
-# Where `calibrate` leaves (hidden_scale [1], intermediate_scale [L]) with a float module.
+# Where `calibrate` leaves (hidden_scale [1], intermediate_scale [L]) of the default format with a
+# float module.
 ACTIVATION_SCALES = "fp4moe_activation_scales"
 MERGE = "merge the adapter first (merge_and_unload())"
 ON_META = "is on the meta device (not loaded, or offloaded); load it onto a real device"
@@ -103,9 +105,15 @@ def stored_activation_scales(
     scales, to = getattr(module, ACTIVATION_SCALES, None), FORMATS[format].activation_range
     if scales is None or to is None:
         return {}
-    # They are those of the default format.
     ratio = (FORMATS[DEFAULT_FORMAT].activation_range or 1.0) / to
     return {"hidden_scale": scales[0] * ratio, "intermediate_scale": scales[1] * ratio}
+
+
+def as_default_scales(scales: tuple[torch.Tensor, ...], format: str) -> tuple[torch.Tensor, ...]:
+    """Return a format's activation scales as those of the default format, to be left here."""
+    default = FORMATS[DEFAULT_FORMAT].activation_range or 1.0
+    ratio = (FORMATS[format].activation_range or default) / default
+    return tuple(scale * ratio for scale in scales)
 
 
 def tensor_reasons(parameters: dict[str, torch.Tensor]) -> list[str]:

@@ -1,11 +1,13 @@
 """`experts_implementation="fp4moe"`: fused experts through transformers' own registry.
 
-The first eager call of an experts module packs its weights and frees the float ones; the first call
-under another implementation puts float weights back, with NVFP4's rounding.
+One name for each number format: "fp4moe" is NVFP4, "fp4moe_fp8" and the like are the others. The
+first eager call of an experts module packs its weights and frees the float ones; the first call
+under another implementation puts float weights back, with the format's rounding.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from typing import Any
@@ -14,15 +16,17 @@ import torch
 from torch import nn
 
 from ..errors import refuse
-from ..formats import DEFAULT_FORMAT
+from ..formats import DEFAULT_FORMAT, FORMATS
 from ..module import FusedExperts
-from .block import ACTIVATION_SCALES, value_reasons
+from .block import ACTIVATION_SCALES, as_default_scales, value_reasons
 from .experts_module import FUSED_CHILD, describe_experts, float_parameters
 
-__all__ = ["experts_forward", "register_experts"]
+__all__ = ["FORMAT_OF", "experts_forward", "register_experts"]
 
 logger = logging.getLogger("fp4moe")
 NAME = "fp4moe"
+# What each implementation's name says the experts are packed in.
+FORMAT_OF = {NAME if f == DEFAULT_FORMAT else f"{NAME}_{f}": f for f in FORMATS}
 # An empty buffer beside the packed experts: whoever casts the model casts it, and so says what
 # dtype the float weights would have by now.
 LIKE_FLOATS = "fp4moe_like_floats"
@@ -40,13 +44,15 @@ def experts_forward(
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
+    format: str = DEFAULT_FORMAT,
 ) -> torch.Tensor:
-    """What an experts module calls under `experts_implementation="fp4moe"`.
+    """What an experts module calls under `experts_implementation="fp4moe"` or `"fp4moe_<format>"`.
 
     The first call packs the weights, whichever thread makes it, and frees the float ones. After
     `model.set_experts_implementation` of another name, the next call of each module decodes them
-    into parameters of the model's dtype again and logs a warning: they keep NVFP4's rounding. Load
-    the model again for the original numbers.
+    into parameters of the model's dtype again and logs a warning: they keep the format's rounding,
+    and so do those that another format of fp4moe packs next. Load the model again for the original
+    numbers.
 
     Raises:
         UnsupportedError: these experts cannot be fused; lists the reasons.
@@ -59,11 +65,11 @@ def experts_forward(
                 "torch.compile. Call fp4moe.replace_moe(model), or the model once, before that."
             )
         # Decorating _pack would import dynamo with the package.
-        fused = torch.compiler.disable(_pack)(self)
+        fused = torch.compiler.disable(_pack)(self, format)
     return fused(hidden_states, top_k_index, top_k_weights)
 
 
-def _pack(module: Any) -> FusedExperts:
+def _pack(module: Any, format: str) -> FusedExperts:
     global _announced
     with _packing:
         if present := module._modules.get(FUSED_CHILD):
@@ -74,7 +80,7 @@ def _pack(module: Any) -> FusedExperts:
             what = f"the experts of {type(module).__name__} cannot be fused"
             reason = "; ".join(reasons)
             refuse("register_transformers", what, reason, "Choose another experts_implementation.")
-        fused = FusedExperts(candidate.quantize("max", DEFAULT_FORMAT)).train(module.training)
+        fused = FusedExperts(candidate.quantize("max", format)).train(module.training)
         floats = dict(module.named_parameters(recurse=False))
         trained = tuple(n for n in candidate.parameters if floats[n].requires_grad)
         setattr(module, TRAINED, trained)
@@ -91,7 +97,9 @@ def _pack(module: Any) -> FusedExperts:
 
 def _unpack_for_others(module: Any, args: tuple) -> None:
     """Put float weights back before another implementation looks for them."""
-    if module.config._experts_implementation == NAME:
+    fused = module._modules.get(FUSED_CHILD)
+    wanted = FORMAT_OF.get(module.config._experts_implementation)
+    if fused is None or fused.layer.format == wanted:
         return
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break(
@@ -113,7 +121,7 @@ def _unpack(module: Any) -> None:
             module.register_parameter(name, nn.Parameter(tensor, requires_grad=trained))
         scales = fused.activation_scales()
         if any(bool((scale != 1).any()) for scale in scales):
-            setattr(module, ACTIVATION_SCALES, scales)
+            setattr(module, ACTIVATION_SCALES, as_default_scales(scales, fused.layer.format))
         for name in (FUSED_CHILD, LIKE_FLOATS, TRAINED):
             delattr(module, name)
         hooks = module._forward_pre_hooks
@@ -122,15 +130,18 @@ def _unpack(module: Any) -> None:
         if _announced is not module.config:
             logger.warning(
                 "fp4moe: the experts go back to experts_implementation=%r with the values of their "
-                "packed weights, which carry NVFP4's rounding; load the model again for the "
+                "packed weights, which carry the rounding of %s; load the model again for the "
                 "original ones",
                 module.config._experts_implementation,
+                fused.layer.format,
             )
             _announced = module.config
 
 
 def register_experts() -> None:
-    """Register the name "fp4moe" with transformers' experts implementations; safe to repeat."""
+    """Register "fp4moe" and "fp4moe_<format>" with transformers' names; safe to repeat."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    for name, format in FORMAT_OF.items():
+        forward = functools.partial(experts_forward, format=format)
+        ALL_EXPERTS_FUNCTIONS.register(name, forward)

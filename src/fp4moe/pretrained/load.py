@@ -36,6 +36,9 @@ REFUSED = ("quantization_config", "state_dict", "gguf_file", "variant", "subfold
 def register_transformers() -> None:
     """Make `experts_implementation="fp4moe"` and quantised checkpoints known to transformers.
 
+    "fp4moe" packs experts as NVFP4, "fp4moe_fp8", "fp4moe_fp8_channel", "fp4moe_fp8_block",
+    "fp4moe_mxfp8" and "fp4moe_mxfp4" as these.
+
     Its own `from_pretrained` then loads what `fp4moe.from_pretrained` reads with fused experts,
     those checkpoints too whose only word of it is hf_quant_config.json, unless it is handed a
     quantization_config of its own; float checkpoints stay float. Safe to repeat; importing fp4moe

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import Fp4MoeError
+from ..formats import FORMATS
 from ..kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
     HIDDEN_ALIGNMENTS,
@@ -40,7 +41,8 @@ PACKAGES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (a result was wrong), 2 (an error of fp4moe)."""
     parser = argparse.ArgumentParser(
-        prog="fp4moe", description="NVFP4 mixture-of-experts operators for PyTorch."
+        prog="fp4moe",
+        description="Mixture-of-experts operators on NVFP4, FP8 and MX weights for PyTorch.",
     )
     parser.add_argument("--version", action="version", version=f"fp4moe {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -56,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=HIDDEN_ALIGNMENTS,
         default=DEFAULT_HIDDEN_ALIGNMENT,
         help="what the Blackwell kernel pads the hidden size to",
+    )
+    command.add_argument(
+        "--format", nargs="+", choices=FORMATS, help="of the layers' weights; default all"
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.add_parser(commands)
@@ -92,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _selftest(arguments: argparse.Namespace) -> bool:
-    names = ("kernel", "device", "tokens", "hidden_alignment")
+    names = ("kernel", "device", "tokens", "hidden_alignment", "format")
     options = {name: getattr(arguments, name) for name in names}
     if not arguments.json:
         return selftest(**options)

@@ -1,7 +1,8 @@
 """selftest: does a kernel compute its definition on this machine? A table, and True or False.
 
-It runs the kernel through the operator on random layers of the two main models, of every other
-activation and with biases; the checks are in selftest_checks.py. Nothing here is timed.
+It runs the kernel through the operator on random layers (selftest_layers.py) of the two main
+models, of every activation and format, and with biases; the checks are in selftest_checks.py.
+Nothing here is timed.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any, TextIO
 
 import torch
 
-from ..activations import ACTIVATIONS, get_activation
+from ..activations import get_activation
 from ..devices import present_device
 from ..errors import check_choice, must, refuse
+from ..formats import FORMATS
 from ..kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
     HIDDEN_ALIGNMENTS,
@@ -28,38 +30,11 @@ from ..kernels import (
 )
 from ..report import format_table
 from .selftest_checks import FAILED, NOT_SUPPORTED, OK, SKIPPED, Outcome, checks
+from .selftest_layers import LAYERS, default_layers
 from .selftest_subject import make_subject
 
 __all__ = ["LAYERS", "SelftestReport", "SelftestRow", "default_layers", "run_selftest", "selftest"]
 
-# The two layers that the package is built for.
-LAYERS: dict[str, dict[str, Any]] = {
-    "Gemma4-26B-A4B": {
-        "activation": "gelu_tanh",
-        "gated": True,
-        "hidden_size": 2816,
-        "intermediate_size": 704,
-        "num_experts": 128,
-        "top_k": 8,
-    },
-    "Nemotron-3-Nano-30B": {
-        "activation": "relu2",
-        "gated": False,
-        "hidden_size": 2688,
-        "intermediate_size": 1856,
-        "num_experts": 128,
-        "top_k": 6,
-    },
-}
-# Multiples of no kernel's tile, and a hidden size that is none of 8.
-ODD = {"hidden_size": 2740, "intermediate_size": 1000, "num_experts": 16}
-SMALL = {"hidden_size": 84, "intermediate_size": 40, "num_experts": 7, "top_k": 3}
-# The forms of gpt-oss, Step and Inkling. Limits and caps show, as they are about the values' size.
-FORMS: dict[str, dict[str, Any]] = {
-    "clamped silu with biases": {"activation": "silu(alpha=1.702,beta=1,limit=1)", "biased": True},
-    "silu_step": {"activation": "silu_step(limit=1)"},
-    "silu_softcap": {"activation": "silu_softcap(alpha=2,beta=2)"},
-}
 TOKENS = (0, 1, 7, 128, 8192)
 HEADER = ["layer", "check", "tokens", "error", "limit", "verdict", "note"]
 WIDTHS = [0, 22, 6, 8, 8, 13, 0]
@@ -134,24 +109,6 @@ class SelftestReport:
         return f"{table}\n{self.summary}"
 
 
-def default_layers(device: torch.device) -> dict[str, dict[str, Any]]:
-    """Return the layers of a run by name; on a CPU the same forms at sizes that take seconds."""
-    layers: dict[str, dict[str, Any]] = {}
-    for model, sizes in LAYERS.items():
-        form = "gated" if sizes["gated"] else "not gated"
-        if device.type == "cuda":
-            layers[model] = sizes
-            layers[f"odd sizes, {form}"] = {**sizes, **ODD}
-        else:
-            layers[f"{sizes['activation']}, {form}"] = {**sizes, **SMALL}
-        others = {a: {"activation": a} for a in ACTIVATIONS if a != sizes["activation"]}
-        small = {"num_experts": 16} if device.type == "cuda" else SMALL
-        for other, changes in (others | (FORMS if sizes["gated"] else {})).items():
-            layers[f"{other}, {form}"] = {**sizes, **small, **changes}
-    # The two main ones first: they are what most people wait for.
-    return dict(sorted(layers.items(), key=lambda layer: layer[0] not in LAYERS))
-
-
 def run_selftest(
     kernel: str = "auto",
     *,
@@ -159,6 +116,7 @@ def run_selftest(
     layers: Mapping[str, Mapping[str, Any]] | None = None,
     tokens: Sequence[int] = TOKENS,
     hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
+    format: str | Sequence[str] | None = None,
     on_row: Callable[[SelftestRow], None] | None = None,
 ) -> SelftestReport:
     """Run every check on every layer and return all rows; `selftest` has the arguments.
@@ -167,11 +125,11 @@ def run_selftest(
         on_row: called with each row as soon as it is there.
 
     Raises:
-        UnsupportedError: no such kernel or alignment, or it runs none of the layers here.
-        ShapeError: bad sizes or tokens.
+        UnsupportedError: no such kernel, alignment or format, or it runs none of the layers here.
+        ShapeError: bad sizes or tokens, or a format beside layers.
     """
     device = present_device(device, caller="selftest")
-    layers = default_layers(device) if layers is None else layers
+    layers = _layers(device, layers, format)
     _check_arguments(kernel, tokens, hidden_alignment)
     kernel, refused = _choose(kernel, device, layers)
     rows: list[SelftestRow] = []
@@ -207,6 +165,7 @@ def selftest(
     layers: Mapping[str, Mapping[str, Any]] | None = None,
     tokens: Sequence[int] = TOKENS,
     hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
+    format: str | Sequence[str] | None = None,
     file: TextIO | None = None,
 ) -> bool:
     """Print a table of checks of a kernel while they run; return whether none failed.
@@ -215,19 +174,21 @@ def selftest(
         kernel: a kernel's name, or "auto" for the most preferred one that runs any of the layers.
         device: default the current CUDA device; without one the CPU, with small layers.
         layers: sizes by name, as keywords of `fp4moe.why_not`; default both main models' layers,
-            every other activation, three with parameters, and one with biases. A layer that the
-            kernel cannot run is listed with the reasons and is no failure.
+            every other activation, three with parameters, one with biases, and of each other
+            format one with a gate, one without and, for MX, gpt-oss' form with biases. A layer
+            that the kernel cannot run is listed with the reasons and is no failure.
         tokens: numbers of tokens.
         hidden_alignment: 128, 256 or 512: what the Blackwell kernel pads the hidden size to.
+        format: a name of `fp4moe.formats.FORMATS`, or several: only the default layers of these.
         file: where to print; default standard output.
 
     Raises:
-        UnsupportedError: no such kernel or alignment, or it runs none of the layers here.
-        ShapeError: bad sizes or tokens.
+        UnsupportedError: no such kernel, alignment or format, or it runs none of the layers here.
+        ShapeError: bad sizes or tokens, or a format beside layers.
     """
     file = sys.stdout if file is None else file
     device = present_device(device, caller="selftest")
-    layers = default_layers(device) if layers is None else layers
+    layers = _layers(device, layers, format)
     widths = [max(map(len, ("layer", *layers))), *WIDTHS[1:]]
 
     def show(cells: list[str]) -> None:
@@ -254,6 +215,24 @@ def selftest(
     )
     print(report.summary, file=file)
     return report.passed
+
+
+def _layers(
+    device: torch.device,
+    layers: Mapping[str, Mapping[str, Any]] | None,
+    format: str | Sequence[str] | None,
+) -> Mapping[str, Mapping[str, Any]]:
+    if format is None:
+        return default_layers(device) if layers is None else layers
+    formats = (format,) if isinstance(format, str) else tuple(format)
+    if layers is not None:
+        advice = 'Give each of the layers its "format" instead.'
+        must("selftest: format", "be None where layers are given", repr(format), advice)
+    if not formats:
+        must("selftest: format", "name a format", "none", f"Known are {', '.join(FORMATS)}.")
+    for one in formats:
+        check_choice("format", one, FORMATS, caller="selftest")
+    return default_layers(device, formats)
 
 
 def _check_arguments(kernel: str, tokens: Sequence[int], hidden_alignment: int) -> None:

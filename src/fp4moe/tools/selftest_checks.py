@@ -1,7 +1,7 @@
 """What `fp4moe selftest` checks of one layer, through FusedExperts and the operators that route.
 
 A check compares with the definition in fp4moe.reference, or with the same kernel called in another
-way. The layer is made so that each of the four scales shows in the output.
+way. The layer is made so that each scale of its format shows in the output.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 
 from ..activations import get_activation
+from ..arguments import MoeFromLogitsArguments, Settings
 from ..experts import ExpertWeights
 from ..kernels import Routing, get_kernel
-from ..ops import nvfp4_moe_from_logits_arguments
 from ..routing import route
 from ..testing import relative_error
 from .selftest_subject import BF16_ROUNDING, Subject
@@ -36,6 +36,12 @@ FACTORS = {
     "hidden_scale": (2.0**-3,),
     "intermediate_scale": (2.0**-4, 2.0**-6, 2.0**-5),
 }
+# Formats without a global scale: of block scales. What is added to a byte is a power of two.
+BLOCK_FACTORS = {
+    "gate_up.block_scale": FACTORS["gate_up.global_scale"],
+    "down.block_scale": FACTORS["down.global_scale"],
+}
+BLOCK_STEPS = {"gate_up.block_scale": (-1, 0, -2, -3), "down.block_scale": (-3, -2, 0, -1)}
 
 
 class Outcome(NamedTuple):
@@ -74,7 +80,7 @@ def checks(subject: Subject) -> Iterator[Check]:
         "ids without expert": ids_without_expert,
         "expert halves": expert_halves,
         "gate and up exchanged": exchanged,
-        **{name: functools.partial(scale_followed, name=name) for name in FACTORS},
+        **{name: functools.partial(scale_followed, name=name) for name in scales_of(subject)},
         "float16": functools.partial(other_dtype, dtype=torch.float16),
         "float32, strided": functools.partial(other_dtype, dtype=torch.float32),
         "softmax_topk fused": functools.partial(fused_routing, method="softmax_topk"),
@@ -84,6 +90,15 @@ def checks(subject: Subject) -> Iterator[Check]:
     }
     for name, check in named.items():
         yield Check(name, subject.probe, functools.partial(check, subject))
+
+
+def scales_of(subject: Subject) -> list[str]:
+    """Return the names of the scales that the layer's format stores."""
+    format = subject.weights.number_format
+    static = format.activation_range is not None
+    weights = [name for name in FACTORS if name.endswith("global_scale")]
+    activations = [name for name in FACTORS if name not in weights]
+    return [*(weights if format.globally_scaled else BLOCK_FACTORS), *(activations * static)]
 
 
 def numbers(subject: Subject, tokens: int) -> Outcome:
@@ -156,7 +171,7 @@ def exchanged(subject: Subject) -> Outcome:
     tensors = weights.tensors()
     for name in ("gate_up.packed", "gate_up.block_scale"):
         # As bytes: few operators know float8.
-        swapped = tensors[name].view(torch.uint8).roll(weights.intermediate_padded, 1)
+        swapped = tensors[name].view(torch.uint8).roll(tensors[name].shape[1] // 2, 1)
         tensors[name] = swapped.view(tensors[name].dtype)
     other = ExpertWeights.from_tensors(tensors, weights.metadata())
     inputs = subject.inputs(subject.probe, seed=4)
@@ -171,18 +186,27 @@ def scale_followed(subject: Subject, name: str) -> Outcome:
     """Change one scale and prepare again: the kernel follows the definition."""
     weights = subject.weights
     tensors = weights.tensors()
-    factors = torch.tensor(FACTORS[name], dtype=torch.float32, device=weights.device)
-    count_ = tensors[name].numel()
-    tensors[name] = tensors[name] * factors.repeat(-(-count_ // factors.numel()))[:count_]
+    tensors[name] = changed(tensors[name], name)
     other = ExpertWeights.from_tensors(tensors, weights.metadata())
     inputs = subject.inputs(subject.probe, seed=5)
     expected = subject.expected(other, *inputs)
     outcome = compare(subject.fused(other)(*inputs), expected, subject.limit)
-    if name.endswith("global_scale") or subject.quantizes_activations:
+    if "." in name or subject.quantizes_activations:
         change = relative_error(subject.expected(weights, *inputs), expected)
         if not change > 2 * subject.limit:
             return Outcome(FAILED, change, 2 * subject.limit, "the change does not show: no test")
     return outcome
+
+
+def changed(scale: torch.Tensor, name: str) -> torch.Tensor:
+    """Return a scale with a factor for each expert and row, so also for gate and for up."""
+    in_steps = scale.dtype == torch.uint8
+    values = BLOCK_STEPS[name] if in_steps else (FACTORS | BLOCK_FACTORS)[name]
+    index = torch.arange(len(scale), device=scale.device)
+    if scale.dim() == 3:
+        index = (index[:, None] + torch.arange(scale.shape[1], device=scale.device))[..., None]
+    each = torch.tensor(values, device=scale.device)[index % len(values)]
+    return (scale.int() + each).clamp(0, 254).to(torch.uint8) if in_steps else scale * each.float()
 
 
 def other_dtype(subject: Subject, dtype: torch.dtype) -> Outcome:
@@ -221,9 +245,11 @@ def fused_routing(subject: Subject, method: str, seed: int = 7) -> Outcome:
         return outcome
     if reasons:
         return Outcome(NOT_SUPPORTED, note="; ".join(reasons))
-    arguments = nvfp4_moe_from_logits_arguments(module.prepared, routing, module.kernel)
-    both = torch.ops.fp4moe.moe_from_logits, torch.ops.fp4moe.nvfp4_moe_from_logits
-    inside = both[not weights.biased].default(hidden, logits, bias, *arguments)
+    settings = Settings.of_layer(module.prepared.layer, module.kernel)
+    given = MoeFromLogitsArguments(
+        hidden, logits, bias, module.prepared.operands, routing, settings
+    )
+    inside = given.operator(*given.flat())
     return compare(inside, module(hidden, *route(logits, bias, routing)), SAME_KERNEL)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ..activations import get_activation
 from ..experts import ExpertWeights
+from ..formats import DEFAULT_FORMAT, FORMATS
 from ..kernels import get_kernel
 from ..module import FusedExperts
 from ..reference import reference, reference_w4a4
@@ -25,6 +26,10 @@ W4A16 = 8 * BF16_ROUNDING
 # W4A4: approximate reciprocals move values across a rounding boundary. Rounding all of them anew
 # would give 0.2, a wrong layout more.
 W4A4 = 5e-2
+# Activations of 8 bits: anew would give 0.027 * sqrt(2).
+W8A8 = 2e-2
+# FP8 blocks: TRT-LLM-Gen rounds gate and up, too, before they are combined: 0.027 each.
+ROUNDED_GATE_AND_UP = 6e-2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,7 +58,13 @@ class Subject:
     @property
     def limit(self) -> float:
         """Largest relative RMS against the definition."""
-        return W4A4 if self.quantizes_activations else W4A16
+        if not self.quantizes_activations:
+            return W4A16
+        format = self.weights.number_format
+        if format.activation_bits == 4:
+            return W4A4
+        in_blocks = format.scales is not None and format.scales.rows not in (None, 1)
+        return ROUNDED_GATE_AND_UP if in_blocks else W8A8
 
     @property
     def quantizes_activations(self) -> bool:
@@ -114,14 +125,19 @@ def make_subject(
     """Make a random layer, one expert at a time, with calibrated activation scales.
 
     Args:
-        sizes: activation, gated, hidden_size, intermediate_size, num_experts, top_k, and biased
-            where the experts have biases.
+        sizes: activation, gated, hidden_size, intermediate_size, num_experts, top_k, biased where
+            the experts have biases, and format of their weights.
     """
     generator = torch.Generator(device).manual_seed(0)
     normal = functools.partial(torch.randn, generator=generator, dtype=torch.float32, device=device)
     hidden = normal(max(64, *tokens), sizes["hidden_size"]).bfloat16()
-    # Not the amax itself: bfloat16 inputs would then often lie on a rounding boundary.
-    hidden_scale = 1.03 * float(hidden.abs().max()) / 2688
+    format = sizes.get("format", DEFAULT_FORMAT)
+    stored_range = FORMATS[format].activation_range
+
+    def calibrated(x: torch.Tensor) -> float:
+        # Not the amax itself: bfloat16 inputs would then often lie on a rounding boundary.
+        return 1.03 * float(x.abs().max()) / stored_range if stored_range else 1.0
+
     combine, biased = get_activation(sizes["activation"]).combine, sizes.get("biased", False)
     x, shape = hidden[:64].float(), (sizes["intermediate_size"], sizes["hidden_size"])
 
@@ -141,8 +157,9 @@ def make_subject(
             **{name: tensor[None] for name, tensor in (matrices | biases).items()},
             down=down[None],
             activation=sizes["activation"],
-            hidden_scale=hidden_scale,
-            intermediate_scale=1.03 * float(y.abs().max()) / 2688,
+            format=format,
+            hidden_scale=calibrated(hidden),
+            intermediate_scale=calibrated(y),
         )
 
     weights = stack_experts(sizes["num_experts"], one)

@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 from flashinfer_contract import takes
+from flashinfer_formats_layers import GIVEN
+from flashinfer_formats_layers import layer as formats_layer
 from fused_layers import layer, tokens
-from tiny_models import fingerprint, gemma4
+from tiny_models import family, fingerprint, gemma4, qwen3_moe
 from torch import nn
 
-from fp4moe import FusedExperts, explain
+from fp4moe import FusedExperts, explain, replace_moe
 from fp4moe.errors import CheckpointError, ShapeError, UnsupportedError
 from fp4moe.kernels.flashinfer.library import (
     flashinfer_settings,
@@ -67,6 +69,39 @@ def test_a_float_model_is_tuned_on_random_layers_of_its_sizes(emulated):
     assert call["gemm2_weights"].shape[1] == block.padded_sizes[0]
 
 
+@pytest.mark.parametrize("format", ["fp8_block", "mxfp8", "mxfp4"])
+def test_a_float_model_is_tuned_in_the_format_that_it_will_have(emulated, format):
+    float_model = qwen3_moe()
+    before = fingerprint(float_model)
+    assert autotune(float_model, max_tokens=4, format=format) == 1
+    assert fingerprint(float_model) == before
+    block = explain(float_model, format=format).blocks[0]
+    (call,) = emulated.of(GIVEN[format])
+    assert call["gemm2_weights"].shape[1] == block.padded_sizes[0]
+    emulated.calls.clear()
+    assert autotune(replace_moe(float_model, format=format, progress=False), max_tokens=4) == 1
+    (same,) = emulated.of(GIVEN[format])
+    assert {k: described(v) for k, v in call.items()} == {k: described(v) for k, v in same.items()}
+
+
+def described(value):
+    return (value.dtype, value.shape) if isinstance(value, torch.Tensor) else type(value)
+
+
+def test_biases_of_a_float_model_are_tuned_with_it(emulated):
+    float_model = family("gpt_oss")
+    assert autotune(float_model, max_tokens=4, format="mxfp4") == 1
+    (call,) = emulated.of(GIVEN["mxfp4"])
+    assert call["gemm1_bias"].abs().max() > 0 and call["gemm2_bias"].abs().max() > 0
+
+
+def test_formats_of_one_size_are_layers_of_their_own(emulated):
+    both = nn.ModuleList(
+        FusedExperts(formats_layer(format), top_k=2) for format in ("mxfp8", "mxfp4", "mxfp8")
+    )
+    assert autotune(both, max_tokens=4) == 2
+
+
 def test_the_tuner_sees_what_it_tunes(emulated, monkeypatch):
     """0.6.13 makes packed random ids whatever it was called with, so it is called with those."""
     seen = []
@@ -111,6 +146,11 @@ def test_refusals(emulated, claim):
         UnsupportedError, match=r"^autotune: .* cannot be tuned.* none, .* Move the mod"
     ):
         autotune(nn.Linear(2, 2))
+    with pytest.raises(UnsupportedError, match=r"^autotune: format must be one of .* got 'int4'"):
+        autotune(qwen3_moe(), format="int4")
+    # GeGLU has kernels in NVFP4 alone.
+    with pytest.raises(UnsupportedError, match=r"^autotune: .* cannot be tuned"):
+        autotune(gemma4(), format="mxfp8")
     claim(None)
     with pytest.raises(UnsupportedError, match=r"kernels \['reference'\], and only .* Move the"):
         autotune(FusedExperts(layer(), top_k=2))
