@@ -7,20 +7,22 @@ quantised, and its names: float_experts.py.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from ..experts import ExpertWeights
 from ..formats import FORMATS, StoredMatrix
 from ..version import __version__
-from .float_experts import Experts, is_stack
+from .float_experts import Experts, Part, is_stack
 from .header import Spec
 from .modelopt import MODELOPT_NAMES, ROWS, WEIGHTS_ONLY
 from .mtp import mtp_module
 from .stored import needed_parts
 
-__all__ = ["exclude_modules", "quantization_configs", "written", "written_specs"]
+__all__ = ["exclude_modules", "quantization_configs", "written", "written_experts"]
+__all__ += ["written_scale", "written_specs"]
 
 # The version of ModelOpt whose layout this is.
 LAYOUT_VERSION = "0.47.0"
@@ -94,6 +96,61 @@ def written(name: str, stored: StoredMatrix, form: str) -> list[tuple[str, torch
         for part, tensor in stored.parts().items()
         if part in needed_parts(FORMATS[form])
     ]
+
+
+def written_scale(name: str, scale: float, form: str) -> tuple[str, torch.Tensor]:
+    """Return the key and tensor of the static scale of a matrix's input."""
+    value = torch.tensor(scale, dtype=torch.float32, device="cpu")
+    return f"{name}.{MODELOPT_NAMES[form]['input_scale']}", value
+
+
+def written_experts(
+    layer: Experts,
+    weights: ExpertWeights,
+    biases: Collection[str],
+    dtype: torch.dtype,
+    *,
+    calibrated: bool,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the keys and tensors of packed experts, copies in the memory of the host.
+
+    Args:
+        layer: how the float checkpoint of the same model names them.
+        weights: all experts of the layer, without padding.
+        biases: keys of those that the float checkpoint has.
+        dtype: of biases, where that keeps their values; else they are float32.
+        calibrated: with an input_scale for each.
+    """
+    weights, form = weights.to("cpu"), weights.format
+    hidden, inner = float(weights.hidden_scale), weights.intermediate_scale.tolist()
+    # The matrices of a part lie below each other: gate, then up.
+    for gemm, bias, groups in (
+        (weights.gate_up, weights.gate_up_bias, layer.first),
+        (weights.down, weights.down_bias, [(part,) for part in layer.down]),
+    ):
+        for parts in groups:
+            for place, part in enumerate(parts):
+                matrix = _one(gemm, part, place, len(parts))
+                yield from written(part.name, matrix, form)
+                if calibrated:
+                    scale = hidden if gemm is weights.gate_up else inner[part.expert]
+                    yield written_scale(part.name, scale, form)
+                if bias is not None and (key := f"{part.name}.bias") in biases:
+                    values = bias[part.expert].chunk(len(parts))[place]
+                    cast = values.to(dtype, copy=True)
+                    yield key, cast if torch.equal(cast.float(), values) else values.clone()
+
+
+def _one(gemm: StoredMatrix, part: Part, place: int, count: int) -> StoredMatrix:
+    """A copy of one of the `count` matrices of an expert."""
+    parts = {
+        # A part of size 0 is absent; a global scale is one number for all of them.
+        name: (t if t.ndim == 1 else t.chunk(count, 1)[place])[part.expert].clone()
+        if t.numel()
+        else t
+        for name, t in gemm.parts().items()
+    }
+    return type(gemm)(**parts)
 
 
 def _shape(form: str, part: str, shape: tuple[int, ...]) -> tuple[int, ...]:
