@@ -21,8 +21,8 @@ from .modelopt import MODELOPT_NAMES, ROWS, WEIGHTS_ONLY
 from .mtp import mtp_module
 from .stored import needed_parts
 
-__all__ = ["exclude_modules", "quantization_configs", "written", "written_experts"]
-__all__ += ["written_scale", "written_specs"]
+__all__ = ["exclude_modules", "mixed_configs", "quantization_configs", "written"]
+__all__ += ["written_experts", "written_scale", "written_specs"]
 
 # The version of ModelOpt whose layout this is.
 LAYOUT_VERSION = "0.47.0"
@@ -168,36 +168,64 @@ def quantization_configs(
     excluded: list[str], calibrated: bool, form: str
 ) -> tuple[dict[str, Any], ...]:
     """Return hf_quant_config.json, and "quantization_config" for config.json."""
+    algorithm, size = _algorithm(form, calibrated), _group_size(form)
+    group = _group(form, calibrated)
+    # The other algorithms have no groups in its files.
+    groups = {"config_groups": {"group_0": group | {"targets": ["Linear"]}}} if group else {}
+    legacy = {"kv_cache_quant_algo": None, **size, "exclude_modules": excluded}
+    return _configs(algorithm | legacy, {**groups, "ignore": excluded, **algorithm})
+
+
+def mixed_configs(
+    excluded: list[str], calibrated: Mapping[str, bool], layers: Mapping[str, str]
+) -> tuple[dict[str, Any], ...]:
+    """Return the same for modules of several formats.
+
+    Args:
+        calibrated: format -> whether its matrices have an input_scale.
+        layers: module -> its format; experts are one module a layer.
+    """
+    named = {
+        name: _algorithm(form, calibrated[form]) | _group_size(form)
+        for name, form in layers.items()
+    }
+    mixed = {"quant_algo": "MIXED_PRECISION", "quantized_layers": named}
+    groups = {}
+    for number, form in enumerate(calibrated):
+        targets = sorted(name for name, other in layers.items() if other == form)
+        if group := _group(form, calibrated[form]):
+            groups[f"group_{number}"] = group | {"targets": targets}
+    legacy = {**mixed, "kv_cache_quant_algo": None, "exclude_modules": excluded}
+    return _configs(legacy, {"config_groups": groups, "ignore": excluded, **mixed})
+
+
+def _configs(legacy: dict[str, Any], current: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     # Loaders such as TensorRT-LLM's ask for this producer: here it is the name of the layout.
     producer = {
         "name": "modelopt",
         "version": LAYOUT_VERSION,
         "written_by": f"fp4moe {__version__}",
     }
-    row = ROWS[form]
-    algorithm = WEIGHTS_ONLY if form == "nvfp4" and not calibrated else row.algorithms[0]
-    size = {} if row.group_size is None else {"group_size": row.group_size}
-    legacy = {
-        "producer": producer,
-        "quantization": {
-            "quant_algo": algorithm,
-            "kv_cache_quant_algo": None,
-            **size,
-            "exclude_modules": excluded,
-        },
-    }
-    groups: dict[str, Any] = {}
-    if "input_scale" in row.names:
-        # The other algorithms have no groups in its files.
-        bits = 8 // (FORMATS[form].codes.columns or 1)
-        numbers = {"dynamic": False, "num_bits": bits, "type": "float", **size}
-        group: dict[str, Any] = {"input_activations": numbers} if calibrated else {}
-        groups = {"config_groups": {"group_0": group | {"weights": numbers, "targets": ["Linear"]}}}
-    current = {
-        **groups,
-        "ignore": excluded,
-        "quant_algo": algorithm,
-        "producer": producer,
-        "quant_method": "modelopt",
-    }
-    return legacy, current
+    return (
+        {"producer": producer, "quantization": legacy},
+        {**current, "producer": producer, "quant_method": "modelopt"},
+    )
+
+
+def _algorithm(form: str, calibrated: bool) -> dict[str, Any]:
+    weights_only = form == "nvfp4" and not calibrated
+    return {"quant_algo": WEIGHTS_ONLY if weights_only else ROWS[form].algorithms[0]}
+
+
+def _group_size(form: str) -> dict[str, Any]:
+    size = ROWS[form].group_size
+    return {} if size is None else {"group_size": size}
+
+
+def _group(form: str, calibrated: bool) -> dict[str, Any]:
+    """The numbers of a group of ModelOpt's; {} for a format without ranges of activations."""
+    if "input_scale" not in ROWS[form].names:
+        return {}
+    bits = 8 // (FORMATS[form].codes.columns or 1)
+    numbers = {"dynamic": False, "num_bits": bits, "type": "float", **_group_size(form)}
+    return ({"input_activations": numbers} if calibrated else {}) | {"weights": numbers}

@@ -20,6 +20,7 @@ import torch
 
 from ..checkpoint.modelopt_writer import (
     exclude_modules,
+    mixed_configs,
     quantization_configs,
     written,
     written_experts,
@@ -35,7 +36,7 @@ from ..linear import NAMES
 from ..module import FusedExperts
 from ..saving import packed_left_out, set_writer
 from .quantized import quantizer_classes
-from .saved_names import Names, check_state, common_form, packed_modules
+from .saved_names import Names, check_state, packed_modules, stored_form, stored_forms
 
 __all__ = ["save"]
 
@@ -49,7 +50,8 @@ class Saved:
 
     Attributes:
         model, state: the model, and the state dict that is saved instead of its own, or None.
-        names, form, calibrated: see saved_names.py.
+        names: of its packed modules.
+        calibrated: format -> whether its modules have activation ranges.
         rename: what transformers does to the names of a state dict that it saves.
         legacy, current: hf_quant_config.json, and "quantization_config" for config.json.
     """
@@ -57,8 +59,7 @@ class Saved:
     model: Any
     state: State | None
     names: Names
-    form: str
-    calibrated: bool
+    calibrated: dict[str, bool]
     rename: Callable[[State], dict[str, torch.Tensor]]
     legacy: dict[str, Any]
     current: dict[str, Any]
@@ -79,16 +80,21 @@ class Saved:
         inside = {f"{p}.{n}": t for p, m in packed.items() for n, t in m.named_buffers()}
         rest = _rest(model, state)
         check_state(model, rest | inside, no)
-        form, calibrated = common_form(packed, no)
+        calibrated = stored_forms(packed, no)
         blank = {key: torch.empty_like(tensor, device="meta") for key, tensor in rest.items()}
         rename = _renaming(model, blank) if original else dict
         names = Names.of(model, packed, rename, caller, no)
         shapes = {key: (t.dtype, tuple(t.shape)) for key, t in rename(blank).items()}
-        layers = [*names.experts.values(), *names.linears.values()]
+        layers = names.experts | names.linears
         count = decoder_layers(model.config.to_dict())
-        excluded = exclude_modules(shapes | names.shapes, layers, count)
-        configs = quantization_configs(excluded, calibrated, form)
-        return cls(model, state, names, form, calibrated, rename, *configs)
+        excluded = exclude_modules(shapes | names.shapes, layers.values(), count)
+        if len(calibrated) == 1:
+            ((form, ranges),) = calibrated.items()
+            configs = quantization_configs(excluded, ranges, form)
+        else:
+            forms = {layer.module: stored_form(packed[p]) for p, layer in layers.items()}
+            configs = mixed_configs(excluded, calibrated, forms)
+        return cls(model, state, names, calibrated, rename, *configs)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return everything that is written, by its name in the files."""

@@ -24,7 +24,8 @@ from .experts_module import FUSED_CHILD
 from .experts_module import find_experts as experts_of
 from .from_config import float_twin
 
-__all__ = ["Names", "check_state", "common_form", "packed_modules"]
+__all__ = ["Names", "check_state", "packed_modules", "stored_form"]
+__all__ += ["stored_forms"]
 
 Refuse = Callable[..., NoReturn]
 Rename = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -106,34 +107,33 @@ def check_state(model: Any, tensors: Mapping[str, torch.Tensor], no: Refuse) -> 
         no(f"{split} is split over processes", "Save it from one process that holds all of it.")
 
 
-def common_form(packed: Mapping[str, nn.Module], no: Refuse) -> tuple[str, bool]:
-    """Return the format of all packed modules, and whether they have activation ranges."""
-    forms: dict[str, str] = {}
-    ranges: dict[bool, str] = {}
+def stored_form(module: Any) -> str:
+    """Return the format of a packed module."""
+    return module.layer.format if isinstance(module, FusedExperts) else module.format
+
+
+def stored_forms(packed: Mapping[str, nn.Module], no: Refuse) -> dict[str, bool]:
+    """Return each format of packed modules, and whether these have activation ranges."""
+    found: dict[str, dict[bool, str]] = {}
     for path, module in packed.items():
-        if isinstance(module, PackedLinear):
-            form, calibrated = module.format, module.input_scale is not None
-        elif isinstance(module, FusedExperts):
-            form, scales = module.layer.format, module.activation_scales()
-            stored = "input_scale" in MODELOPT_NAMES[form]
+        form = stored_form(module)
+        if isinstance(module, FusedExperts):
+            stored, scales = "input_scale" in MODELOPT_NAMES[form], module.activation_scales()
             calibrated = stored and any(bool((scale != 1).any()) for scale in scales)
         else:
-            no(f"{path} is a {type(module).__name__}, which has no place in ModelOpt's layout")
-        forms.setdefault(form, path)
-        ranges.setdefault(calibrated, path)
-    if len(forms) > 1:
-        listed = " and ".join(f"{path} is {form.upper()}" for form, path in forms.items())
-        no(f"{listed}: files are of one format")
-    if len(ranges) > 1:
-        no(
-            f"{ranges[True]} has activation ranges and {ranges[False]} has none: a checkpoint "
-            "has them for all or for none",
-            "Calibrate all layers, or set the scales back to 1 with set_activation_scales(1, 1).",
-        )
-    form, calibrated = next(iter(forms)), next(iter(ranges))
-    if calibrated and "input_scale" not in MODELOPT_NAMES[form]:
-        no(f"ModelOpt's {form.upper()} has no activation ranges, and {ranges[True]} has one")
-    return form, calibrated
+            calibrated = module.input_scale is not None
+        found.setdefault(form, {}).setdefault(calibrated, path)
+    for form, ranges in found.items():
+        if len(ranges) > 1:
+            no(
+                f"{ranges[True]} has activation ranges and {ranges[False]} has none: a checkpoint "
+                f"has them for all {form.upper()} modules or for none",
+                "Calibrate all layers, or set the scales of experts back to 1 with "
+                "set_activation_scales(1, 1).",
+            )
+        if True in ranges and "input_scale" not in MODELOPT_NAMES[form]:
+            no(f"ModelOpt's {form.upper()} has no activation ranges, and {ranges[True]} has one")
+    return {form: next(iter(ranges)) for form, ranges in found.items()}
 
 
 def _specs(tensors: Mapping[str, torch.Tensor]) -> dict[str, Spec]:
