@@ -104,8 +104,8 @@ class Saved:
             biases_of = biases | {bias.name for bias in layer.biases}
             module = self.model.get_submodule(path)
             weights = _weights(path, module, self.state)
-            dtype = self.model.dtype
-            tensors |= written_experts(layer, weights, biases_of, dtype, calibrated=self.calibrated)
+            how = {"calibrated": self.calibrated[weights.format]}
+            tensors |= written_experts(layer, weights, biases_of, self.model.dtype, **how)
         for path, layer in self.names.linears.items():
             module = self.model.get_submodule(path)
             tensors |= _written_linear(layer.module, _own(path, module, self.state), module.format)
