@@ -1,19 +1,25 @@
 """How transformers sees a model with packed weights: as quantised, by an HfQuantizer of ours.
 
-`Trainer`, `.half()`, `save_pretrained` and others ask a model for its quantizer. What it writes:
+`Trainer`, `.half()`, `save_pretrained` and others ask a model for its quantizer. What is written:
 models/save.py. Its part in from_pretrained: pretrained/quantizer.py, which derives from it.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
+from ..checkpoint.safetensors_writer import write_file
 from ..errors import refuse
+from ..saving import set_writer
+from .save import Saved, lent_attribute
 
 __all__ = ["METHOD", "findable", "mark_quantized", "quantizer_classes"]
 
@@ -105,3 +111,45 @@ def _outermost(model: nn.Module) -> Iterator[Any]:
         return
     for child in model.children():
         yield from _outermost(child)
+
+
+def _save(
+    model: Any, caller: str, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+) -> Any:
+    """Do what `plain`, the save_pretrained or push_to_hub of a model, does.
+
+    Raises:
+        UnsupportedError: the model cannot be written; no file and no repository is there yet.
+    """
+    if caller == "push_to_hub":
+        # It makes a repository before it calls save_pretrained.
+        Saved.of(model, None, True, caller)
+        return plain(model, *args, **kwargs)
+    call = inspect.signature(plain).bind(model, *args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    if given["distributed_checkpoint"]:
+        what = f"a {type(model).__name__} with packed weights cannot be written"
+        reason = "a distributed checkpoint has no place for them"
+        refuse(caller, what, reason, "Leave distributed_checkpoint out.")
+    saved = Saved.of(model, given["state_dict"], given["save_original_format"], caller)
+    # Names are made here, since packed tensors have none that transformers would know.
+    given["save_original_format"] = False
+
+    def tensors() -> dict[str, Any]:
+        if given["is_main_process"]:
+            path = os.path.join(given["save_directory"], "hf_quant_config.json")
+            write_file(path, json.dumps(saved.legacy, indent=2).encode())
+        return saved.tensors()
+
+    kind, quantizer_class = quantizer_classes()
+    quantizer = quantizer_class(kind(), pre_quantized=False)
+    quantizer.saving = tensors
+    with (
+        lent_attribute(model, "hf_quantizer", quantizer),
+        lent_attribute(model.config, "quantization_config", saved.current),
+    ):
+        return plain(*call.args, **call.kwargs)
+
+
+set_writer(_save)

@@ -38,7 +38,6 @@ from .module_list import find_module_lists
 from .quantized import mark_quantized
 from .routers import FusedRouter, fuse_router
 from .routing_plan import fused_router_beside, plan_fused_routing
-from .save import save as _save  # noqa: F401  what save_pretrained writes: it makes itself known
 
 __all__ = ["asked_of", "explain", "find_candidates", "replace_moe"]
 

@@ -10,9 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,18 +24,16 @@ from ..checkpoint.modelopt_writer import (
     written_scale,
 )
 from ..checkpoint.mtp import decoder_layers
-from ..checkpoint.safetensors_writer import write_file
 from ..errors import refuse
 from ..experts import ExpertWeights
 from ..formats import StoredMatrix
 from ..formats.base import SLOTS
 from ..linear import NAMES
 from ..module import FusedExperts
-from ..saving import packed_left_out, set_writer
-from .quantized import quantizer_classes
+from ..saving import packed_left_out
 from .saved_names import Names, check_state, packed_modules, stored_form, stored_forms
 
-__all__ = ["save"]
+__all__ = ["Saved", "lent_attribute"]
 
 State = Mapping[str, torch.Tensor]
 KEEP = "Keep model.state_dict() with torch.save, or write a checkpoint with fp4moe quantize."
@@ -77,6 +72,9 @@ class Saved:
             refuse(caller, what, reason, advice, **how)
 
         packed = packed_modules(model)
+        for module in packed.values():
+            if state is None and isinstance(module, FusedExperts):
+                module._lent.check(module)
         inside = {f"{p}.{n}": t for p, m in packed.items() for n, t in m.named_buffers()}
         rest = _rest(model, state)
         check_state(model, rest | inside, no)
@@ -112,50 +110,8 @@ class Saved:
         return tensors
 
 
-def save(
-    model: Any, caller: str, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
-) -> Any:
-    """Do what `plain`, the save_pretrained or push_to_hub of a model, does.
-
-    Raises:
-        UnsupportedError: the model cannot be written; no file and no repository is there yet.
-    """
-    if caller == "push_to_hub":
-        # It makes a repository before it calls save_pretrained.
-        Saved.of(model, None, True, caller)
-        return plain(model, *args, **kwargs)
-    call = inspect.signature(plain).bind(model, *args, **kwargs)
-    call.apply_defaults()
-    given = call.arguments
-    if given["distributed_checkpoint"]:
-        what = f"a {type(model).__name__} with packed weights cannot be written"
-        reason = "a distributed checkpoint has no place for them"
-        refuse(caller, what, reason, "Leave distributed_checkpoint out.")
-    saved = Saved.of(model, given["state_dict"], given["save_original_format"], caller)
-    # Names are made here, since packed tensors have none that transformers would know.
-    given["save_original_format"] = False
-
-    def tensors() -> dict[str, torch.Tensor]:
-        if given["is_main_process"]:
-            path = os.path.join(given["save_directory"], "hf_quant_config.json")
-            write_file(path, json.dumps(saved.legacy, indent=2).encode())
-        return saved.tensors()
-
-    config_class, quantizer_class = quantizer_classes()
-    quantizer = quantizer_class(config_class(), pre_quantized=False)
-    quantizer.saving = tensors
-    with (
-        _attribute(model, "hf_quantizer", quantizer),
-        _attribute(model.config, "quantization_config", saved.current),
-    ):
-        return plain(*call.args, **call.kwargs)
-
-
-set_writer(save)
-
-
 @contextlib.contextmanager
-def _attribute(owner: Any, name: str, value: object) -> Iterator[None]:
+def lent_attribute(owner: Any, name: str, value: object) -> Iterator[None]:
     """Give an object an attribute for a while."""
     before = {name: vars(owner)[name]} if name in vars(owner) else {}
     setattr(owner, name, value)
@@ -184,7 +140,7 @@ def _renamed(model: Any, conversions: list[Any] | None, tensors: State) -> dict[
     from transformers.core_model_loading import revert_weight_conversion
 
     # None: those of the class.
-    with _attribute(model, "_weight_conversions", conversions):
+    with lent_attribute(model, "_weight_conversions", conversions):
         return revert_weight_conversion(model, dict(tensors))
 
 
@@ -212,7 +168,6 @@ def _own(path: str, module: Any, state: State | None) -> State:
 
 
 def _weights(path: str, module: FusedExperts, state: State | None) -> ExpertWeights:
-    module._lent.check(module)
     if state is None:
         return module.weights
     own = _own(path, module, state)
