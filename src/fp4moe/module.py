@@ -8,6 +8,7 @@ nobody who pairs state_dict and buffers by name mixes the two.
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ __all__ = ["FusedExperts"]
 
 # What the kernel reads: a buffer is called by this and the operand's name.
 PREPARED = "prepared_"
+# One thread prepares for another device, the others wait.
+_choosing = threading.Lock()
 
 
 class FusedExperts(PackedModule):
@@ -122,6 +125,8 @@ class FusedExperts(PackedModule):
         self._kept = tuple(prepared.kept)
         arguments = nvfp4_moe_arguments(prepared, self.kernel)
         self._arguments = tuple(a for a in arguments if not isinstance(a, torch.Tensor))
+        # The last step: other threads go by it.
+        self._place = tensors["down_packed"].device
 
     @property
     def num_experts(self) -> int:
@@ -185,8 +190,11 @@ class FusedExperts(PackedModule):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Apply the experts; see `fp4moe.fused_moe` for the arguments."""
-        if not torch.compiler.is_compiling() and self._lent.marks:
-            self._lent.check(self)
+        if not torch.compiler.is_compiling():
+            if self._lent.marks:
+                self._lent.check(self)
+            if self.prepared_down_packed.device != self._place:
+                self._choose_again()
         # Spelled out: torch.compile follows attributes, and a call costs less so.
         gate_up = (
             self.prepared_gate_up_packed,
@@ -205,6 +213,17 @@ class FusedExperts(PackedModule):
             return torch.ops.fp4moe.nvfp4_moe.default(*chosen, *operands, *self._arguments)
         biased = *gate_up, self.prepared_gate_up_bias, *down, self.prepared_down_bias, *scales
         return torch.ops.fp4moe.moe.default(*chosen, *biased, *self._arguments)
+
+    def _choose_again(self) -> None:
+        """Prepare for the device where accelerate has put the buffers one by one."""
+        with _choosing:
+            place = self.prepared_down_packed.device
+            if place.type != "meta" and place != self._place:
+                if (kernel := self._select(self.layer, place)) != self.kernel:
+                    weights = self.weights
+                    self.kernel = kernel
+                    self._hold(self._laid_out(weights))
+            self._place = place
 
     def _apply(self, fn, recurse: bool = True):
         before = self.prepared_gate_up_packed.device

@@ -73,7 +73,7 @@ class Saved:
 
         packed = packed_modules(model)
         for module in packed.values():
-            if state is None and isinstance(module, FusedExperts):
+            if state is None and hasattr(module, "_lent"):
                 module._lent.check(module)
         inside = {f"{p}.{n}": t for p, m in packed.items() for n, t in m.named_buffers()}
         rest = _rest(model, state)
