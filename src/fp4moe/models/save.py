@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -67,14 +67,15 @@ class Saved:
             UnsupportedError: it cannot be written.
         """
 
-        def no(reason: str, advice: str = KEEP, **how: Any) -> None:
+        def no(reason: str, advice: str = KEEP, **how: Any) -> NoReturn:
             what = f"a {type(model).__name__} with packed weights cannot be written"
             refuse(caller, what, reason, advice, **how)
 
         packed = packed_modules(model)
         for module in packed.values():
-            if state is None and hasattr(module, "_lent"):
-                module._lent.check(module)
+            lent: Any = getattr(module, "_lent", None)
+            if state is None and lent is not None:
+                lent.check(module)
         inside = {f"{p}.{n}": t for p, m in packed.items() for n, t in m.named_buffers()}
         rest = _rest(model, state)
         check_state(model, rest | inside, no)

@@ -32,7 +32,7 @@ def _classes() -> tuple[Any, Any]:
     """Make the classes that derive from transformers'."""
     config_class, quantizer_class = quantizer_classes()
 
-    class Fp4MoeQuantizer(quantizer_class):
+    class Fp4MoeQuantizer(quantizer_class):  # type: ignore[misc, valid-type]
         """Hands the steps of from_pretrained to a Loading."""
 
         def __init__(self, quantization_config, **kwargs):
@@ -40,7 +40,7 @@ def _classes() -> tuple[Any, Any]:
             quantize = not self.pre_quantized or quantization_config.entries.get("float", False)
             # transformers then casts as for float models, loads one tensor after the other, and
             # leaves what it does not know alone.
-            self.pre_quantized = False
+            self.pre_quantized: bool = False
             self.loading = Loading(quantization_config.options or Options(), quantize)
 
         def validate_environment(self, *args, device_map=None, **kwargs) -> None:
