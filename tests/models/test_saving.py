@@ -14,6 +14,7 @@ import sys
 
 import checkpoint_makers as makers
 import format_files as files
+import loop_models
 import pytest
 import torch
 import transformers
@@ -22,6 +23,7 @@ from tiny_models import enlarge_experts, family, gemma4, gemma4_multimodal, nemo
 from turned_kernel import layouts  # noqa: F401
 
 import fp4moe
+from fp4moe.errors import UnsupportedError
 from fp4moe.formats import FORMATS
 
 BUILDS = {"gemma4": gemma4, "nemotron_h": nemotron_h, "qwen3_moe": qwen3_moe}
@@ -223,6 +225,40 @@ def test_layers_that_stay_float_are_saved_as_floats(tmp_path, name):
     )
     model.save_pretrained(tmp_path / "saved")
     same_files(tmp_path / "saved", tmp_path / "quantize")
+
+
+class LoopConfig(transformers.PreTrainedConfig):
+    model_type = "fp4moe_loops"
+
+
+class LoopModel(transformers.PreTrainedModel):
+    """A user's own model, whose blocks loop over lists of experts."""
+
+    config_class = LoopConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = loop_models.Model(getattr(loop_models, config.block))
+        self.post_init()
+
+    def _init_weights(self, module):
+        pass
+
+
+@pytest.mark.parametrize("block", ["MixtralOld", "Qwen2Old", "NemotronRemote"])
+def test_lists_of_experts_keep_the_names_of_their_linears(tmp_path, block):
+    model = LoopModel(LoopConfig(block=block)).eval()
+    model.save_pretrained(tmp_path / "float")
+    fp4moe.quantize_checkpoint(tmp_path / "float", tmp_path / "quantize", progress=False)
+    replaced(model).save_pretrained(tmp_path / "saved")
+    same_files(tmp_path / "saved", tmp_path / "quantize")
+
+
+def test_lists_of_other_names_are_refused(tmp_path):
+    model = replaced(LoopModel(LoopConfig(block="Plain")).eval())
+    with pytest.raises(UnsupportedError, match=r"blocks\.0\.mlps has no place .* known name\. "):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_arguments_of_save_pretrained(tmp_path):

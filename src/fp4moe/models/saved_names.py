@@ -24,8 +24,7 @@ from .experts_module import FUSED_CHILD
 from .experts_module import find_experts as experts_of
 from .from_config import float_twin
 
-__all__ = ["Names", "check_state", "packed_modules", "stored_form"]
-__all__ += ["stored_forms"]
+__all__ = ["Names", "check_state", "packed_modules", "stored_form", "stored_forms"]
 
 Refuse = Callable[..., NoReturn]
 Rename = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -158,8 +157,10 @@ def _layer(
     try:
         found, _ = find_experts(shapes, [""], None, storages, layer.format)
     except (CheckpointError, UnsupportedError) as error:
+        why, advice = str(error).partition(". ")[0], "Keep model.state_dict() with torch.save."
         no(
-            f"{path} has no names that files of other programs have: {error}".rstrip("."),
+            f"a checkpoint with {path} has no other form than its floats: {why}",
+            advice,
             cause=error,
         )
     parts = found[0].first[0]
