@@ -158,11 +158,7 @@ def _layer(
         found, _ = find_experts(shapes, [""], None, storages, layer.format)
     except (CheckpointError, UnsupportedError) as error:
         why, advice = str(error).partition(". ")[0], "Keep model.state_dict() with torch.save."
-        no(
-            f"a checkpoint with {path} has no other form than its floats: {why}",
-            advice,
-            cause=error,
-        )
+        no(f"{path} has no place in ModelOpt's layout: {why}", advice, cause=error)
     parts = found[0].first[0]
     wanted = layer.num_experts, 1 + layer.gated, (layer.intermediate_size, layer.hidden_size)
     if len(found) != 1 or (found[0].count, len(parts), parts[0].shape) != wanted:
