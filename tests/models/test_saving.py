@@ -99,6 +99,14 @@ def test_other_dtypes_and_a_layout_of_its_own(tmp_path, name, layouts):  # noqa:
     assert biases == ({torch.bfloat16} if name == "gpt_oss" else set())
 
 
+# Qwen3-MoE's router does not renormalise here.
+@pytest.mark.parametrize("name", ["gemma4", "nemotron_h"])
+def test_fused_routers_are_saved_as_those_of_the_model(tmp_path, name):
+    model = build(name)
+    model.save_pretrained(tmp_path / "float")
+    check_saved(replaced(model, routing="fused"), tmp_path / "float", tmp_path)
+
+
 @pytest.mark.parametrize("form", ["nvfp4", "fp8"])
 @pytest.mark.parametrize("name", ["gemma4", "nemotron_h"])
 def test_activation_ranges_are_saved(tmp_path, name, form):
@@ -151,6 +159,25 @@ def test_a_loaded_checkpoint_of_another_tool_becomes_modelopts(tmp_path, name, k
     found = makers.logits(files.reference_model(tmp_path / "ours"))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(makers.logits(load(tmp_path / "ours")), makers.logits(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
+def test_gate_and_up_with_scales_of_their_own_are_saved_as_folded(tmp_path, name):
+    makers.save_compressed(name, tmp_path / "theirs", shared=False)
+    model = load(tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "ours")
+    tensors, config, _ = contents(tmp_path / "ours")
+    assert config["quant_algo"] == "NVFP4"
+    pairs = {
+        k: tensors[k.replace("gate", "up")] for k in tensors if "gate_proj.weight_scale_2" in k
+    }
+    assert len(pairs) >= 16
+    # vLLM takes gate's for both.
+    assert all(tensors[key] == up for key, up in pairs.items() if ".experts." in key)
+    assert torch.equal(makers.logits(load(tmp_path / "ours")), makers.logits(model))
+    expected = makers.logits(makers.reference_model(tmp_path / "theirs"))
+    torch.testing.assert_close(makers.logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -208,6 +235,17 @@ def test_experts_of_the_registered_implementation_are_saved(tmp_path, name):
     assert contents(tmp_path / "after")[1:] == (None, None)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "after")
     torch.testing.assert_close(logits(again), back, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("name", BUILDS)
+def test_plain_transformers_loads_and_saves_it(tmp_path, name):
+    model = replaced(build(name), "fp8_block")
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved")
+    assert len(experts(again)) == 2 and torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "again")
+    same_files(tmp_path / "again", tmp_path / "saved")
 
 
 @pytest.mark.usefixtures("registered")
