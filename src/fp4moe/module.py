@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ from .pack import activation_scale
 from .prepared import PREPARED, PreparedModule
 
 __all__ = ["FusedExperts"]
+
+# One thread prepares for another device, the others wait.
+_choosing = threading.Lock()
 
 
 class FusedExperts(PreparedModule):
@@ -126,6 +130,8 @@ class FusedExperts(PreparedModule):
         self._kept = tuple(prepared.kept)
         arguments = nvfp4_moe_arguments(prepared, self.kernel)
         self._arguments = tuple(a for a in arguments if not isinstance(a, torch.Tensor))
+        # The last step: other threads go by it.
+        self._place = tensors["down_packed"].device
 
     @property
     def num_experts(self) -> int:
@@ -190,8 +196,11 @@ class FusedExperts(PreparedModule):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Apply the experts; see `fp4moe.fused_moe` for the arguments."""
-        if not torch.compiler.is_compiling() and self._lent.marks:
-            self._lent.check(self)
+        if not torch.compiler.is_compiling():
+            if self._lent.marks:
+                self._lent.check(self)
+            if self.prepared_down_packed.device != self._place:
+                self._choose_again()
         # Spelled out: torch.compile follows attributes, and a call costs less so.
         gate_up = (
             self.prepared_gate_up_packed,
@@ -210,6 +219,15 @@ class FusedExperts(PreparedModule):
             return torch.ops.fp4moe.nvfp4_moe.default(*chosen, *operands, *self._arguments)
         biased = *gate_up, self.prepared_gate_up_bias, *down, self.prepared_down_bias, *scales
         return torch.ops.fp4moe.moe.default(*chosen, *biased, *self._arguments)
+
+    def _choose_again(self) -> None:
+        """Prepare for the device where accelerate has put the buffers one by one."""
+        with _choosing:
+            place = self._device()
+            if place.type != "meta" and place != self._place:
+                if (kernel := self._select_kernel(place)) != self.kernel:
+                    self._take_state(self._state(), kernel)
+            self._place = place
 
     def _device(self) -> torch.device:
         return self.prepared_gate_up_packed.device

@@ -109,7 +109,7 @@ CHILDREN = """
 import json, os, resource, signal, sys
 import torch
 import fp4moe
-from fp4moe.pretrained.from_config import model_on_meta
+from fp4moe.models.from_config import model_on_meta
 
 source, folder, shard_bytes = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)

@@ -587,7 +587,7 @@ def test_copies_compute_the_same_from_their_own_tensors(how, build):
 CASTS = {
     "to(bfloat16)": (lambda m: m.to(torch.bfloat16), torch.bfloat16, 0.04),
     "bfloat16()": (lambda m: m.bfloat16(), torch.bfloat16, 0.04),
-    "half()": (lambda m: m.half(), torch.float16, 0.005),
+    "to(float16)": (lambda m: m.to(torch.float16), torch.float16, 0.005),
 }
 
 

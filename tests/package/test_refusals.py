@@ -28,6 +28,8 @@ PUBLIC = {
     # Of fp4moe.passes, tensorrt, testing and reference.
     *("rewrite_exported", "rewrite_moe", "lowering_pass", "random_codes", "relative_error"),
     *("reference", "reference_w4a4"),
+    # Methods of transformers' models.
+    "dequantize",
     # What evaluate and calibrate return.
     *("EvaluationReport", "BlockRanges"),
     # What is set, not called.

@@ -133,8 +133,6 @@ def test_the_rest_is_loaded_as_transformers_does(checkpoint, tmp_path, name):
     assert tied == plain.config.tie_word_embeddings
     generated = model.generate(torch.tensor([[2, 5, 7]]), max_new_tokens=3, do_sample=False)
     assert generated.shape == (1, 6)
-    with pytest.raises(UnsupportedError, match=r"^save_pretrained: .* cannot be written, because"):
-        model.save_pretrained(tmp_path / "again")
 
 
 @pytest.mark.slow

@@ -161,7 +161,7 @@ FAMILIES = {
     "granitemoeshared": ("GraniteMoeSharedForCausalLM", LOCAL | {"shared_intermediate_size": 48}),
     "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", {"num_experts": 8, "moe_topk": 2}),
     "hy_v4": ("HYV4ForCausalLM", {**LOCAL, **TOKENS, **LIMIT}),
-    "inkling2": ("Inkling2ForCausalLM", {**ROUTED, **TOKENS}),
+    "inkling2": ("Inkling2ForCausalLM", {**ROUTED, **TOKENS, "unpadded_vocab_size": 128}),
     "jamba": ("JambaForCausalLM", EXPERTS | JAMBA),
     "kolibri1": ("Kolibri1ForCausalLM", EXPERTS),
     "laguna": ("LagunaForCausalLM", EXPERTS | SHARED),

@@ -13,7 +13,7 @@ import torch
 
 from ..devices import present_device
 from ..errors import CheckpointError, UnsupportedError, must, refuse
-from ..pretrained.from_config import config_errors, one_line
+from ..models.from_config import config_errors, one_line
 from ..progress import transformers_bars
 
 __all__ = ["check_ids", "encode", "load_text_model", "read_text", "read_texts", "text_windows"]

@@ -7,20 +7,22 @@ quantised, and its names: float_experts.py.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from ..experts import ExpertWeights
 from ..formats import FORMATS, StoredMatrix
 from ..version import __version__
-from .float_experts import Experts, is_stack
+from .float_experts import Experts, Part, is_stack
 from .header import Spec
 from .modelopt import MODELOPT_NAMES, ROWS, WEIGHTS_ONLY
 from .mtp import mtp_module
 from .stored import needed_parts
 
-__all__ = ["exclude_modules", "quantization_configs", "written", "written_specs"]
+__all__ = ["exclude_modules", "mixed_configs", "quantization_configs", "written"]
+__all__ += ["written_experts", "written_scale", "written_specs"]
 
 # The version of ModelOpt whose layout this is.
 LAYOUT_VERSION = "0.47.0"
@@ -96,6 +98,61 @@ def written(name: str, stored: StoredMatrix, form: str) -> list[tuple[str, torch
     ]
 
 
+def written_scale(name: str, scale: float, form: str) -> tuple[str, torch.Tensor]:
+    """Return the key and tensor of the static scale of a matrix's input."""
+    value = torch.tensor(scale, dtype=torch.float32, device="cpu")
+    return f"{name}.{MODELOPT_NAMES[form]['input_scale']}", value
+
+
+def written_experts(
+    layer: Experts,
+    weights: ExpertWeights,
+    biases: Collection[str],
+    dtype: torch.dtype,
+    *,
+    calibrated: bool,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the keys and tensors of packed experts, copies in the memory of the host.
+
+    Args:
+        layer: how the float checkpoint of the same model names them.
+        weights: all experts of the layer, without padding.
+        biases: keys of those that the float checkpoint has.
+        dtype: of biases, where that keeps their values; else they are float32.
+        calibrated: with an input_scale for each.
+    """
+    weights, form = weights.to("cpu"), weights.format
+    hidden, inner = float(weights.hidden_scale), weights.intermediate_scale.tolist()
+    # The matrices of a part lie below each other: gate, then up.
+    for gemm, bias, groups in (
+        (weights.gate_up, weights.gate_up_bias, layer.first),
+        (weights.down, weights.down_bias, [(part,) for part in layer.down]),
+    ):
+        for parts in groups:
+            for place, part in enumerate(parts):
+                matrix = _one(gemm, part, place, len(parts))
+                yield from written(part.name, matrix, form)
+                if calibrated:
+                    scale = hidden if gemm is weights.gate_up else inner[part.expert]
+                    yield written_scale(part.name, scale, form)
+                if bias is not None and (key := f"{part.name}.bias") in biases:
+                    values = bias[part.expert].chunk(len(parts))[place]
+                    cast = values.to(dtype, copy=True)
+                    yield key, cast if torch.equal(cast.float(), values) else values.clone()
+
+
+def _one(gemm: StoredMatrix, part: Part, place: int, count: int) -> StoredMatrix:
+    """A copy of one of the `count` matrices of an expert."""
+    parts = {
+        # A part of size 0 is absent; a global scale is one number for all of them.
+        name: (t if t.ndim == 1 else t.chunk(count, 1)[place])[part.expert].clone()
+        if t.numel()
+        else t
+        for name, t in gemm.parts().items()
+    }
+    return type(gemm)(**parts)
+
+
 def _shape(form: str, part: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """How ModelOpt writes a part: blocks have axes between their counts, rows have one axis."""
     scales = FORMATS[form].scales
@@ -111,36 +168,64 @@ def quantization_configs(
     excluded: list[str], calibrated: bool, form: str
 ) -> tuple[dict[str, Any], ...]:
     """Return hf_quant_config.json, and "quantization_config" for config.json."""
+    algorithm, size = _algorithm(form, calibrated), _group_size(form)
+    group = _group(form, calibrated)
+    # The other algorithms have no groups in its files.
+    groups = {"config_groups": {"group_0": group | {"targets": ["Linear"]}}} if group else {}
+    legacy = {"kv_cache_quant_algo": None, **size, "exclude_modules": excluded}
+    return _configs(algorithm | legacy, {**groups, "ignore": excluded, **algorithm})
+
+
+def mixed_configs(
+    excluded: list[str], calibrated: Mapping[str, bool], layers: Mapping[str, str]
+) -> tuple[dict[str, Any], ...]:
+    """Return the same for modules of several formats.
+
+    Args:
+        calibrated: format -> whether its matrices have an input_scale.
+        layers: module -> its format; experts are one module a layer.
+    """
+    named = {
+        name: _algorithm(form, calibrated[form]) | _group_size(form)
+        for name, form in layers.items()
+    }
+    mixed = {"quant_algo": "MIXED_PRECISION", "quantized_layers": named}
+    groups = {}
+    for number, form in enumerate(calibrated):
+        targets = sorted(name for name, other in layers.items() if other == form)
+        if group := _group(form, calibrated[form]):
+            groups[f"group_{number}"] = group | {"targets": targets}
+    legacy = {**mixed, "kv_cache_quant_algo": None, "exclude_modules": excluded}
+    return _configs(legacy, {"config_groups": groups, "ignore": excluded, **mixed})
+
+
+def _configs(legacy: dict[str, Any], current: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     # Loaders such as TensorRT-LLM's ask for this producer: here it is the name of the layout.
     producer = {
         "name": "modelopt",
         "version": LAYOUT_VERSION,
         "written_by": f"fp4moe {__version__}",
     }
-    row = ROWS[form]
-    algorithm = WEIGHTS_ONLY if form == "nvfp4" and not calibrated else row.algorithms[0]
-    size = {} if row.group_size is None else {"group_size": row.group_size}
-    legacy = {
-        "producer": producer,
-        "quantization": {
-            "quant_algo": algorithm,
-            "kv_cache_quant_algo": None,
-            **size,
-            "exclude_modules": excluded,
-        },
-    }
-    groups: dict[str, Any] = {}
-    if "input_scale" in row.names:
-        # The other algorithms have no groups in its files.
-        bits = 8 // (FORMATS[form].codes.columns or 1)
-        numbers = {"dynamic": False, "num_bits": bits, "type": "float", **size}
-        group: dict[str, Any] = {"input_activations": numbers} if calibrated else {}
-        groups = {"config_groups": {"group_0": group | {"weights": numbers, "targets": ["Linear"]}}}
-    current = {
-        **groups,
-        "ignore": excluded,
-        "quant_algo": algorithm,
-        "producer": producer,
-        "quant_method": "modelopt",
-    }
-    return legacy, current
+    return (
+        {"producer": producer, "quantization": legacy},
+        {**current, "producer": producer, "quant_method": "modelopt"},
+    )
+
+
+def _algorithm(form: str, calibrated: bool) -> dict[str, Any]:
+    weights_only = form == "nvfp4" and not calibrated
+    return {"quant_algo": WEIGHTS_ONLY if weights_only else ROWS[form].algorithms[0]}
+
+
+def _group_size(form: str) -> dict[str, Any]:
+    size = ROWS[form].group_size
+    return {} if size is None else {"group_size": size}
+
+
+def _group(form: str, calibrated: bool) -> dict[str, Any]:
+    """The numbers of a group of ModelOpt's; {} for a format without ranges of activations."""
+    if "input_scale" not in ROWS[form].names:
+        return {}
+    bits = 8 // (FORMATS[form].codes.columns or 1)
+    numbers = {"dynamic": False, "num_bits": bits, "type": "float", **_group_size(form)}
+    return ({"input_activations": numbers} if calibrated else {}) | {"weights": numbers}

@@ -21,8 +21,7 @@ from ..formats import FORMATS
 from .files import CheckpointFiles
 from .float_experts import Bias
 from .header import name_keys
-from .modelopt import MODELOPT_NAMES
-from .modelopt_writer import written
+from .modelopt_writer import written, written_scale
 from .write_plan import Shard, Step, read_bytes
 
 __all__ = ["shard_tensors", "worker_threads"]
@@ -127,6 +126,5 @@ def _quantize(
     for part, weight in zip(step, weights, strict=True):
         tensors += written(part.name, FORMATS[form].quantize(weight, shared_scale, method), form)
         if scales:
-            scale = torch.tensor(scales[part.name], dtype=torch.float32, device="cpu")
-            tensors.append((f"{part.name}.{MODELOPT_NAMES[form]['input_scale']}", scale))
+            tensors.append(written_scale(part.name, scales[part.name], form))
     return tensors

@@ -35,6 +35,7 @@ from ..report import BlockReport, ModelReport
 from .block import ON_META, Candidate, carry_hooks, stored_activation_scales, value_reasons
 from .experts_module import find_experts
 from .module_list import find_module_lists
+from .quantized import mark_quantized
 from .routers import FusedRouter, fuse_router
 from .routing_plan import fused_router_beside, plan_fused_routing
 
@@ -141,6 +142,7 @@ def replace_moe(
         _set_submodule(model, path, fused)
     for plan in plans.values():
         fuse_router(model.get_submodule(plan.path), plan.routing)
+    mark_quantized(model)
     return model
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from ..errors import refuse
 from ..formats import DEFAULT_FORMAT, FORMATS
 from ..module import FusedExperts
+from . import quantized  # noqa: F401  which saves what is packed here, too
 from .block import ACTIVATION_SCALES, as_default_scales, value_reasons
 from .experts_module import FUSED_CHILD, describe_experts, float_parameters
 

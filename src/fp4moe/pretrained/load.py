@@ -16,10 +16,10 @@ from ..checkpoint.naming import FLOAT
 from ..errors import CheckpointError, UnsupportedError, check_choice, must, refuse
 from ..formats import DEFAULT_FORMAT, FORMATS
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
+from ..models.from_config import model_class
 from ..models.replace import replace_moe
 from ..models.transformers_registry import register_experts
 from ..module import FusedExperts
-from .from_config import model_class
 from .loading import Options, convention_of
 from .parallelism import refuse_parallelism
 from .quantizer import METHOD, register_formats, register_method

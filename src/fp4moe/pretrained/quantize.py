@@ -14,7 +14,7 @@ from ..checkpoint.writer import FOR_OTHERS, WriteReport, write_checkpoint
 from ..errors import CheckpointError
 from ..formats import DEFAULT_FORMAT
 from ..models.experts_module import find_experts
-from .from_config import experts_refusals, model_on_meta
+from ..models.from_config import experts_refusals, model_on_meta
 
 __all__ = ["quantize_checkpoint"]
 

@@ -17,13 +17,12 @@ from ..checkpoint.header import read_json
 from ..checkpoint.huggingface import HUGGINGFACE_METHODS
 from ..checkpoint.modelopt import MODELOPT_METHODS, announces_nvfp4, resembles_modelopt
 from ..errors import refuse
+from ..models.quantized import METHOD, findable, quantizer_classes
 from .loading import Loading, Options
 from .parallelism import refuse_parallelism
 
 __all__ = ["METHOD", "register_formats", "register_method"]
 
-# How fp4moe.from_pretrained asks transformers for this quantizer; never written to a file.
-METHOD = "fp4moe"
 FILE = "hf_quant_config.json"
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
@@ -31,41 +30,18 @@ HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "
 @functools.cache
 def _classes() -> tuple[Any, Any]:
     """Make the classes that derive from transformers'."""
-    from transformers.quantizers import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
+    config_class, quantizer_class = quantizer_classes()
 
-    class Fp4MoeConfig(QuantizationConfigMixin):
-        """Holds a checkpoint's own quantization configuration, and how to load it."""
-
-        def __init__(self, quant_method: str = METHOD, **entries: Any):
-            self.quant_method: Any = quant_method
-            self.options = entries.pop("fp4moe_options", None) or Options()
-            self.entries = entries
-
-        @classmethod
-        def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
-            config = cls(**config_dict)
-            return (config, kwargs) if return_unused_kwargs else config
-
-        def to_dict(self) -> dict[str, Any]:
-            return {"quant_method": self.quant_method, **self.entries}
-
-    class Fp4MoeQuantizer(HfQuantizer):
+    class Fp4MoeQuantizer(quantizer_class):  # type: ignore[misc, valid-type]
         """Hands the steps of from_pretrained to a Loading."""
-
-        is_trainable = False
-        is_compileable = True
 
         def __init__(self, quantization_config, **kwargs):
             super().__init__(quantization_config, **kwargs)
             quantize = not self.pre_quantized or quantization_config.entries.get("float", False)
             # transformers then casts as for float models, loads one tensor after the other, and
             # leaves what it does not know alone.
-            self.pre_quantized = False
-            self.loading = Loading(quantization_config.options, quantize)
-
-        def is_serializable(self) -> bool:
-            return False
+            self.pre_quantized: bool = False
+            self.loading = Loading(quantization_config.options or Options(), quantize)
 
         def validate_environment(self, *args, device_map=None, **kwargs) -> None:
             if isinstance(device_map, dict) and "disk" in device_map.values():
@@ -104,7 +80,14 @@ def _classes() -> tuple[Any, Any]:
             del self.loading
             return model
 
-    return Fp4MoeConfig, Fp4MoeQuantizer
+    return config_class, findable(__name__, Fp4MoeQuantizer)
+
+
+def __getattr__(name: str) -> Any:
+    # A process that unpickles a model has not made the class yet.
+    if name == "Fp4MoeQuantizer":
+        return _classes()[1]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _claim(method: str) -> None:

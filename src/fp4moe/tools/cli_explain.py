@@ -21,8 +21,8 @@ from ..checkpoint.naming import FLOAT, Convention
 from ..checkpoint.stored import preferred, stored_bytes
 from ..errors import CheckpointError, Fp4MoeError, must, refuse
 from ..formats import DEFAULT_FORMAT, FORMATS
+from ..models.from_config import config_errors, model_on_meta, one_line
 from ..models.replace import explain
-from ..pretrained.from_config import config_errors, model_on_meta, one_line
 from ..pretrained.loading import Loading, Options, convention_of
 from ..report import BlockReport, ModelReport
 

@@ -6,16 +6,20 @@ classes of transformers raise over it is named in one place, `config_errors`.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ..errors import CheckpointError, must
-from ..models.block import ON_META, Candidate
+from .block import ON_META, Candidate
 
-__all__ = ["config_errors", "experts_refusals", "model_class", "model_on_meta", "one_line"]
+__all__ = ["config_errors", "experts_refusals", "float_twin", "model_class", "model_on_meta"]
+__all__ += ["one_line"]
 
 
 # transformers sets the default dtype of the whole process while it builds.
@@ -58,17 +62,40 @@ def model_on_meta(source: str | os.PathLike[str], *, caller: str) -> Any:
 
 
 def _build(transformers: Any, source: str | os.PathLike[str], caller: str) -> Any:
-    dtype = torch.get_default_dtype()
-    try:
+    with _building(caller, source):
         # False: never ask on the terminal whether to run a checkpoint's code.
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        for part in (config, config.get_text_config()):
-            if hasattr(part, "quantization_config"):
-                del part.quantization_config
+        _forget_quantization(config)
         kind = model_class(transformers, config, False)
         automatic = kind is transformers.AutoModelForCausalLM
         with torch.device("meta"):
             return kind.from_config(config) if automatic else kind._from_config(config)
+
+
+def float_twin(model: Any, *, caller: str) -> Any:
+    """Build what the class of a model makes of its configuration, float, on the meta device.
+
+    Raises:
+        CheckpointError: transformers cannot build it.
+    """
+    config = copy.deepcopy(model.config)
+    _forget_quantization(config)
+    with _one_build_at_a_time, _building(caller, type(model).__name__), torch.device("meta"):
+        return type(model)._from_config(config)
+
+
+def _forget_quantization(config: Any) -> None:
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+
+
+@contextlib.contextmanager
+def _building(caller: str, source: object) -> Iterator[None]:
+    """Name what transformers raises while it builds."""
+    dtype = torch.get_default_dtype()
+    try:
+        yield
     except config_errors() as error:
         must(
             f"{caller}: model",
