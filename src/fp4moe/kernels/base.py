@@ -29,6 +29,8 @@ __all__ = [
 ]
 
 
+# What a user asks for to train beside the experts.
+DIFFERENTIABLE = ('kernel="triton"', 'kernel="reference"')
 Change = Callable[[Operands, Layer], Operands]
 
 
@@ -93,10 +95,24 @@ class Kernel:
     intermediate_dtype: torch.dtype = torch.bfloat16
     # Whether it can choose the experts itself, in `run_from_logits`.
     routes: bool = False
+    # Whether it computes gradients, in `gradients`.
+    differentiable: bool = False
 
     def run(self, call: Call) -> torch.Tensor:
         """Compute [T, H] of hidden's dtype."""
         raise NotImplementedError
+
+    def gradients(self, call: Call, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the gradients of hidden and routing weights, of their dtypes, by the output's.
+
+        Only where it is `differentiable`; refused otherwise.
+        """
+        refuse(
+            "moe_backward",
+            f"kernel {self.name} cannot compute gradients",
+            "nothing reads the weights in its layout backwards",
+            f"Load or replace the model with {' or '.join(DIFFERENTIABLE)}.",
+        )
 
     def package_reasons(self) -> Sequence[str]:
         """Return what is wrong with the package or toolchain that it needs."""
