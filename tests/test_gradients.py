@@ -8,6 +8,7 @@ from pairwise import PAIRED, PLAIN, pairwise
 from torch.library import opcheck
 
 import fp4moe
+from fp4moe.activations import Activation
 from fp4moe.arguments import FloatMoeBackwardArguments, MoeBackwardArguments, Settings
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.formats import FORMATS
@@ -85,6 +86,20 @@ def test_every_activation(activation, gated, biased):
     outside = (ids < OFFSET) | (ids >= OFFSET + LOCAL)
     assert outside.any() and not got[1][outside].any()
     assert not got[0][outside.all(1)].any()
+
+
+@pytest.mark.parametrize("activation, gated", CASES)
+def test_slopes_are_torchs_own(activation, gated):
+    """Also at the limits, where a clamp passes the gradient on, and at 0."""
+    ends = torch.tensor([0.0, 0.5, -0.5, 0.75, -0.75, 1.5, -1.5, 30.0, -30.0])
+    values = torch.cat((ends, torch.linspace(-4, 4, 41))).double()
+    up, gate = (v.flatten().requires_grad_() for v in torch.meshgrid(values, values, indexing="ij"))
+    leaves = (up, gate) if gated else (up,)
+    known = Activation.parse(activation)
+    gradient = torch.randn(up.shape, dtype=torch.float64)
+    got = known.gradients(gradient, *(leaf.detach() for leaf in leaves))
+    expected = torch.autograd.grad(known.combine(*leaves), leaves, gradient)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("format", FORMATS)

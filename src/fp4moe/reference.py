@@ -41,23 +41,23 @@ class Definition(NamedTuple):
 
     Attributes:
         load: what an expert's weights are.
-        combine: `Activation.combine`.
+        activation: what stands between the products.
         intermediate_dtype, quantise, intermediate_scale: what `reference_w4a4` rounds to, and how;
             nothing is rounded without.
     """
 
     load: LoadExpert
-    combine: Callable[..., torch.Tensor]
+    activation: Activation
     intermediate_dtype: torch.dtype | None = None
     quantise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     intermediate_scale: torch.Tensor | None = None
 
     def up_and_gate(self, part: Parts, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return what `combine` takes, [N, I] each: up, and gate where there is one."""
+        """Return what the activation combines, [N, I] each: up, and gate where there is one."""
         return tuple(self._product(rows, part, n) for n in ("up", "gate") if n in part)
 
     def down(self, expert: int, part: Parts, inner: torch.Tensor) -> torch.Tensor:
-        """Return an expert's output [N, H] of what `combine` gave."""
+        """Return an expert's output [N, H] of what the activation gave."""
         inner = self._rounded(inner)
         if self.intermediate_scale is None or self.quantise is None:
             return self._product(inner, part, "down")
@@ -139,7 +139,7 @@ def moe_definition(
     def load(expert: int) -> Parts:
         return {name: part[expert].float() for name, part in parts.items() if part is not None}
 
-    defined = Definition(load, get_activation(activation, caller="reference").combine)
+    defined = Definition(load, get_activation(activation, caller="reference"))
     return _run(hidden, expert_ids, routing_weights, defined, up.shape[0], expert_offset)
 
 
@@ -199,14 +199,14 @@ def definition_of(
     weights: ExpertWeights, intermediate_dtype: torch.dtype | None = None, *, caller: str
 ) -> Definition:
     """Return what these experts compute: `reference`, or `reference_w4a4` of intermediate_dtype."""
-    combine = get_activation(weights.activation, caller=caller).combine
+    activation = get_activation(weights.activation, caller=caller)
     if intermediate_dtype is None:
-        return Definition(_loader(weights), combine)
+        return Definition(_loader(weights), activation)
     format = weights.number_format
     in_epilogue = intermediate_dtype == torch.float32
     quantise = format.round_intermediate if in_epilogue else format.round_activation
     rounding = intermediate_dtype, quantise, weights.intermediate_scale
-    return Definition(_loader(weights), combine, *rounding)
+    return Definition(_loader(weights), activation, *rounding)
 
 
 def _loader(weights: ExpertWeights) -> LoadExpert:
@@ -238,7 +238,7 @@ def _run(
 
     def apply(expert: int, token: torch.Tensor | slice) -> torch.Tensor:
         part = defined.load(expert)
-        inner = defined.combine(*defined.up_and_gate(part, x[token]))
+        inner = defined.activation.combine(*defined.up_and_gate(part, x[token]))
         return defined.down(expert, part, inner)
 
     # float32 is part of the definition.

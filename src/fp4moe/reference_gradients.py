@@ -5,7 +5,7 @@ For a token's row x and the gradient dy of its output, with the weight r of an e
     inner = combine(up x + up_bias, gate x + gate_bias)       dr = <dy, down inner + down_bias>
     d_inner = r * (dy down)                                   dx = d_up up + d_gate gate
 
-where `torch.func.vjp` of `combine` makes d_up and d_gate of d_inner. The weights are frozen. One
+where `Activation.gradients` makes d_up and d_gate of d_inner. The weights are frozen. One
 expert's weights are float at a time.
 """
 
@@ -100,9 +100,11 @@ def _of_expert(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what one expert gives rows [N, H], and their routing weights [N]."""
     part = defined.load(expert)
-    inner, backward = torch.func.vjp(defined.combine, *defined.up_and_gate(part, x))
+    up_and_gate = defined.up_and_gate(part, x)
+    inner = defined.activation.combine(*up_and_gate)
     to_factor = (dy * defined.down(expert, part, inner)).sum(1)
-    to_products = backward(factor[:, None] * (dy @ part["down"].to(dy.dtype)))
+    to_inner = factor[:, None] * (dy @ part["down"].to(dy.dtype))
+    to_products = defined.activation.gradients(to_inner, *up_and_gate)
     to_rows = torch.zeros_like(x)
     for name, to_product in zip(("up", "gate"), to_products, strict=False):
         to_rows = to_rows + to_product @ part[name].to(dy.dtype)

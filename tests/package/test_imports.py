@@ -59,7 +59,15 @@ HEAVY: dict[str, set[str]] = {
     "triton": {
         f"kernels.triton.{name}"
         for name in (
-            *("activation", "arrange", "choose", "decode_fp8", "decode_mxfp4", "decode_nvfp4"),
+            *(
+                "activation",
+                "arrange",
+                "backward",
+                "choose",
+                "decode_fp8",
+                "decode_mxfp4",
+                "decode_nvfp4",
+            ),
             *("fingerprint", "gemm", "sort", "weights"),
         )
     },

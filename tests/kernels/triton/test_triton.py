@@ -1,8 +1,8 @@
 """The Triton kernels: layout, routing, results in the interpreter and on a GPU.
 
 The interpreter is chosen when triton is imported, so its cases, and those of test_fingerprint.py,
-of test_triton_formats.py, test_triton_rows.py and test_triton_parameters.py, run in a process of
-their own, with TRITON_INTERPRET=1; they are skipped here and started by
+of test_triton_formats.py, test_triton_gradients.py, test_triton_rows.py and
+test_triton_parameters.py, run in a process of their own, with TRITON_INTERPRET=1; they are skipped here and started by
 test_the_interpreter_agrees.
 """
 
@@ -295,6 +295,7 @@ def test_the_interpreter_agrees():
     file = pathlib.Path(__file__)
     others = (
         file.with_name("test_triton_formats.py"),
+        file.with_name("test_triton_gradients.py"),
         file.with_name("test_triton_rows.py"),
         file.with_name("test_triton_parameters.py"),
         file.parents[2] / "identity/test_fingerprint.py",
