@@ -2,8 +2,8 @@
 
 The interpreter is chosen when triton is imported, so its cases, and those of test_fingerprint.py,
 of test_triton_formats.py, test_triton_gradients.py, test_triton_rows.py and
-test_triton_parameters.py, run in a process of their own, with TRITON_INTERPRET=1; they are skipped here and started by
-test_the_interpreter_agrees.
+test_triton_parameters.py, run in a process of their own, with TRITON_INTERPRET=1; they are skipped
+here and started by test_the_interpreter_agrees.
 """
 
 from __future__ import annotations

@@ -116,10 +116,8 @@ def combine_gradients(
     gradient, up, gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
     LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Compute `fp4moe.Activation.gradients` of float32 values: of up and gate, or of up alone."""
-    if gate is None:
-        return gradient * slope(up, ACTIVATION, ALPHA)
-    elif ACTIVATION == "silu_softcap":
+    """Compute `fp4moe.Activation.gradients` of float32 values: of up and gate."""
+    if ACTIVATION == "silu_softcap":
         share, capped, cap = tl.sigmoid(gate), _tanh(gate / ALPHA), _tanh(up / BETA)
         to_up = ALPHA * capped * share * (1.0 - cap * cap)
         to_gate = share * (1.0 - capped * capped + ALPHA * capped * (1.0 - share)) * (BETA * cap)

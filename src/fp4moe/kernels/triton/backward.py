@@ -23,7 +23,7 @@ import triton.language as tl
 from ...formats import FORMATS
 from ..base import current_capability
 from ..operands import Call
-from .activation import activation_constants, combine, combine_gradients
+from .activation import activation_constants, combine, combine_gradients, slope
 from .gemm import UNSPECIALIZED, _add_dot, _find_work, gate_up_kernel
 from .layout import SLAB
 from .sort import Sorted, sort_slots, sum_slots
@@ -113,7 +113,7 @@ def _inner_gradient_tile(
         tl.store(to_sums + at, to_gate.to(out), mask=mask)
     else:
         inner = combine(up, None, ACTIVATION, ALPHA, BETA, LIMIT)
-        to_up = combine_gradients(to_inner * factor, up, None, ACTIVATION, ALPHA, BETA, LIMIT)
+        to_up = to_inner * factor * slope(up, ACTIVATION, ALPHA)
     tl.store(to_sums + at + (PARTS - 1) * intermediate, to_up.to(out), mask=mask)
     to_weight = tl.sum(tl.where(mask, to_inner * inner, 0.0), 0)
     if bias is not None:
