@@ -20,6 +20,7 @@ from .devices import Devices
 from .operands import SCALES, Call, LogitsCall, Operands, PreparedWeights
 
 __all__ = [
+    "DIFFERENTIABLE",
     "Kernel",
     "Layout",
     "current_capability",
