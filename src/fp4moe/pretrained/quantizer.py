@@ -53,7 +53,7 @@ def _classes() -> tuple[Any, Any]:
     class Fp4MoeQuantizer(HfQuantizer):
         """Hands the steps of from_pretrained to a Loading."""
 
-        is_trainable = False
+        is_trainable = True
         is_compileable = True
 
         def __init__(self, quantization_config, **kwargs):
