@@ -28,12 +28,15 @@ class ReferenceKernel(Kernel):
 
     layouts: ClassVar = {name: logical_layout(f.multiple) for name, f in FORMATS.items()}
     intermediate_dtype = torch.float32
-    biases = parameters = differentiable = True
+    biases = parameters = True
 
-    def __init__(self, name: str, compute: Definition, derive: Derivative, automatic: bool):
+    def __init__(
+        self, name: str, compute: Definition, automatic: bool, derive: Derivative | None = None
+    ):
         self.name = name
         self.automatic = automatic
         self.quantizes_activations = compute is definition.reference_w4a4
+        self.differentiable = derive is not None
         self._compute, self._derive = compute, derive
 
     def run(self, call: Call) -> torch.Tensor:
@@ -45,6 +48,8 @@ class ReferenceKernel(Kernel):
 
     def gradients(self, call: Call, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute both gradients; see `fp4moe.reference_gradients`."""
+        if self._derive is None:
+            return super().gradients(call, gradient)
         with torch.no_grad():
             weights = logical_weights(call.operands, call.layer)
             chosen = call.expert_ids, call.routing_weights
@@ -52,12 +57,12 @@ class ReferenceKernel(Kernel):
 
 
 REFERENCE = ReferenceKernel(
-    "reference", definition.reference, derivative.reference_gradients, automatic=True
+    "reference", definition.reference, automatic=True, derive=derivative.reference_gradients
 )
 # Never chosen by itself: it is there to judge Blackwell's accuracy without one.
 REFERENCE_W4A4 = ReferenceKernel(
     "reference_w4a4",
     definition.reference_w4a4,
-    derivative.reference_w4a4_gradients,
     automatic=False,
+    derive=derivative.reference_w4a4_gradients,
 )
