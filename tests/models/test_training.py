@@ -10,6 +10,7 @@ from float_twins import float_twin
 from tiny_models import enlarge_experts, gemma4, nemotron_h
 
 import fp4moe
+from fp4moe.errors import UnsupportedError
 from fp4moe.kernels.reference import REFERENCE
 from fp4moe.testing import relative_error
 
@@ -142,6 +143,19 @@ def test_a_kernel_without_gradients_stays_float(name, original, monkeypatch):
     with pytest.warns(UserWarning, match=r"which kernel reference does not give; ask for kernel="):
         got = gradients(model, torch.compile(model, backend=fp4moe.backend, options=options))
     compare(got, gradients(model))
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_implementation(name, original, expected):
+    """It packs as replace_moe does; what is to be trained it refuses, and leaves as it was."""
+    original.set_experts_implementation("fp4moe")
+    for module in original.modules():
+        if hasattr(module, "down_proj") and module.down_proj.__class__ is torch.nn.Parameter:
+            module.down_proj.requires_grad_()
+    reason = r"^register_transformers: the experts of .* cannot be trained, .* down_proj require"
+    with pytest.raises(UnsupportedError, match=reason):
+        original.train()(IDS, use_cache=False)
+    compare(gradients(with_lora(original, name)), expected)
 
 
 def test_steps_lower_the_loss(name, replaced):
