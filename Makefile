@@ -1,4 +1,4 @@
-# make demo   run both examples, from a fresh clone on
+# make demo   run the examples, from a fresh clone on
 # make test   lint, types and tests, from a fresh clone on; what CI runs
 # make quick  the tests that are not marked slow, of every folder, in under two minutes on two cores
 # make lint | types | bench | flashinfer | tensorrt   one part of it; `make format` rewrites files as
@@ -40,6 +40,7 @@ CUBINS := build/cubins
 demo: $(READY)
 	$(BIN)/python examples/gemma4_compile.py
 	$(BIN)/python examples/nemotron_h_compile.py
+	$(BIN)/python examples/lora_finetune.py
 
 # One thread per process: JOBS processes with the threads of a whole machine each are slower. The
 # longest tests come last, so that a process that is done takes some of the others'.

@@ -15,7 +15,14 @@ from fp4moe.activations import ACTIVATIONS
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.identity.float_weights import FloatWeights, StoredForm, pack_float
 from fp4moe.identity.table import find_packed
-from fp4moe.kernels import Layer, PreparedWeights, current_capability, get_kernel, select_kernel
+from fp4moe.kernels import (
+    DIFFERENTIABLE,
+    Layer,
+    PreparedWeights,
+    current_capability,
+    get_kernel,
+    select_kernel,
+)
 
 from .find.by_flow import propose_regions
 from .find.region import Region
@@ -122,16 +129,14 @@ class Planner:
         floats = FloatWeights(**{"second": (), **weights})
         if not plan.reasons:
             plan.reasons += _weight_reasons(floats.flat(), real=self.constants)
-        if not plan.reasons:
-            plan.reasons += _gradient_reasons(region)
         plan.verdict = self._verdict(region)
         plan.reasons += _form_reasons(region, plan.verdict)
         form = plan.verdict.form
         if form is None or plan.reasons:
             return plan
         kernel, why = self._kernel(region, form, floats.first[0])
-        if kernel is None:
-            plan.reasons.append(why)
+        plan.reasons += [why] if kernel is None else _gradient_reasons(region, kernel)
+        if kernel is None or plan.reasons:
             return plan
         stored = form.stored(kernel, self.settings.hidden_alignment, self.settings.format)
         try:
@@ -263,20 +268,20 @@ def _bias_reasons(region: Region) -> list[str]:
     return reasons
 
 
-def _gradient_reasons(region: Region) -> list[str]:
-    """Why training forbids it: the operator gives its inputs no gradient."""
+def _gradient_reasons(region: Region, kernel: str) -> list[str]:
+    """Why training forbids it: not every kernel gives its inputs a gradient."""
     inputs = {"hidden states": region.hidden, "routing weights": region.routing_weights}
     needing = [
         name
         for name, node in inputs.items()
         if node is not None and getattr(meta_value(node), "requires_grad", False)
     ]
-    if torch.is_grad_enabled() and needing:
-        return [
-            f"its {' and '.join(needing)} need a gradient, which the fused operator does not give; "
-            "to run it without one, compile under torch.no_grad()"
-        ]
-    return []
+    if not torch.is_grad_enabled() or not needing or get_kernel(kernel).differentiable:
+        return []
+    return [
+        f"its {' and '.join(needing)} need a gradient, which kernel {kernel} does not give; ask "
+        f"for {' or '.join(DIFFERENTIABLE)}, or compile under torch.no_grad()"
+    ]
 
 
 def _structure(region: Region) -> str:

@@ -80,13 +80,6 @@ def test_opcheck(dtype, routing, bias):
     )
 
 
-def test_backward_refuses():
-    hidden, logits = inputs(3)
-    out = OP(hidden, logits.requires_grad_(), NONE, *arguments())
-    with pytest.raises(UnsupportedError, match="backward cannot be called"):
-        out.sum().backward()
-
-
 @pytest.mark.slow
 def test_compiled_without_a_break(fresh_dynamo):
     settings = arguments(SIGMOID)

@@ -23,11 +23,13 @@ class Function:
     Attributes:
         name: what schemas and options call it.
         function: the exact definition in torch, element by element.
-        formula: the same for a reader.
+        slope: its derivative, where it has none that of the left side.
+        formula: the function for a reader.
     """
 
     name: str
     function: Callable[[torch.Tensor], torch.Tensor]
+    slope: Callable[[torch.Tensor], torch.Tensor]
     formula: str
 
 
@@ -43,15 +45,37 @@ def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def _silu_slope(x: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
+    share = torch.sigmoid(alpha * x)
+    return share * (1 + alpha * x * (1 - share))
+
+
+def _gelu_tanh_slope(x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate="tanh")
+
+
+def _gelu_slope(x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.gelu_backward(torch.ones_like(x), x)
+
+
+def _relu_slope(x: torch.Tensor) -> torch.Tensor:
+    return (x > 0).to(x.dtype)
+
+
+def _relu2_slope(x: torch.Tensor) -> torch.Tensor:
+    return 2 * F.relu(x)
+
+
+GELU_TANH = "x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))"
 ACTIVATIONS: dict[str, Function] = {
     f.name: f
     for f in (
-        Function("silu", F.silu, "x * sigmoid(x)"),
-        Function("gelu_tanh", _gelu_tanh, "x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))"),
-        Function("gelu", F.gelu, "x/2 * (1 + erf(x / sqrt(2)))"),
-        Function("relu2", _relu2, "max(x, 0)^2"),
-        Function("relu", F.relu, "max(x, 0)"),
-        Function("identity", _identity, "x"),
+        Function("silu", F.silu, _silu_slope, "x * sigmoid(x)"),
+        Function("gelu_tanh", _gelu_tanh, _gelu_tanh_slope, GELU_TANH),
+        Function("gelu", F.gelu, _gelu_slope, "x/2 * (1 + erf(x / sqrt(2)))"),
+        Function("relu2", _relu2, _relu2_slope, "max(x, 0)^2"),
+        Function("relu", F.relu, _relu_slope, "max(x, 0)"),
+        Function("identity", _identity, torch.ones_like, "x"),
     )
 }
 # Of gate and up together. A limit, or both caps, are required.
@@ -147,6 +171,37 @@ class Activation:
         if self.limit:
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         return self.function(gate) * (up + self.beta if self.beta else up)
+
+    def slope(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the derivative of `function`."""
+        return _silu_slope(x, self.alpha) if self.alpha != 1 else ACTIVATIONS[self.name].slope(x)
+
+    def gradients(
+        self, gradient: torch.Tensor, up: torch.Tensor, gate: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Return those of up, and of gate where there is one, through `combine`.
+
+        A clamp passes on the gradient of values between its limits, and of the limits themselves.
+        """
+        if gate is None:
+            return (gradient * self.slope(up),)
+        if self.name == "silu_softcap":
+            share, capped = torch.sigmoid(gate), torch.tanh(gate / self.alpha)
+            of_gate = share * (1 - capped.square() + self.alpha * capped * (1 - share))
+            cap = torch.tanh(up / self.beta)
+            to_up = self.alpha * capped * share * (1 - cap.square())
+            return gradient * to_up, gradient * of_gate * (self.beta * cap)
+        if self.name == "silu_step":
+            value = F.silu(gate)
+            to_up = value.clamp(max=self.limit) * (up.abs() <= self.limit)
+            to_gate = _silu_slope(gate) * (value <= self.limit) * up.clamp(-self.limit, self.limit)
+            return gradient * to_up, gradient * to_gate
+        within_up = within_gate = torch.ones((), dtype=torch.bool, device=up.device)
+        if self.limit:
+            within_gate, within_up = gate <= self.limit, up.abs() <= self.limit
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        to_gate = self.slope(gate) * (up + self.beta if self.beta else up)
+        return gradient * self.function(gate) * within_up, gradient * to_gate * within_gate
 
     def __str__(self) -> str:
         """Return the canonical text, which schemas and checkpoints hold: the name if plain."""

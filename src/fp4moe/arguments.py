@@ -18,8 +18,10 @@ from .kernels import BIASES, Layer, Operands, Routing
 __all__ = [
     "ChooseArguments",
     "FloatMoeArguments",
+    "FloatMoeBackwardArguments",
     "FloatMoeFromLogitsArguments",
     "MoeArguments",
+    "MoeBackwardArguments",
     "MoeFromLogitsArguments",
     "Settings",
     "has_own_operator",
@@ -95,9 +97,16 @@ def _is_empty(tensor: Any) -> bool:
 def _flat(
     operands: Operands, middle: Sequence[Any], settings: Settings, nothing: Any
 ) -> tuple[Any, ...]:
-    biased = operands.gate_up_bias is not None
-    if has_own_operator(settings.format, biased):
+    if has_own_operator(settings.format, operands.gate_up_bias is not None):
         return *operands.flat(), *middle, *settings[:-1]
+    return _flat_with_biases(operands, middle, settings, nothing)
+
+
+def _flat_with_biases(
+    operands: Operands, middle: Sequence[Any], settings: Settings, nothing: Any
+) -> tuple[Any, ...]:
+    """Return them as the operators for all formats take them."""
+    biased = operands.gate_up_bias is not None
     named = operands.named()
     if not biased:
         nothing = operands.hidden_scale.new_empty(0) if nothing is None else nothing
@@ -160,6 +169,30 @@ class MoeArguments(NamedTuple):
         return *self[:-2], *_flat(self.operands, (), self.settings, nothing)
 
 
+class MoeBackwardArguments(NamedTuple):
+    """Of fp4moe::moe_backward."""
+
+    grad: Any
+    hidden: Any
+    expert_ids: Any
+    routing_weights: Any
+    operands: Operands
+    settings: Settings
+
+    @classmethod
+    def read(cls, args: Sequence[Any]) -> MoeBackwardArguments:
+        """Return the arguments of a call."""
+        return cls(args[0], *MoeArguments.read(args[1:]))
+
+    def forward(self) -> MoeArguments:
+        """Return the call whose gradients these are."""
+        return MoeArguments(*self[1:])
+
+    def flat(self) -> tuple[Any, ...]:
+        """Return them in the order of its schema."""
+        return *self[:-2], *_flat_with_biases(self.operands, (), self.settings, None)
+
+
 class MoeFromLogitsArguments(NamedTuple):
     """Of fp4moe::nvfp4_moe_from_logits and fp4moe::moe_from_logits."""
 
@@ -217,6 +250,30 @@ class FloatMoeArguments(NamedTuple):
     def flat(self) -> tuple[Any, ...]:
         """Return them in the order of the schema."""
         return *self[:-2], *map(list, self.weights), *self.form
+
+
+class FloatMoeBackwardArguments(NamedTuple):
+    """Of fp4moe::float_moe_backward."""
+
+    grad: Any
+    hidden: Any
+    expert_ids: Any
+    routing_weights: Any
+    weights: FloatWeights
+    form: StoredForm
+
+    @classmethod
+    def read(cls, args: Sequence[Any]) -> FloatMoeBackwardArguments:
+        """Return the arguments of a call."""
+        return cls(args[0], *FloatMoeArguments.read(args[1:]))
+
+    def forward(self) -> FloatMoeArguments:
+        """Return the call whose gradients these are."""
+        return FloatMoeArguments(*self[1:])
+
+    def flat(self) -> tuple[Any, ...]:
+        """Return them in the order of the schema."""
+        return self.grad, *self.forward().flat()
 
 
 class FloatMoeFromLogitsArguments(NamedTuple):

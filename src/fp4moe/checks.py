@@ -11,8 +11,10 @@ from .activations import ACTIVATIONS, get_activation
 from .arguments import (
     ChooseArguments,
     FloatMoeArguments,
+    FloatMoeBackwardArguments,
     FloatMoeFromLogitsArguments,
     MoeArguments,
+    MoeBackwardArguments,
     MoeFromLogitsArguments,
 )
 from .errors import UnsupportedError, check_choice, must
@@ -22,6 +24,7 @@ from .kernels import FUSED_ROUTING_METHODS, HIDDEN_ALIGNMENTS, KERNELS, get_kern
 from .pack import GATE_UP_LAYOUTS
 
 __all__ = ["check_choose_experts", "check_float_moe", "check_float_moe_from_logits", "check_moe"]
+__all__ += ["check_float_moe_backward", "check_gradient", "check_moe_backward"]
 __all__ += ["check_moe_from_logits"]
 
 HIDDEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -44,6 +47,26 @@ def check_float_moe(given: FloatMoeArguments) -> None:
     """Raise unless the arguments of `fp4moe::float_moe` fit together."""
     _check_choice("float_moe", given.hidden, given.expert_ids, given.routing_weights)
     _check_floats("float_moe", given.hidden, given.weights, given.form)
+
+
+def check_moe_backward(given: MoeBackwardArguments) -> None:
+    """Raise unless the arguments of `fp4moe::moe_backward` fit together."""
+    check_moe(given.forward())
+    check_gradient("moe_backward", given)
+
+
+def check_float_moe_backward(given: FloatMoeBackwardArguments) -> None:
+    """Raise unless the arguments of `fp4moe::float_moe_backward` fit together."""
+    check_float_moe(given.forward())
+    check_gradient("float_moe_backward", given)
+
+
+def check_gradient(name: str, given: MoeBackwardArguments | FloatMoeBackwardArguments) -> None:
+    """Raise unless the gradient is like hidden, as the output is."""
+    grad, hidden = given.grad, given.hidden
+    if grad.shape != hidden.shape or grad.dtype != hidden.dtype or grad.device != hidden.device:
+        rule = f"be {_describe(hidden)}, as hidden"
+        must(f"{name}: grad", rule, _describe(grad), "Pass the gradient of the output.")
 
 
 def _check_choice(name, hidden, expert_ids, routing_weights) -> None:

@@ -7,7 +7,9 @@
     fp4moe::float_moe              as nvfp4_moe, on float weights whose packed ones it looks up, or
                                    packs where it has not seen them; see fp4moe.identity
     fp4moe::float_moe_from_logits  the same, and the kernel chooses the experts
-    fp4moe::refuse_backward        raises; stands in the backward graphs, for there is no gradient
+    fp4moe::moe_backward           gradients of hidden and routing_weights through moe
+    fp4moe::float_moe_backward     the same through float_moe
+    fp4moe::refuse_backward        raises; stands in graphs where a gradient would be one of those
 
 The operators are registered with `Library.impl`: less dispatch than `torch.library.custom_op`, see
 benchmarks/bench_dispatch.py.
@@ -26,11 +28,14 @@ from . import checks
 from .arguments import (
     ChooseArguments,
     FloatMoeArguments,
+    FloatMoeBackwardArguments,
     FloatMoeFromLogitsArguments,
     MoeArguments,
+    MoeBackwardArguments,
     MoeFromLogitsArguments,
     Settings,
 )
+from .autograd import FUNCTIONS, check_frozen
 from .errors import refuse
 from .formats import FORMATS
 from .identity.table import packed_now
@@ -43,7 +48,6 @@ from .kernels import (
     Routing,
 )
 from .kernels.choose import choose_experts
-from .routing import route_gradients
 
 __all__ = [
     "nvfp4_moe_arguments",
@@ -117,6 +121,17 @@ library.define(
 library.define(
     "float_moe_from_logits(Tensor hidden, Tensor router_logits, Tensor routing_bias, "
     f"Tensor output_scale, {FLOATS}{ROUTING}, {FORM}) -> Tensor",
+    tags=TAGS,
+)
+# grad [T, H], of moe's output and of its dtype. The results are like hidden and routing_weights.
+library.define(
+    "moe_backward(Tensor grad, Tensor hidden, Tensor expert_ids, Tensor routing_weights, "
+    f"{ALL_WEIGHTS}str format, {SETTINGS}) -> (Tensor, Tensor)",
+    tags=TAGS,
+)
+library.define(
+    "float_moe_backward(Tensor grad, Tensor hidden, Tensor expert_ids, Tensor routing_weights, "
+    f"{FLOATS}{FORM}) -> (Tensor, Tensor)",
     tags=TAGS,
 )
 library.define(
@@ -201,6 +216,16 @@ def _check(
     return layer
 
 
+def _moe_backward(given: MoeBackwardArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    checks.check_gradient("moe_backward", given)
+    gradient, hidden, ids, weights, operands, settings = given
+    layer = _checked_layer(given.forward(), (hidden, ids, weights), None)
+    if not ids.numel():
+        return hidden.new_zeros(hidden.shape), weights.new_zeros(weights.shape)
+    call = Call(hidden, ids, weights, operands, layer)
+    return KERNELS[settings.kernel].gradients(call, gradient)
+
+
 def _choose_experts(given: ChooseArguments) -> tuple[torch.Tensor, torch.Tensor]:
     checks.check_choose_experts(given)
     return choose_experts(
@@ -214,6 +239,15 @@ def _float_moe(given: FloatMoeArguments) -> torch.Tensor:
     operands = packed_now(weights, form, caller="float_moe")
     settings = Settings.of_floats(weights, form)
     return _moe(MoeArguments(hidden, ids, routing_weights, operands, settings))
+
+
+def _float_moe_backward(given: FloatMoeBackwardArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    checks.check_float_moe_backward(given)
+    gradient, hidden, ids, routing_weights, weights, form = given
+    operands = packed_now(weights, form, caller="float_moe_backward")
+    settings = Settings.of_floats(weights, form)
+    call = MoeBackwardArguments(gradient, hidden, ids, routing_weights, operands, settings)
+    return _moe_backward(call)
 
 
 def _float_moe_from_logits(given: FloatMoeFromLogitsArguments) -> torch.Tensor:
@@ -235,49 +269,14 @@ def _like_chosen(given: ChooseArguments) -> tuple[torch.Tensor, torch.Tensor]:
     return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
 
 
-class _WithoutGradient(torch.autograd.Function):
-    """An operator under autograd: the forward as it is, a backward that refuses when it runs."""
-
-    @staticmethod
-    def forward(ctx, operator, *args):
-        ctx.count = len(args)
-        # hidden, and routing weights or router logits: the float inputs that may need a gradient.
-        ctx.places = [i for i in range(3) if ctx.needs_input_grad[i + 1]]
-        ctx.save_for_backward(*(args[i] for i in ctx.places))
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*args)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        refuse = torch.ops.fp4moe.refuse_backward.default
-        result = [None] * (1 + ctx.count)
-        for place, saved in zip(ctx.places, ctx.saved_tensors, strict=True):
-            result[1 + place] = refuse(grads[0], saved)
-        return tuple(result)
-
-
-class _WithRoutingGradient(torch.autograd.Function):
-    """choose_experts under autograd."""
-
-    @staticmethod
-    def forward(ctx, operator, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            ids, weights = operator(*args)
-        ctx.routing = ChooseArguments.read(args).routing
-        ctx.save_for_backward(args[0], args[2], ids)
-        ctx.mark_non_differentiable(ids)
-        return ids, weights
-
-    @staticmethod
-    def backward(ctx, _ids, gradient):
-        logits, scale, ids = ctx.saved_tensors
-        to_logits, to_scale = route_gradients(gradient, logits, scale, ids, ctx.routing)
-        return None, to_logits, None, to_scale, *[None] * len(ctx.routing)
+def _like_both(given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = given.routing_weights
+    return _like_hidden(given), weights.new_empty(weights.shape)
 
 
 def _refuse_backward(grad: torch.Tensor, like: torch.Tensor) -> NoReturn:
-    advice = "Train the float model, or detach the output of the experts."
-    refuse("nvfp4_moe", "its backward cannot be called", "the operator has no gradient", advice)
+    what, reason = "its gradients have no gradient", "they are computed by an operator of their own"
+    refuse("moe_backward", what, reason, "Detach the gradient, or train the float model.")
 
 
 @torch.library.register_fake("fp4moe::refuse_backward", lib=library)
@@ -295,17 +294,20 @@ class _Operator(NamedTuple):
 
 
 def _register(name: str, own: _Operator) -> None:
-    function = _WithRoutingGradient if name == "choose_experts" else _WithoutGradient
+    function = FUNCTIONS[name]
+    second, third = function.inputs
+    of_floats = name in ("float_moe", "float_moe_from_logits")
     overload = getattr(torch.ops.fp4moe, name).default
 
     def plain(*args):
         return own.run(own.read(args))
 
     def autograd(*args):
-        if torch.is_grad_enabled() and (
-            args[0].requires_grad or args[1].requires_grad or args[2].requires_grad
-        ):
-            return function.apply(overload, *args)
+        if torch.is_grad_enabled():
+            if of_floats:
+                check_frozen(name, own.read(args).weights)
+            if args[0].requires_grad or args[second].requires_grad or args[third].requires_grad:
+                return function.apply(overload, *args)
         # A plain call skips the second dispatch; tracing and tensor subclasses take it.
         if type(args[0]) is torch.Tensor and not torch._C._len_torch_dispatch_stack():
             return own.run(own.read(args))
@@ -337,6 +339,15 @@ _OPERATORS = {
     ),
     "float_moe": _Operator(
         FloatMoeArguments.read, _float_moe, checks.check_float_moe, _like_hidden
+    ),
+    "moe_backward": _Operator(
+        MoeBackwardArguments.read, _moe_backward, checks.check_moe_backward, _like_both
+    ),
+    "float_moe_backward": _Operator(
+        FloatMoeBackwardArguments.read,
+        _float_moe_backward,
+        checks.check_float_moe_backward,
+        _like_both,
     ),
     "float_moe_from_logits": _Operator(
         FloatMoeFromLogitsArguments.read,

@@ -12,6 +12,7 @@ expert is computed once for all its tokens. Nothing is rounded between the two G
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -21,14 +22,63 @@ from .experts import ExpertWeights
 from .precision import without_autocast
 
 __all__ = [
+    "Definition",
+    "definition_of",
     "moe_definition",
     "reference",
     "reference_w4a4",
+    "rounded_input",
     "sum_over_experts",
 ]
 
+Parts = dict[str, torch.Tensor]
 # expert index -> gate (gated only), up, down and their biases by name, float32 and without padding.
-LoadExpert = Callable[[int], dict[str, torch.Tensor]]
+LoadExpert = Callable[[int], Parts]
+
+
+class Definition(NamedTuple):
+    """What one expert computes, in float32, or in float64 for rows of it.
+
+    Attributes:
+        load: what an expert's weights are.
+        activation: what stands between the products.
+        intermediate_dtype, quantise, intermediate_scale: what `reference_w4a4` rounds to, and how;
+            nothing is rounded without.
+        product_dtype: what gate, up and biases are rounded to; None as intermediate_dtype.
+    """
+
+    load: LoadExpert
+    activation: Activation
+    intermediate_dtype: torch.dtype | None = None
+    quantise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    intermediate_scale: torch.Tensor | None = None
+    product_dtype: torch.dtype | None = None
+
+    def up_and_gate(self, part: Parts, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return what the activation combines, [N, I] each: up, and gate where there is one."""
+        return tuple(self._product(rows, part, n) for n in ("up", "gate") if n in part)
+
+    def down(self, expert: int, part: Parts, inner: torch.Tensor) -> torch.Tensor:
+        """Return an expert's output [N, H] of what the activation gave."""
+        if self.intermediate_dtype is not None:
+            inner = inner.to(self.intermediate_dtype).float()
+        if self.intermediate_scale is None or self.quantise is None:
+            return self._product(inner, part, "down")
+        y = self._product(self.quantise(inner, self.intermediate_scale[expert]), part, "down")
+        return y.bfloat16().float() if self._products == torch.float32 else y
+
+    @property
+    def _products(self) -> torch.dtype | None:
+        return self.product_dtype or self.intermediate_dtype
+
+    def _rounded(self, value: torch.Tensor) -> torch.Tensor:
+        dtype = self._products
+        return value if dtype is None else value.to(dtype).float()
+
+    def _product(self, rows: torch.Tensor, part: Parts, name: str) -> torch.Tensor:
+        y = self._rounded(rows @ part[name].to(rows.dtype).T)
+        bias = part.get(f"{name}_bias")
+        return y if bias is None else y + self._rounded(bias)
 
 
 def sum_over_experts(
@@ -93,10 +143,11 @@ def moe_definition(
         "down_bias": down_bias,
     }
 
-    def load(expert: int) -> dict[str, torch.Tensor]:
+    def load(expert: int) -> Parts:
         return {name: part[expert].float() for name, part in parts.items() if part is not None}
 
-    return _run(hidden, expert_ids, routing_weights, load, up.shape[0], expert_offset, activation)
+    defined = Definition(load, get_activation(activation, caller="reference"))
+    return _run(hidden, expert_ids, routing_weights, defined, up.shape[0], expert_offset)
 
 
 def reference(
@@ -114,7 +165,8 @@ def reference(
     Returns:
         [T, H] in the dtype of hidden.
     """
-    args = (_loader(weights), weights.local_experts, weights.expert_offset, weights.activation)
+    defined = definition_of(weights, caller="reference")
+    args = defined, weights.local_experts, weights.expert_offset
     return _run(hidden, expert_ids, routing_weights, *args)
 
 
@@ -140,27 +192,39 @@ def reference_w4a4(
     FlashInfer 0.7.2, fp4_quantize and CUTLASS' activation and finalize kernels; the machine code of
     TRT-LLM-Gen.
     """
+    x = rounded_input(hidden, weights)
+    dtypes = intermediate_dtype, product_dtype
+    defined = definition_of(weights, *dtypes, caller="reference_w4a4")
+    args = defined, weights.local_experts, weights.expert_offset, "reference_w4a4"
+    return _run(x, expert_ids, routing_weights, *args).to(hidden.dtype)
+
+
+def rounded_input(hidden: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+    """Return hidden in float32 as `reference_w4a4` rounds it."""
     rounded = hidden.to(torch.bfloat16).float()
-    x = weights.number_format.round_activation(rounded, weights.hidden_scale)
-    args = (_loader(weights), weights.local_experts, weights.expert_offset, weights.activation)
+    return weights.number_format.round_activation(rounded, weights.hidden_scale)
+
+
+def definition_of(
+    weights: ExpertWeights,
+    intermediate_dtype: torch.dtype | None = None,
+    product_dtype: torch.dtype | None = None,
+    *,
+    caller: str,
+) -> Definition:
+    """Return what these experts compute: `reference`, or `reference_w4a4` of intermediate_dtype."""
+    activation = get_activation(weights.activation, caller=caller)
+    if intermediate_dtype is None:
+        return Definition(_loader(weights), activation)
     format = weights.number_format
     in_epilogue = intermediate_dtype == torch.float32
     quantise = format.round_intermediate if in_epilogue else format.round_activation
-    return _run(
-        x,
-        expert_ids,
-        routing_weights,
-        *args,
-        weights.intermediate_scale,
-        intermediate_dtype,
-        quantise,
-        product_dtype or intermediate_dtype,
-        caller="reference_w4a4",
-    ).to(hidden.dtype)
+    rounding = intermediate_dtype, quantise, weights.intermediate_scale, product_dtype
+    return Definition(_loader(weights), activation, *rounding)
 
 
 def _loader(weights: ExpertWeights) -> LoadExpert:
-    def load(expert: int) -> dict[str, torch.Tensor]:
+    def load(expert: int) -> Parts:
         parts = weights.slice_experts(expert, expert + 1).dequantize()
         return {name: part[0] for name, part in parts.items()}
 
@@ -171,14 +235,9 @@ def _run(
     hidden: torch.Tensor,
     expert_ids: torch.Tensor,
     routing_weights: torch.Tensor,
-    load: LoadExpert,
+    defined: Definition,
     local_experts: int,
     expert_offset: int,
-    activation: str | Activation,
-    intermediate_scale: torch.Tensor | None = None,
-    intermediate_dtype: torch.dtype = torch.float32,
-    quantise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-    product_dtype: torch.dtype = torch.float32,
     caller: str = "reference",
 ) -> torch.Tensor:
     if (
@@ -189,26 +248,12 @@ def _run(
         rule = "be [T, H], [T, K] and [T, K]"
         got = f"{list(hidden.shape)}, {list(expert_ids.shape)} and {list(routing_weights.shape)}"
         must(f"{caller}: hidden, expert_ids and routing_weights", rule, got, "Flatten the tokens.")
-    combine = get_activation(activation, caller=caller).combine
     x = hidden.float()
 
-    def rounded(value: torch.Tensor) -> torch.Tensor:
-        return value.to(product_dtype).float()
-
-    def product(rows: torch.Tensor, part: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-        bias = part.get(f"{name}_bias")
-        y = rounded(rows @ part[name].T)
-        return y if bias is None else y + rounded(bias)
-
     def apply(expert: int, token: torch.Tensor | slice) -> torch.Tensor:
-        part, rows = load(expert), x[token]
-        up = product(rows, part, "up")
-        gate = product(rows, part, "gate") if "gate" in part else None
-        y = combine(up, gate).to(intermediate_dtype).float()
-        if intermediate_scale is None or quantise is None:
-            return product(y, part, "down")
-        y = product(quantise(y, intermediate_scale[expert]), part, "down")
-        return y.bfloat16().float() if product_dtype == torch.float32 else y
+        part = defined.load(expert)
+        inner = defined.activation.combine(*defined.up_and_gate(part, x[token]))
+        return defined.down(expert, part, inner)
 
     # float32 is part of the definition.
     with without_autocast(hidden.device):

@@ -141,8 +141,10 @@ def random_codes(layer: Layer, device: torch.device | str = "cpu", seed: int = 0
         expert_offset=layer.expert_offset,
         hidden_scale=ones[:1].clone(),
         intermediate_scale=ones,
+        gate_up_bias=biases.get("gate_up_bias"),
+        down_bias=biases.get("down_bias"),
         format=layer.format,
-        **biases,
+        quantized_activations=layer.quantized_activations,
     )
 
 

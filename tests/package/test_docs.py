@@ -111,6 +111,20 @@ def test_the_examples_have_the_real_widths(name, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_example_of_fine_tuning_learns():
+    pytest.importorskip("peft", reason="optional package")
+    script = [sys.executable, str(ROOT / "examples" / "lora_finetune.py"), "--steps", "12"]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pattern = r"held-out loss: ([\d.]+) before, ([\d.]+) after"
+    before, after = map(float, re.search(pattern, done.stdout).groups())
+    # Twelve steps take a tenth off; eighty a fifth.
+    assert after < 0.95 * before
+    assert f"adapter loaded again: {after:.3f}" in done.stdout
+    assert "12/12" in done.stderr and "loss=" in done.stderr
+
+
+@pytest.mark.slow
 def test_the_tables_are_those_of_the_measurements(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import tables

@@ -36,7 +36,7 @@ def call():
 
 
 def test_an_activation_is_one_row(monkeypatch, floats, call):
-    row = Function("cube", lambda x: x**3, "x^3")
+    row = Function("cube", lambda x: x**3, lambda x: 3 * x**2, "x^3")
     monkeypatch.setitem(ACTIVATIONS, row.name, row)
     weights = fp4moe.ExpertWeights.quantize(**floats, activation="cube(limit=0.5)")
     parts = weights.dequantize()

@@ -23,10 +23,10 @@ LAYERS: list[set[str]] = [
     | {"saving", "version"},
     {"activations", "formats", "padding", "routing"},
     {"experts", "pack", "resize"},
-    {"reference", "testing"},
+    {"reference", "reference_gradients", "testing"},
     {"kernels"},
     {"identity"},
-    {"arguments", "checks", "linear_op", "ops"},
+    {"arguments", "autograd", "checks", "linear_op", "ops"},
     {"fused", "linear", "logical", "module", "prepared"},
     {"checkpoint"},
     {"models"},
@@ -60,8 +60,9 @@ HEAVY: dict[str, set[str]] = {
     "triton": {
         f"kernels.triton.{name}"
         for name in (
-            *("activation", "arrange", "choose", "decode_fp8", "decode_mxfp4", "decode_nvfp4"),
-            *("fingerprint", "gemm", "gemm_w8a8", "linear_gemm", "round_e4m3", "sort", "weights"),
+            *("activation", "arrange", "backward", "choose", "decode_fp8", "decode_mxfp4"),
+            *("decode_nvfp4", "fingerprint", "gemm", "gemm_w8a8", "linear_gemm", "round_e4m3"),
+            *("sort", "weights"),
         )
     },
 }

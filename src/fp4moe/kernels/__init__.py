@@ -10,7 +10,7 @@ from ..layer import (
     Layer,
     Routing,
 )
-from .base import Kernel, current_capability
+from .base import DIFFERENTIABLE, Kernel, current_capability
 from .operands import BIASES, Call, LogitsCall, Operands, PreparedWeights
 from .select import (
     KERNELS,
@@ -25,6 +25,7 @@ from .select import (
 __all__ = [
     "BIASES",
     "DEFAULT_HIDDEN_ALIGNMENT",
+    "DIFFERENTIABLE",
     "FUSED_ROUTING_METHODS",
     "HIDDEN_ALIGNMENTS",
     "KERNELS",

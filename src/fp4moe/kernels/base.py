@@ -20,6 +20,7 @@ from .devices import Devices
 from .operands import SCALES, Call, LogitsCall, Operands, PreparedWeights
 
 __all__ = [
+    "DIFFERENTIABLE",
     "Kernel",
     "Layout",
     "current_capability",
@@ -29,6 +30,8 @@ __all__ = [
 ]
 
 
+# What a user asks for to train beside the experts.
+DIFFERENTIABLE = ('kernel="triton"', 'kernel="reference"')
 Change = Callable[[Operands, Layer], Operands]
 
 
@@ -96,6 +99,8 @@ class Kernel:
     routes: bool = False
     # By formats that it lacks: why, and what would run.
     without_layout: ClassVar[Mapping[str, str]] = {}
+    # Whether it computes gradients, in `gradients`.
+    differentiable: bool = False
 
     def run(self, call: Call) -> torch.Tensor:
         """Compute [T, H] of hidden's dtype."""
@@ -104,6 +109,18 @@ class Kernel:
     def automatic_for(self, layer: Layer) -> bool:
         """Whether "auto" may choose it for this layer."""
         return self.automatic
+
+    def gradients(self, call: Call, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the gradients of hidden and routing weights, of their dtypes, by the output's.
+
+        Only where it is `differentiable`; refused otherwise.
+        """
+        refuse(
+            "moe_backward",
+            f"kernel {self.name} cannot compute gradients",
+            "nothing reads the weights in its layout backwards",
+            f"Load or replace the model with {' or '.join(DIFFERENTIABLE)}.",
+        )
 
     def package_reasons(self) -> Sequence[str]:
         """Return what is wrong with the package or toolchain that it needs."""

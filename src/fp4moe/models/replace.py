@@ -3,7 +3,7 @@
 Everything is checked, the numbers included, before the first module changes; then one layer after
 the other is packed and its float weights are freed, so that the peak stays below the size of the
 model plus two layers. The router stays as it is, or chooses in one launch (routing="fused"). Not
-handled: gradients of the experts, calibration, checkpoints.
+handled: gradients of the experts' weights, calibration, checkpoints.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ def experts_forward(
     numbers.
 
     Raises:
-        UnsupportedError: these experts cannot be fused; lists the reasons.
+        UnsupportedError: these experts cannot be fused; lists the reasons. Or they are to be
+            trained.
     """
     fused = getattr(self, FUSED_CHILD, None)
     if fused is None:
@@ -81,9 +82,17 @@ def _pack(module: Any, format: str) -> FusedExperts:
             what = f"the experts of {type(module).__name__} cannot be fused"
             reason = "; ".join(reasons)
             refuse("register_transformers", what, reason, "Choose another experts_implementation.")
-        fused = FusedExperts(candidate.quantize("max", format)).train(module.training)
         floats = dict(module.named_parameters(recurse=False))
         trained = tuple(n for n in candidate.parameters if floats[n].requires_grad)
+        if trained and module.training and torch.is_grad_enabled():
+            refuse(
+                "register_transformers",
+                f"the experts of {type(module).__name__} cannot be trained",
+                f"packed weights are frozen, and {', '.join(trained)} require gradients",
+                "Call requires_grad_(False) on them, as PEFT does, or choose another "
+                "experts_implementation.",
+            )
+        fused = FusedExperts(candidate.quantize("max", format)).train(module.training)
         setattr(module, TRAINED, trained)
         like = floats["down_proj"].detach().new_empty(0)
         module.register_buffer(LIKE_FLOATS, like, persistent=False)

@@ -12,6 +12,7 @@ import triton.language as tl
 from ...activations import get_activation
 
 __all__ = ["activate", "activate_kernel", "activate_rows", "activation_constants", "combine"]
+__all__ += ["combine_gradients", "slope"]
 
 COLUMNS = 1024
 
@@ -85,6 +86,53 @@ def combine(
         value = activate(gate, ACTIVATION, ALPHA)
         value *= up + BETA if BETA != 0 else up
     return value
+
+
+@triton.jit
+def slope(x, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
+    """The derivative of `activate`."""
+    if ACTIVATION == "silu":
+        share = tl.sigmoid(ALPHA * x)
+        x = share * (1.0 + ALPHA * x * (1.0 - share))
+    elif ACTIVATION == "gelu_tanh":
+        share = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        inner = 1.5957691216057308 * (x + 0.134145 * x * x * x)
+        x = share * (1.0 + inner * (1.0 - share))
+    elif ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        x = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+    elif ACTIVATION == "relu2":
+        x = 2.0 * tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "relu":
+        x = tl.where(x > 0, 1.0, 0.0)
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        x = tl.full(x.shape, 1.0, tl.float32)
+    return x
+
+
+@triton.jit
+def combine_gradients(
+    gradient, up, gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
+    LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Compute `fp4moe.Activation.gradients` of float32 values: of up and gate."""
+    if ACTIVATION == "silu_softcap":
+        share, capped, cap = tl.sigmoid(gate), _tanh(gate / ALPHA), _tanh(up / BETA)
+        to_up = ALPHA * capped * share * (1.0 - cap * cap)
+        to_gate = share * (1.0 - capped * capped + ALPHA * capped * (1.0 - share)) * (BETA * cap)
+    elif ACTIVATION == "silu_step":
+        value = activate(gate, "silu", 1.0)
+        to_up = tl.where(tl.abs(up) <= LIMIT, _at_most(value, LIMIT), 0.0)
+        to_gate = tl.where(value <= LIMIT, slope(gate, "silu", 1.0) * _within(up, LIMIT), 0.0)
+    elif LIMIT > 0:
+        below, inside = _at_most(gate, LIMIT), _within(up, LIMIT)
+        to_up = tl.where(tl.abs(up) <= LIMIT, activate(below, ACTIVATION, ALPHA), 0.0)
+        to_gate = tl.where(gate <= LIMIT, slope(below, ACTIVATION, ALPHA) * (inside + BETA), 0.0)
+    else:
+        to_up = activate(gate, ACTIVATION, ALPHA)
+        to_gate = slope(gate, ACTIVATION, ALPHA) * (up + BETA)
+    return gradient * to_up, gradient * to_gate
 
 
 @triton.jit(do_not_specialize=["expert_offset"])

@@ -143,19 +143,26 @@ def store_gate_up(
     ASSEMBLY: tl.constexpr = True,
 ):  # fmt: skip
     """Store the activation of sums [PARTS * ROWS, SLOTS]; inverse: of the scale of e4m3 codes."""
+    row = block * ROWS + tl.arange(0, ROWS)
+    PARTS: tl.constexpr = 1 + GATED if ACTIVATION == "sums" else 1
+    at = out + (tl.maximum(slot, 0).to(tl.int64) * PARTS * intermediate)[None, :] + row[:, None]
+    mask = (row < intermediate)[:, None] & (slot >= 0)[None, :]
     if GATED:
         parts = tl.reshape(acc, (ROWS // 8, 2, 8, SLOTS))
         gate, up = tl.split(tl.permute(parts, (0, 2, 3, 1)))
         gate, up = tl.reshape(gate, (ROWS, SLOTS)), tl.reshape(up, (ROWS, SLOTS))
-        value = combine(up, gate, ACTIVATION, ALPHA, BETA, LIMIT)
+        if ACTIVATION == "sums":
+            tl.store(at, gate.to(out.dtype.element_ty), mask=mask)
+            value = up
+        else:
+            value = combine(up, gate, ACTIVATION, ALPHA, BETA, LIMIT)
+    elif ACTIVATION == "sums":
+        value = acc
     else:
         value = combine(acc, None, ACTIVATION, ALPHA, BETA, LIMIT)
     if inverse is not None:
         value = to_codes(value.to(tl.bfloat16).to(tl.float32) * inverse, ASSEMBLY)
-    row = block * ROWS + tl.arange(0, ROWS)
-    at = out + (tl.maximum(slot, 0).to(tl.int64) * intermediate)[None, :] + row[:, None]
-    mask = (row < intermediate)[:, None] & (slot >= 0)[None, :]
-    tl.store(at, value.to(out.dtype.element_ty), mask=mask)
+    tl.store(at + (PARTS - 1) * intermediate, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -262,6 +269,7 @@ def gate_up_kernel(
 ):  # fmt: skip
     """Write combine(up x, gate x), or combine(up x), to out [slots, intermediate].
 
+    With the ACTIVATION "sums" gate x and up x themselves: [slots, gate, up], or [slots, up].
     Grid: [(slots or tiles, by MODE) * row blocks]. bias: float32 [experts, rows of words], or None.
     """
     block, expert, slot, more = find_work(

@@ -58,7 +58,7 @@ class TritonKernel(Kernel):
     name = "triton"
     needs = "triton"
     devices = Devices(((8, 0),), or_newer=True)
-    biases = parameters = True
+    biases = parameters = differentiable = True
     layouts: ClassVar = {
         "nvfp4": _layout((to_slabs, scales_to_slabs), (from_slabs, scales_from_slabs)),
         "mxfp4": _layout((to_slabs, powers_to_slabs), (from_slabs, powers_from_slabs)),
@@ -92,13 +92,23 @@ class TritonKernel(Kernel):
 
     def run(self, call: Call) -> torch.Tensor:
         """Compute [T, H] with the tiles that were measured to be fast."""
-        local, hidden_size, columns = call.operands.down_packed.shape
-        config = choose_tiles(
-            current_capability(call.hidden.device), call.layer.gated, hidden_size,
-            FORMATS[call.layer.format].elements(columns), local, call.expert_ids.numel(),
-            call.layer.format,
-        )  # fmt: skip
-        return run_with(config, call)
+        return run_with(_measured_tiles(call), call)
+
+    def gradients(self, call: Call, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute both gradients; see `backward`."""
+        from .backward import gradients_with, tile_for
+
+        tile = tile_for(call.expert_ids.numel(), call.operands.down_packed.shape[0])
+        return gradients_with(_measured_tiles(call), tile, call, gradient)
+
+
+def _measured_tiles(call: Call) -> Config:
+    local, hidden_size, columns = call.operands.down_packed.shape
+    return choose_tiles(
+        current_capability(call.hidden.device), call.layer.gated, hidden_size,
+        FORMATS[call.layer.format].elements(columns), local, call.expert_ids.numel(),
+        call.layer.format,
+    )  # fmt: skip
 
 
 @functools.cache
