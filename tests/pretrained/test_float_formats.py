@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import checkpoint_makers as makers
+import format_files as files
 import pytest
 import torch
 from format_models import IDS, logits
@@ -71,7 +72,13 @@ def test_a_kernel_is_asked_for_that_format_before_weights_are_read(
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_what_a_device_map_counts_is_what_the_experts_take(directory, monkeypatch, format):
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_a_device_map_counts_is_what_the_experts_take(
+    directory, monkeypatch, tmp_path, format, biased
+):
+    if biased:
+        directory = tmp_path
+        files.save_gpt_oss(directory, packed=False)
     counted = []
     plain = Placeholder.__init__
     monkeypatch.setattr(

@@ -152,11 +152,12 @@ def form_of(
     return preferred(likely, announced)
 
 
-def stored_bytes(facts: Any, form: str = DEFAULT_FORMAT) -> int:
+def stored_bytes(facts: Any, form: str = DEFAULT_FORMAT, biased: bool = False) -> int:
     """Return what the weights of a layer take in a format, without a kernel's padding.
 
     Args:
         facts: has num_experts, gated, hidden_size and intermediate_size.
+        biased: count biases, too.
     """
     format = FORMATS[form]
     inner, outer = (
@@ -167,4 +168,6 @@ def stored_bytes(facts: Any, form: str = DEFAULT_FORMAT) -> int:
         *format.shapes(facts.num_experts, halves * inner, outer, halves).values(),
         *format.shapes(facts.num_experts, outer, inner).values(),
     ]
+    if biased:
+        shapes.append((torch.float32, (facts.num_experts, halves * inner + outer)))
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes)

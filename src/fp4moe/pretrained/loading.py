@@ -218,7 +218,7 @@ class Loading:
             keys = list(self.plan.linears[path].matrix.keys.values())
         elif self.plan.experts[path].form == "float":
             facts = self.plan.experts[path].facts
-            return stored_bytes(facts, facts.format)
+            return stored_bytes(facts, facts.format, facts.biased)
         else:
             keys = self.plan.experts[path].keys
         specs = [self.files.shapes[key] for key in keys]
