@@ -179,6 +179,7 @@ class PackedLinear(PreparedModule):
         absent = self.prepared_weight.new_empty(0, dtype=torch.float32)
         self.register_buffer(PREPARED + "absent", absent, persistent=False)
         self._lent = Lent()
+        self._place = self._device()
 
     def _prepared_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         codes, scale = (as_bytes(state[name]) for name in ("weight", "weight_scale"))
@@ -194,6 +195,8 @@ class PackedLinear(PreparedModule):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return hidden [..., in] x weight^T + bias, in hidden's dtype, or autocast's."""
+        if not torch.compiler.is_compiling() and self.prepared_weight.device != self._place:
+            self._choose_again()
         if self.kernel == "reference":
             # Plain operations, which torch.compile fuses with what stands around them.
             bias = None if self.bias is None else self.bias.to(hidden.dtype)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 from typing import Any
 
 import torch
@@ -36,9 +35,6 @@ from .pack import activation_scale
 from .prepared import PREPARED, PreparedModule
 
 __all__ = ["FusedExperts"]
-
-# One thread prepares for another device, the others wait.
-_choosing = threading.Lock()
 
 
 class FusedExperts(PreparedModule):
@@ -219,15 +215,6 @@ class FusedExperts(PreparedModule):
             return torch.ops.fp4moe.nvfp4_moe.default(*chosen, *operands, *self._arguments)
         biased = *gate_up, self.prepared_gate_up_bias, *down, self.prepared_down_bias, *scales
         return torch.ops.fp4moe.moe.default(*chosen, *biased, *self._arguments)
-
-    def _choose_again(self) -> None:
-        """Prepare for the device where accelerate has put the buffers one by one."""
-        with _choosing:
-            place = self._device()
-            if place.type != "meta" and place != self._place:
-                if (kernel := self._select_kernel(place)) != self.kernel:
-                    self._take_state(self._state(), kernel)
-            self._place = place
 
     def _device(self) -> torch.device:
         return self.prepared_gate_up_packed.device

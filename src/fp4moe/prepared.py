@@ -7,6 +7,7 @@ prepares again.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -20,6 +21,8 @@ __all__ = ["PREPARED", "PreparedModule"]
 
 # What the kernel reads: a buffer is called by this and the operand's name.
 PREPARED = "prepared_"
+# One thread prepares for another device, the others wait.
+_choosing = threading.Lock()
 EXTRA = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 
 
@@ -31,6 +34,8 @@ class PreparedModule(PackedModule):
 
     kernel: str
     _lent: Lent
+    # Where the buffers were prepared. The last that is set, since other threads go by it.
+    _place: torch.device
     # Of the state: ordinary numbers, which a cast converts and a load from another float dtype.
     _castable: ClassVar[frozenset[str]] = frozenset()
 
@@ -69,6 +74,15 @@ class PreparedModule(PackedModule):
     @property
     def _has_extra_state(self) -> bool:
         return type(self).get_extra_state is not nn.Module.get_extra_state
+
+    def _choose_again(self) -> None:
+        """Prepare for the device where accelerate has put the buffers one by one."""
+        with _choosing:
+            place = self._device()
+            if place.type != "meta" and place != self._place:
+                if (kernel := self._select_kernel(place)) != self.kernel:
+                    self._take_state(self._state(), kernel)
+            self._place = place
 
     def _apply(self, fn, recurse: bool = True):
         before = self._device()

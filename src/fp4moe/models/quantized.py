@@ -52,7 +52,7 @@ def quantizer_classes() -> tuple[Any, Any]:
     class PackedQuantizer(HfQuantizer):
         """What transformers asks of a quantised model once it is there."""
 
-        is_trainable = False
+        is_trainable = True
         is_compileable = True
         # The state dict that is being saved, while it is.
         saving: Any = None

@@ -35,9 +35,6 @@ def _classes() -> tuple[Any, Any]:
     class Fp4MoeQuantizer(quantizer_class):  # type: ignore[misc, valid-type]
         """Hands the steps of from_pretrained to a Loading."""
 
-        is_trainable = True
-        is_compileable = True
-
         def __init__(self, quantization_config, **kwargs):
             super().__init__(quantization_config, **kwargs)
             quantize = not self.pre_quantized or quantization_config.entries.get("float", False)
