@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from allocated_bytes import AllocatedBytes
 from pairwise import PAIRED, PLAIN, pairwise
 from torch.library import opcheck
 
@@ -122,6 +123,7 @@ def test_half_types_are_rounded_once(dtype):
     check(got, [t.to(dtype) for t in expected], 0.1 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation, gated", [("silu", True), ("relu2", False), *CASES[-4:]])
 def test_gradcheck_in_float64(activation, gated):
     weights = weights_of(activation, gated, biased=True)
@@ -226,6 +228,7 @@ def test_of_float_weights_from_logits_with_an_output_scale():
     check(got, torch.autograd.grad(out, leaves, grad))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["reference", "reference_w4a4"])
 @pytest.mark.parametrize("name", ["moe", "nvfp4_moe"])
 def test_opcheck_with_gradients(name, kernel):
@@ -233,6 +236,7 @@ def test_opcheck_with_gradients(name, kernel):
     opcheck(getattr(torch.ops.fp4moe, name).default, (*inputs(), *arguments(weights, kernel)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_opcheck_of_the_backward(tokens, dtype):
@@ -240,10 +244,24 @@ def test_opcheck_of_the_backward(tokens, dtype):
         opcheck(BACKWARD, backward_arguments(weights_of(**options), tokens=tokens, dtype=dtype))
 
 
+@pytest.mark.slow
 def test_opcheck_of_the_backward_of_floats():
     floats, form, _ = float_layer()
     hidden, ids, routing = (t.detach() for t in inputs())
     opcheck(OF_FLOATS, (torch.randn(T, H), hidden, ids, routing, *map(list, floats), *form))
+
+
+def test_one_expert_is_float_at_a_time():
+    weights = make_layer(32, 128, 128)
+    call = (
+        get_kernel("reference")
+        .prepare(weights, hidden_alignment=256)
+        .call(torch.randn(4, 128), torch.arange(32).view(4, 8), torch.rand(4, 8))
+    )
+    with AllocatedBytes(*call.operands.flat()) as allocated:
+        get_kernel("reference").gradients(call, torch.randn(4, 128))
+    # An expert's three matrices, and as much again while one is decoded; all would be 32 of them.
+    assert allocated.peak < 4 * (3 * 128 * 128 * 4)
 
 
 def test_no_tokens():

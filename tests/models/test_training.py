@@ -105,12 +105,18 @@ def of_linears(name, original, replaced):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "way"),
-    [("gemma4", "backend"), ("nemotron_h", "backend"), ("gemma4", "inductor_options")],
+    [
+        ("gemma4", "backend"),
+        ("gemma4", "fused routing"),
+        ("nemotron_h", "backend"),
+        ("gemma4", "inductor_options"),
+    ],
 )
 def test_compiled(name, original, of_linears, way):
     model = with_lora(original, name, **LINEARS)
-    if way == "backend":
+    if way != "inductor_options":
         options = {"inner_backend": "aot_eager", "on_no_match": "error"}
+        options |= {"routing": "fused"} if way == "fused routing" else {}
         run = torch.compile(model, backend=fp4moe.backend, options=options)
     else:
         run = torch.compile(model, options=fp4moe.inductor_options(on_no_match="error"))
@@ -143,6 +149,11 @@ def test_a_kernel_without_gradients_stays_float(name, original, monkeypatch):
     with pytest.warns(UserWarning, match=r"which kernel reference does not give; ask for kernel="):
         got = gradients(model, torch.compile(model, backend=fp4moe.backend, options=options))
     compare(got, gradients(model))
+
+
+def test_routers_in_one_launch(name, original, expected):
+    fused = fp4moe.replace_moe(original, routing="fused", progress=False)
+    compare(gradients(with_lora(fused, name)), expected)
 
 
 @pytest.mark.usefixtures("registered")

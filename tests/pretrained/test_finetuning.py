@@ -45,6 +45,7 @@ def arguments(folder, **options):
     return TrainingArguments(folder, max_steps=6, learning_rate=2e-3, logging_steps=1, **options)
 
 
+@pytest.mark.slow
 def test_trainer_trains_an_adapter_that_saves_loads_and_merges(name, tmp_path):
     model = loaded(name)
     before = logits(model)
