@@ -17,7 +17,7 @@ from ..linear import PackedLinear, packed_linear
 __all__ = ["choose_linears", "pack_linear"]
 
 NONE = "none"
-# What a pattern passes by, and all inside, as ModelOpt's own configurations do; whole names reach it.
+# A pattern passes by these and all inside, as ModelOpt does by default; a whole name reaches them.
 KEPT = {"lm_head", "proj_out", "router", "gate", "shared_expert_gate"}
 
 
