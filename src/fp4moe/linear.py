@@ -227,14 +227,13 @@ class PackedLinear(PreparedModule):
 class NVFP4Linear(PackedLinear):
     """A Linear whose weight stays NVFP4; `state_dict` holds ModelOpt's names.
 
-    A forward makes a temporary of 12 bytes an element of the weight.
-
     Args:
         weight: [out, in / 2] uint8, low nibble = even element; in is a multiple of 16.
         weight_scale: [out, in / 16] float8_e4m3fn.
         weight_scale_2: 0-d float32, the global scale (decode multiplier).
         bias: [out] float, or None.
         input_scale: 0-d float32, kept but not used, or None.
+        kernel: as for PackedLinear.
 
     Raises:
         ShapeError: a shape, dtype or device does not fit; names the argument.
@@ -247,8 +246,11 @@ class NVFP4Linear(PackedLinear):
         weight_scale_2: torch.Tensor,
         bias: torch.Tensor | None = None,
         input_scale: torch.Tensor | None = None,
+        *,
+        kernel: str = "auto",
     ):
-        super().__init__("nvfp4", weight, weight_scale, weight_scale_2, bias, input_scale)
+        scales = weight_scale, weight_scale_2
+        super().__init__("nvfp4", weight, *scales, bias, input_scale, kernel=kernel)
 
 
 class FP8Linear(PackedLinear):
@@ -259,6 +261,7 @@ class FP8Linear(PackedLinear):
         weight_scale: float32 decode multiplier, 0-d or [out, 1].
         bias: [out] float, or None.
         input_scale: 0-d float32, kept but not used, or None.
+        kernel: as for PackedLinear.
 
     Raises:
         ShapeError: a shape, dtype or device does not fit; names the argument.
@@ -270,6 +273,8 @@ class FP8Linear(PackedLinear):
         weight_scale: torch.Tensor,
         bias: torch.Tensor | None = None,
         input_scale: torch.Tensor | None = None,
+        *,
+        kernel: str = "auto",
     ):
         rows = weight.shape[0] if weight.ndim == 2 else 0
         if weight_scale.ndim and weight_scale.shape != (rows, 1):
@@ -280,17 +285,19 @@ class FP8Linear(PackedLinear):
                 "Pass the tensors of one Linear as the checkpoint holds them.",
             )
         format = "fp8_channel" if weight_scale.ndim else "fp8"
-        super().__init__(format, weight, weight_scale, None, bias, input_scale)
+        super().__init__(format, weight, weight_scale, None, bias, input_scale, kernel=kernel)
 
 
-def packed_linear(format: str, weight: torch.Tensor, scale: torch.Tensor, *others) -> PackedLinear:
+def packed_linear(
+    format: str, weight: torch.Tensor, scale: torch.Tensor, *others, kernel: str = "auto"
+) -> PackedLinear:
     """Return a Linear of the class that bears the format's name; others as for PackedLinear.
 
     scale: block scales as `WeightFormat.shapes` has them; one number may have axes of one element.
     """
     if format in ("fp8", "fp8_channel"):
         scale = scale.reshape(()) if format == "fp8" else scale
-        return FP8Linear(weight, scale, *others[1:])
+        return FP8Linear(weight, scale, *others[1:], kernel=kernel)
     if format == "nvfp4":
-        return NVFP4Linear(weight, scale, *others)
-    return PackedLinear(format, weight, scale, *others)
+        return NVFP4Linear(weight, scale, *others, kernel=kernel)
+    return PackedLinear(format, weight, scale, *others, kernel=kernel)

@@ -111,6 +111,21 @@ def test_w4a16_is_the_float_model_with_dequantised_weights(seed, model_and_text,
 
 
 @pytest.mark.slow
+def test_linears_are_quantised_too(model_and_text, report):
+    folder, text, _ = model_and_text
+    linears = "*.self_attn.*" if folder.name.startswith("gemma4") else "*_proj"
+    sizes = {"tokens": LENGTH * WINDOWS, "length": LENGTH, "device": "cpu", "progress": False}
+    found = fp4moe.evaluate(folder, text=text, linears=linears, **sizes)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    fp4moe.replace_moe(model, progress=False, linears=linears)
+    own, _ = losses(model)
+    # As for bfloat16 above; and it is not the model whose experts alone are quantised.
+    assert found.row("W4A16").loss == pytest.approx(statistics.mean(own), abs=0.01)
+    assert found.row("W4A16").loss != report.row("W4A16").loss
+    assert found.row("bf16").loss == report.row("bf16").loss
+
+
+@pytest.mark.slow
 def test_rows_table_and_plain_data(report):
     names = ["bf16", "W4A16", "W4A4", "W4A4 calibrated"]
     assert [row.name for row in report.rows] == names

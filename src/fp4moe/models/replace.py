@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -34,6 +35,7 @@ from ..progress import progress_bar
 from ..report import BlockReport, ModelReport
 from .block import ON_META, Candidate, carry_hooks, stored_activation_scales, value_reasons
 from .experts_module import find_experts
+from .linears import choose_linears, pack_linear
 from .module_list import find_module_lists
 from .quantized import mark_quantized
 from .routers import FusedRouter, fuse_router
@@ -66,6 +68,7 @@ def replace_moe(
     method: str = "max",
     hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT,
     routing: str = "given",
+    linears: str | Sequence[str] = "none",
 ) -> Model:
     """Replace the experts of every mixture-of-experts block by fused, quantised experts, in place.
 
@@ -85,13 +88,16 @@ def replace_moe(
         routing: "given": the model's own router stays as it is. "fused": it chooses in one launch
             and returns the same; a kernel asked for by name may be one that must choose itself, for
             which `fp4moe.backend` wants routing="fused", too.
+        linears: "none", or names and patterns (as of fnmatch) of dense `torch.nn.Linear` modules,
+            which become `fp4moe.PackedLinear` of the same format. A pattern passes by output heads
+            and routers (`lm_head`, `gate`, ...), whose whole names may be given.
 
     Returns:
         The same model.
 
     Raises:
-        UnsupportedError: no block found, a block cannot be replaced (strict), an unknown name, or
-            no kernel for a block. The model is as it was.
+        UnsupportedError: no block found, a block cannot be replaced (strict), an unknown name, no
+            kernel for a block, or a Linear cannot be quantised. The model is as it was.
     """
     check_kernel_name(kernel, caller="replace_moe")
     check_choice("format", format, FORMATS, caller="replace_moe")
@@ -122,6 +128,7 @@ def replace_moe(
         refuse("replace_moe", what, listed, "Pass strict=False to leave these as they are.")
     for path, why in refused.items():
         logger.warning("replace_moe: %s is left as it is: %s", path or root, "; ".join(why))
+    dense = choose_linears(model, linears, format, [c.module for c in candidates])
     paths = [c.path for c in candidates if c.path not in refused]
     jobs = {c.path: c for c in candidates}
     # The list must not keep a replaced layer's weights alive.
@@ -142,6 +149,11 @@ def replace_moe(
         _set_submodule(model, path, fused)
     for plan in plans.values():
         fuse_router(model.get_submodule(plan.path), plan.routing)
+    for path in progress_bar(list(dense), show=progress and bool(dense), desc="packing Linears"):
+        linear = dense.pop(path)
+        packed = pack_linear(linear, format, method, kernel)
+        carry_hooks(linear, packed)
+        _set_submodule(model, path, packed)
     mark_quantized(model)
     return model
 

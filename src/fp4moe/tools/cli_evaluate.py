@@ -40,6 +40,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="of the experts' weights; the model is loaded for each",
     )
     command.add_argument("--method", choices=METHODS, default="max", help="of the weights")
+    command.add_argument(
+        "--linears",
+        nargs="+",
+        metavar="NAME",
+        default=["none"],
+        help="dense Linears to quantise, too: names and patterns, as '*.self_attn.*'",
+    )
     command.add_argument("--device", help="cuda, cuda:1, cpu; default the GPU, if there is one")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.add_argument("--no-progress", action="store_true", help="no progress bars")
@@ -56,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         "calibrate",
         "percentile",
         "method",
+        "linears",
         "device",
     )
     options = {name: getattr(arguments, name) for name in names}

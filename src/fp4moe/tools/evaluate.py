@@ -141,8 +141,9 @@ def evaluate(
     batch: int = 4,
     device: str | torch.device | None = None,
     progress: bool = True,
+    linears: str | Sequence[str] = "none",
 ) -> EvaluationReport:
-    """Compare a bfloat16 model with its quantised experts on the same tokens.
+    """Compare a bfloat16 model with its quantised experts, and Linears, on the same tokens.
 
     Args:
         model: a Hugging Face directory or hub id, with its tokenizer.
@@ -158,6 +159,8 @@ def evaluate(
         batch: windows at a time.
         device: default the GPU, if there is one.
         progress: show progress bars on stderr.
+        linears: dense Linears to quantise beside the experts, see `fp4moe.replace_moe`; their
+            inputs are not rounded in any row.
 
     Raises:
         ShapeError: tokens, length or batch is too small, or there is no format.
@@ -188,8 +191,8 @@ def evaluate(
 
     measured: dict[tuple[str, str | None], Predicted] = {("bf16", None): predict("bf16", loaded)}
     if calibration:
-        options: dict[str, Any] = {"percentile": percentile, "length": length, "progress": progress}
-        calibrate_on_texts(loaded, tokenizer, calibration, **options)
+        recorded: dict[str, Any] = {"percentile": percentile, "length": length}
+        calibrate_on_texts(loaded, tokenizer, calibration, progress=progress, **recorded)
     ranges = {
         path: getattr(module, ACTIVATION_SCALES)
         for path, module in loaded.named_modules()
@@ -202,7 +205,8 @@ def evaluate(
             loaded, _ = load_text_model(model, device=device, caller="evaluate")
             for path, scales in ranges.items():
                 setattr(loaded.get_submodule(path), ACTIVATION_SCALES, scales)
-        replace_moe(loaded, "reference", progress=progress, format=name, method=method)
+        options: dict[str, Any] = {"format": name, "method": method, "linears": linears}
+        replace_moe(loaded, "reference", progress=progress, **options)
         found = _measure(loaded, FORMATS[name], predict, bool(calibration))
         measured |= {(row, name): predicted for row, predicted in found.items()}
     base = measured["bf16", None]
