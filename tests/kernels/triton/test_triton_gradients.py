@@ -62,7 +62,7 @@ def compare(weights, dtype, mode="sorted", tile=TILES[0], tokens=5, top_k=2, dev
 @pytest.mark.parametrize(("activation", "gated", "biased"), FORMS)
 def test_every_activation(activation, gated, biased, poisoned_empty):
     window = {"num_experts": 4, "expert_offset": 1}
-    weights = layer(2, 80, 144, activation, gated, biased=biased, **window)
+    weights = layer(2, 80, 48, activation, gated, biased=biased, **window)
     number = FORMS.index((activation, gated, biased))
     dtype = (torch.bfloat16, torch.float16, torch.float32)[number % 3]
     compare(weights, dtype, list(MODES)[number // 3 % 3])
@@ -74,7 +74,7 @@ def test_every_activation(activation, gated, biased, poisoned_empty):
 )
 def test_every_format(format, gated, poisoned_empty):
     # Blocks of 128 rows: 192 of gate end inside one.
-    weights = layer(2, 256, 192, "gelu_tanh", gated, format=format)
+    weights = layer(2, 128, 192, "gelu_tanh", gated, format=format)
     compare(weights, torch.bfloat16)
 
 
