@@ -14,7 +14,7 @@ from fp4moe.errors import CheckpointError, UnsupportedError
 from fp4moe.kernels import KERNELS
 from fp4moe.kernels.reference import ReferenceKernel
 from fp4moe.pretrained.loading import convention_of
-from fp4moe.reference import reference
+from fp4moe.reference import reference, reference_w4a4
 from fp4moe.testing import relative_error
 
 # Both sides compute the same products in float32, in another order: a few units of 2^-24 a layer.
@@ -62,21 +62,38 @@ def test_logits_equal_the_tools_own_dequantisation(tmp_path, registered, name, t
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["FP8", "FP8_DYNAMIC", "FP8_BLOCK"])
+@pytest.mark.parametrize(
+    ("tool", "kind"),
+    [
+        ("modelopt", "FP8_DEFAULT_CFG"),
+        ("modelopt", "FP8_PER_CHANNEL_PER_TOKEN_CFG"),
+        ("transformers", "float"),
+    ],
+)
 @pytest.mark.parametrize("name", ["qwen3_moe", "gemma4"])
-def test_activations_are_rounded_where_the_checkpoint_says_so(tmp_path, name, kind):
+def test_activations_are_rounded_where_the_checkpoint_says_so(tmp_path, name, tool, kind):
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs compute capability 8.9")
-    files.save("compressed", name, kind, tmp_path)
-    found = {}
-    for kernel in ("auto", "triton", "reference_w4a4"):
-        model = load(tmp_path, kernel=kernel, device_map="cuda")
-        assert {m.kernel for m in experts(model)} == {kernel.replace("auto", "triton_w8a8")}
-        with torch.no_grad():
-            found[kernel] = model(torch.arange(3, 10, device="cuda")[None]).logits
-    # The definition rounds the intermediate once less: some of its codes are others.
-    assert relative_error(found["auto"], found["reference_w4a4"]) < 2e-2
-    assert relative_error(found["auto"], found["triton"]) > 1e-4
+    files.save(tool, name, kind, tmp_path)
+    plain = experts(load(tmp_path, kernel="triton", device_map="cuda"))
+    assert {m.kernel for m in plain} == {"triton"}
+    for module in experts(load(tmp_path, device_map="cuda")):
+        assert module.kernel == "triton_w8a8"
+        layer = module.layer
+        hidden = torch.randn(33, layer.hidden_size, device="cuda")
+        ids = torch.rand(33, layer.num_experts, device="cuda").topk(2).indices
+        routing_weights = torch.rand(33, 2, device="cuda")
+        expected = reference_w4a4(
+            hidden,
+            module.weights,
+            ids,
+            routing_weights,
+            intermediate_dtype=torch.bfloat16,
+            product_dtype=torch.float32,
+        )
+        # Limits: see test_triton_w8a8.py.
+        got = module(hidden, ids, routing_weights)
+        assert relative_error(got, expected) < 3 * 2.0**-9 + 0.1 * 2.0**-4
 
 
 @pytest.mark.slow
