@@ -166,7 +166,7 @@ def choose_tile(tokens: int, rows: int, columns: int, processors: int) -> Linear
         slots = max(16, 1 << (tokens - 1).bit_length())
         tile = LinearTile(slots, 1, 64, 2, 4, 3, 4 if slots == 16 else 3)
     else:
-        tile = LinearTile(128, 1, 64, 1, 4, 3)
+        tile = LinearTile(64, 1, 128, 1, 4, 3)
         programs = -(-rows // tile.rows) * -(-tokens // tile.slots)
         tile = dataclasses.replace(tile, splits=max(1, 2 * processors // programs))
     # A split has four slabs at least.
