@@ -16,7 +16,7 @@ import torch
 
 from ...formats import FORMATS
 from ...layer import Layer
-from ..base import Kernel, Layout, current_capability, each_matrix
+from ..base import Change, Kernel, Layout, current_capability, each_matrix
 from ..devices import Devices
 from ..measured import choose_tiles
 from ..operands import Call, LogitsCall
@@ -27,23 +27,33 @@ from .tiles import MODES, Config, Tile
 if TYPE_CHECKING:
     from .sort import Sorted
 
-__all__ = ["TRITON", "TritonKernel", "constants_of", "find_slots", "interpreted", "run_with"]
+__all__ = ["REORDERS", "TRITON", "TritonKernel", "constants_of", "find_slots", "interpreted"]
+__all__ += ["run_with"]
 
 MOST_EXPERTS, MOST_TOP_K = 512, 32
 
 
 Reorder = Callable[[torch.Tensor], torch.Tensor]
+# Of codes, and of block scales; None leaves these as they are.
+Reorders = tuple[Reorder, Reorder | None]
+# Format -> how its parts are laid out in slabs, and back.
+REORDERS: dict[str, tuple[Reorders, Reorders]] = {
+    "nvfp4": ((to_slabs, scales_to_slabs), (from_slabs, scales_from_slabs)),
+    "mxfp4": ((to_slabs, powers_to_slabs), (from_slabs, powers_from_slabs)),
+    "mxfp8": ((fp8_to_slabs, powers_to_slabs), (fp8_from_slabs, powers_from_slabs)),
+    **dict.fromkeys(
+        ("fp8", "fp8_channel", "fp8_block"), ((fp8_to_slabs, None), (fp8_from_slabs, None))
+    ),
+}
 
 
-def _layout(apply: tuple[Reorder, Reorder], undo: tuple[Reorder, Reorder]) -> Layout:
+def _layout(apply: Reorders, undo: Reorders) -> Layout:
     """Return the layout in slabs, of functions for codes and for block scales."""
-    return Layout(
-        lambda layer, hidden_alignment: (SLAB, SLAB), each_matrix(*apply), each_matrix(*undo)
-    )
 
+    def change(codes: Reorder, scales: Reorder | None) -> Change:
+        return each_matrix(codes, scales or torch.Tensor.contiguous)
 
-def _unchanged(scales: torch.Tensor) -> torch.Tensor:
-    return scales.contiguous()
+    return Layout(lambda layer, hidden_alignment: (SLAB, SLAB), change(*apply), change(*undo))
 
 
 class TritonKernel(Kernel):
@@ -59,15 +69,7 @@ class TritonKernel(Kernel):
     needs = "triton"
     devices = Devices(((8, 0),), or_newer=True)
     biases = parameters = differentiable = True
-    layouts: ClassVar = {
-        "nvfp4": _layout((to_slabs, scales_to_slabs), (from_slabs, scales_from_slabs)),
-        "mxfp4": _layout((to_slabs, powers_to_slabs), (from_slabs, powers_from_slabs)),
-        "mxfp8": _layout((fp8_to_slabs, powers_to_slabs), (fp8_from_slabs, powers_from_slabs)),
-        **dict.fromkeys(
-            ("fp8", "fp8_channel", "fp8_block"),
-            _layout((fp8_to_slabs, _unchanged), (fp8_from_slabs, _unchanged)),
-        ),
-    }
+    layouts: ClassVar = {name: _layout(*both) for name, both in REORDERS.items()}
 
     def package_reasons(self) -> Sequence[str]:
         """Return that triton is not installed, where it is not."""

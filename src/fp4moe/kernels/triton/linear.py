@@ -17,9 +17,8 @@ from ...formats import FORMATS
 from ...padding import round_up
 from ..base import current_capability
 from ..linear_weight import LinearWeight, linear_shapes
-from .kernel import Reorder, interpreted
-from .layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
-from .layout_fp8 import fp8_from_slabs, fp8_to_slabs, powers_from_slabs, powers_to_slabs
+from .kernel import REORDERS, Reorders, interpreted
+from .layout import SLAB
 
 __all__ = [
     "COPY_TOKENS",
@@ -78,12 +77,12 @@ def to_prepared(
     rows, columns = packed.shape[0], FORMATS[format].elements(packed.shape[1])
     shapes = linear_shapes(format, padded(rows), padded(columns))
     packed, scale = _grown(packed, shapes["packed"]), _grown(block_scale, shapes["block_scale"])
-    return _reordered(_APPLY[format], packed, scale)
+    return _reordered(REORDERS[format][0], packed, scale)
 
 
 def from_prepared(weight: LinearWeight) -> tuple[torch.Tensor, torch.Tensor]:
     """Undo `to_prepared`: codes and block scales as bytes, bit for bit; fresh tensors."""
-    packed, scale = _reordered(_UNDO[weight.format], weight.packed, weight.block_scale)
+    packed, scale = _reordered(REORDERS[weight.format][1], weight.packed, weight.block_scale)
     shapes = linear_shapes(weight.format, weight.rows, weight.columns)
     return _cut(packed, shapes["packed"]), _cut(scale, shapes["block_scale"])
 
@@ -102,7 +101,7 @@ def _cut(tensor: torch.Tensor, shape: Shape) -> torch.Tensor:
 
 
 def _reordered(
-    functions: tuple[Reorder, Reorder | None], packed: torch.Tensor, scale: torch.Tensor
+    functions: Reorders, packed: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # By row tiles as if they were experts: the order is the same, and the scratch small.
     codes, scales = functions
@@ -110,20 +109,6 @@ def _reordered(
     if scales is None:
         return packed, scale.clone()
     return packed, scales(scale.view(-1, SLAB, scale.shape[1])).view(scale.shape)
-
-
-_APPLY: dict[str, tuple[Reorder, Reorder | None]] = {
-    "nvfp4": (to_slabs, scales_to_slabs),
-    "mxfp4": (to_slabs, powers_to_slabs),
-    "mxfp8": (fp8_to_slabs, powers_to_slabs),
-    **dict.fromkeys(("fp8", "fp8_channel", "fp8_block"), (fp8_to_slabs, None)),
-}
-_UNDO: dict[str, tuple[Reorder, Reorder | None]] = {
-    "nvfp4": (from_slabs, scales_from_slabs),
-    "mxfp4": (from_slabs, powers_from_slabs),
-    "mxfp8": (fp8_from_slabs, powers_from_slabs),
-    **dict.fromkeys(("fp8", "fp8_channel", "fp8_block"), (fp8_from_slabs, None)),
-}
 
 
 def run_linear(x: torch.Tensor, weight: LinearWeight, bias: torch.Tensor | None) -> torch.Tensor:
