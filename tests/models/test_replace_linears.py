@@ -39,9 +39,16 @@ def test_logits_are_those_of_dequantised_weights(name, form):
     # The same experts, and float Linears that hold what the codes stand for.
     twin = replaced(MAKERS[name]().eval(), format=form)
     format, before = FORMATS[form], logits(twin)
-    for path in found:
-        weight = twin.get_submodule(path).weight.data
-        scale = format.shared_scale(torch.stack(torch.aminmax(weight)))
+    weights = {path: twin.get_submodule(path).weight.data for path in found}
+    peaks = {path: weight.abs().max() for path, weight in weights.items()}
+    for path, weight in weights.items():
+        # q, k and v have one scale.
+        parent, _, leaf = path.rpartition(".")
+        others = (
+            ("q_proj", "k_proj", "v_proj") if leaf in ("q_proj", "k_proj", "v_proj") else (leaf,)
+        )
+        peak = torch.stack([peaks[f"{parent}.{o}"] for o in others if f"{parent}.{o}" in peaks])
+        scale = format.shared_scale(peak.max().reshape(1))
         weight.copy_(format.dequantize(format.quantize(weight, scale, "max"), torch.float32))
     # The same calls of torch on the same numbers.
     assert torch.equal(logits(model), logits(twin))

@@ -1,7 +1,7 @@
 """Float Hugging Face checkpoint to ModelOpt's layout in a format: file by file, resumable.
 
 Not handled here: names (modelopt_writer.py), plans (write_plan.py), tensors (write_stream.py),
-unfinished runs (partial_run.py). Only experts are quantised.
+unfinished runs (partial_run.py). Experts are quantised, and Linears that are asked for.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..progress import progress_bar
 from ..version import __version__
 from .files import INDEX, PICKLES, CheckpointFiles
 from .float_experts import Experts, Storages, find_experts
+from .float_linears import find_linears
 from .modelopt import MODELOPT_NAMES
 from .modelopt_writer import exclude_modules, quantization_configs
 from .mtp import decoder_layers
@@ -67,6 +68,7 @@ class WriteReport:
         not_run_here: why fp4moe itself cannot run the experts yet, so that from_pretrained refuses
             the files; programs that read ModelOpt's layout may.
         format: what the experts are now.
+        linears: names of the dense Linears that are quantised, too.
     """
 
     directory: str
@@ -79,10 +81,13 @@ class WriteReport:
     left_as_they_are: tuple[str, ...] = ()
     not_run_here: tuple[str, ...] = ()
     format: str = DEFAULT_FORMAT
+    linears: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         text = (
-            f"{self.directory}: {len(self.layers)} experts layers, {self.quantized_share:.1%} of "
+            f"{self.directory}: {len(self.layers)} experts layers"
+            f"{f' and {len(self.linears)} Linears' if self.linears else ''}, "
+            f"{self.quantized_share:.1%} of "
             f"the bytes, are {self.format.upper()}; {self.source_bytes / 1e9:.3g} GB became "
             f"{self.written_bytes / 1e9:.3g} GB"
         )
@@ -105,6 +110,7 @@ def write_checkpoint(
     calibration: Calibration | None,
     max_shard_bytes: float,
     progress: bool,
+    linears: str | Sequence[str],
     asked: Callable[[CheckpointFiles], tuple[list[str], Storages]],
 ) -> WriteReport:
     """Do what `fp4moe.quantize_checkpoint` says.
@@ -112,7 +118,7 @@ def write_checkpoint(
     Args:
         asked: why from_pretrained will refuse the experts, and how the model stacks them, see
             `find_experts`; asked before hours are spent on them.
-        src, dst, format, method, layers, calibration, max_shard_bytes, progress: as there.
+        src, dst, format, method, layers, calibration, max_shard_bytes, progress, linears: as there.
     """
     patterns = _check_arguments(format, method, layers, calibration, max_shard_bytes)
     target = _target(dst)
@@ -130,19 +136,29 @@ def write_checkpoint(
             files.shapes, patterns, decoder_layers(files.config), storages, format
         )
         scales = input_scales(found, calibration, format)
-        shards = plan_shards(files, found, scales, int(max_shard_bytes), format)
+        dense = find_linears(files.shapes, found, linears, format)
+        if dense and calibration is not None:
+            refuse(
+                CALLER,
+                "experts with activation ranges cannot be written beside quantised Linears",
+                "those of Linears are not calibrated, and one configuration describes both",
+                "Leave calibration or linears out.",
+            )
+        shards = plan_shards(files, [*found, *dense], scales, int(max_shard_bytes), format)
         names = set(os.listdir(files.directory))
         copied = sorted(name for name in names if _is_copied(files.directory, name))
-        arguments = {
+        arguments: dict[str, Any] = {
             "format": format,
             "method": method,
             "layers": patterns,
+            "linears": [part.name for layer in dense for parts in layer.first for part in parts],
             "calibration": hashlib.sha256(json.dumps(scales).encode()).hexdigest(),
             "max_shard_bytes": int(max_shard_bytes),
             "source": fingerprint(files, copied),
             "version": __version__,
         }
-        small = _configuration(files, found, shards, format, calibrated=calibration is not None)
+        known = calibration is not None
+        small = _configuration(files, [*found, *dense], shards, format, calibrated=known)
         try:
             with locked(target + ".partial", target):
                 finished = _write(files, target, arguments, shards, copied, small, scales, progress)
@@ -168,6 +184,7 @@ def write_checkpoint(
             tuple(left),
             tuple(not_run_here),
             format,
+            tuple(arguments["linears"]),
         )
     if progress:
         tqdm.write(str(report))

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from ..checkpoint.float_linears import KEPT, NONE, scale_group
 from ..errors import refuse
 from ..formats import FORMATS
 from ..kernels.linear import LINEAR_KERNELS
 from ..linear import PackedLinear, packed_linear
 
-__all__ = ["choose_linears", "pack_linear"]
-
-NONE = "none"
-# A pattern passes by these and all inside, as ModelOpt does by default; a whole name reaches them.
-KEPT = {"lm_head", "proj_out", "router", "gate", "shared_expert_gate"}
+__all__ = ["choose_linears", "pack_linear", "shared_extremes"]
 
 
 def choose_linears(
@@ -82,11 +79,29 @@ def _reasons(model: nn.Module, linears: dict[str, nn.Linear], format: str) -> di
     return reasons
 
 
-def pack_linear(linear: nn.Linear, format: str, method: str, kernel: str) -> PackedLinear:
-    """Return a Linear whose weight is quantised, with the same bias."""
+def shared_extremes(linears: Mapping[str, nn.Linear], format: str) -> dict[str, torch.Tensor]:
+    """Return the smallest and largest weights of all that share a path's global scale."""
+    groups: dict[str, list[torch.Tensor]] = {}
+    for path, linear in linears.items():
+        ends = torch.stack(torch.aminmax(linear.weight.detach())).float()
+        groups.setdefault(scale_group(path, format), []).append(ends)
+    return {
+        path: torch.cat(
+            [ends.to(linear.weight.device) for ends in groups[scale_group(path, format)]]
+        )
+        for path, linear in linears.items()
+    }
+
+
+def pack_linear(
+    linear: nn.Linear, format: str, method: str, kernel: str, extremes: torch.Tensor
+) -> PackedLinear:
+    """Return a Linear whose weight is quantised, with the same bias.
+
+    extremes: of `shared_extremes`.
+    """
     known, weight = FORMATS[format], linear.weight.detach()
-    ends = torch.stack(torch.aminmax(weight)).float()
-    stored = known.quantize(weight, known.shared_scale(ends), method)
+    stored = known.quantize(weight, known.shared_scale(extremes), method)
     global_scale = stored.global_scale.reshape(()) if known.globally_scaled else None
     bias = None if linear.bias is None else linear.bias.detach()
     packed = packed_linear(

@@ -35,7 +35,7 @@ from ..progress import progress_bar
 from ..report import BlockReport, ModelReport
 from .block import ON_META, Candidate, carry_hooks, stored_activation_scales, value_reasons
 from .experts_module import find_experts
-from .linears import choose_linears, pack_linear
+from .linears import choose_linears, pack_linear, shared_extremes
 from .module_list import find_module_lists
 from .quantized import mark_quantized
 from .routers import FusedRouter, fuse_router
@@ -149,9 +149,10 @@ def replace_moe(
         _set_submodule(model, path, fused)
     for plan in plans.values():
         fuse_router(model.get_submodule(plan.path), plan.routing)
+    extremes = shared_extremes(dense, format)
     for path in progress_bar(list(dense), show=progress and bool(dense), desc="packing Linears"):
         linear = dense.pop(path)
-        packed = pack_linear(linear, format, method, kernel)
+        packed = pack_linear(linear, format, method, kernel, extremes[path])
         carry_hooks(linear, packed)
         _set_submodule(model, path, packed)
     mark_quantized(model)

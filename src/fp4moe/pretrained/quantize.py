@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.float_experts import Storages
+from ..checkpoint.float_linears import NONE
 from ..checkpoint.write_plan import Calibration
 from ..checkpoint.writer import FOR_OTHERS, WriteReport, write_checkpoint
 from ..errors import CheckpointError
@@ -31,6 +32,7 @@ def quantize_checkpoint(
     calibration: Calibration | None = None,
     max_shard_bytes: float = 5e9,
     progress: bool = True,
+    linears: str | Sequence[str] = NONE,
 ) -> WriteReport:
     """Write a copy of a Hugging Face checkpoint with quantised experts, in ModelOpt's layout.
 
@@ -55,6 +57,10 @@ def quantize_checkpoint(
             NVFP4, else W4A16_NVFP4; FP8 has one name for both. No other format has such scales.
         max_shard_bytes: bytes of tensors per weight file; a larger tensor has one of its own.
         progress: whether to show a bar over the bytes that are read, and the report.
+        linears: "none", or names and patterns (as of fnmatch) of dense Linears, as the files name
+            their modules, that are quantised to the same format; q, k and v of one attention, and
+            gate and up, share NVFP4's global scale. A pattern passes by output heads and
+            routers, whose whole names may be given. Not with `calibration`.
 
     Raises:
         CheckpointError: `src` is damaged, incomplete, unsafe or quantised; `dst` exists, is a
@@ -73,6 +79,7 @@ def quantize_checkpoint(
         calibration=calibration,
         max_shard_bytes=max_shard_bytes,
         progress=progress,
+        linears=linears,
         asked=_ask_the_class,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..checkpoint.float_linears import NONE
 from ..formats import DEFAULT_FORMAT, FORMATS
 from ..formats.base import METHODS
 from ..pretrained.quantize import quantize_checkpoint
@@ -39,6 +40,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="TEXT.jsonl",
         help="record the ranges of activations on this text and store them as input_scale",
     )
+    command.add_argument(
+        "--linears",
+        action="append",
+        metavar="NAME",
+        help="also quantise dense Linears of this name or pattern, such as '*.self_attn.*'",
+    )
     command.add_argument("--max-shard-bytes", type=float, default=5e9)
     command.add_argument("--no-progress", action="store_true", help="no bar and no report")
 
@@ -60,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         calibration=calibration,
         max_shard_bytes=arguments.max_shard_bytes,
         progress=not arguments.no_progress,
+        linears=arguments.linears or NONE,
     )
 
 
