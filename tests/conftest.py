@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import itertools
+import os
+import pathlib
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+
+def _inductor_cache() -> str:
+    """A folder of these sources: a compiled graph names operators of the version that made it."""
+    root, digest = pathlib.Path(__file__).resolve().parents[1], hashlib.sha256()
+    for folder in (root / "src", root / "passes"):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return os.path.join(tempfile.gettempdir(), f"fp4moe_inductor_{digest.hexdigest()[:16]}")
+
+
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _inductor_cache())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,6 +17,7 @@ import fp4moe
 EAGER = {
     "activations",
     "arguments",
+    "autograd",
     "borrowed",
     "checks",
     "errors",
@@ -36,6 +37,7 @@ EAGER = {
     "precision",
     "prepared",
     "reference",
+    "reference_gradients",
     "resize",
     "routing",
     "saving",
