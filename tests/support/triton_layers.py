@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 
 import pytest
 import torch
@@ -41,6 +42,16 @@ MODES = {
     "more": Config("sorted", Tile(16, 32, 1, 4, 3, 16), Tile(32, 128, 1, 4, 3, 16)),
     "slot": Config("slot", Tile(16, 64, 2, 4, 3), Tile(16, 64, 2, 4, 3)),
 }
+
+
+# Activation, whether gated, tokens, dtype: what runs on a GPU in each format.
+ON_THE_GPU = [
+    ("gelu_tanh", True, 1, torch.bfloat16),
+    ("gelu", True, 5, torch.float32),
+    ("relu2", False, 33, torch.float16),
+    ("silu_step(limit=0.2)", True, 300, torch.bfloat16),
+    ("relu2", False, 2100, torch.bfloat16),
+]
 
 
 def layer(experts, hidden, intermediate, activation, gated, device="cpu", biased=False, **keywords):
@@ -79,6 +90,21 @@ def compare(config, weights, dtype, tokens, top_k, limit, device="cpu"):
     assert got.dtype == dtype and got.shape == hidden.shape
     assert relative(got, expected) < limit
     assert torch.equal(got, run_with(config, call))
+
+
+def check_variants(variants, capability):
+    """Compile (function, constants, warps, further) each; look at products and shared memory."""
+    for function, constants, warps, further in variants:
+        if "WAIT" in constants:
+            constants = {**constants, "WAIT": capability == 90}
+        kernel = compile_for(capability, function, constants, warps, further)
+        label = (function.__name__, constants)
+        assert kernel.asm["cubin"], label
+        # No product stays in flight beyond its step: its registers would be written too early.
+        assert not re.search(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]", kernel.asm["ptx"]), label
+        # 86, 89 and 120 have 99 KiB of shared memory a block, the others 163 KiB and more.
+        limit = (99 if capability in (86, 89, 120) else 163) * 1024
+        assert kernel.metadata.shared <= limit, (label, kernel.metadata.shared)
 
 
 def signature(function, constants, hidden="*bf16", pointers=None):

@@ -14,6 +14,7 @@ from triton_layers import (
     HAS_TRITON,
     INTERPRETED,
     MODES,
+    ON_THE_GPU,
     compare,
     compile_for,
     compiled,
@@ -219,16 +220,7 @@ def test_biases_and_parameters(format, poisoned_empty):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("activation", "gated", "tokens", "dtype"),
-    [
-        ("gelu_tanh", True, 1, torch.bfloat16),
-        ("gelu", True, 5, torch.float32),
-        ("relu2", False, 33, torch.float16),
-        ("silu_step(limit=0.2)", True, 300, torch.bfloat16),
-        ("relu2", False, 2100, torch.bfloat16),
-    ],
-)
+@pytest.mark.parametrize(("activation", "gated", "tokens", "dtype"), ON_THE_GPU)
 @pytest.mark.parametrize("format", NAMES)
 def test_on_the_gpu(format, activation, gated, tokens, dtype, poisoned_empty):
     window = {"num_experts": 16, "expert_offset": 3, "device": "cuda"}

@@ -11,6 +11,7 @@ from triton_layers import (
     CUT,
     HAS_TRITON,
     INTERPRETED,
+    ON_THE_GPU,
     compile_for,
     compiled,
     interpreted,
@@ -182,16 +183,7 @@ def test_two_definitions(format):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("activation", "gated", "tokens", "dtype"),
-    [
-        ("gelu_tanh", True, 1, torch.bfloat16),
-        ("gelu", True, 5, torch.float32),
-        ("relu2", False, 33, torch.float16),
-        ("silu_step(limit=0.2)", True, 300, torch.bfloat16),
-        ("relu2", False, 2100, torch.bfloat16),
-    ],
-)
+@pytest.mark.parametrize(("activation", "gated", "tokens", "dtype"), ON_THE_GPU)
 @pytest.mark.parametrize("format", NAMES)
 def test_on_the_gpu(format, activation, gated, tokens, dtype, poisoned_empty):
     if torch.cuda.get_device_capability() < (8, 9):
