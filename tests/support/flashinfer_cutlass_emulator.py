@@ -97,6 +97,22 @@ def stand_in(*, newer: bool) -> Callable[..., list[torch.Tensor]]:
     return cutlass_fused_moe
 
 
+def bound_call(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], own: str = ""
+) -> dict[str, Any]:
+    """Return every argument by name; what is off must be, but for `own`, and tensors dense."""
+    require(not args, "arguments are positional: their order differs between versions")
+    bound = inspect.signature(function).bind(**kwargs)
+    bound.apply_defaults()
+    call = dict(bound.arguments)
+    for name, off in OFF.items():
+        value = call.get(name, off)
+        require(name == own or value is off or value == off, f"{name} must be {off}")
+    for name in TENSORS:
+        check_memory(name, call[name], call["input"].device)
+    return call
+
+
 def check_cutlass_call(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
@@ -106,15 +122,7 @@ def check_cutlass_call(
         TypeError: no such parameter in the signature of `function`, or one is missing.
         CallError: the kernel would refuse the call, or read something else than is meant.
     """
-    require(not args, "arguments are positional: their order differs between versions")
-    bound = inspect.signature(function).bind(**kwargs)
-    bound.apply_defaults()
-    call = dict(bound.arguments)
-    for name, off in OFF.items():
-        value = call.get(name, off)
-        require(value is off or value == off, f"{name} must be {off}")
-    for name in TENSORS:
-        check_memory(name, call[name], call["input"].device)
+    call = bound_call(function, args, kwargs)
     fc1, fc2 = call["fc1_expert_weights"], call["fc2_expert_weights"]
     rule = "weights must be int64 [L, M, H / 16] and [L, H, I / 16]; uint8 selects INT4"
     require(torch.int64 == fc1.dtype == fc2.dtype and fc1.ndim == fc2.ndim == 3, rule)

@@ -6,16 +6,14 @@ Written from the sources of FlashInfer 0.6.13 and 0.7.2; no layout or quantiser 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from flashinfer_cutlass_emulator import (
     ACTIVATIONS,
-    OFF,
     PAIRED,
-    TENSORS,
+    bound_call,
     check_biases,
     check_memory,
     check_parameters,
@@ -46,15 +44,7 @@ def check_cutlass_fp8_call(
         TypeError: no such parameter in the signature of `function`, or one is missing.
         CallError: the kernel would refuse the call, or read something else than is meant.
     """
-    require(not args, "arguments are positional: their order differs between versions")
-    bound = inspect.signature(function).bind(**kwargs)
-    bound.apply_defaults()
-    call = dict(bound.arguments)
-    for name, off in OFF.items():
-        value = call.get(name, off)
-        require(name == BLOCK_FLAG or value is off or value == off, f"{name} must be {off}")
-    for name in TENSORS:
-        check_memory(name, call[name], call["input"].device)
+    call = bound_call(function, args, kwargs, own=BLOCK_FLAG)
     blocks = call[BLOCK_FLAG]
     require(isinstance(blocks, bool), f"{BLOCK_FLAG} must be a bool; got {blocks}")
     fc1, fc2, x = call["fc1_expert_weights"], call["fc2_expert_weights"], call["input"]
