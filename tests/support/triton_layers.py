@@ -75,7 +75,7 @@ def relative(got, expected):
     return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
-def compare(config, weights, dtype, tokens, top_k, limit, device="cpu"):
+def compare(config, weights, dtype, tokens, top_k, limit, device="cpu", run=run_with):
     """Run ids inside and outside the window, one twice in a row, and compare with reference."""
     # Small enough that the square of relu2 stays below float16's largest number.
     hidden = (torch.randn(tokens, weights.hidden_size, device=device) / 16).to(dtype)
@@ -85,11 +85,11 @@ def compare(config, weights, dtype, tokens, top_k, limit, device="cpu"):
     prepared = TRITON.prepare(weights, hidden_alignment=256)
     call = prepared.call(hidden, ids, routing_weights)
     assert (call.operands.gate_up_bias is not None) == weights.biased
-    got = run_with(config, call)
+    got = run(config, call)
     expected = reference(hidden.float(), weights, ids, routing_weights)
     assert got.dtype == dtype and got.shape == hidden.shape
     assert relative(got, expected) < limit
-    assert torch.equal(got, run_with(config, call))
+    assert torch.equal(got, run(config, call))
 
 
 def check_variants(variants, capability):

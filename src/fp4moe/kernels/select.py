@@ -15,6 +15,7 @@ from ..layer import ROUTINGS, Layer
 from .base import Kernel, current_capability
 from .flashinfer.cutlass import FLASHINFER_CUTLASS
 from .flashinfer.trtllm import FLASHINFER_TRTLLM, FLASHINFER_TRTLLM_W4A16
+from .hopper.kernel import HOPPER
 from .humming.kernel import HUMMING
 from .humming.library import toolkit_variables
 from .measured import fastest, times_forgotten
@@ -36,6 +37,7 @@ _PRESENT: tuple[Kernel, ...] = (
     FLASHINFER_TRTLLM,
     FLASHINFER_CUTLASS,
     TRITON_W8A8,
+    HOPPER,
     TRITON,
     HUMMING,
     REFERENCE,
