@@ -25,6 +25,8 @@ from fp4moe.testing import relative_error
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 FAMILIES = ["gemma4", "nemotron_h", "qwen3_moe"]
+# Whether the float weights are released: both with one family, in each family one of them.
+RELEASED = [("gemma4", False), ("nemotron_h", True), ("qwen3_moe", False), ("qwen3_moe", True)]
 
 
 def run(model, length=7):
@@ -78,20 +80,20 @@ class TestOneGraphManyWeights:
         check(run(utils.compile_regions(model, **ways("eager"))), wanted, "eager")
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", FAMILIES)
-    @pytest.mark.parametrize("release", [False, True])
+    @pytest.mark.parametrize("name, release", RELEASED)
     def test_graph_breaks_between_layers(self, name, release):
         model = build(name)
-        wanted = {length: expected(model, length) for length in (7, 9)}
+        # test_graph_breaks.py has symbolic sizes of the Mamba scan, which take long to trace.
+        lengths = (7, 7) if name == "nemotron_h" else (7, 9, 7)
+        wanted = {length: expected(model, length) for length in lengths}
         for layer in layers(model):
             layer.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
         compiled = torch.compile(model, **ways("eager", release_weights=release))
-        for length in (7, 9, 7):
+        for length in lengths:
             check(run(compiled, length), wanted[length], "eager")
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", FAMILIES)
-    @pytest.mark.parametrize("release", [False, True])
+    @pytest.mark.parametrize("name, release", RELEASED)
     def test_two_models_by_turns(self, name, release):
         inner = CapturingBackend()
         models = [build(name, seed) for seed in range(2)]
