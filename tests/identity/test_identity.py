@@ -109,7 +109,7 @@ class TestOneGraphManyWeights:
     @pytest.mark.slow
     @pytest.mark.parametrize("way", ["eager", "pass"])
     def test_one_model_after_the_other(self, way):
-        for seed in range(3):
+        for seed in range(3 if way == "eager" else 2):
             model = build("qwen3_moe", seed)
             wanted = expected(model)
             check(run(torch.compile(model, **ways(way))), wanted, way)
@@ -264,30 +264,30 @@ CHANGES = [
 
 class TestChangedWeights:
     @pytest.mark.slow
-    @pytest.mark.parametrize("change", CHANGES)
     @pytest.mark.parametrize("name", ["gemma4", "nemotron_h"])
-    def test_the_next_call_uses_them(self, name, change):
+    def test_the_next_call_uses_them(self, name):
         # On a CPU values are looked at before they are used; on a GPU one call later.
         model = build(name)
         compiled = torch.compile(model, **ways("eager"))
-        before = run(compiled)
-        for path, parameter in model.named_parameters():
-            if path.endswith("experts.down_proj"):
-                change(parameter)
-        wanted = expected(model)
-        assert not torch.equal(wanted, before)
-        check(run(compiled), wanted, "eager")
-        check(run(compiled), wanted, "eager")
+        for change in CHANGES:
+            before = run(compiled)
+            for path, parameter in model.named_parameters():
+                if path.endswith("experts.down_proj"):
+                    change(parameter)
+            wanted = expected(model)
+            assert not torch.equal(wanted, before), change
+            check(run(compiled), wanted, "eager")
+            check(run(compiled), wanted, "eager")
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("change", CHANGES)
-    def test_the_pass_follows(self, change):
+    def test_the_pass_follows(self):
         model = build("qwen3_moe")
         compiled = torch.compile(model, **ways("pass"))
         run(compiled)
-        for layer in layers(model):
-            change(layer.mlp.experts.gate_up_proj)
-        check(run(compiled), expected(model), "pass")
+        for change in CHANGES:
+            for layer in layers(model):
+                change(layer.mlp.experts.gate_up_proj)
+            check(run(compiled), expected(model), "pass")
 
     @pytest.mark.slow
     @pytest.mark.parametrize("way", ["eager", "pass"])
