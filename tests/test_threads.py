@@ -135,8 +135,7 @@ def test_four_threads_replace_four_models(name, hasty, float32_settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("routing", ["given", "fused"])
-@pytest.mark.parametrize("build", [qwen3_moe, gemma4])
+@pytest.mark.parametrize("build, routing", [(qwen3_moe, "given"), (gemma4, "fused")])
 def test_four_threads_at_the_first_call_of_a_compiled_model(
     build, routing, hasty, float32_settings, fresh_dynamo
 ):

@@ -25,6 +25,8 @@ from fp4moe.testing import relative_error
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 FAMILIES = ["gemma4", "nemotron_h", "qwen3_moe"]
+# Whether the float weights are released: both with one family, in each family one of them.
+RELEASED = [("gemma4", False), ("nemotron_h", True), ("qwen3_moe", False), ("qwen3_moe", True)]
 
 
 def run(model, length=7):
@@ -78,20 +80,20 @@ class TestOneGraphManyWeights:
         check(run(utils.compile_regions(model, **ways("eager"))), wanted, "eager")
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", FAMILIES)
-    @pytest.mark.parametrize("release", [False, True])
+    @pytest.mark.parametrize("name, release", RELEASED)
     def test_graph_breaks_between_layers(self, name, release):
         model = build(name)
-        wanted = {length: expected(model, length) for length in (7, 9)}
+        # test_graph_breaks.py has symbolic sizes of the Mamba scan, which take long to trace.
+        lengths = (7, 7) if name == "nemotron_h" else (7, 9, 7)
+        wanted = {length: expected(model, length) for length in lengths}
         for layer in layers(model):
             layer.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
         compiled = torch.compile(model, **ways("eager", release_weights=release))
-        for length in (7, 9, 7):
+        for length in lengths:
             check(run(compiled, length), wanted[length], "eager")
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", FAMILIES)
-    @pytest.mark.parametrize("release", [False, True])
+    @pytest.mark.parametrize("name, release", RELEASED)
     def test_two_models_by_turns(self, name, release):
         inner = CapturingBackend()
         models = [build(name, seed) for seed in range(2)]
@@ -107,7 +109,7 @@ class TestOneGraphManyWeights:
     @pytest.mark.slow
     @pytest.mark.parametrize("way", ["eager", "pass"])
     def test_one_model_after_the_other(self, way):
-        for seed in range(3):
+        for seed in range(3 if way == "eager" else 2):
             model = build("qwen3_moe", seed)
             wanted = expected(model)
             check(run(torch.compile(model, **ways(way))), wanted, way)
@@ -262,30 +264,30 @@ CHANGES = [
 
 class TestChangedWeights:
     @pytest.mark.slow
-    @pytest.mark.parametrize("change", CHANGES)
     @pytest.mark.parametrize("name", ["gemma4", "nemotron_h"])
-    def test_the_next_call_uses_them(self, name, change):
+    def test_the_next_call_uses_them(self, name):
         # On a CPU values are looked at before they are used; on a GPU one call later.
         model = build(name)
         compiled = torch.compile(model, **ways("eager"))
-        before = run(compiled)
-        for path, parameter in model.named_parameters():
-            if path.endswith("experts.down_proj"):
-                change(parameter)
-        wanted = expected(model)
-        assert not torch.equal(wanted, before)
-        check(run(compiled), wanted, "eager")
-        check(run(compiled), wanted, "eager")
+        for change in CHANGES:
+            before = run(compiled)
+            for path, parameter in model.named_parameters():
+                if path.endswith("experts.down_proj"):
+                    change(parameter)
+            wanted = expected(model)
+            assert not torch.equal(wanted, before), change
+            check(run(compiled), wanted, "eager")
+            check(run(compiled), wanted, "eager")
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("change", CHANGES)
-    def test_the_pass_follows(self, change):
+    def test_the_pass_follows(self):
         model = build("qwen3_moe")
         compiled = torch.compile(model, **ways("pass"))
         run(compiled)
-        for layer in layers(model):
-            change(layer.mlp.experts.gate_up_proj)
-        check(run(compiled), expected(model), "pass")
+        for change in CHANGES:
+            for layer in layers(model):
+                change(layer.mlp.experts.gate_up_proj)
+            check(run(compiled), expected(model), "pass")
 
     @pytest.mark.slow
     @pytest.mark.parametrize("way", ["eager", "pass"])

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from float_twins import float_twin
-from tiny_models import enlarge_experts, gemma4, nemotron_h
+from tiny_models import enlarge_experts, gemma4, keep_layers, nemotron_h
 
 import fp4moe
 from fp4moe.errors import UnsupportedError
@@ -95,11 +95,19 @@ def test_gradient_checkpointing(name, replaced, expected, reentrant):
 
 # An adapter of a parameter is a graph break of PEFT's, which leaves the experts of no graph whole.
 LINEARS = {"target_parameters": None}
+# One layer of experts, for NemotronH attention behind it: what is compiled.
+ONE_BLOCK = {"gemma4": (0,), "nemotron_h": (1, 2)}
 
 
 @pytest.fixture
-def of_linears(name, original, replaced):
-    return gradients(with_lora(float_twin(original, replaced), name, **LINEARS))
+def one_block(name, original):
+    return keep_layers(original, *ONE_BLOCK[name])
+
+
+@pytest.fixture
+def of_linears(name, one_block):
+    replaced = fp4moe.replace_moe(copy.deepcopy(one_block), progress=False)
+    return gradients(with_lora(float_twin(one_block, replaced), name, **LINEARS))
 
 
 @pytest.mark.slow
@@ -112,8 +120,8 @@ def of_linears(name, original, replaced):
         ("gemma4", "inductor_options"),
     ],
 )
-def test_compiled(name, original, of_linears, way):
-    model = with_lora(original, name, **LINEARS)
+def test_compiled(name, one_block, of_linears, way):
+    model = with_lora(one_block, name, **LINEARS)
     if way != "inductor_options":
         options = {"inner_backend": "aot_eager", "on_no_match": "error"}
         options |= {"routing": "fused"} if way == "fused routing" else {}
@@ -128,8 +136,10 @@ def test_compiled(name, original, of_linears, way):
 @pytest.mark.parametrize("name", ["nemotron_h"])
 @pytest.mark.parametrize("way", ["replaced", "backend"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_compiled_with_gradient_checkpointing(name, original, replaced, of_linears, way):
-    model = with_lora(replaced if way == "replaced" else original, name, **LINEARS)
+def test_compiled_with_gradient_checkpointing(name, one_block, of_linears, way):
+    if way == "replaced":
+        fp4moe.replace_moe(one_block, progress=False)
+    model = with_lora(one_block, name, **LINEARS)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     if way == "replaced":
         run = torch.compile(model, backend="aot_eager")
@@ -142,9 +152,9 @@ def test_compiled_with_gradient_checkpointing(name, original, replaced, of_linea
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4"])
-def test_a_kernel_without_gradients_stays_float(name, original, monkeypatch):
+def test_a_kernel_without_gradients_stays_float(name, one_block, monkeypatch):
     monkeypatch.setattr(REFERENCE, "differentiable", False)
-    model = with_lora(original, name, **LINEARS)
+    model = with_lora(one_block, name, **LINEARS)
     options = {"inner_backend": "aot_eager"}
     with pytest.warns(UserWarning, match=r"which kernel reference does not give; ask for kernel="):
         got = gradients(model, torch.compile(model, backend=fp4moe.backend, options=options))

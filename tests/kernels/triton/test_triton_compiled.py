@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from triton_layers import HAS_TRITON, INTERPRETED, check_variants, compile_for, compiled
 
@@ -10,7 +12,9 @@ from fp4moe.identity import fingerprint as identity
 from fp4moe.kernels.measured import SHIPPED, read
 from fp4moe.kernels.triton.tiles import MODES, Tile
 
-TARGETS = [80, 86, 89, 90, 100, 120]
+# Every variant for each instruction of products, and for the least shared memory: 86. What shares
+# both with it, 89 and 120, or the instruction, 80, takes a third of the variants each.
+TARGETS = {80: (0, 3), 86: (0, 1), 89: (1, 3), 90: (0, 1), 100: (0, 1), 120: (2, 3)}
 PARAMETERS = (
     "silu(alpha=1.702,beta=1,limit=7)",
     "silu_step(limit=7)",
@@ -116,7 +120,8 @@ def size(tile):
 )
 def test_every_variant_compiles(capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    check_variants(variants(), capability)
+    first, step = TARGETS[capability]
+    check_variants(itertools.islice(variants(), first, None, step), capability)
 
 
 @compiled

@@ -87,13 +87,15 @@ def test_each_part_shows(activation, gated, biased):
 
 
 @interpreted
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize(("activation", "gated", "biased"), FORMS)
-def test_small_layers(mode, activation, gated, biased, poisoned_empty):
+def test_small_layers(second, activation, gated, biased, poisoned_empty):
     window = {"num_experts": 4, "expert_offset": 1}
     weights = layer(2, 80, 144, activation, gated, biased=biased, **window)
-    dtype = DTYPES[FORMS.index((activation, gated, biased)) % 3]
-    compare(MODES[mode], weights, dtype, 2, 2, CUT)
+    # Each form in two of the three modes.
+    number = FORMS.index((activation, gated, biased))
+    mode = list(MODES)[(number + second) % 3]
+    compare(MODES[mode], weights, DTYPES[number % 3], 2, 2, CUT)
 
 
 @interpreted
