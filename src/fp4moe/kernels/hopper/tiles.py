@@ -15,7 +15,7 @@ __all__ = ["LEAST_DENSITY", "HopperTile", "choose_tile", "shared_bytes"]
 # Slots an expert, on average: below, the Triton kernels are as fast or faster.
 LEAST_DENSITY = 24
 # A tile costs as much as its slots and this many more: its weights are decoded once.
-TILE_COST = 24
+TILE_COST = 80
 MOST_SLOTS, MOST_STAGES = 160, 8
 # With three groups a thread has 160 registers: sums of so many slots fit.
 MOST_SLOTS_OF_THREE = 80
