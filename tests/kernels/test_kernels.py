@@ -36,13 +36,14 @@ REFUSALS = {
     "flashinfer_trtllm": "needs compute capability 10.0 or 10.3, got ",
     "flashinfer_cutlass": "needs compute capability 12.0, 12.1, 10.0 or 10.3, got ",
     "triton_w8a8": "needs compute capability 8.9 or newer, got ",
+    "hopper": "needs compute capability 9.0, got ",
     "triton": "needs compute capability 8.0 or newer, got ",
     "humming": "needs compute capability 7.5 to 9.0, got ",
 }
 PRESENT = ("reference", "reference_w4a4")
 # For MXFP4 alone: its tests are with FlashInfer's others.
 W4A16 = "flashinfer_trtllm_w4a16"
-MULTIPLES = {"flashinfer_cutlass": 128, "triton": 64, "humming": 128}
+MULTIPLES = {"flashinfer_cutlass": 128, "hopper": 64, "triton": 64, "humming": 128}
 # Kernels that do not have NVFP4, with a format that they have.
 FORMATS_OF = {"triton_w8a8": {"format": "fp8"}}
 

@@ -132,6 +132,8 @@ def test_the_wheel_has_every_module_and_nothing_else(wheel: pathlib.Path):
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
     wanted = modules_on_disk() | {"fp4moe/py.typed", "fp4moe/kernels/measured.json"}
+    parts = ("activation", "common", "gemm", "load")
+    wanted |= {f"fp4moe/kernels/hopper/{part}.cu" for part in parts}
     assert sorted(files ^ wanted) == [], "in the wheel or the repository only"
 
 

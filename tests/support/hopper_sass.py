@@ -8,10 +8,6 @@ import subprocess
 import tempfile
 from typing import NamedTuple
 
-import triton
-
-NVDISASM = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-
 
 class Instruction(NamedTuple):
     name: str
@@ -20,10 +16,13 @@ class Instruction(NamedTuple):
 
 def disassemble(code: bytes) -> list[str]:
     """Lines of machine code and labels."""
+    import triton
+
+    bundled = pathlib.Path(triton.__file__).parent
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
-        command = [str(NVDISASM), "-c", file.name]
+        command = [str(bundled / "backends" / "nvidia" / "bin" / "nvdisasm"), "-c", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(
             "\n"
         )

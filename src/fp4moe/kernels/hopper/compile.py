@@ -157,4 +157,5 @@ def _driver() -> ctypes.CDLL:
 
 def _check(status: int, what: str) -> None:
     if status:
-        raise RuntimeError(f"kernel hopper: {what} must succeed; got CUDA error {status}")
+        advice = 'Pass kernel="triton", and report this with the output of fp4moe info.'
+        refuse("kernel hopper", f"{what} failed", f"CUDA returned error {status}", advice)
