@@ -206,9 +206,9 @@ def choose_tiles(
         tokens, config = item
         slots = tokens * nearest.top_k
         if num_slots <= FEW_SLOTS:
-            return config.mode != "slot", abs(math.log2(num_slots / slots))
+            return config.mode == "sorted", abs(math.log2(num_slots / slots))
         density = num_slots / num_experts * nearest.num_experts / slots
-        return config.mode == "slot", abs(math.log2(density))
+        return config.mode != "sorted", abs(math.log2(density))
 
     config = min(tiles(nearest).items(), key=unlike)[1]
     if w8a8:

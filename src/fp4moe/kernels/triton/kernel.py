@@ -20,6 +20,7 @@ from ..base import Change, Kernel, Layout, current_capability, each_matrix
 from ..devices import Devices
 from ..measured import choose_tiles
 from ..operands import Call, LogitsCall
+from .few_tokens import run_few_tokens
 from .layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
 from .layout_fp8 import fp8_from_slabs, fp8_to_slabs, powers_from_slabs, powers_to_slabs
 from .tiles import MODES, Config, Tile
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from .sort import Sorted
 
 __all__ = ["REORDERS", "TRITON", "TritonKernel", "constants_of", "find_slots", "interpreted"]
-__all__ += ["run_with"]
+__all__ += ["run_with", "words_of"]
 
 MOST_EXPERTS, MOST_TOP_K = 512, 32
 
@@ -138,10 +139,14 @@ def run_with(config: Config, call: Call) -> torch.Tensor:
     window = call.layer.expert_offset, call.operands.down_packed.shape[0]
     out = hidden.new_empty(hidden.shape)
     capability = None if interpreted() else current_capability(hidden.device)
-    form: dict[str, Any] = {"MODE": MODES.index(config.mode), "ASSEMBLY": capability is not None}
-    form["FORMAT"] = call.layer.format
-    form["WAIT"] = capability is not None and capability[0] == 9
+    form: dict[str, Any] = {"ASSEMBLY": capability is not None, "FORMAT": call.layer.format}
     with torch.cuda.device_of(hidden):
+        if config.mode == "few":
+            # Stages of down: 2 lets it load weights while gate and up still run.
+            chained = config.down.stages > 1 and capability is not None and capability >= (9, 0)
+            return run_few_tokens(config, call, x, ids, weights, out, {**form, "CHAINED": chained})
+        form["MODE"] = MODES.index(config.mode)
+        form["WAIT"] = capability is not None and capability[0] == 9
         first, second = find_slots(config, ids, window)
         middle = _gate_up(call, x, ids, first, {**form, **constants_of(config.gate_up)})
         partial = _down(call, middle, ids, weights, second, {**form, **constants_of(config.down)})
@@ -173,7 +178,7 @@ def _gate_up(
     middle = x.new_empty((ids.numel(), intermediate), dtype=torch.bfloat16)
     gate_up_kernel[(found.most * -(-intermediate // constants["ROWS"]),)](
         x, x.stride(0), ids, *found[:3],
-        *_words(operands.gate_up_packed, operands.gate_up_block_scale),
+        *words_of(operands.gate_up_packed, operands.gate_up_block_scale),
         operands.gate_up_global_scale, operands.gate_up_bias, middle, ids.numel(), ids.shape[1],
         hidden_size, intermediate, slabs, layer.expert_offset, local, **constants,
         WHOLE=slabs % constants["SLABS"] == 0 and hidden_size == hidden_padded,
@@ -197,7 +202,7 @@ def _down(
     slabs = intermediate // SLAB
     partial = middle.new_empty((slots, hidden_padded))
     down_kernel[(found.most * -(-hidden_padded // constants["ROWS"]),)](
-        middle, ids, *found[:3], *_words(operands.down_packed, operands.down_block_scale),
+        middle, ids, *found[:3], *words_of(operands.down_packed, operands.down_block_scale),
         operands.down_global_scale, operands.down_bias, weights, partial, slots, hidden_padded,
         intermediate, slabs, call.layer.expert_offset, local, **constants,
         WHOLE=slabs % constants["SLABS"] == 0,
@@ -205,7 +210,7 @@ def _down(
     return partial
 
 
-def _words(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def words_of(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # A row of scales may be two bytes long, half a word.
     words = scale if scale.dtype == torch.float32 else scale.view(-1).view(torch.int32)
     return packed.view(torch.int32), words

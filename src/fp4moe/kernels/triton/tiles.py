@@ -9,7 +9,7 @@ import dataclasses
 
 __all__ = ["MODES", "Config", "Tile", "fitted", "fitted_w8a8", "parse_config"]
 
-MODES = ("slot", "sorted")
+MODES = ("slot", "sorted", "few")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,10 @@ class Tile:
         slabs: 64 columns of K each: 1, 2 or 4.
         warps, stages: as Triton's num_warps and num_stages.
         more: further slots beside the power of two: 0, 16, 32 or 64; in mode "sorted" only.
+
+    In mode "few" slots is 1; rows, 8 to 64 and gated 32 at most, are a power of two of sixteen
+    lines of gate, up or down; slabs are loaded at once, any number of them; warps are the chunks
+    of K, 4, 8 or 16; and stages 2 of down lets it begin while gate and up still run.
     """
 
     slots: int
@@ -65,6 +69,10 @@ def fitted(config: Config, format: str, gated: bool) -> Config:
 
     def fit(tile: Tile, parts: int) -> Tile:
         rows, slabs, slots = parts * tile.rows, tile.slabs, tile.slots
+        if config.mode == "few":
+            # What is loaded at once is in registers, and codes of eight bits take twice as many.
+            halved = slabs if format == "mxfp4" else (slabs + 1) // 2
+            return dataclasses.replace(tile, slabs=halved)
         if format == "fp8_block":
             slabs = min(slabs, 2)
             # At most 80 values a thread in each sum: a second program an SM needs registers, too.
@@ -108,7 +116,7 @@ def parse_config(text: str) -> Config:
         config is None
         or config.mode not in MODES
         or str(config) != text
-        or (config.mode == "slot" and (config.gate_up.more or config.down.more))
+        or (config.mode != "sorted" and (config.gate_up.more or config.down.more))
     ):
         example = "sorted 16,64,1,4,4 64,128,1,4,4,16"
         raise ValueError(f"{text!r} is no mode with two tiles, as in {example!r}")
