@@ -19,6 +19,7 @@ def _constants(tile: Tile, parts: int) -> dict[str, Any]:
         "CHUNKS": tile.warps,
         "TILES": tile.rows * parts // 16,
         "GROUP": tile.slabs,
+        "UNROLLED": tile.stages == 2,
         "num_warps": tile.warps,
     }
 
@@ -67,4 +68,3 @@ def run_few_tokens(
         SLABS=intermediate // SLAB, **_constants(config.down, 1), **form, **launch,
     )  # fmt: skip
     return out
-

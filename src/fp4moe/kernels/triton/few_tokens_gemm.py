@@ -18,8 +18,20 @@ import triton.language as tl
 from .activation import combine
 from .gemm import _local
 from .registers import (
-    arange, convert, decoded, jit, launch, lines_layout, operand_layout, pin, plain_layout,
-    product, sliced, sums_layout, wait, zeros,
+    arange,
+    convert,
+    decoded,
+    jit,
+    launch,
+    lines_layout,
+    operand_layout,
+    pin,
+    plain_layout,
+    product,
+    sliced,
+    sums_layout,
+    wait,
+    zeros,
 )  # fmt: skip
 from .weights import row_scale
 
@@ -87,7 +99,7 @@ def _load_group(
             if SHARED == 2:
                 # A neighbour's two bytes stand beside a row's own.
                 scale = scale >> odd
-        found = found + ((word, scale),)
+        found = found + ((word, scale),)  # noqa: RUF005  (Triton knows no stars in tuples)
     return found
 
 
@@ -129,12 +141,60 @@ def _factors(
 
 
 @jit
+def _add_group(
+    acc, b, group, start, token_slab, token_expert, token_following, x, depth, other, columns,
+    scales, global_scale, routing_weights, first_slot, line_slot, line_slab, line_expert,
+    line_following, factor, next_factor, row, part,
+    TOTAL_ROWS: tl.constexpr, SLABS: tl.constexpr, PER: tl.constexpr, STRADDLE: tl.constexpr,
+    WHOLE: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr, N: tl.constexpr,
+    WORDS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, BY_UNIT: tl.constexpr,
+    FP16: tl.constexpr, ASSEMBLY: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    """Add the products of a group; b: the first unit's tokens, returned for the one behind."""
+    LINES: tl.constexpr = TILES * CHUNKS * 16
+    WEIGHTED: tl.constexpr = routing_weights is not None
+    SUMS: tl.constexpr = sums_layout(CHUNKS)
+    pin()
+    for i in tl.static_range(GROUP):
+        j = start + i
+        next_b = _load_tokens(
+            j + 1, token_slab, token_expert, token_following, x, depth, other, columns, SLABS,
+            PER, STRADDLE, WHOLE,
+        )  # fmt: skip
+        pin()
+        word, scale = group[i]
+        scale = tl.broadcast_to(scale[:, :, :, None], (TILES, CHUNKS, 16, WORDS))
+        w = decoded(
+            tl.reshape(word, (1, LINES, WORDS)), tl.reshape(scale, (1, LINES, WORDS)), LINES,
+            FP16, ASSEMBLY, FORMAT,
+        )  # fmt: skip
+        w = convert(w, operand_layout(0, CHUNKS))
+        if FORMAT == "fp8_block":
+            own = _of_unit(j, line_slab, line_slot, line_slot + 1, SLABS, STRADDLE)
+            own_slab = line_slab + j - (own - line_slot) * SLABS
+            own_expert = _of_unit(j, line_slab, line_expert, line_following, SLABS, STRADDLE)
+            own_factor = _factors(
+                scales, global_scale, routing_weights, first_slot + own, own_slab, own_expert,
+                row, part, TOTAL_ROWS, SLABS, PARTS, WEIGHTED, FP16, FORMAT,
+            )  # fmt: skip
+            acc += product(w, b, zeros(LINES, N, SUMS)) * own_factor[:, None]
+        elif BY_UNIT:
+            own_factor = _of_unit(j, line_slab, factor, next_factor, SLABS, STRADDLE)
+            acc += product(w, b, zeros(LINES, N, SUMS)) * own_factor[:, None]
+        else:
+            acc = product(w, b, acc)
+        b = next_b
+    return acc, b
+
+
+@jit
 def _sum_units(
     x, columns, words, scales, global_scale, routing_weights, ids, first_slot, slots, alone,
     expert_offset, local_experts, first_row,
     TOTAL_ROWS: tl.constexpr, SLABS: tl.constexpr, SLOTS: tl.constexpr, CHUNKS: tl.constexpr,
     TILES: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr,
-    WAITS: tl.constexpr, FP16: tl.constexpr, ASSEMBLY: tl.constexpr, FORMAT: tl.constexpr,
+    UNROLLED: tl.constexpr, WAITS: tl.constexpr, FP16: tl.constexpr, ASSEMBLY: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Sums [TILES, 16] of lines over the units of `slots` slots, at most SLOTS <= CHUNKS.
 
@@ -171,7 +231,7 @@ def _sum_units(
     scale_at = above // SHARED + row // SHARED
     odd = (row % SHARED * 16).to(tl.uint32)
     chunk = arange(CHUNKS, sliced(L, 3, 2, 0))
-    slot, slab, expert, following = _chunk_start(
+    _slot, slab, expert, following = _chunk_start(
         chunk, ids, first_slot, slots, alone, expert_offset, local_experts, PER, SLABS, SLOTS,
         STRADDLE,
     )  # fmt: skip
@@ -228,46 +288,38 @@ def _sum_units(
             scales, global_scale, routing_weights, first_slot + line_slot + 1, line_slab * 0,
             line_following, row, part, TOTAL_ROWS, SLABS, PARTS, WEIGHTED, FP16, FORMAT,
         )  # fmt: skip
-    for step in range(STEPS):
-        group = current
-        if STEPS > 1:
+    if UNROLLED:
+        for step in tl.static_range(STEPS):
+            group = current
+            if step + 1 < STEPS:
+                current = _load_group(
+                    (step + 1) * GROUP, slab, expert, following, words, scales_at, next_words,
+                    next_scales, word_at, scale_at, odd, SLABS, SLOTS, PER, STRADDLE, WORDS, SHARED,
+                    SCALED, GROUP,
+                )  # fmt: skip
+            acc, b = _add_group(
+                acc, b, group, step * GROUP, token_slab, token_expert, token_following, x, depth,
+                other, columns, scales, global_scale, routing_weights, first_slot, line_slot,
+                line_slab, line_expert, line_following, factor, next_factor, row, part, TOTAL_ROWS,
+                SLABS, PER, STRADDLE, WHOLE, TILES, CHUNKS, N, WORDS, GROUP, PARTS, BY_UNIT, FP16,
+                ASSEMBLY, FORMAT,
+            )  # fmt: skip
+    else:
+        for step in range(STEPS):
+            group = current
             # Behind the end nothing is loaded.
             current = _load_group(
                 (step + 1) * GROUP, slab, expert, following, words, scales_at, next_words,
                 next_scales, word_at, scale_at, odd, SLABS, SLOTS, PER, STRADDLE, WORDS, SHARED,
                 SCALED, GROUP,
             )  # fmt: skip
-        for i in tl.static_range(GROUP):
-            j = step * GROUP + i
-            next_b = _load_tokens(
-                j + 1, token_slab, token_expert, token_following, x, depth, other, columns, SLABS,
-                PER, STRADDLE, WHOLE,
+            acc, b = _add_group(
+                acc, b, group, step * GROUP, token_slab, token_expert, token_following, x, depth,
+                other, columns, scales, global_scale, routing_weights, first_slot, line_slot,
+                line_slab, line_expert, line_following, factor, next_factor, row, part, TOTAL_ROWS,
+                SLABS, PER, STRADDLE, WHOLE, TILES, CHUNKS, N, WORDS, GROUP, PARTS, BY_UNIT, FP16,
+                ASSEMBLY, FORMAT,
             )  # fmt: skip
-            pin()
-            word, scale = group[i]
-            scale = tl.broadcast_to(scale[:, :, :, None], (TILES, CHUNKS, 16, WORDS))
-            w = decoded(
-                tl.reshape(word, (1, LINES, WORDS)), tl.reshape(scale, (1, LINES, WORDS)), LINES,
-                FP16, ASSEMBLY, FORMAT,
-            )  # fmt: skip
-            w = convert(w, operand_layout(0, CHUNKS))
-            if FORMAT == "fp8_block":
-                own = _of_unit(j, line_slab, line_slot, line_slot + 1, SLABS, STRADDLE)
-                own_slab = line_slab + j - (own - line_slot) * SLABS
-                own_expert = _of_unit(
-                    j, line_slab, line_expert, line_following, SLABS, STRADDLE
-                )
-                own_factor = _factors(
-                    scales, global_scale, routing_weights, first_slot + own, own_slab, own_expert,
-                    row, part, TOTAL_ROWS, SLABS, PARTS, WEIGHTED, FP16, FORMAT,
-                )  # fmt: skip
-                acc += product(w, b, zeros(LINES, N, SUMS)) * own_factor[:, None]
-            elif BY_UNIT:
-                own_factor = _of_unit(j, line_slab, factor, next_factor, SLABS, STRADDLE)
-                acc += product(w, b, zeros(LINES, N, SUMS)) * own_factor[:, None]
-            else:
-                acc = product(w, b, acc)
-            b = next_b
     if not BY_UNIT:
         acc = acc * factor[:, None]
     column = arange(N, sliced(SUMS, 0))
@@ -280,7 +332,8 @@ def few_gate_up_kernel(
     hidden, stride_token, ids, words, scales, global_scale, bias, out, num_slots, hidden_size,
     expert_offset, local_experts,
     TOP_K: tl.constexpr, INTERMEDIATE: tl.constexpr, SLABS: tl.constexpr, CHUNKS: tl.constexpr,
-    TILES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr,
+    TILES: tl.constexpr, GROUP: tl.constexpr, UNROLLED: tl.constexpr, WHOLE: tl.constexpr,
+    GATED: tl.constexpr,
     ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
     FP16: tl.constexpr, ASSEMBLY: tl.constexpr, FORMAT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -301,7 +354,7 @@ def few_gate_up_kernel(
         total = _sum_units(
             hidden + token * stride_token, hidden_size, words, scales, global_scale, None, ids,
             number, 1, expert, expert_offset, local_experts, first_row, PARTS * INTERMEDIATE, SLABS,
-            1, CHUNKS, TILES, GROUP, PARTS, WHOLE, False, FP16, ASSEMBLY, FORMAT,
+            1, CHUNKS, TILES, GROUP, PARTS, WHOLE, UNROLLED, False, FP16, ASSEMBLY, FORMAT,
         )  # fmt: skip
         PLAIN: tl.constexpr = plain_layout(CHUNKS)
         row = first_row + arange(ROWS, PLAIN)
@@ -328,8 +381,8 @@ def few_down_kernel(
     x, ids, words, scales, global_scale, bias, routing_weights, out, hidden_size, expert_offset,
     local_experts,
     TOP_K: tl.constexpr, HIDDEN_PADDED: tl.constexpr, SLABS: tl.constexpr, CHUNKS: tl.constexpr,
-    TILES: tl.constexpr, GROUP: tl.constexpr, ASSEMBLY: tl.constexpr, FORMAT: tl.constexpr,
-    CHAINED: tl.constexpr,
+    TILES: tl.constexpr, GROUP: tl.constexpr, UNROLLED: tl.constexpr, ASSEMBLY: tl.constexpr,
+    FORMAT: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Write the sum of routing weight * (down x + bias) over a token's slots to out [T, H].
 
@@ -348,8 +401,8 @@ def few_down_kernel(
         sums = _sum_units(
             x + slot.to(tl.int64) * (SLABS * 64), 0, words, scales, global_scale, routing_weights,
             ids, slot, TOP_K - start, -1, expert_offset, local_experts, first_row, HIDDEN_PADDED,
-            SLABS, SLOTS, CHUNKS, TILES, GROUP, 1, True, CHAINED and start == 0, False, ASSEMBLY,
-            FORMAT,
+            SLABS, SLOTS, CHUNKS, TILES, GROUP, 1, True, UNROLLED, CHAINED and start == 0, False,
+            ASSEMBLY, FORMAT,
         )  # fmt: skip
         total += convert(tl.reshape(sums, (ROWS,)), PLAIN)
     if bias is not None:

@@ -142,8 +142,7 @@ def run_with(config: Config, call: Call) -> torch.Tensor:
     form: dict[str, Any] = {"ASSEMBLY": capability is not None, "FORMAT": call.layer.format}
     with torch.cuda.device_of(hidden):
         if config.mode == "few":
-            # Stages of down: 2 lets it load weights while gate and up still run.
-            chained = config.down.stages > 1 and capability is not None and capability >= (9, 0)
+            chained = config.down.more > 0 and capability is not None and capability >= (9, 0)
             return run_few_tokens(config, call, x, ids, weights, out, {**form, "CHAINED": chained})
         form["MODE"] = MODES.index(config.mode)
         form["WAIT"] = capability is not None and capability[0] == 9

@@ -25,7 +25,8 @@ class Tile:
 
     In mode "few" slots is 1; rows, 8 to 64 and gated 32 at most, are a power of two of sixteen
     lines of gate, up or down; slabs are loaded at once, any number of them; warps are the chunks
-    of K, 4, 8 or 16; and stages 2 of down lets it begin while gate and up still run.
+    of K, 4, 8 or 16; stages 2 unrolls the loop; and more 1 of down lets it begin while gate and up
+    still run.
     """
 
     slots: int
@@ -116,7 +117,7 @@ def parse_config(text: str) -> Config:
         config is None
         or config.mode not in MODES
         or str(config) != text
-        or (config.mode != "sorted" and (config.gate_up.more or config.down.more))
+        or (config.mode == "slot" and (config.gate_up.more or config.down.more))
     ):
         example = "sorted 16,64,1,4,4 64,128,1,4,4,16"
         raise ValueError(f"{text!r} is no mode with two tiles, as in {example!r}")
