@@ -14,8 +14,7 @@ import triton.language as tl
 
 from .arrange import arrange, assemble
 
-__all__ = ["MXFP8_SHIFT", "MX_SHIFT", "decode_fp8", "decode_mxfp8", "decode_mxfp8_lanes", "four"]
-__all__ += ["power_lines", "powers"]
+__all__ = ["MXFP8_SHIFT", "MX_SHIFT", "decode_fp8", "decode_mxfp8", "power_lines", "powers"]
 
 # With float16 activations MXFP8's weights are multiplied by 2^7, so that small ones fit; in
 # bfloat16 those of MX formats by 2^-32, so that one factor reaches from a code's bits to them.
@@ -133,7 +132,7 @@ def _plain(w0, w1, w2, w3, first, second, FP16: tl.constexpr):
 
 
 @triton.jit
-def four(words, SLABS: tl.constexpr, ROWS: tl.constexpr):
+def _four(words, SLABS: tl.constexpr, ROWS: tl.constexpr):
     """The four words of a lane, of uint32 [SLABS, ROWS, 16]."""
     even, odd = tl.split(tl.reshape(words, (SLABS, ROWS, 4, 2, 2)))
     w0, w2 = tl.split(even)
@@ -150,7 +149,7 @@ def decode_fp8(
     words: uint32 [SLABS, ROWS, 16]. ASSEMBLY False computes the same with Triton's own operations,
     for its interpreter.
     """
-    w0, w1, w2, w3 = four(words, SLABS, ROWS)
+    w0, w1, w2, w3 = _four(words, SLABS, ROWS)
     if ASSEMBLY:
         h = assemble((w0, w1, w2, w3), FLOAT16_PROGRAM if FP16 else BFLOAT16_PROGRAM, CONSTRAINTS)
     else:
@@ -168,17 +167,8 @@ def decode_mxfp8(
     words: uint32 [SLABS, ROWS, 16]; scales: uint32 [SLABS, ROWS], two bytes each. Exact in
     bfloat16 with scale bytes 35 to 166, in float16 105 to 127: below rounded, above infinite.
     """
+    w0, w1, w2, w3 = _four(words, SLABS, ROWS)
     scales = tl.broadcast_to(tl.expand_dims(scales, 2), (SLABS, ROWS, 4))
-    w0, w1, w2, w3 = four(words, SLABS, ROWS)
-    return decode_mxfp8_lanes(w0, w1, w2, w3, scales, SLABS, ROWS, FP16, ASSEMBLY)
-
-
-@triton.jit
-def decode_mxfp8_lanes(
-    w0, w1, w2, w3, scales, SLABS: tl.constexpr, ROWS: tl.constexpr, FP16: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):  # fmt: skip
-    """What `decode_mxfp8` returns, of the words of each lane and the scales beside them."""
     if ASSEMBLY:
         h = assemble(
             (w0, w1, w2, w3, scales),

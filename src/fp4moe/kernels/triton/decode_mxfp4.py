@@ -13,7 +13,7 @@ from .arrange import arrange, assemble
 from .decode_fp8 import MX_SHIFT, power_lines, powers
 from .decode_nvfp4 import code_lines, code_values, lanes, word_lines
 
-__all__ = ["MXFP4_SHIFT", "decode_mxfp4", "decode_mxfp4_lanes"]
+__all__ = ["MXFP4_SHIFT", "decode_mxfp4"]
 
 # With float16 activations the weights are multiplied by 2^10, so that small ones fit.
 MXFP4_SHIFT = 10
@@ -55,15 +55,6 @@ def decode_mxfp4(
     bfloat16 with scale bytes 27 to 160, in float16 94 to 130: below rounded, above infinite.
     """
     first, second, scales = lanes(words, scales, SLABS, ROWS)
-    return decode_mxfp4_lanes(first, second, scales, SLABS, ROWS, FP16, ASSEMBLY)
-
-
-@triton.jit
-def decode_mxfp4_lanes(
-    first, second, scales, SLABS: tl.constexpr, ROWS: tl.constexpr, FP16: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):  # fmt: skip
-    """What `decode_mxfp4` returns, of what `lanes` returns."""
     if ASSEMBLY:
         h = assemble(
             (first, second, scales), FLOAT16_PROGRAM if FP16 else BFLOAT16_PROGRAM, CONSTRAINTS

@@ -18,12 +18,11 @@ from ...formats import FORMATS
 from ...layer import Layer
 from ..base import Change, Kernel, Layout, current_capability, each_matrix
 from ..devices import Devices
-from ..measured import choose_tiles
+from ..measured import choose_one_token, choose_tiles
 from ..operands import Call, LogitsCall
-from .few_tokens import run_few_tokens
 from .layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
 from .layout_fp8 import fp8_from_slabs, fp8_to_slabs, powers_from_slabs, powers_to_slabs
-from .tiles import MODES, Config, Tile
+from .tiles import MODES, Config, OneToken, Tile
 
 if TYPE_CHECKING:
     from .sort import Sorted
@@ -95,6 +94,10 @@ class TritonKernel(Kernel):
 
     def run(self, call: Call) -> torch.Tensor:
         """Compute [T, H] with the tiles that were measured to be fast."""
+        if tiles := _one_token_tiles(call):
+            from .one_token import run_one_token
+
+            return run_one_token(tiles, call)
         return run_with(_measured_tiles(call), call)
 
     def gradients(self, call: Call, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,6 +114,17 @@ def _measured_tiles(call: Call) -> Config:
         current_capability(call.hidden.device), call.layer.gated, hidden_size,
         FORMATS[call.layer.format].elements(columns), local, call.expert_ids.numel(),
         call.layer.format,
+    )  # fmt: skip
+
+
+def _one_token_tiles(call: Call) -> OneToken | None:
+    tokens, top_k = call.expert_ids.shape
+    if tokens != 1:
+        return None
+    local, hidden_size, columns = call.operands.down_packed.shape
+    return choose_one_token(
+        current_capability(call.hidden.device), call.layer.gated, hidden_size,
+        FORMATS[call.layer.format].elements(columns), local, top_k, call.layer.format,
     )  # fmt: skip
 
 
@@ -139,13 +153,10 @@ def run_with(config: Config, call: Call) -> torch.Tensor:
     window = call.layer.expert_offset, call.operands.down_packed.shape[0]
     out = hidden.new_empty(hidden.shape)
     capability = None if interpreted() else current_capability(hidden.device)
-    form: dict[str, Any] = {"ASSEMBLY": capability is not None, "FORMAT": call.layer.format}
+    form: dict[str, Any] = {"MODE": MODES.index(config.mode), "ASSEMBLY": capability is not None}
+    form["FORMAT"] = call.layer.format
+    form["WAIT"] = capability is not None and capability[0] == 9
     with torch.cuda.device_of(hidden):
-        if config.mode == "few":
-            chained = config.down.more > 0 and capability is not None and capability >= (9, 0)
-            return run_few_tokens(config, call, x, ids, weights, out, {**form, "CHAINED": chained})
-        form["MODE"] = MODES.index(config.mode)
-        form["WAIT"] = capability is not None and capability[0] == 9
         first, second = find_slots(config, ids, window)
         middle = _gate_up(call, x, ids, first, {**form, **constants_of(config.gate_up)})
         partial = _down(call, middle, ids, weights, second, {**form, **constants_of(config.down)})
@@ -210,6 +221,7 @@ def _down(
 
 
 def words_of(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes and block scales as kernels read them: 32-bit words, or float32 scales."""
     # A row of scales may be two bytes long, half a word.
     words = scale if scale.dtype == torch.float32 else scale.view(-1).view(torch.int32)
     return packed.view(torch.int32), words

@@ -1,4 +1,4 @@
-"""Tensors whose registers are chosen: Gluon's layouts for `few_tokens_gemm`, and its decoding.
+"""Tensors whose registers are chosen: Gluon's layouts for `one_token_gemm`, and its decoding.
 
 Weights are loaded into the registers where the tensor core reads them, so that no thread waits for
 another one. Triton's interpreter knows no layouts: there the same functions are plain Triton.
@@ -9,12 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode_fp8 import decode_fp8, decode_mxfp8_lanes, four
-from .decode_mxfp4 import decode_mxfp4_lanes
 from .decode_nvfp4 import decode_lanes
 
 __all__ = ["arange", "convert", "decoded", "jit", "launch", "lines_layout", "operand_layout", "pin"]
 __all__ += ["plain_layout", "product", "sliced", "sums_layout", "wait", "zeros"]
+
+ASSEMBLY = tl.constexpr(not triton.knobs.runtime.interpret)
 
 if triton.knobs.runtime.interpret:
     jit = triton.jit
@@ -36,7 +36,7 @@ if triton.knobs.runtime.interpret:
         # It multiplies the bits of bfloat16; float32 holds the same values.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
 
-    def lines_layout(tiles, chunks, words):
+    def lines_layout(tiles, chunks):
         return None
 
     def sums_layout(chunks):
@@ -72,14 +72,13 @@ else:
     jit = gluon.jit
 
     @gluon.constexpr_function
-    def lines_layout(tiles, chunks, words):
-        """[tiles, chunks, 16 lines, words]: a lane's words, and its lines as the tensor core's."""
-        registers = [[0, 0, 0, bit] for bit in (1, 2) if bit < words // 4] + [[0, 0, 8, 0]]
+    def lines_layout(tiles, chunks):
+        """[tiles, chunks, 16 lines, 8 words]: a lane's two, and its lines as the tensor core's."""
+        registers = [[0, 0, 0, 1], [0, 0, 8, 0]]
         registers += [[1 << i, 0, 0, 0] for i in range(tiles.bit_length() - 1)]
-        lanes = [[0, 0, 0, words // 4], [0, 0, 0, words // 2]]
-        lanes += [[0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]]
+        lanes = [[0, 0, 0, 2], [0, 0, 0, 4], [0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]]
         warps = [[0, 1 << i, 0, 0] for i in range(chunks.bit_length() - 1)]
-        return gl.DistributedLinearLayout(registers, lanes, warps, [], [tiles, chunks, 16, words])
+        return gl.DistributedLinearLayout(registers, lanes, warps, [], [tiles, chunks, 16, 8])
 
     @gluon.constexpr_function
     def sums_layout(chunks):
@@ -125,22 +124,8 @@ else:
 
 
 @jit
-def decoded(
-    word, scale, LINES: tl.constexpr, FP16: tl.constexpr, ASSEMBLY: tl.constexpr,
-    FORMAT: tl.constexpr,
-):  # fmt: skip
-    """Weights [LINES, 64]; word: [1, LINES, words], scale: the same form, whatever the word."""
-    if FORMAT == "nvfp4" or FORMAT == "mxfp4":
-        first, second = tl.split(tl.reshape(word, (1, LINES, 4, 2)))
-        scale, _ = tl.split(tl.reshape(scale, (1, LINES, 4, 2)))
-        if FORMAT == "nvfp4":
-            w = decode_lanes(first, second, scale, 1, LINES, FP16, ASSEMBLY)
-        else:
-            w = decode_mxfp4_lanes(first, second, scale, 1, LINES, FP16, ASSEMBLY)
-    elif FORMAT == "mxfp8":
-        w0, w1, w2, w3 = four(word, 1, LINES)
-        scale, _, _, _ = four(scale, 1, LINES)
-        w = decode_mxfp8_lanes(w0, w1, w2, w3, scale, 1, LINES, FP16, ASSEMBLY)
-    else:
-        w = decode_fp8(word, 1, LINES, FP16, ASSEMBLY)
-    return w
+def decoded(word, scale, LINES: tl.constexpr, FP16: tl.constexpr):
+    """Weights [LINES, 64]; word: [1, LINES, 8], scale: the same form, whatever the word."""
+    first, second = tl.split(tl.reshape(word, (1, LINES, 4, 2)))
+    scale, _ = tl.split(tl.reshape(scale, (1, LINES, 4, 2)))
+    return decode_lanes(first, second, scale, 1, LINES, FP16, ASSEMBLY)

@@ -13,7 +13,7 @@ from .decode_fp8 import MX_SHIFT, MXFP8_SHIFT, decode_fp8, decode_mxfp8
 from .decode_mxfp4 import MXFP4_SHIFT, decode_mxfp4
 from .decode_nvfp4 import WEIGHT_FACTOR, decode_slabs
 
-__all__ = ["block_scale", "load_weights", "row_factor", "row_scale"]
+__all__ = ["block_scale", "load_weights", "row_factor"]
 
 _MX_FACTOR = tl.constexpr(2.0**-MX_SHIFT)
 _MXFP8_FACTOR = tl.constexpr(2.0**-MXFP8_SHIFT)
@@ -88,25 +88,13 @@ def row_factor(
     FORMAT: tl.constexpr,
 ):  # fmt: skip
     """What sums are to be multiplied by: a number, or for FP8 one for each row [ROWS, 1]."""
-    factor = row_scale(scales, global_scale, expert, row, total_rows, PARTS, FP16, FORMAT)
-    if FORMAT == "fp8" or FORMAT == "fp8_channel":
-        factor = factor[:, None]
-    return factor
-
-
-@triton.jit
-def row_scale(
-    scales, global_scale, expert, row, total_rows, PARTS: tl.constexpr, FP16: tl.constexpr,
-    FORMAT: tl.constexpr,
-):  # fmt: skip
-    """The same for each row; expert: a number, or one for each row."""
     if FORMAT == "nvfp4":
         factor = tl.load(global_scale + expert) * WEIGHT_FACTOR
     elif FORMAT == "fp8":
         half = row // (total_rows // PARTS)
-        factor = tl.load(scales + expert.to(tl.int64) * PARTS + half)
+        factor = tl.load(scales + expert.to(tl.int64) * PARTS + half)[:, None]
     elif FORMAT == "fp8_channel":
-        factor = tl.load(scales + expert.to(tl.int64) * total_rows + row)
+        factor = tl.load(scales + expert.to(tl.int64) * total_rows + row)[:, None]
     elif FORMAT == "mxfp8":
         factor = _MXFP8_FACTOR if FP16 else _MX_FACTOR
     elif FORMAT == "mxfp4":
