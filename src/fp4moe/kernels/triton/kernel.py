@@ -1,6 +1,6 @@
 """Kernel `triton`: our own quantised experts for compute capability 8.0 and newer.
 
-Decides: layout of the operands, workspace, launches. Three to seven launches a call, no host
+Decides: layout of the operands, workspace, launches. Two to seven launches a call, no host
 synchronisation; grids follow from shapes, as upper bounds. Tile sizes are in `tiles`, and which to
 take in `measured`.
 """

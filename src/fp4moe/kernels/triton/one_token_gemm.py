@@ -92,7 +92,8 @@ def _load_group(
             of_scale += j * 64
         word = tl.load(at, mask=there[:, :, :, None], other=0).to(tl.uint32, bitcast=True)
         scale = tl.load(of_scale, mask=there, other=0).to(tl.uint32, bitcast=True)
-        found = found + ((word, scale),)  # noqa: RUF005  (Triton knows no stars in tuples)
+        # Triton knows no stars in tuples.
+        found = found + ((word, scale),)  # type: ignore[assignment]  # noqa: RUF005
     return found
 
 

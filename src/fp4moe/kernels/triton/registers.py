@@ -66,8 +66,8 @@ if triton.knobs.runtime.interpret:
 else:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
-    from triton.language.extra.cuda import gdc_launch_dependents as launch
-    from triton.language.extra.cuda import gdc_wait as wait
+    from triton.language.extra.cuda import gdc_launch_dependents as launch  # type: ignore[no-redef]
+    from triton.language.extra.cuda import gdc_wait as wait  # type: ignore[no-redef]
 
     jit = gluon.jit
 

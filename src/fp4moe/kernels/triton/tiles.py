@@ -71,8 +71,8 @@ class OneTokenTile:
         return ",".join(map(str, dataclasses.astuple(self)))
 
 
-# Slabs of a chunk, which are unrolled: 22 at most were measured.
-MOST_UNROLLED = 32
+# Slabs of a chunk, which are unrolled: so many were measured.
+MOST_UNROLLED = 22
 
 
 @dataclasses.dataclass(frozen=True)
