@@ -151,7 +151,7 @@ def test_what_it_cannot_run_is_refused(tokens, top_k, format):
     prepared = TRITON.prepare(layer(2, 64, 64, "silu", True, format=format), hidden_alignment=256)
     ids = torch.zeros(tokens, top_k, dtype=torch.int64)
     call = prepared.call(torch.zeros(tokens, 64), ids, ids + 1.0)
-    with pytest.raises(UnsupportedError, match=r"^run_one_token: tiles 16,3,4 32,3,8 cannot run"):
+    with pytest.raises(UnsupportedError, match=r"^moe: tiles 16,3,4 32,3,8 cannot run"):
         run_one_token(GATED, call)
 
 

@@ -20,7 +20,7 @@ from ..base import Change, Kernel, Layout, current_capability, each_matrix
 from ..devices import Devices
 from ..measured import choose_one_token, choose_tiles
 from ..operands import Call, LogitsCall
-from .layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
+from .layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs, words_of
 from .layout_fp8 import fp8_from_slabs, fp8_to_slabs, powers_from_slabs, powers_to_slabs
 from .tiles import MODES, Config, OneToken, Tile
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .sort import Sorted
 
 __all__ = ["REORDERS", "TRITON", "TritonKernel", "constants_of", "find_slots", "interpreted"]
-__all__ += ["run_with", "words_of"]
+__all__ += ["run_with"]
 
 MOST_EXPERTS, MOST_TOP_K = 512, 32
 
@@ -218,13 +218,6 @@ def _down(
         WHOLE=slabs % constants["SLABS"] == 0,
     )  # fmt: skip
     return partial
-
-
-def words_of(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes and block scales as kernels read them: 32-bit words, or float32 scales."""
-    # A row of scales may be two bytes long, half a word.
-    words = scale if scale.dtype == torch.float32 else scale.view(-1).view(torch.int32)
-    return packed.view(torch.int32), words
 
 
 def constants_of(tile: Tile) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from ...errors import refuse
 from ...formats import FORMATS
 from ..operands import Call
 from .activation import activation_constants
-from .kernel import interpreted, words_of
-from .layout import SLAB
+from .layout import SLAB, words_of
 from .one_token_gemm import one_token_down_kernel, one_token_gate_up_kernel
+from .registers import ASSEMBLY
 from .tiles import OneToken, OneTokenTile
 
 __all__ = ["constants_of", "run_one_token"]
@@ -40,14 +40,15 @@ def run_one_token(tiles: OneToken, call: Call) -> torch.Tensor:
     if (tokens, layer.format) != (1, "nvfp4") or not tiles.fits(hidden_size, intermediate, top_k):
         what = f"tiles {tiles} cannot run {tokens} tokens of {layer.format} with top_k {top_k}"
         reason = f"they are for one of nvfp4, sizes {hidden_size} and {intermediate} that fit them"
-        refuse("run_one_token", what, reason, "Use run_with.")
+        refuse(call.caller, what, reason, "Take tiles of choose_tiles.")
     middle = x.new_empty((top_k, intermediate), dtype=torch.bfloat16)
     out = hidden.new_empty(hidden.shape)
-    # down begins as soon as every program of gate and up has: until it waits for their end it reads
-    # ids and weights only, which were written before gate and up, a launch like any other, began.
-    # It writes after waiting, in every program: whoever waits for down has waited for both, and the
-    # memory of `middle` and `out` is used in the order of the stream. Neither lets a third begin.
-    early = {} if interpreted() else {"launch_pdl": True}
+    # down begins as soon as every program of gate and up has, in a stream and in a CUDA graph. Until
+    # it waits for their end it reads ids and weights alone: those were written before gate and up,
+    # an ordinary launch, began. Every program of down waits, and writes after it, so that what
+    # follows, an ordinary launch or one that waits itself, comes after both: `middle` and `out` are
+    # used in the order of the stream, as the allocator expects. Launch nothing in between.
+    early = {"launch_pdl": True} if ASSEMBLY.value else {}
     with torch.cuda.device_of(hidden):
         one_token_gate_up_kernel[(intermediate // tiles.gate_up.rows, top_k)](
             x, ids, *words_of(operands.gate_up_packed, operands.gate_up_block_scale),

@@ -11,8 +11,9 @@ import triton.language as tl
 
 from .decode_nvfp4 import decode_lanes
 
-__all__ = ["arange", "convert", "decoded", "jit", "launch", "lines_layout", "operand_layout", "pin"]
-__all__ += ["plain_layout", "product", "sliced", "sums_layout", "wait", "zeros"]
+__all__ = ["ASSEMBLY", "arange", "convert", "decoded", "jit", "launch", "lines_layout"]
+__all__ += ["operand_layout", "pin", "plain_layout", "product", "sliced", "sums_layout", "wait"]
+__all__ += ["zeros"]
 
 ASSEMBLY = tl.constexpr(not triton.knobs.runtime.interpret)
 
