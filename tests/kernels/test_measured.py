@@ -7,9 +7,10 @@ import json
 import pytest
 
 from fp4moe.errors import UnsupportedError
+from fp4moe.formats import FORMATS
 from fp4moe.kernels import measured
-from fp4moe.kernels.measured import SHIPPED, choose_tiles, fastest, read
-from fp4moe.kernels.triton.tiles import Config, Tile, parse_config
+from fp4moe.kernels.measured import SHIPPED, choose_one_token, choose_tiles, fastest, read
+from fp4moe.kernels.triton.tiles import Config, Tile, parse_config, parse_one_token
 from fp4moe.layer import Layer
 
 LAYER, HOPPER = Layer("silu", True, 2816, 704, 128, 8), (9, 0)
@@ -110,6 +111,48 @@ def test_tiles_of_the_nearest_layer(write):
     assert choose_tiles((8, 0), False, 2688, 1856, 128, 6) == shipped[False].tiles[1]
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_one_token_has_tiles_of_its_own_where_they_were_measured(write, gated):
+    shipped = {m.gated: m for m in read(SHIPPED) if m.format == "nvfp4"}[gated]
+    sizes = (shipped.hidden_size, shipped.intermediate_size)
+    top_k, tiles = shipped.top_k, shipped.one_token
+    assert tiles is not None
+    # A user's file without any does not take them away.
+    write(gated=gated)
+    assert choose_one_token(HOPPER, gated, *sizes, 128, top_k) == tiles
+    # Fewer weights a token: the same. More: nothing was measured.
+    assert choose_one_token(HOPPER, gated, sizes[0] - 64, sizes[1], 16, top_k) == tiles
+    assert choose_one_token(HOPPER, gated, *sizes, 128, 1) == tiles
+    assert choose_one_token(HOPPER, gated, sizes[0] + 64, sizes[1], 128, top_k) is None
+    assert choose_one_token(HOPPER, gated, *sizes, 128, top_k + 1) is None
+    for capability in ((8, 0), (8, 9), (10, 0), (12, 0), None):
+        assert choose_one_token(capability, gated, *sizes, 128, top_k) is None
+    for format in FORMATS.keys() - {"nvfp4"}:
+        assert choose_one_token(HOPPER, gated, *sizes, 128, top_k, format) is None
+    # Small layers whose slots or slabs are too many for a program.
+    assert choose_one_token(HOPPER, gated, 64, 64, 128, 8) == tiles
+    assert choose_one_token(HOPPER, gated, 64, 64, 128, 9) is None
+    assert choose_one_token(HOPPER, gated, 5632, 64, 128, 8) == tiles
+    assert choose_one_token(HOPPER, gated, 5633, 64, 128, 8) is None
+    assert choose_one_token(HOPPER, gated, 64, 1408, 128, 8) == tiles
+    assert choose_one_token(HOPPER, gated, 64, 1409, 128, 8) is None
+
+
+def test_a_users_tiles_for_one_token_come_first(write):
+    write(one_token="32,1,4 32,1,8")
+    own = parse_one_token("32,1,4 32,1,8")
+    assert choose_one_token(HOPPER, True, 2816, 704, 128, 8) == own and str(own) == "32,1,4 32,1,8"
+    assert choose_one_token(HOPPER, False, 2688, 1856, 128, 6) not in (own, None)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "16,3,4", "16,3,4 32,3", "16,3,4  32,3,8", "8,3,4 32,3,8", "16,0,4 32,3,8"]
+)
+def test_no_tiles_for_one_token(text):
+    with pytest.raises(ValueError, match="is no pair of tiles"):
+        parse_one_token(text)
+
+
 def test_a_config_is_written_as_it_is_read():
     config = Config("sorted", Tile(16, 32, 2, 4, 3), Tile(64, 64, 1, 8, 4, 16))
     assert str(config) == "sorted 16,32,2,4,3 64,64,1,8,4,16"
@@ -133,7 +176,9 @@ def test_no_config(text):
         parse_config(text)
 
 
-@pytest.mark.parametrize("change", [{"tiles": {"1": "x"}}, {"us": 1}, {"capability": "ninety"}])
+@pytest.mark.parametrize(
+    "change", [{"tiles": {"1": "x"}}, {"us": 1}, {"capability": "ninety"}, {"one_token": "16"}]
+)
 def test_a_broken_file_is_refused_by_name(write, change):
     path = write(**change)
     with pytest.raises(UnsupportedError) as error:

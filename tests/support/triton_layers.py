@@ -145,6 +145,9 @@ def compile_for(capability, function, constants, warps, further):
 
     types, attributes = signature(function, constants, **further)
     places = {(function.arg_names.index(n),): value for n, value in constants.items()}
-    source = ASTSource(function, types, places, attributes)
+    source = ASTSource
+    if function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source
     target = GPUTarget("cuda", capability, 32)
+    source = source(function, types, places, attributes)
     return triton.compile(source, target=target, options={"num_warps": warps})

@@ -26,11 +26,19 @@ import torch
 from ..errors import refuse
 from ..formats import DEFAULT_FORMAT
 from ..layer import Layer
-from .triton.tiles import Config, fitted, fitted_w8a8, parse_config
+from .triton.tiles import (
+    Config,
+    OneToken,
+    fitted,
+    fitted_w8a8,
+    parse_config,
+    parse_one_token,
+)
 
 __all__ = [
     "SHIPPED",
     "Measured",
+    "choose_one_token",
     "choose_tiles",
     "fastest",
     "forget",
@@ -56,6 +64,7 @@ class Measured:
         tiles: config of `triton` by number of tokens. w8a8_tiles: of `triton_w8a8`.
         facts: date, command and versions, as the file has them.
         format: of the weights; a file that does not name one means NVFP4.
+        one_token: tiles of `one_token`, where it is faster for one token than `tiles`; or None.
     """
 
     gpu: str
@@ -70,6 +79,7 @@ class Measured:
     facts: Mapping[str, Any]
     format: str = DEFAULT_FORMAT
     w8a8_tiles: Mapping[int, Config] = dataclasses.field(default_factory=dict)
+    one_token: OneToken | None = None
 
     def distance(self, hidden_size: int, intermediate_size: int, num_experts: int) -> float:
         """How unlike a layer is: 0 for equal sizes."""
@@ -115,6 +125,7 @@ def _from_json(row: Mapping[str, Any]) -> Measured:
         facts=row["facts"],
         format=row.get("format", DEFAULT_FORMAT),
         w8a8_tiles=_tiles(row.get("w8a8_tiles", {})),
+        one_token=parse_one_token(row["one_token"]) if "one_token" in row else None,
     )
 
 
@@ -137,6 +148,7 @@ def forget() -> None:
     global _times_forgotten
     measurements.cache_clear()
     choose_tiles.cache_clear()
+    choose_one_token.cache_clear()
     _times_forgotten += 1
 
 
@@ -214,3 +226,35 @@ def choose_tiles(
     if w8a8:
         return config if nearest.capability == capability else fitted_w8a8(config, gated)
     return config if own else fitted(config, format, gated)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_one_token(
+    capability: tuple[int, int] | None,
+    gated: bool,
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    top_k: int,
+    format: str = DEFAULT_FORMAT,
+) -> OneToken | None:
+    """Return the tiles with which `one_token` runs one token; None where `choose_tiles` is faster.
+
+    Only where that was measured: on this capability, with this format and form of layer, and with
+    at least as many weights a token. What it saves is launches and waiting, while more weights take
+    longer than with other tiles. The arguments are those of `choose_tiles`.
+    """
+
+    def weights(layer: Measured) -> int:
+        return layer.top_k * layer.hidden_size * layer.intermediate_size
+
+    least, found = top_k * hidden_size * intermediate_size, []
+    for m in measurements():
+        same = m.capability == capability and m.format == format and m.gated == gated
+        if m.one_token is not None and same and weights(m) >= least:
+            distance = m.distance(hidden_size, intermediate_size, num_experts)
+            found.append((distance, m.one_token))
+    if not found:
+        return None
+    tiles = min(found, key=lambda pair: pair[0])[1]
+    return tiles if tiles.fits(hidden_size, intermediate_size, top_k) else None

@@ -236,6 +236,8 @@ def tune(
         ]
         rows = [other for other in rows if other not in earlier]
         rows.append(row)
+        # Tiles for one token are not measured here.
+        row |= {key: old[key] for old in earlier for key in ("one_token",) if key in old}
         for number, tuned in enumerate(TUNED):
             if kernels and tuned.name not in kernels:
                 row |= {key: old[key] for old in earlier for key in (tuned.entry,) if key in old}

@@ -16,7 +16,8 @@ import triton.language as tl
 from .arrange import arrange, assemble
 from .layout import LEFT, RECIPE, SECOND_MOVE
 
-__all__ = ["WEIGHT_FACTOR", "code_lines", "code_values", "decode_slabs", "lanes", "word_lines"]
+__all__ = ["WEIGHT_FACTOR", "code_lines", "code_values", "decode_lanes", "decode_slabs", "lanes"]
+__all__ += ["word_lines"]
 
 WEIGHT_FACTOR = tl.constexpr(128.0)
 _LEFT_MASK = sum(0x10001 << bit for bit in LEFT)
@@ -130,6 +131,15 @@ def decode_slabs(
     False computes the same with Triton's own operations, for its interpreter.
     """
     first, second, scales = lanes(words, scales, SLABS, ROWS)
+    return decode_lanes(first, second, scales, SLABS, ROWS, FP16, ASSEMBLY)
+
+
+@triton.jit
+def decode_lanes(
+    first, second, scales, SLABS: tl.constexpr, ROWS: tl.constexpr, FP16: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """What `decode_slabs` returns, of what `lanes` returns."""
     if ASSEMBLY:
         h = assemble(
             (first, second, scales), FLOAT16_PROGRAM if FP16 else BFLOAT16_PROGRAM, CONSTRAINTS

@@ -21,7 +21,7 @@ from .round_e4m3 import to_codes
 from .weights import block_scale, load_weights, row_factor
 
 __all__ = ["SLOT", "SORTED", "UNSPECIALIZED", "down_kernel", "find_work", "gate_up_kernel"]
-__all__ += ["store_down", "store_gate_up"]
+__all__ += ["local_expert", "store_down", "store_gate_up"]
 
 SLOT = tl.constexpr(0)
 SORTED = tl.constexpr(1)
@@ -30,7 +30,7 @@ UNSPECIALIZED = ["num_slots", "expert_offset"]
 
 
 @triton.jit
-def _local(ids, index, mask, expert_offset, local_experts):
+def local_expert(ids, index, mask, expert_offset, local_experts):
     """Local expert of a slot, -1 for none."""
     local = tl.load(ids + index, mask=mask, other=-1).to(tl.int64) - expert_offset
     return tl.where((local >= 0) & (local < local_experts) & mask, local, -1).to(tl.int32)
@@ -244,7 +244,7 @@ def find_work(
     column = tl.arange(0, SLOTS)
     further = tl.arange(0, MORE if MORE else 16)
     if MODE == SLOT:
-        expert = _local(ids, number, number < num_slots, expert_offset, local_experts)
+        expert = local_expert(ids, number, number < num_slots, expert_offset, local_experts)
         slot = tl.where(column == 0, number, -1)
         more = further * 0 - 1
     else:

@@ -1,6 +1,6 @@
 """Kernel `triton`: our own quantised experts for compute capability 8.0 and newer.
 
-Decides: layout of the operands, workspace, launches. Three to seven launches a call, no host
+Decides: layout of the operands, workspace, launches. Two to seven launches a call, no host
 synchronisation; grids follow from shapes, as upper bounds. Tile sizes are in `tiles`, and which to
 take in `measured`.
 """
@@ -18,11 +18,11 @@ from ...formats import FORMATS
 from ...layer import Layer
 from ..base import Change, Kernel, Layout, current_capability, each_matrix
 from ..devices import Devices
-from ..measured import choose_tiles
+from ..measured import choose_one_token, choose_tiles
 from ..operands import Call, LogitsCall
-from .layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs
+from .layout import SLAB, from_slabs, scales_from_slabs, scales_to_slabs, to_slabs, words_of
 from .layout_fp8 import fp8_from_slabs, fp8_to_slabs, powers_from_slabs, powers_to_slabs
-from .tiles import MODES, Config, Tile
+from .tiles import MODES, Config, OneToken, Tile
 
 if TYPE_CHECKING:
     from .sort import Sorted
@@ -94,6 +94,10 @@ class TritonKernel(Kernel):
 
     def run(self, call: Call) -> torch.Tensor:
         """Compute [T, H] with the tiles that were measured to be fast."""
+        if tiles := _one_token_tiles(call):
+            from .one_token import run_one_token
+
+            return run_one_token(tiles, call)
         return run_with(_measured_tiles(call), call)
 
     def gradients(self, call: Call, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,6 +114,17 @@ def _measured_tiles(call: Call) -> Config:
         current_capability(call.hidden.device), call.layer.gated, hidden_size,
         FORMATS[call.layer.format].elements(columns), local, call.expert_ids.numel(),
         call.layer.format,
+    )  # fmt: skip
+
+
+def _one_token_tiles(call: Call) -> OneToken | None:
+    tokens, top_k = call.expert_ids.shape
+    if tokens != 1:
+        return None
+    local, hidden_size, columns = call.operands.down_packed.shape
+    return choose_one_token(
+        current_capability(call.hidden.device), call.layer.gated, hidden_size,
+        FORMATS[call.layer.format].elements(columns), local, top_k, call.layer.format,
     )  # fmt: skip
 
 
@@ -173,7 +188,7 @@ def _gate_up(
     middle = x.new_empty((ids.numel(), intermediate), dtype=torch.bfloat16)
     gate_up_kernel[(found.most * -(-intermediate // constants["ROWS"]),)](
         x, x.stride(0), ids, *found[:3],
-        *_words(operands.gate_up_packed, operands.gate_up_block_scale),
+        *words_of(operands.gate_up_packed, operands.gate_up_block_scale),
         operands.gate_up_global_scale, operands.gate_up_bias, middle, ids.numel(), ids.shape[1],
         hidden_size, intermediate, slabs, layer.expert_offset, local, **constants,
         WHOLE=slabs % constants["SLABS"] == 0 and hidden_size == hidden_padded,
@@ -197,18 +212,12 @@ def _down(
     slabs = intermediate // SLAB
     partial = middle.new_empty((slots, hidden_padded))
     down_kernel[(found.most * -(-hidden_padded // constants["ROWS"]),)](
-        middle, ids, *found[:3], *_words(operands.down_packed, operands.down_block_scale),
+        middle, ids, *found[:3], *words_of(operands.down_packed, operands.down_block_scale),
         operands.down_global_scale, operands.down_bias, weights, partial, slots, hidden_padded,
         intermediate, slabs, call.layer.expert_offset, local, **constants,
         WHOLE=slabs % constants["SLABS"] == 0,
     )  # fmt: skip
     return partial
-
-
-def _words(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # A row of scales may be two bytes long, half a word.
-    words = scale if scale.dtype == torch.float32 else scale.view(-1).view(torch.int32)
-    return packed.view(torch.int32), words
 
 
 def constants_of(tile: Tile) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["SLAB", "from_slabs", "scales_from_slabs", "scales_to_slabs", "to_slabs"]
+__all__ = ["SLAB", "from_slabs", "scales_from_slabs", "scales_to_slabs", "to_slabs", "words_of"]
 
 SLAB = 64
 # (word 0, word 1, or 2 for what remains of both; rotation), by word, block and half.
@@ -93,3 +93,10 @@ def scales_from_slabs(slabs: torch.Tensor) -> torch.Tensor:
     rows, columns = slabs.shape[1] // SLAB, slabs.shape[2] // 4
     tiles = slabs.reshape(-1, rows, columns, SLAB, 4).transpose(2, 3)
     return ((tiles >> 4) | (tiles.roll(-1, -1) << 4)).reshape(slabs.shape)
+
+
+def words_of(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes and block scales as kernels read them: 32-bit words, or float32 scales."""
+    # A row of scales may be two bytes long, half a word.
+    words = scale if scale.dtype == torch.float32 else scale.view(-1).view(torch.int32)
+    return packed.view(torch.int32), words

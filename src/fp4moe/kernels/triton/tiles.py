@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["MODES", "Config", "Tile", "fitted", "fitted_w8a8", "parse_config"]
+__all__ = ["MODES", "Config", "OneToken", "OneTokenTile", "Tile", "fitted", "fitted_w8a8"]
+__all__ += ["parse_config", "parse_one_token"]
 
 MODES = ("slot", "sorted")
 
@@ -50,6 +51,46 @@ class Config:
 
     def __str__(self) -> str:
         return f"{self.mode} {self.gate_up} {self.down}"
+
+
+@dataclasses.dataclass(frozen=True)
+class OneTokenTile:
+    """One program of `one_token_gemm`.
+
+    Attributes:
+        rows: weight rows, of gate and of up each: 16 or 32.
+        slabs: 64 columns of K each, loaded together.
+        warps: each has a chunk of K for itself: 4 or 8.
+    """
+
+    rows: int
+    slabs: int
+    warps: int
+
+    def __str__(self) -> str:
+        return ",".join(map(str, dataclasses.astuple(self)))
+
+
+# Slabs of a chunk, which are unrolled: so many were measured.
+MOST_UNROLLED = 22
+
+
+@dataclasses.dataclass(frozen=True)
+class OneToken:
+    """How `one_token` runs a layer: the tiles of its two launches."""
+
+    gate_up: OneTokenTile
+    down: OneTokenTile
+
+    def __str__(self) -> str:
+        return f"{self.gate_up} {self.down}"
+
+    def fits(self, hidden_size: int, intermediate_size: int, top_k: int) -> bool:
+        """Whether programs can be made for these sizes, padded or not."""
+        slabs = (-(-hidden_size // 64), top_k * -(-intermediate_size // 64))
+        warps = (self.gate_up.warps, self.down.warps)
+        chunks = (-(-s // w) for s, w in zip(slabs, warps, strict=True))
+        return top_k <= self.down.warps and max(chunks) <= MOST_UNROLLED
 
 
 # Shared memory of a program that every target has: 8.6, 8.9 and 12.0 no more.
@@ -113,3 +154,25 @@ def parse_config(text: str) -> Config:
         example = "sorted 16,64,1,4,4 64,128,1,4,4,16"
         raise ValueError(f"{text!r} is no mode with two tiles, as in {example!r}")
     return config
+
+
+def parse_one_token(text: str) -> OneToken:
+    """Return the tiles that `str` wrote.
+
+    Raises:
+        ValueError: it is no such text.
+    """
+    found = None
+    try:
+        gate_up, down = (OneTokenTile(*map(int, tile.split(","))) for tile in text.split(" "))
+        found = OneToken(gate_up, down)
+    except (TypeError, ValueError):
+        pass  # said below
+    if (
+        found is None
+        or str(found) != text
+        or any(t.rows not in (16, 32) for t in (found.gate_up, found.down))
+        or any(t.warps not in (4, 8) or t.slabs < 1 for t in (found.gate_up, found.down))
+    ):
+        raise ValueError(f"{text!r} is no pair of tiles, as in '16,3,4 32,3,8'")
+    return found
