@@ -53,20 +53,39 @@ class Scope(NamedTuple):
         return next((names[name] for names in self.assigned if name in names), None)
 
 
-def _assignments(body: list[ast.stmt], line: int | None = None) -> dict[str, ast.expr]:
-    """Return what names stand for, in a module or before a line: the last assignment wins."""
-    found: dict[str, ast.expr] = {}
-    nodes = [node for statement in body for node in ast.walk(statement)]
-    assigned = [node for node in nodes if isinstance(node, ast.Assign)]
-    for node in sorted(assigned, key=lambda node: node.lineno):
-        if line is None or node.lineno <= line:
+class Module:
+    """One file: its calls and assignments, and the functions around them."""
+
+    def __init__(self, file: pathlib.Path):
+        self.file = file
+        self.tree = ast.parse(file.read_text("utf-8"))
+        self.nodes = list(ast.walk(self.tree))
+        parents = {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}
+        self.around: dict[ast.AST, list[ast.FunctionDef]] = {}
+        for node in self.nodes:  # Parents come first.
+            parent = parents.get(node)
+            outer = self.around.get(parent, [])
+            own = isinstance(parent, ast.FunctionDef)
+            self.around[node] = [parent, *outer] if own else outer
+        self.assigned: dict[ast.FunctionDef | None, list[ast.Assign]] = {}
+        for node in self.nodes:
+            if isinstance(node, ast.Assign):
+                function = next(iter(self.around[node]), None)
+                self.assigned.setdefault(function, []).append(node)
+
+    def names(self, function: ast.FunctionDef | None, line: int | None = None) -> Names:
+        """Return what names stand for in a function, or in the module: before a line, the last."""
+        found: dict[str, ast.expr] = {}
+        for node in sorted(self.assigned.get(function, ()), key=lambda node: node.lineno):
+            if line is not None and node.lineno > line:
+                break
             for target in node.targets:
                 if isinstance(target, ast.Name):
                     found[target.id] = node.value
                 elif isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
                     pairs = zip(target.elts, node.value.elts, strict=False)
                     found |= {t.id: v for t, v in pairs if isinstance(t, ast.Name)}
-    return found
+        return found
 
 
 def _text(node: ast.expr | None, scope: Scope, depth: int = 0) -> str:
@@ -89,6 +108,8 @@ def _text(node: ast.expr | None, scope: Scope, depth: int = 0) -> str:
         return " / ".join(dict.fromkeys(text for text in both if text))
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _text(node.left, scope, depth + 1) + _text(node.right, scope, depth + 1)
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("strip"):
+        return _text(node.func.value, scope, depth + 1)
     if isinstance(node, ast.Name):
         value = scope.find(node.id)
         return _text(value, scope, depth + 1) if isinstance(value, TEXTS) else _placeholder(node)
@@ -125,40 +146,38 @@ def _raising(node: ast.AST, wrappers: Mapping[str, Wrapper]) -> str | None:
     return None
 
 
-def _wrappers(trees: Mapping[pathlib.Path, ast.Module]) -> dict[tuple[str, str], Wrapper]:
+def _wrappers(modules: list[Module]) -> dict[tuple[str, str], Wrapper]:
     """Return the functions that only raise what they are told, by module and name."""
     found = {}
-    for file, tree in trees.items():
-        module = _assignments(tree.body)
-        for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
+    for module in modules:
+        calls = [node for node in module.nodes if _raising(node, {})]
+        for function in (n for n in module.nodes if isinstance(n, ast.FunctionDef)):
             if not (isinstance(function.returns, ast.Name) and function.returns.id == "NoReturn"):
                 continue
-            calls = [n for n in ast.walk(function) if _raising(n, {})]
-            if function.name in SIGNATURES or len(calls) != 1:
+            own = [call for call in calls if function in module.around[call]]
+            if len(own) != 1:
                 continue
-            (call,) = calls
-            names = tuple(a.arg for a in (*function.args.args, *function.args.kwonlyargs))
+            (call,), local = own, module.names(function)
+            parameters = tuple(a.arg for a in (*function.args.args, *function.args.kwonlyargs))
             kind = call.func.id
-            local = _assignments(function.body)
             arguments = {
                 key: local.get(value.id, value) if isinstance(value, ast.Name) else value
                 for key, value in _bound(call, SIGNATURES[kind]).items()
             }
-            found[file.stem, function.name] = Wrapper(names, kind, arguments, module)
+            wrapper = Wrapper(parameters, kind, arguments, module.names(None))
+            found[module.file.stem, function.name] = wrapper
     return found
 
 
-def _visible(
-    file: pathlib.Path, tree: ast.Module, wrappers: Mapping[tuple[str, str], Wrapper]
-) -> dict[str, Wrapper]:
+def _visible(module: Module, wrappers: Mapping[tuple[str, str], Wrapper]) -> dict[str, Wrapper]:
     """Return the wrappers that a file defines or imports."""
-    found = {name: w for (module, name), w in wrappers.items() if module == file.stem}
-    for node in ast.walk(tree):
+    found = {name: w for (file, name), w in wrappers.items() if file == module.file.stem}
+    for node in module.nodes:
         if isinstance(node, ast.ImportFrom):
-            module = (node.module or "").rpartition(".")[2]
-            names = [(module, alias.name) for alias in node.names]
-            found |= {name: wrappers[module, name] for module, name in names
-                      if (module, name) in wrappers}  # fmt: skip
+            source = (node.module or "").rpartition(".")[2]
+            names = [(source, alias.name) for alias in node.names]
+            found |= {name: wrappers[source, name] for source, name in names
+                      if (source, name) in wrappers}  # fmt: skip
     return found
 
 
@@ -176,32 +195,30 @@ def _message(kind: str, arguments: Names, scope: Scope) -> tuple[str, str, str]:
 def collect() -> list[Refusal]:
     """Return every refusal, in the order of files and lines."""
     files = sorted(f for folder in SOURCES for f in folder.rglob("*.py") if f.name != "errors.py")
-    trees = {file: ast.parse(file.read_text("utf-8")) for file in files}
-    everywhere = _wrappers(trees)
-    constants = {name: value for tree in trees.values()
-                 for name, value in _assignments(tree.body).items() if name.isupper()}  # fmt: skip
+    modules = [Module(file) for file in files]
+    everywhere = _wrappers(modules)
+    constants = {
+        name: value for m in modules for name, value in m.names(None).items() if name.isupper()
+    }
     found = []
-    for file, tree in trees.items():
-        wrappers = _visible(file, tree, everywhere)
-        module = {**constants, **_assignments(tree.body)}
-        inside: dict[ast.AST, ast.FunctionDef] = {}
-        for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
-            inside |= dict.fromkeys(ast.walk(function), function)
-        for node in ast.walk(tree):
-            name = _raising(node, wrappers)
-            function = inside.get(node)
-            if name is None or (function is not None and function.name in wrappers):
+    for module in modules:
+        wrappers, own = _visible(module, everywhere), module.names(None)
+        for node in module.nodes:
+            name, around = _raising(node, wrappers), module.around[node]
+            if name is None or any(function.name in wrappers for function in around):
                 continue
-            local = _assignments(function.body, node.lineno) if function else {}
-            defaults = _defaults(function) if function else {}
-            scope = Scope([local, defaults, module])
+            local = [module.names(function, node.lineno) for function in around]
+            local += [_defaults(function) for function in around]
             if name in wrappers:
                 kind, arguments = wrappers[name].kind, wrappers[name].arguments
                 given = _bound(node, wrappers[name].parameters)
-                scope = Scope([local, given, defaults, module, wrappers[name].module])
+                # A caller's variable of the same name is looked up among the caller's own.
+                local.insert(0, {k: v for k, v in given.items() if ast.unparse(v) != k})
+                local.append(wrappers[name].module)
             else:
                 kind, arguments = name, _bound(node, SIGNATURES[name])
-            where = f"{file.relative_to(ROOT)}:{node.lineno}"
+            scope = Scope([*local, own, constants])
+            where = f"{module.file.relative_to(ROOT)}:{node.lineno}"
             found.append(Refusal(*map(_tidy, _message(kind, arguments, scope)), where))
     return found
 

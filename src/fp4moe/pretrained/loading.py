@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -39,10 +39,17 @@ from ..progress import progress_bar
 from .key_names import KeyNames, may_skip, optional_names
 from .probe_experts import describe_on_meta
 
-__all__ = ["Loading", "Options", "Placeholder", "convention_of"]
+__all__ = ["READERS", "Loading", "Options", "Placeholder", "convention_of"]
 
 logger = logging.getLogger("fp4moe")
 
+# Whose configuration it is, and what that tool calls its tensors; the first that says yes reads.
+Quantization = Mapping[str, Any]
+READERS: list[tuple[Callable[[Quantization], bool], Callable[[Quantization], Convention]]] = [
+    (is_modelopt, modelopt_convention),
+    (is_compressed_tensors, compressed_convention),
+    (is_huggingface, huggingface_convention),
+]
 # What other methods of transformers store, for the refusal.
 METHODS = {"fbgemm_fp8": "fp8_channel"}
 
@@ -75,12 +82,9 @@ def convention_of(quantization: Mapping[str, Any] | None) -> Convention:
     """
     if quantization is None:
         return FLOAT
-    if is_modelopt(quantization):
-        return modelopt_convention(quantization)
-    if is_compressed_tensors(quantization):
-        return compressed_convention(quantization)
-    if is_huggingface(quantization):
-        return huggingface_convention(quantization)
+    for is_of, convention in READERS:
+        if is_of(quantization):
+            return convention(quantization)
     method = quantization.get("quant_method")
     form = METHODS.get(method) if isinstance(method, str) else None
     got = f"quant_method {method!r}"
