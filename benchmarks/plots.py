@@ -40,6 +40,14 @@ def title_of(results: dict[str, Any]) -> str:
     return f"{results['gpu']}, {results['date']}, {versions}"
 
 
+def plain_numbers(axis: Any, across: Any, up: Any) -> None:
+    """Put these ticks, written out, on logarithmic axes."""
+    for ticks, place in ((across, axis.xaxis), (up, axis.yaxis)):
+        place.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        place.set_ticks([], minor=True)
+    axis.grid(True, linewidth=0.2)
+
+
 def speed(results: dict[str, Any]) -> Any:
     """Microseconds of one layer over tokens, with the floor."""
     drawn, axes = figure(2)
@@ -52,7 +60,7 @@ def speed(results: dict[str, Any]) -> Any:
         floor = sorted({(row["tokens"], row["floor_us"]) for row in rows})
         axis.loglog(*zip(*floor, strict=True), "k--", linewidth=1, label="floor")
         axis.set(title=title, xlabel="tokens", ylabel="microseconds a layer")
-        axis.grid(True, linewidth=0.2)
+        plain_numbers(axis, (1, 16, 256, 4096), (10, 100, 1000, 10000))
     axes[0][0].legend(fontsize=8)
     drawn.suptitle(title_of(results), fontsize=8)
     return drawn
@@ -71,7 +79,7 @@ def formats(results: dict[str, Any]) -> Any:
             (line,) = axis.loglog(tokens, us, marker="o", markersize=3, label=format)
             axis.loglog(tokens, floor, "--", linewidth=0.7, color=line.get_color())
         axis.set(title=title, xlabel="tokens", ylabel="microseconds a layer")
-        axis.grid(True, linewidth=0.2)
+        plain_numbers(axis, (1, 16, 256, 4096), (10, 100, 1000, 10000))
     axes[0][0].legend(fontsize=8)
     drawn.suptitle(f"{title_of(results)}; dashed: the floor of each", fontsize=8)
     return drawn
@@ -82,13 +90,11 @@ def models(results: dict[str, Any]) -> Any:
     drawn, axes = figure(2)
     for axis, (model, title) in zip(axes[0], tables.MODELS.items(), strict=True):
         rows = [row for row in results["rows"] if row["model"] == model and row["decode_ms"]]
-        batches = sorted({row["batch"] for row in rows})
-        for number, (setting, label) in enumerate(tables.SETTINGS.items()):
-            found = {r["batch"]: r["decode_ms"] for r in rows if r["setting"] == setting}
-            places = [i + 0.2 * (number - 1.5) for i, b in enumerate(batches) if b in found]
-            axis.bar(places, list(found.values()), 0.2, label=label.strip("`"))
-        axis.set(title=title, xlabel="batch", ylabel="milliseconds a step", yscale="log")
-        axis.set_xticks(range(len(batches)), batches)
+        for setting, label in tables.SETTINGS.items():
+            own = sorted((r["batch"], r["decode_ms"]) for r in rows if r["setting"] == setting)
+            axis.loglog(*zip(*own, strict=True), marker="o", markersize=4, label=label.strip("`"))
+        axis.set(title=title, xlabel="batch", ylabel="milliseconds a step")
+        plain_numbers(axis, sorted({row["batch"] for row in rows}), (4, 8, 16, 32, 64, 128))
     axes[0][0].legend(fontsize=8)
     drawn.suptitle(title_of(results), fontsize=8)
     return drawn

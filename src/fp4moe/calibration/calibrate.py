@@ -106,7 +106,7 @@ def calibrate(model: nn.Module, *, percentile: float | None = None) -> Iterator[
     Raises:
         ShapeError: percentile is out of range; an activation is inf or NaN; all are zero.
         UnsupportedError: the model holds no experts that can be calibrated, or none saw a token.
-        After any exception, the caller's own too, the model is as it was.
+            After any exception, also one of the caller's, the model is as it was.
     """
     if percentile is not None and not 0 < percentile <= 100:
         advice = "Pass 99.99, or None for the largest magnitude."

@@ -70,9 +70,11 @@ def from_pretrained(
 
     Args:
         path_or_id: a directory, or the name of a repository on the Hugging Face hub.
-        kernel, hidden_alignment, routing, progress: see `fp4moe.replace_moe`. On a GPU "auto"
-            rounds the activations of FP8 experts, too, where the checkpoint says so (W8A8);
-            "triton" never does.
+        kernel: see `fp4moe.replace_moe`. On a GPU "auto" also rounds the activations of FP8
+            experts if the checkpoint says so (W8A8); "triton" never does.
+        hidden_alignment: see `fp4moe.replace_moe`.
+        routing: see `fp4moe.replace_moe`.
+        progress: see `fp4moe.replace_moe`.
         format: what the experts of a float checkpoint are quantised to, a name of
             `fp4moe.formats.FORMATS`; default "nvfp4". Stored formats stay as they are.
         hf_kwargs: for transformers' from_pretrained: dtype, device_map, attn_implementation,
