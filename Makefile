@@ -3,6 +3,7 @@
 # make quick  the tests that are not marked slow, of every folder, in under two minutes on two cores
 # make docs   build the documentation into build/site, strictly, and check that it can be read
 # make newest   the suite with the newest torch, transformers and triton: several GB, not in CI
+# make release  sdist and wheel, installed and tried in empty environments of every Python that is here
 # make lint | types | bench | flashinfer | tensorrt   one part of it; `make format` rewrites files as
 #             lint wants them
 # make peers  what fp4moe hands to FlashInfer against what vLLM and SGLang do; downloads 400 MB once
@@ -37,7 +38,7 @@ PEERS := build/peers
 # The compiled TRT-LLM-Gen kernels, the last that are on PyPI.
 CUBINS := build/cubins
 
-.PHONY: demo test quick docs newest lint format types bench flashinfer tensorrt peers cubins
+.PHONY: demo test quick docs newest release lint format types bench flashinfer tensorrt peers cubins
 
 demo: $(READY)
 	$(BIN)/python examples/gemma4_compile.py
@@ -114,6 +115,19 @@ newest:
 	build/newest/bin/python -m pip list | grep -iE "^(torch|triton|transformers) "
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 build/newest/bin/python -m pytest \
 		-n $(JOBS) --dist worksteal
+
+# The wheel is tried with each Python, the sdist with the first of them.
+PYTHONS ?= $(shell for v in 3.10 3.11 3.12 3.13 3.14; do command -v python$$v || true; done)
+release: $(READY)
+	rm -rf dist build/release
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	try() { \
+		$$1 -m venv build/release/$$2; \
+		build/release/$$2/bin/python -m pip install -q -c constraints.txt torch; \
+		build/release/$$2/bin/python -m pip install -q -c constraints.txt $$3; \
+		(cd build/release && $$2/bin/python ../../.ci/smoke.py); }; \
+	mkdir -p build/release; set -- $(PYTHONS); try $$1 sdist dist/*.tar.gz; \
+	for python; do try $$python wheel-$$(basename $$python) dist/*.whl; done
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -57,7 +57,7 @@ def quick(name: str) -> str:
 
 
 def short_table() -> str:
-    """That of graph-pass.md: ways of writing by what becomes of them; routes of export are alike."""
+    """That of graph-pass.md: ways of writing by what becomes of them; all exports are alike."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, (dynamo, *export, symbolic) in table().items():
         assert len(set(export)) == 1
