@@ -22,7 +22,7 @@ from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.huggingface import huggingface_convention, is_huggingface
 from ..checkpoint.modelopt import is_modelopt, modelopt_convention
 from ..checkpoint.naming import FLOAT, FORMS, OTHER, Convention, fail, name_keys
-from ..checkpoint.plan import Model, Plan, inside, make_plan
+from ..checkpoint.plan import ModelFacts, Plan, inside, make_plan
 from ..checkpoint.plan_checks import ExpertsFacts, LinearFacts
 from ..checkpoint.read import read_experts, read_linear
 from ..checkpoint.stored import stored_bytes
@@ -176,7 +176,7 @@ class Loading:
         names = KeyNames(model, conversions, {*experts, *refused}, convention)
         plain = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
         self.shapes = {name: shape for name, (_, shape) in plain.items()}
-        described = Model(
+        described = ModelFacts(
             experts={
                 path: dataclasses.replace(facts, format=self.options.format)
                 for path, facts in experts.items()
