@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -132,6 +133,19 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
     assert len(links) > 10
     assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_the_demo_runs_every_example():
+    recipe = (ROOT / "Makefile").read_text().split("\ndemo:")[1].split("\n\n")[0]
+    run = set(re.findall(r"examples/(\w+\.py)", recipe))
+    assert run == {f.name for f in (ROOT / "examples").glob("*.py")} - {"one_layer.py"}
+
+
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs" / "reference.md").read_text("utf-8")
+    for name in fp4moe.__all__:
+        if isinstance(getattr(fp4moe, name), types.FunctionType | type):
+            assert f"heading: fp4moe.{name}\n" in page, name
 
 
 def test_every_refusal_is_in_the_list_with_its_cure():

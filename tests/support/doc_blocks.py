@@ -9,6 +9,7 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+SUPPORT = "|".join(file.stem for file in (ROOT / "tests" / "support").glob("*.py"))
 HUB_MODEL = "google/gemma-4-26B-A4B-it"
 
 
@@ -54,6 +55,8 @@ def run_page(page: pathlib.Path, paths: dict[str, pathlib.Path]) -> dict:
         for name in sorted(paths, key=len, reverse=True):
             code = re.sub(rf'"{re.escape(name)}"', repr(str(paths[name])), code)
         assert "path/to" not in code and HUB_MODEL not in code, (page.name, block.line)
+        # A reader does not have the tests on the path.
+        assert not re.search(rf"^(from|import) ({SUPPORT})\b", code, re.MULTILINE), page.name
         # Errors show the line of the page.
         exec(compile("\n" * (block.line - 1) + code, str(page), "exec"), names)
     return names
