@@ -63,10 +63,10 @@ def from_pretrained(
 ) -> Any:
     """Load a model with fused experts.
 
-    Checkpoints in a format of `fp4moe.formats.FORMATS`, of ModelOpt, compressed-tensors or
-    transformers' `quant_method` fp8, mxfp8 and mxfp4, are taken as they are: experts go to packed
-    buffers, other quantised Linears become PackedLinear (NVFP4Linear, FP8Linear). The experts of a
-    float checkpoint are quantised (method "max") one after the other while it is read.
+    Quantised checkpoints of ModelOpt, of compressed-tensors, and of transformers' `quant_method`
+    fp8, mxfp8 and mxfp4 are taken as they are: experts become packed buffers, other quantised
+    Linears become PackedLinear (NVFP4Linear, FP8Linear). The experts of a float checkpoint are
+    quantised one after the other while it is read, with method "max".
 
     Args:
         path_or_id: a directory, or the name of a repository on the Hugging Face hub.
