@@ -145,6 +145,7 @@ def accuracy(text: str) -> Any:
                 label="16-bit activations" if sixteen else "rounded activations",
             )
         axis.set(title=title, xlabel="bits per byte above bf16")
+        axis.locator_params(axis="x", nbins=6)
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
         axis.axvline(0, color="black", linewidth=0.6)

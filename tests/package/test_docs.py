@@ -21,6 +21,7 @@ from fp4moe.activations import ACTIVATIONS
 from fp4moe.formats import FORMATS
 from fp4moe.kernels import KERNELS
 from fp4moe.kernels.reference import ReferenceKernel
+from fp4moe.testing import relative_error
 
 LLM_COMPRESSOR = ROOT / "tests" / "data" / "llm_compressor"
 
@@ -69,6 +70,8 @@ def test_code_of_a_page_runs(page, paths, registries, fresh_dynamo, capsys):
     out = capsys.readouterr().out
     if page == README:
         assert "2 replaced" in out
+    if page.stem == "extending":
+        check_cubic_layer(names)
     if page.stem == "graph-pass":
         # The block compiled ahead of time and a single call have the same weights.
         weights = fp4moe.ExpertWeights.quantize(
@@ -78,6 +81,22 @@ def test_code_of_a_page_runs(page, paths, registries, fresh_dynamo, capsys):
         one_call = fp4moe.fused_moe(names["hidden"], weights, *inputs)
         # Float32 sums of 128 terms in another order.
         torch.testing.assert_close(names["out"], one_call, rtol=1e-5, atol=1e-4)
+
+
+def check_cubic_layer(names):
+    """The page's own activation, against its formula in float64."""
+    parts = {name: part.double() for name, part in names["cubic"].dequantize().items()}
+    out = torch.zeros_like(names["hidden"], dtype=torch.float64)
+    for token, (experts, weights) in enumerate(
+        zip(names["expert_ids"].tolist(), names["routing_weights"].double(), strict=True)
+    ):
+        for expert, weight in zip(experts, weights, strict=True):
+            x = names["hidden"][token].double()
+            gate, up = parts["gate"][expert] @ x, parts["up"][expert] @ x
+            inner = gate.clamp(max=0.5) ** 3 * up.clamp(-0.5, 0.5)
+            out[token] += weight * (parts["down"][expert] @ inner)
+    # Three float32 sums of at most 64 products, against float64; the cube triples the first.
+    assert relative_error(names["cubic_out"].double(), out) < 5 * 64 * 2**-24
 
 
 def test_what_is_not_run_has_a_reason_and_is_run_elsewhere():
