@@ -18,6 +18,7 @@ from tiny_models import gemma4
 
 import fp4moe
 from fp4moe.activations import ACTIVATIONS
+from fp4moe.checkpoint import readers
 from fp4moe.formats import FORMATS
 from fp4moe.kernels import KERNELS
 from fp4moe.kernels.reference import ReferenceKernel
@@ -48,12 +49,10 @@ def paths(small_gemma4, tmp_path):
 @pytest.fixture
 def registries(monkeypatch):
     """Whatever a page adds is gone after it."""
-    from fp4moe.pretrained import loading
-
     for registry in (ACTIVATIONS, FORMATS, KERNELS, ReferenceKernel.layouts):
         for name in ("cube", "e5m2_rows", "plain"):
             monkeypatch.delitem(registry, name, raising=False)
-    monkeypatch.setattr(loading, "READERS", list(loading.READERS))
+    monkeypatch.setattr(readers, "READERS", list(readers.READERS))
 
 
 with_code = [

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.naming import FLOAT
+from ..checkpoint.readers import convention_of
 from ..errors import CheckpointError, UnsupportedError, check_choice, must, refuse
 from ..formats import DEFAULT_FORMAT, FORMATS
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
@@ -20,7 +21,7 @@ from ..models.from_config import model_class
 from ..models.replace import replace_moe
 from ..models.transformers_registry import register_experts
 from ..module import FusedExperts
-from .loading import Options, convention_of
+from .loading import Options
 from .parallelism import refuse_parallelism
 from .quantizer import METHOD, register_formats, register_method
 

@@ -18,12 +18,13 @@ from typing import Any
 from ..checkpoint.files import INDEX, WEIGHTS, CheckpointFiles
 from ..checkpoint.header import Spec, read_json, reading_for
 from ..checkpoint.naming import FLOAT, Convention
+from ..checkpoint.readers import convention_of
 from ..checkpoint.stored import preferred, stored_bytes
 from ..errors import CheckpointError, Fp4MoeError, must, refuse
 from ..formats import DEFAULT_FORMAT, FORMATS
 from ..models.from_config import config_errors, model_on_meta, one_line
 from ..models.replace import explain
-from ..pretrained.loading import Loading, Options, convention_of
+from ..pretrained.loading import Loading, Options
 from ..report import BlockReport, ModelReport
 from .help_text import add_command
 
