@@ -117,7 +117,7 @@ newest:
 		-n $(JOBS) --dist worksteal
 
 # The wheel is tried with each Python, the sdist with the first of them.
-PYTHONS ?= $(shell for v in 3.10 3.11 3.12 3.13 3.14; do python$$v -c '' 2>&- && echo python$$v; done)
+PYTHONS ?= $(shell for v in 3.10 3.11 3.12 3.13 3.14; do python$$v -c '' 2>/dev/null && echo python$$v || true; done)
 release: $(READY)
 	rm -rf dist build/release
 	$(BIN)/python -m build --no-isolation --outdir dist .
