@@ -1,6 +1,9 @@
 # make demo   run the examples, from a fresh clone on
 # make test   lint, types and tests, from a fresh clone on; what CI runs
 # make quick  the tests that are not marked slow, of every folder, in under two minutes on two cores
+# make docs   build the documentation into build/site, strictly, and check that it can be read
+# make newest   the suite with the newest torch, transformers and triton: several GB, not in CI
+# make release  sdist and wheel, installed and tried in empty environments of every Python that is here
 # make lint | types | bench | flashinfer | tensorrt   one part of it; `make format` rewrites files as
 #             lint wants them
 # make peers  what fp4moe hands to FlashInfer against what vLLM and SGLang do; downloads 400 MB once
@@ -35,12 +38,16 @@ PEERS := build/peers
 # The compiled TRT-LLM-Gen kernels, the last that are on PyPI.
 CUBINS := build/cubins
 
-.PHONY: demo test quick lint format types bench flashinfer tensorrt peers cubins
+.PHONY: demo test quick docs newest release lint format types bench flashinfer tensorrt peers cubins
 
 demo: $(READY)
 	$(BIN)/python examples/gemma4_compile.py
 	$(BIN)/python examples/nemotron_h_compile.py
+	$(BIN)/python examples/own_model.py
+	$(BIN)/python examples/quantize_and_reload.py
+	$(BIN)/python examples/evaluate_formats.py
 	$(BIN)/python examples/lora_finetune.py
+	$(BIN)/python examples/run_notebook.py
 
 # One thread per process: JOBS processes with the threads of a whole machine each are slower. The
 # longest tests come last, so that a process that is done takes some of the others'.
@@ -90,6 +97,37 @@ $(CUBINS)/ready: $(READY)
 	rm -rf $(CUBINS)
 	$(BIN)/python -m pip download --no-deps --dest $(CUBINS) flashinfer-cubin==0.6.13
 	touch $@
+
+docs: $(VENV)/docs
+	$(BIN)/python docs/scripts/readability.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
+$(VENV)/docs: $(READY)
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[docs]'
+	touch $@
+
+# An environment of its own, without the constraints. docs/versions.md says when this last passed.
+newest:
+	test -x build/newest/bin/python || $(PYTHON) -m venv build/newest
+	build/newest/bin/python -m pip install --upgrade torch transformers triton
+	build/newest/bin/python -m pip install --upgrade --upgrade-strategy eager -e '.[dev]'
+	build/newest/bin/python -m pip list | grep -iE "^(torch|triton|transformers) "
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 build/newest/bin/python -m pytest \
+		-n $(JOBS) --dist worksteal
+
+# The wheel is tried with each Python, the sdist with the first of them.
+PYTHONS ?= $(shell for v in 3.10 3.11 3.12 3.13 3.14; do python$$v -c '' 2>/dev/null && echo python$$v || true; done)
+release: $(READY)
+	rm -rf dist build/release
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	try() { \
+		$$1 -m venv build/release/$$2; \
+		build/release/$$2/bin/python -m pip install -q -c constraints.txt torch; \
+		build/release/$$2/bin/python -m pip install -q -c constraints.txt $$3; \
+		(cd build/release && $$2/bin/python ../../.ci/smoke.py); }; \
+	mkdir -p build/release; set -- $(PYTHONS); try $$1 sdist dist/*.tar.gz; \
+	for python; do try $$python wheel-$$(basename $$python) dist/*.whl; done
 
 lint: $(READY)
 	$(BIN)/ruff check .

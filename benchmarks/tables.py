@@ -1,6 +1,6 @@
-"""Write the tables and the plot of measured results.
+"""Write the tables of measured results; plots.py draws them.
 
-    python benchmarks/tables.py benchmarks/results/h200.json --plot benchmarks/results/h200.svg
+    python benchmarks/tables.py benchmarks/results/h200.json
     python benchmarks/tables.py benchmarks/results/h200_skewed.json
     python benchmarks/tables.py benchmarks/results/h200_generate.json
     python benchmarks/tables.py benchmarks/results/h200_formats.json
@@ -111,54 +111,47 @@ def whole_models(rows: list[dict[str, Any]], model: str, value: str = "decode_ms
     return "\n".join(lines)
 
 
-def plot(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Draw microseconds over tokens, log-log, with the floor."""
-    import matplotlib
+def gains(rows: list[dict[str, Any]]) -> str:
+    """Return the README's table: memory and a step of both models, and how much is gained.
 
-    matplotlib.use("svg")
-    # The same file from the same numbers.
-    matplotlib.rcParams["svg.hashsalt"] = "fp4moe"
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(TITLES), figsize=(11, 4.2), sharey=True)
-    for axis, (shape, title) in zip(axes, TITLES.items(), strict=True):
-        rows = [row for row in results["rows"] if row["shape"] == shape]
-        for kernel in COLUMNS:
-            points = [(row["tokens"], row["us"]) for row in rows if row["kernel"] == kernel]
-            if points and kernel != "triton":
-                axis.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=kernel)
-        floor = sorted({(row["tokens"], row["floor_us"]) for row in rows})
-        axis.loglog(*zip(*floor, strict=True), "k--", linewidth=1, label="floor, NVFP4")
-        axis.set(title=title, xlabel="tokens")
-        axis.grid(True, which="both", linewidth=0.2)
-    axes[0].set_ylabel("microseconds a layer")
-    axes[0].legend(fontsize=8)
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    figure.suptitle(f"{results['gpu']}, {results['date']}, {versions}", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    Args:
+        rows: of `benchmarks/generate.py --json`.
+    """
+    found = {(r["model"], r["batch"], r["setting"]): r for r in rows}
+    lines = ["| | Hugging Face, bf16 | `replace_moe`, NVFP4 | gain |", "|---|---|---|---|"]
+    for model, title in MODELS.items():
+        before, after = (found[model, 1, setting] for setting in ("huggingface", "replace_moe"))
+        sizes = before["model_gib"], after["model_gib"]
+        cells = [f"{size:.1f} GiB" for size in sizes]
+        lines.append(f"| {title}, memory of the model | {' | '.join(cells)} "
+                     f"| {sizes[0] / sizes[1]:.1f}x |")  # fmt: skip
+        for batch in (1, 16, 64):
+            before, after = (found[model, batch, s] for s in ("huggingface", "replace_moe"))
+            about = "~" * (before.get("call") != after.get("call"))
+            gain = f"{about}{before['decode_ms'] / after['decode_ms']:.1f}x"
+            times = f"{before['decode_ms']:.1f} | {after['decode_ms']:.1f}"
+            lines.append(f"| {title}, batch {batch}, ms a step | {times} | {gain} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Print the tables; draw the plot where asked."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=pathlib.Path)
-    parser.add_argument("--plot", type=pathlib.Path)
-    parser.add_argument("--short", action="store_true", help="the README's columns and rows")
+    parser.add_argument("--short", action="store_true", help="the columns of docs/performance.md")
     args = parser.parse_args()
     results = json.loads(args.results.read_text())
     if "setting" in results["rows"][0]:
         for value, model in itertools.product(("decode_ms", "prefill_ms"), MODELS):
             print(f"{value}\n\n{whole_models(results['rows'], model, value)}\n")
+        print(gains(results["rows"]))
         return
     several = len({row.get("format") for row in results["rows"]}) > 1
     for shape in TITLES:
         made = by_format(results, shape) if several else table(results, shape, args.short)
         print(made, end="\n\n")
-    if args.plot:
-        plot(results, args.plot)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class _Maker:
         self.fake_mode = getattr(meta_value(self.hidden), "fake_mode", None)
 
     def block(self, form: StoredForm, weighting: str, constants: PreparedWeights | None) -> fx.Node:
-        """The operator, with what it takes before and what the graph expects behind it."""
+        """Insert the operator call, with the reshapes and casts around it."""
         hidden = self.reshape(self.hidden, [-1, self.width])
         ids = self.reshape(self.ids, [-1, self.top_k])
         weights = self.routing_weights(ids)

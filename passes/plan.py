@@ -34,13 +34,13 @@ from .judge.verify import Verdict, judge_region
 from .report import BlockMatch
 from .settings import RewriteSettings
 
-__all__ = ["Plan", "Planner"]
+__all__ = ["BlockPlan", "Planner"]
 
 logger = logging.getLogger("fp4moe")
 
 
 @dataclasses.dataclass
-class Plan:
+class BlockPlan:
     """What was decided about one block.
 
     Attributes:
@@ -93,9 +93,9 @@ class Planner:
         self.verdicts: dict[tuple, Verdict] = {}
         self.packed: dict[tuple, PreparedWeights] = {}
 
-    def plans(self) -> list[Plan]:
+    def plans(self) -> list[BlockPlan]:
         """Return what was decided about each block, in graph order."""
-        plans: list[Plan] = []
+        plans: list[BlockPlan] = []
         taken: set[fx.Node] = set()
         flow = Flow(self.gm.graph)
         for regions in propose_regions(flow, self._parameters(), taken):
@@ -106,9 +106,9 @@ class Planner:
                 taken.update(node for node in plan.region.nodes if not flow.is_constant(node))
         return sorted(plans, key=lambda plan: flow.index[plan.region.nodes[-1]])
 
-    def _first_that_fits(self, regions: Iterator[Region]) -> Plan | None:
+    def _first_that_fits(self, regions: Iterator[Region]) -> BlockPlan | None:
         """Return the plan of the first region with a form, else of the one that comes closest."""
-        tried: list[Plan] = []
+        tried: list[BlockPlan] = []
         for region in regions:
             # An earlier run has been here.
             if any(node.target in FUSED_OPERATORS for node in region.nodes):
@@ -120,9 +120,9 @@ class Planner:
             logger.debug("rewrite_moe: %s: %s", region.path, "; ".join(plan.reasons))
         return min(tried, key=lambda plan: plan.verdict.error, default=None)
 
-    def _plan(self, region: Region) -> Plan:
+    def _plan(self, region: Region) -> BlockPlan:
         """Return what the region computes and what it is packed into, or why it stays."""
-        plan = Plan(region, Verdict(None, ""), list(region.reasons))
+        plan = BlockPlan(region, Verdict(None, ""), list(region.reasons))
         if not region.weights:
             return plan
         weights = {r: tuple(map(self._real, nodes)) for r, nodes in region.weights.items()}

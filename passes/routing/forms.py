@@ -22,7 +22,7 @@ from ..graph.dataflow import hinted_shape, meta_value
 from ..graph.execute import undisturbed
 from .slice import RoutingSlice
 
-__all__ = ["RoutingForm", "recognise"]
+__all__ = ["RoutingForm", "recognise_routing"]
 
 PROBE_TOKENS = 64
 # Tokens whose choice changes with logits moved by this much are too close to call.
@@ -58,7 +58,7 @@ class RoutingForm:
         return ", ".join(parts)
 
 
-def recognise(found: RoutingSlice) -> tuple[RoutingForm | None, str]:
+def recognise_routing(found: RoutingSlice) -> tuple[RoutingForm | None, str]:
     """Return (the one method that fits, "" or why no kernel routes so), or (None, the reason)."""
     (tokens, experts), device = found.shape, meta_value(found.logits).device
     top_k = (hinted_shape(found.expert_ids) or (0, 0))[-1]

@@ -40,7 +40,7 @@ from ..find.symbolic import has_shapes
 from ..graph.attributes import add_attribute, insert_nothing, read_attribute
 from ..graph.dataflow import Flow, meta_value
 from ..report import RoutingMatch
-from .forms import RoutingForm, recognise
+from .forms import RoutingForm, recognise_routing
 from .slice import RoutingSlice, cut_routing
 
 __all__ = ["fuse_routing"]
@@ -115,7 +115,7 @@ def _name(
     for each in found:
         key = each.structure()
         if key not in known:
-            known[key] = recognise(each)
+            known[key] = recognise_routing(each)
         form, reason = known[key]
         if form is not None:
             return each, form, reason

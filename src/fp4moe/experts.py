@@ -277,8 +277,10 @@ class ExpertWeights:
                 "up_gate_interleaved".
             transposed: the weights are stored as [L, H, I] (up), [L, H, 2 * I] (gate_up) and [L, I,
                 H] (down).
-            gate_bias, up_bias: [L, I], any float dtype. gate_up_bias: [L, 2 * I] instead of them,
-                ordered as `layout` says. down_bias: [L, H]. Zero where the others are given.
+            gate_bias: [L, I], any float dtype. A bias that is left out is zero if another is given.
+            up_bias: [L, I].
+            gate_up_bias: [L, 2 * I] instead of these two, ordered as `layout` says.
+            down_bias: [L, H].
             hidden_scale: decode multiplier of the quantised input, for formats with an
                 `activation_range`; 1.0 = uncalibrated.
             intermediate_scale: the same for the input of down, one float or [L].

@@ -38,9 +38,9 @@ def fused_moe(
 
     out[t] = sum_k routing_weights[t, k] * expert(expert_ids[t, k], hidden[t])
 
-    The kernel is chosen and its layout prepared at the first call; both are kept as long as
-    `weights`, and made anew when top_k, the device, a tensor of `weights`, CUDA_HOME or the
-    measurements change. Under torch.compile use `FusedExperts`, which prepares outside the graph.
+    The first call chooses a kernel and prepares its layout. Later calls use both again, as long as
+    `weights` lives. They are made anew if top_k, the device, a tensor of `weights`, CUDA_HOME or
+    the measurements change. Under torch.compile use `FusedExperts`: it prepares outside the graph.
 
     Args:
         hidden: [T, H], bfloat16, float16 or float32, any strides; T may be 0.

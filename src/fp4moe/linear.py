@@ -28,11 +28,11 @@ NAMES = {"packed": "weight", "block_scale": "weight_scale", "global_scale": "wei
 class PackedLinear(PreparedModule):
     """A Linear whose weight stays as a number format stores it; `state_dict` has ModelOpt's names.
 
-    A cast of the model moves codes and scales but never converts them. The weight gets no gradient;
-    the input does. A float32 input is never rounded: it is multiplied with a float32 copy of the
-    weight, made at each call, as kernel "reference" does with every input; that takes up to 12
-    bytes an element of the weight. With float16 inputs MX weights beyond float16's range overflow,
-    see `kernels.triton.decode_fp8`.
+    A cast of the model moves codes and scales but never converts them. The input gets a gradient,
+    the weight does not. A float32 input is never rounded: it is multiplied with a float32 copy of
+    the weight, which is made at each call. Kernel "reference" does so with every input. The copy
+    takes up to 12 bytes for each element of the weight. With float16 inputs, MX weights beyond the
+    range of float16 overflow, see `kernels.triton.decode_fp8`.
 
     Args:
         format: a name of `fp4moe.formats.FORMATS`.

@@ -40,19 +40,20 @@ __all__ = ["FusedExperts"]
 class FusedExperts(PreparedModule):
     """The experts of one layer: (hidden [T, H], ids [T, K], weights [T, K]) -> [T, H].
 
-    The call signature is that of Hugging Face's experts modules.
-    Casting the module (`.to(torch.bfloat16)`, `.half()`) moves it but never changes a dtype: its
-    numbers are those of its format. `state_dict` may hand out copies: write to them only to load
-    them again, and do not average buffers (`AveragedModel(use_buffers=True)`), which are codes.
+    It is called like Hugging Face's experts modules. A cast (`.to(torch.bfloat16)`, `.half()`) may
+    move the module but never changes a dtype, since its numbers are those of its format.
+    `state_dict` may return copies: change them only to load them again. Do not average buffers
+    (`AveragedModel(use_buffers=True)`): they are codes.
 
     Args:
         weights: the quantised experts.
-        kernel: "auto" or a kernel's name. "auto" is decided again when the module moves to another
-            device.
-        hidden_alignment: what the Blackwell kernel pads the hidden size to: 128, 256 or 512.
-        top_k: experts per token where it is known; only `autotune` asks.
-        routing: "given", or "fused" where `fp4moe.backend` lets the kernel choose the experts: then
-            a kernel asked for by name may be one that refuses ids.
+        kernel: "auto", or the name of a kernel. "auto" chooses again when the module moves to
+            another device.
+        hidden_alignment: 128, 256 or 512, the multiple to which the Blackwell kernel pads the
+            hidden size.
+        top_k: experts per token, if known. Only `autotune` needs it.
+        routing: "given", or "fused" if `fp4moe.backend` will let the kernel choose the experts.
+            Then a kernel asked for by name may be one that takes no ids.
 
     Raises:
         UnsupportedError: no kernel runs these weights on their device; lists the reasons.

@@ -262,7 +262,7 @@ def test_mse_has_less_error_than_max(source, tmp_path):
         decoded = fp4moe.dequantize_nvfp4(fp4moe.NVFP4Values(*parts))
         weight = float_tensors["model.layers.0.experts.down_proj"][3].float()
         errors[method] = relative_error(decoded, weight)
-    # Gaussian weights: 9.5 % and 8.1 % (README), within the spread of 3072 values.
+    # Gaussian weights: 9.5 % and 8.1 % (docs/accuracy.md), within the spread of 3072 values.
     assert errors["mse"] < 0.95 * errors["max"] < 0.11
 
 

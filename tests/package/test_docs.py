@@ -1,73 +1,191 @@
-"""The README's code and commands work as they stand, and the examples run."""
+"""The code and commands of the README and of every page work as they stand; the examples run."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import pathlib
 import re
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 import torch._inductor
+from doc_blocks import HUB_MODEL, PAGES, README, ROOT, blocks, commands, run_page
 from tiny_models import gemma4
 
 import fp4moe
+from fp4moe.activations import ACTIVATIONS
+from fp4moe.checkpoint import readers
+from fp4moe.formats import FORMATS
+from fp4moe.kernels import KERNELS
+from fp4moe.kernels.reference import ReferenceKernel
+from fp4moe.testing import relative_error
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
+LLM_COMPRESSOR = ROOT / "tests" / "data" / "llm_compressor"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+@pytest.fixture(scope="module")
+def small_gemma4(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gemma4")
+    gemma4(dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
-def commands() -> list[str]:
-    lines = "\n".join(blocks("bash")).splitlines()
-    return [line.partition("#")[0].strip() for line in lines if line.partition("#")[0].strip()]
+@pytest.fixture
+def paths(small_gemma4, tmp_path):
+    """What stands for the models of a page."""
+    return {
+        HUB_MODEL: small_gemma4,
+        "path/to/fp8": LLM_COMPRESSOR / "qwen3_moe_FP8",
+        "path/to/fp8_channel": LLM_COMPRESSOR / "qwen3_moe_FP8_DYNAMIC",
+        "path/to/saved": tmp_path / "saved",
+        "path/to/acme": tmp_path / "acme",
+    }
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """Whatever a page adds is gone after it."""
+    for registry in (ACTIVATIONS, FORMATS, KERNELS, ReferenceKernel.layouts):
+        for name in ("cube", "e5m2_rows", "plain"):
+            monkeypatch.delitem(registry, name, raising=False)
+    monkeypatch.setattr(readers, "READERS", list(readers.READERS))
+
+
+with_code = [
+    page for page in (README, *PAGES) if any(not b.not_run for b in blocks(page, "python"))
+]
 
 
 # Compiling ahead of time takes half a minute with optimisation.
 @pytest.mark.slow
+@pytest.mark.parametrize("page", with_code, ids=lambda page: page.stem)
 @torch._inductor.config.patch("aot_inductor.compile_wrapper_opt_level", "O0")
-def test_readme_code_runs(tmp_path, fresh_dynamo, capsys):
-    gemma4(dtype=torch.bfloat16).save_pretrained(tmp_path)
-    names: dict = {"__name__": "readme"}
-    for code in blocks("python"):
-        if "autotune" in code:
-            continue  # Blackwell's: tests/kernels/flashinfer/with_library/test_models.py runs it
-        code = code.replace("google/gemma-4-26B-A4B-it", str(tmp_path))
-        assert str(tmp_path) in code or "from_pretrained" not in code
-        exec(compile(code, "README.md", "exec"), names)
-    assert "2 replaced" in capsys.readouterr().out
-    # The block compiled ahead of time and the single call before it have the same weights.
-    one_call = fp4moe.fused_moe(
-        *(names[n] for n in ("hidden", "weights", "expert_ids", "routing_weights"))
-    )
-    # Float32 sums of 128 terms in another order.
-    torch.testing.assert_close(names["out"], one_call, rtol=1e-5, atol=1e-4)
+def test_code_of_a_page_runs(page, paths, registries, fresh_dynamo, capsys):
+    names = run_page(page, paths)
+    out = capsys.readouterr().out
+    if page == README:
+        assert "2 replaced" in out
+    if page.stem == "extending":
+        check_cubic_layer(names)
+    if page.stem == "graph-pass":
+        # The block compiled ahead of time and a single call have the same weights.
+        weights = fp4moe.ExpertWeights.quantize(
+            **{name: names[name] for name in ("gate", "up", "down")}, activation="silu"
+        )
+        inputs = (names[name] for name in ("expert_ids", "routing_weights"))
+        one_call = fp4moe.fused_moe(names["hidden"], weights, *inputs)
+        # Float32 sums of 128 terms in another order.
+        torch.testing.assert_close(names["out"], one_call, rtol=1e-5, atol=1e-4)
 
 
-def test_every_command_of_the_readme_is_run_somewhere():
+def check_cubic_layer(names):
+    """The page's own activation, against its formula in float64."""
+    parts = {name: part.double() for name, part in names["cubic"].dequantize().items()}
+    out = torch.zeros_like(names["hidden"], dtype=torch.float64)
+    for token, (experts, weights) in enumerate(
+        zip(names["expert_ids"].tolist(), names["routing_weights"].double(), strict=True)
+    ):
+        for expert, weight in zip(experts, weights, strict=True):
+            x = names["hidden"][token].double()
+            gate, up = parts["gate"][expert] @ x, parts["up"][expert] @ x
+            inner = gate.clamp(max=0.5) ** 3 * up.clamp(-0.5, 0.5)
+            out[token] += weight * (parts["down"][expert] @ inner)
+    # Three float32 sums of at most 64 products, against float64; the cube triples the first.
+    assert relative_error(names["cubic_out"].double(), out) < 5 * 64 * 2**-24
+
+
+def test_what_is_not_run_has_a_reason_and_is_run_elsewhere():
+    skipped = [block for page in (README, *PAGES) for block in blocks(page) if block.not_run]
+    assert len(skipped) == 1 and "autotune" in skipped[0].code
+    (elsewhere,) = re.findall(r"tests/\S+\.py", skipped[0].not_run)
+    assert "autotune" in (ROOT / elsewhere).read_text("utf-8")
+
+
+def check_command(command: str) -> None:
+    """Raise unless a reader can type it: a target, a file, or arguments that fp4moe parses."""
+    from fp4moe.tools.cli import make_parser
+
     makefile = (ROOT / "Makefile").read_text()
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), command
+    elif words[:2] == ["pip", "install"]:
+        extra = re.search(r"\[(\w+)\]", command)
+        assert "-c constraints.txt" in command, command
+        assert not extra or f"\n{extra[1]} = [" in (ROOT / "pyproject.toml").read_text(), command
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file(), command
+    elif words[0] == "fp4moe":
+        parser, _ = make_parser()
+        parser.parse_args(words[1:])
+    else:
+        assert command == "python3 -m venv .venv && . .venv/bin/activate", command
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+def test_commands_of_a_page_can_be_typed(page):
+    for command in commands(page):
+        check_command(command)
+
+
+@pytest.mark.parametrize(
+    "command", ["make nothing", "python no_file.py", "fp4moe quantise a b", "pip install fp4moe"]
+)
+def test_a_command_that_cannot_be_typed_is_noticed(command, capsys):
+    with pytest.raises((AssertionError, SystemExit)):
+        check_command(command)
+
+
+def test_ci_runs_the_commands_of_the_readme():
     ci = (ROOT / ".ci" / "run").read_text()
-    for command in commands():
-        words = shlex.split(command)
-        if words[0] == "make":
-            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), command
-        elif words[:2] == ["pip", "install"]:
-            assert "install" in makefile and "." in words[-1], command
-        elif words[0] == "python":
-            # Examples run below, benchmarks by `make bench`.
-            assert (ROOT / words[1]).is_file(), command
-        else:
-            # tests/tools/test_cli.py, test_selftest.py, test_bench.py,
-            # test_checkpoint_writer.py and test_evaluate.py run these.
-            known = ("info", "explain", "selftest", "bench", "quantize", "evaluate")
-            assert words[0] == "fp4moe" and words[1] in known, command
-    assert "make test" in ci and "make demo" in ci and "make bench" in ci
+    assert all(f"make {target}\n" in ci for target in ("demo", "bench", "docs", "test"))
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    text = README.read_text("utf-8")
+    assert len(text.splitlines()) <= 140
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+    assert len(links) > 10
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_the_demo_runs_every_example():
+    recipe = (ROOT / "Makefile").read_text().split("\ndemo:")[1].split("\n\n")[0]
+    run = set(re.findall(r"examples/(\w+\.py)", recipe))
+    assert run == {f.name for f in (ROOT / "examples").glob("*.py")} - {"one_layer.py"}
+
+
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs" / "reference.md").read_text("utf-8")
+    for name in fp4moe.__all__:
+        if isinstance(getattr(fp4moe, name), types.FunctionType | type):
+            assert f"heading: fp4moe.{name}\n" in page, name
+
+
+def test_every_refusal_is_in_the_list_with_its_cure():
+    path = ROOT / "docs" / "scripts" / "refusals.py"
+    spec = importlib.util.spec_from_file_location("refusals", path)
+    refusals = importlib.util.module_from_spec(spec)
+    sys.modules["refusals"] = refusals
+    spec.loader.exec_module(refusals)
+    found = refusals.collect()
+    # Three messages as a user meets them: by a constant, by a variable, through a helper.
+    says = {(r.function, r.cure) for r in found}
+    assert ("fused_moe", "Use ExpertWeights.quantize.") in says
+    assert ("replace_moe", "Pass strict=False to leave these as they are.") in says
+    assert ("from_pretrained", "Check hf_quant_config.json.") in says
+    # As many as there are calls, apart from those inside the helpers that hand arguments on.
+    sources = "".join(
+        f.read_text("utf-8") for folder in refusals.SOURCES for f in folder.rglob("*.py")
+    )
+    calls = len(re.findall(r"^\s+(?:raise )?(?:must|refuse|check_choice)\(", sources, re.MULTILINE))
+    assert len(found) > 0.9 * calls > 200
+    without = [r for r in found if r.cure in ("", "…", "….") and r.function]
+    assert without == []
 
 
 @pytest.mark.slow
@@ -127,7 +245,7 @@ def test_the_example_of_fine_tuning_learns():
 
 
 @pytest.mark.slow
-def test_the_tables_are_those_of_the_measurements(monkeypatch, tmp_path):
+def test_the_tables_and_pictures_are_those_of_the_measurements(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import tables
 
@@ -135,14 +253,23 @@ def test_the_tables_are_those_of_the_measurements(monkeypatch, tmp_path):
     measured = json.loads((results / "h200.json").read_text())
     skewed = json.loads((results / "h200_skewed.json").read_text())
     text = (results / "h200_kernels.md").read_text()
+    page = (ROOT / "docs" / "performance.md").read_text("utf-8")
     for shape in tables.TITLES:
         assert tables.table(measured, shape) in text
         assert tables.table(skewed, shape) in text
-        assert tables.table(measured, shape, short=True) in README
+        assert tables.table(measured, shape, short=True) in page
     whole = json.loads((results / "h200_generate.json").read_text())["rows"]
     for model in tables.MODELS:
-        assert tables.whole_models(whole, model) in README
+        assert tables.whole_models(whole, model) in page
         for value in ("decode_ms", "prefill_ms"):
             assert tables.whole_models(whole, model, value) in text
-    tables.plot(measured, tmp_path / "h200.svg")
-    assert (tmp_path / "h200.svg").read_text().count('<g id="line2d') > 20
+    by_format = json.loads((results / "h200_formats.json").read_text())
+    assert all(tables.by_format(by_format, shape) in page for shape in tables.TITLES)
+    assert tables.gains(whole) in README.read_text("utf-8")
+    script = [sys.executable, str(ROOT / "benchmarks" / "plots.py"), "--out", str(tmp_path)]
+    subprocess.run(script, check=True, capture_output=True)
+    for made in tmp_path.iterdir():
+        # Places of text hang on the version of matplotlib; what is drawn does not.
+        committed = (ROOT / "docs" / "images" / made.name).read_text()
+        for mark in ('<g id="line2d', '<g id="patch'):
+            assert made.read_text().count(mark) == committed.count(mark) > 10, made.name

@@ -145,6 +145,9 @@ def test_the_wheel_imports_from_anywhere(wheel: pathlib.Path, tmp_path: pathlib.
     found = python("-c", code, cwd=tmp_path, path=tmp_path / "installed").split()
     package = tmp_path / "installed" / "fp4moe"
     assert found == [str(package / "__init__.py"), str(package / "passes" / "__init__.py")]
+    # What `make release` runs in empty environments.
+    smoke = python(str(ROOT / ".ci" / "smoke.py"), cwd=tmp_path, path=tmp_path / "installed")
+    assert smoke.rstrip().endswith("fine")
 
 
 def test_the_sdist_has_passes_tests_and_examples(unpacked_sdist: pathlib.Path):

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 import fp4moe
 from fp4moe.checkpoint.files import CheckpointFiles
+from fp4moe.checkpoint.readers import convention_of
 from fp4moe.errors import CheckpointError, UnsupportedError
 from fp4moe.kernels import KERNELS
 from fp4moe.kernels.reference import ReferenceKernel
-from fp4moe.pretrained.loading import convention_of
 from fp4moe.reference import reference, reference_w4a4
 from fp4moe.testing import relative_error
 

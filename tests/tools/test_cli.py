@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from tiny_models import gemma4, nemotron_h
 
 import fp4moe
-from fp4moe.tools.cli import LAYERS, main
+from fp4moe.tools.cli import LAYERS, main, make_parser
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -66,3 +67,20 @@ def test_an_unknown_command_lists_the_known_ones(capsys):
     with pytest.raises(SystemExit):
         main(["fly"])
     assert "info" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(make_parser()[1].choices))
+def test_the_help_of_a_command_is_complete(name):
+    command = make_parser()[1].choices[name]
+    # Whole sentences first; each option with its meaning, each default, an example that parses.
+    assert all(part.endswith(".") for part in command.description.split("\n\n"))
+    text = " ".join(command.format_help().split())
+    for action in command._actions:
+        assert action.help, f"{name} {action.dest}"
+        if action.default not in (None, False, [], "", argparse.SUPPRESS):
+            shown = " ".join(str(action.default).strip("[]()").replace(",", "").split())
+            assert f"default: {shown.replace(chr(39), '')}" in text, f"{name} {action.dest}"
+    examples = [line.split() for line in command.epilog.splitlines()[1:]]
+    assert examples
+    for program, *arguments in examples:
+        assert program == "fp4moe" and make_parser()[0].parse_args(arguments).command == name

@@ -81,14 +81,13 @@ def calibrate(model: nn.Module, *, percentile: float | None = None) -> Iterator[
                 model(**batch)
         print(report)
 
-    At the end each block gets `hidden_scale` and `intermediate_scale` = range / what a scale of 1
-    expresses (6 * 448 in NVFP4, 448 in FP8), as ModelOpt's `input_scale` is defined. Fused experts
-    hold them in their state_dict. Float experts remember them until `replace_moe` (or
-    `experts_implementation="fp4moe"`) packs them, in any format. Only kernels that quantise
-    activations use them; formats whose kernels compute such scales from each input have none. A
-    second calibration replaces the first; the model runs as it is, so a layer behind quantised
-    activations sees their rounding. Inside the context, fused experts of a kernel with a layout of
-    its own are held in checkpoint order, too: twice the memory of their weights.
+    At the end each block gets a `hidden_scale` and an `intermediate_scale`: its range divided by
+    what a scale of 1 expresses (6 * 448 in NVFP4, 448 in FP8). This is how ModelOpt defines
+    `input_scale`. Fused experts keep the scales in their state_dict. Float experts keep them until
+    `replace_moe` (or `experts_implementation="fp4moe"`) packs them, in any format. Only kernels
+    that round activations use them. A second calibration replaces the first. The model runs as it
+    is, so a layer behind rounded activations sees their rounding. Inside the context, fused experts
+    of a kernel with its own layout are also held in checkpoint order: twice their memory.
 
     Inside the context torch.compile is off (`torch.compiler.set_stance("force_eager")`, for the
     whole process): a compiled graph would not show its activations.
@@ -106,7 +105,7 @@ def calibrate(model: nn.Module, *, percentile: float | None = None) -> Iterator[
     Raises:
         ShapeError: percentile is out of range; an activation is inf or NaN; all are zero.
         UnsupportedError: the model holds no experts that can be calibrated, or none saw a token.
-        After any exception, the caller's own too, the model is as it was.
+            After any exception, also one of the caller's, the model is as it was.
     """
     if percentile is not None and not 0 < percentile <= 100:
         advice = "Pass 99.99, or None for the largest magnitude."

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, must
-from .header import READER, Spec, fail, name_keys, read_header, read_json, reading_for
+from .header import READER, Spec, name_keys, read_header, read_json, reading_for, refuse_file
 
 __all__ = ["INDEX", "PICKLES", "WEIGHTS", "CheckpointFiles"]
 
@@ -82,7 +82,7 @@ class CheckpointFiles:
     @classmethod
     def _open_directory(cls, root: str, caller: str) -> CheckpointFiles:
         if not os.path.isdir(root):
-            fail("directory", "be an existing directory", repr(root), "Check the path")
+            refuse_file("directory", "be an existing directory", repr(root), "Check the path")
         config = read_json(_resolve(root, "config.json"))
         quantization: dict[str, Any] | None
         if _exists(root, "hf_quant_config.json"):
@@ -94,7 +94,7 @@ class CheckpointFiles:
                 quantization = text.get("quantization_config")
         if not isinstance(quantization, dict | None):
             got = repr(quantization)[:100]
-            fail("quantization_config", "be a JSON object", got, "Check config.json")
+            refuse_file("quantization_config", "be a JSON object", got, "Check config.json")
         return cls(root, config, quantization, _read_specs(root), caller)
 
     def tensor(self, key: str) -> torch.Tensor:
@@ -153,7 +153,7 @@ class CheckpointFiles:
         homes.add(os.path.realpath(self.directory))
         if os.path.dirname(os.path.realpath(path)) not in homes:
             rule = "lie in the directory, or where config.json or the weights lie"
-            fail(repr(name), rule, "a link elsewhere", "Copy the file into the directory")
+            refuse_file(repr(name), rule, "a link elsewhere", "Copy the file into the directory")
         return path
 
     def release(self, shard: str) -> None:
@@ -194,15 +194,17 @@ def _read_specs(root: str) -> dict[str, dict[str, Spec]]:
     weight_map = read_json(_resolve(root, INDEX)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         got = repr(weight_map)[:100]
-        fail(INDEX, "have a weight_map from keys to file names", got, "Download it again")
+        refuse_file(INDEX, "have a weight_map from keys to file names", got, "Download it again")
     planned: dict[str, list[str]] = {}
     for key, name in weight_map.items():
         if not isinstance(name, str):
             got = repr(name)[:100]
-            fail(INDEX, f"name a file for {key!r}", got, "Download it again")
+            refuse_file(INDEX, f"name a file for {key!r}", got, "Download it again")
         planned.setdefault(name, []).append(key)
     if stale := shards - set(planned):
-        fail(INDEX, "name every shard", f"others beside it {name_keys(stale)}", "Remove the stale")
+        refuse_file(
+            INDEX, "name every shard", f"others beside it {name_keys(stale)}", "Remove the stale"
+        )
     paths = {name: _resolve(root, name) for name in planned}
     found = {name: read_header(path) for name, path in paths.items()}
     _compare(planned, found)
@@ -216,13 +218,15 @@ def _compare(planned: dict[str, list[str]], found: dict[str, dict[str, Spec]]) -
         for key in header:
             seen[key] = seen.get(key, 0) + 1
     if twice := [key for key, count in seen.items() if count > 1]:
-        fail("files", "hold each key once", f"in two or more: {name_keys(twice)}", "Keep one file")
+        refuse_file(
+            "files", "hold each key once", f"in two or more: {name_keys(twice)}", "Keep one file"
+        )
     for name, keys in planned.items():
         missing, extra = set(keys) - set(found[name]), set(found[name]) - set(keys)
         if missing or extra:
             got = f"missing {name_keys(missing)}, not in the index {name_keys(extra)}"
             rule = "hold exactly the keys that the index says"
-            fail(repr(name), rule, got, "Download the files and the index of one revision")
+            refuse_file(repr(name), rule, got, "Download the files and the index of one revision")
 
 
 def _exists(root: str, name: str) -> bool:
@@ -234,13 +238,15 @@ def _resolve(root: str, name: str) -> str:
     """The path of a regular file that the directory holds, itself or as a link."""
     plain = name.isprintable() and not set(name) & set('/\\:*?"<>|') and name not in ("", ".", "..")
     if not plain:
-        fail("file names", "be plain names in the directory", repr(name), "Do not use this file")
+        refuse_file(
+            "file names", "be plain names in the directory", repr(name), "Do not use this file"
+        )
     path = os.path.join(root, name)
     if not os.path.isfile(path):
         got = "no such file"
         if os.path.islink(path):
             got = f"a link to {os.path.realpath(path)!r}, where there is none"
-        fail(repr(name), "be there as a file", got, "Download it again")
+        refuse_file(repr(name), "be there as a file", got, "Download it again")
     return path
 
 
@@ -250,7 +256,7 @@ def _no_weights(root: str) -> None:
     if pickles:
         rule = "hold safetensors; pickle files can run code and are never opened"
         fix = "Convert it with save_pretrained(safe_serialization=True) where you trust it"
-        fail("directory", rule, f"files {name_keys(pickles)}", fix)
+        refuse_file("directory", rule, f"files {name_keys(pickles)}", fix)
     others = [name for name in names if name.endswith(".safetensors")]
     got = f"other safetensors files {name_keys(others)}" if others else "none"
-    fail("directory", f"hold {WEIGHTS} or {INDEX}", got, "Check the path and the download")
+    refuse_file("directory", f"hold {WEIGHTS} or {INDEX}", got, "Check the path and the download")

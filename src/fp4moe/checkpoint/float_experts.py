@@ -17,7 +17,7 @@ from ..formats import DEFAULT_FORMAT, FORMATS
 from .header import Spec, name_keys
 from .mtp import mtp_module, plain_name
 
-__all__ = ["Bias", "Experts", "Part", "Storages", "find_experts", "is_stack"]
+__all__ = ["Bias", "Experts", "FloatMatrix", "Storages", "find_float_experts", "is_stack"]
 
 SINGLE = re.compile(
     r"(?P<module>(?:.*\.)?experts)\.(?P<expert>[0-9]{1,9})\.(?P<name>\w+)\.(?P<leaf>weight|bias)"
@@ -90,7 +90,7 @@ BIAS = "_bias"
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class FloatMatrix:
     """One projection of one expert: what to read, and the name under which it is written.
 
     Attributes:
@@ -112,7 +112,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Bias:
-    """One bias of one expert, cut out of a stack: as Part, with its number of values."""
+    """One bias of one expert, cut out of a stack: as FloatMatrix, with its number of values."""
 
     name: str
     source: str
@@ -134,11 +134,11 @@ class Experts:
 
     module: str
     count: int
-    first: list[tuple[Part, ...]]
-    down: list[Part]
+    first: list[tuple[FloatMatrix, ...]]
+    down: list[FloatMatrix]
     biases: list[Bias] = dataclasses.field(default_factory=list)
 
-    def groups(self) -> list[tuple[Part, ...]]:
+    def groups(self) -> list[tuple[FloatMatrix, ...]]:
         """The parts of all experts, those with a common global scale together."""
         return [*self.first, *((part,) for part in self.down)]
 
@@ -158,7 +158,7 @@ def _module_of(key: str, shape: Sequence[int]) -> str | None:
     return None
 
 
-def find_experts(
+def find_float_experts(
     shapes: Mapping[str, Spec],
     patterns: Collection[str] | None,
     layers: int | None = None,
@@ -330,7 +330,7 @@ def _read_stacks(
             return expert, slice(index, None, 2)
         return expert, slice(index * intermediate, (index + 1) * intermediate)
 
-    def cut(expert: int, stack: str) -> list[Part]:
+    def cut(expert: int, stack: str) -> list[FloatMatrix]:
         names = way.projections[stack]
         shape = (hidden, intermediate) if stack == second else (intermediate, hidden)
         found = []
@@ -340,7 +340,7 @@ def _read_stacks(
                 layer.biases.append(Bias(f"{path}.bias", biases[stack], where, shape[0]))
             if transposed and len(where) == 2:
                 where = where[0], slice(None), where[1]
-            found.append(Part(path, keys[stack], where, shape, expert, transposed))
+            found.append(FloatMatrix(path, keys[stack], where, shape, expert, transposed))
         return found
 
     for expert in range(count):
@@ -381,7 +381,7 @@ def _read_single(
     layer = Experts(module, len(found), [], [])
     for expert in range(len(found)):
         parts = {
-            role: Part(key.removesuffix(".weight"), key, (), wanted[role], expert)
+            role: FloatMatrix(key.removesuffix(".weight"), key, (), wanted[role], expert)
             for role, key in sorted(found[expert].items())
         }
         layer.down.append(parts.pop("down"))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import UnsupportedError, must, refuse
 from ..formats import FORMATS
-from .float_experts import FLOATS, Experts, Part
+from .float_experts import FLOATS, Experts, FloatMatrix
 from .header import Spec
 
 __all__ = ["KEPT", "NONE", "find_linears", "scale_group"]
@@ -83,5 +83,5 @@ def scale_group(name: str, form: str) -> str:
     return f"{parent}.{next((names[0] for names in shared if leaf in names), leaf)}"
 
 
-def _part(name: str, shape: tuple[int, ...]) -> Part:
-    return Part(name, f"{name}.weight", (), (shape[0], shape[1]), 0)
+def _part(name: str, shape: tuple[int, ...]) -> FloatMatrix:
+    return FloatMatrix(name, f"{name}.weight", (), (shape[0], shape[1]), 0)

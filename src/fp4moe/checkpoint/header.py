@@ -20,7 +20,7 @@ import torch
 
 from ..errors import CheckpointError, must
 
-__all__ = ["DTYPES", "Spec", "fail", "name_keys", "read_header", "read_json", "reading_for"]
+__all__ = ["DTYPES", "Spec", "name_keys", "read_header", "read_json", "reading_for", "refuse_file"]
 
 # The function that the user called: it opens the file that is read now.
 READER = contextvars.ContextVar("READER", default="from_pretrained")
@@ -65,7 +65,7 @@ def reading_for(caller: str) -> Iterator[None]:
         READER.reset(token)
 
 
-def fail(argument: str, rule: str, got: object, fix: str) -> NoReturn:
+def refuse_file(argument: str, rule: str, got: object, fix: str) -> NoReturn:
     """Raise the CheckpointError of opening a checkpoint."""
     must(f"{READER.get()}: {argument}", rule, got, f"{fix}.", error=CheckpointError)
 
@@ -87,7 +87,7 @@ def read_json(path: str) -> dict[str, Any]:
     with _opened(path) as file:
         data = file.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
-        fail(name, f"have at most {MAX_JSON_BYTES} bytes", "more", "Download it again")
+        refuse_file(name, f"have at most {MAX_JSON_BYTES} bytes", "more", "Download it again")
     return _parse(name, data)
 
 
@@ -107,15 +107,15 @@ def read_header(path: str) -> dict[str, Spec]:
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(MAX_JSON_BYTES, size - 8):
             got = f"{size} bytes and a header of {length}"
-            fail(name, "be a complete safetensors file", got, "Download it again")
+            refuse_file(name, "be a complete safetensors file", got, "Download it again")
         data = file.read(length)
     if data[:1] != b"{":
-        fail(name, "have a header that begins with {", repr(data[:1]), "Download it again")
+        refuse_file(name, "have a header that begins with {", repr(data[:1]), "Download it again")
     header = _parse(name, data)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         got = repr(metadata)[:100]
-        fail(name, "have a __metadata__ of strings", got, "Write it with safetensors")
+        refuse_file(name, "have a __metadata__ of strings", got, "Write it with safetensors")
     specs: dict[str, Spec] = {}
     places: list[tuple[int, int, str]] = []
     for key, entry in header.items():
@@ -126,11 +126,11 @@ def read_header(path: str) -> dict[str, Spec]:
     for begin, end, key in sorted(places):
         if begin != position:
             rule = f"hold tensors without holes or overlaps; {key!r} must begin at byte {position}"
-            fail(name, rule, begin, "Download it again")
+            refuse_file(name, rule, begin, "Download it again")
         position = end
     if position != size - 8 - length:
         rule = f"hold {position} bytes of data, as its header says"
-        fail(name, rule, size - 8 - length, "Download it again")
+        refuse_file(name, rule, size - 8 - length, "Download it again")
     return specs
 
 
@@ -138,26 +138,26 @@ def _entry(name: str, key: str, entry: object) -> tuple[torch.dtype, tuple[int, 
     """Check one tensor's entry; returns its dtype, shape, first byte and last byte + 1."""
     fix = "Download it again, or write it with safetensors"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        fail(f"{name}: {key!r}", "have dtype, shape, data_offsets", repr(entry)[:100], fix)
+        refuse_file(f"{name}: {key!r}", "have dtype, shape, data_offsets", repr(entry)[:100], fix)
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         rule = f"have a dtype of {', '.join(DTYPES)}"
-        fail(f"{name}: the dtype of {key!r}", rule, repr(entry["dtype"])[:100], fix)
+        refuse_file(f"{name}: the dtype of {key!r}", rule, repr(entry["dtype"])[:100], fix)
     shape, offsets = entry["shape"], entry["data_offsets"]
     for field, numbers in (("shape", shape), ("data_offsets", offsets)):
         # bool is an int in Python, but not in JSON.
         plain = isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
         if not plain or (field == "data_offsets" and len(numbers) != 2):
             got = repr(numbers)[:100]
-            fail(f"{name}: the {field} of {key!r}", "be integers of 0 or more", got, fix)
+            refuse_file(f"{name}: the {field} of {key!r}", "be integers of 0 or more", got, fix)
     # Zeros are left out: torch multiplies the other sizes for the strides.
     if len(shape) > MAX_AXES or math.prod(n for n in shape if n) > MAX_ELEMENTS:
         rule = f"have at most {MAX_AXES} axes and {MAX_ELEMENTS} elements"
-        fail(f"{name}: the shape of {key!r}", rule, repr(shape)[:100], fix)
+        refuse_file(f"{name}: the shape of {key!r}", rule, repr(shape)[:100], fix)
     begin, end = offsets
     if end - begin != math.prod(shape) * dtype.itemsize:
         rule = f"take {math.prod(shape) * dtype.itemsize} bytes, as its shape and dtype say"
-        fail(f"{name}: {key!r}", rule, f"bytes {begin} to {end}", fix)
+        refuse_file(f"{name}: {key!r}", rule, f"bytes {begin} to {end}", fix)
     return dtype, tuple(shape), begin, end
 
 
@@ -174,7 +174,7 @@ def _parse(name: str, data: bytes) -> dict[str, Any]:
             cause=error,
         )
     if not isinstance(value, dict):
-        fail(name, "hold a JSON object", type(value).__name__, "Download it again")
+        refuse_file(name, "hold a JSON object", type(value).__name__, "Download it again")
     return value
 
 
@@ -192,7 +192,9 @@ def _opened(path: str) -> Iterator[BinaryIO]:
     try:
         # A pipe would wait for ever, a device has no end.
         if not stat.S_ISREG(os.stat(path).st_mode):
-            fail(repr(os.path.basename(path)), "be a regular file", "something else", "Remove it")
+            refuse_file(
+                repr(os.path.basename(path)), "be a regular file", "something else", "Remove it"
+            )
         with open(path, "rb") as file:
             yield file
     except OSError as error:

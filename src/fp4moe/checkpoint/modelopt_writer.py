@@ -15,7 +15,7 @@ import torch
 from ..experts import ExpertWeights
 from ..formats import FORMATS, StoredMatrix
 from ..version import __version__
-from .float_experts import Experts, Part, is_stack
+from .float_experts import Experts, FloatMatrix, is_stack
 from .header import Spec
 from .modelopt import MODELOPT_NAMES, ROWS, WEIGHTS_ONLY
 from .mtp import mtp_module
@@ -41,7 +41,7 @@ def exclude_modules(
     Args:
         shapes: key -> (dtype, shape) of the checkpoint that is read.
         found: the experts that are quantised.
-        layers: of the model's decoder, see `find_experts`.
+        layers: of the model's decoder, see `find_float_experts`.
     """
     parts = [part for layer in found for group in layer.groups() for part in group]
     names = [part.name for part in parts]
@@ -141,7 +141,7 @@ def written_experts(
                     yield key, cast if torch.equal(cast.float(), values) else values.clone()
 
 
-def _one(gemm: StoredMatrix, part: Part, place: int, count: int) -> StoredMatrix:
+def _one(gemm: StoredMatrix, part: FloatMatrix, place: int, count: int) -> StoredMatrix:
     """A copy of one of the `count` matrices of an expert."""
     parts = {
         # A part of size 0 is absent; a global scale is one number for all of them.

@@ -100,7 +100,7 @@ class Plan:
 
 
 @dataclasses.dataclass
-class Model:
+class ModelFacts:
     """What a plan needs to know of the model.
 
     Attributes:
@@ -125,7 +125,7 @@ class Model:
     quantize: bool
 
 
-def make_plan(shapes: Mapping[str, Spec], convention: Convention, model: Model) -> Plan:
+def make_plan(shapes: Mapping[str, Spec], convention: Convention, model: ModelFacts) -> Plan:
     """Give every key its place.
 
     Args:
@@ -238,7 +238,9 @@ def _parse(tail: str, convention: Convention) -> tuple[tuple[int | None, str], s
     return (expert, PROJECTIONS.get(projection, projection)), leaf
 
 
-def _stack_elsewhere(key: str, shapes: Mapping[str, Spec], model: Model) -> tuple[str, str] | None:
+def _stack_elsewhere(
+    key: str, shapes: Mapping[str, Spec], model: ModelFacts
+) -> tuple[str, str] | None:
     """The module and projection of a stack that transformers merges into a module's weights."""
     match = STACK.fullmatch(key)
     if match is None or len(shapes[key][1]) != 3:
@@ -292,7 +294,7 @@ def _experts_form(
     return preferred(FORMATS, convention.forms) if scaled else "float"
 
 
-def _refuse_unannounced(shapes: Mapping[str, Spec], model: Model) -> None:
+def _refuse_unannounced(shapes: Mapping[str, Spec], model: ModelFacts) -> None:
     """Refuse quantised weights without a configuration: what their bytes mean is unknown."""
     found: dict[str, set[str]] = {}
     for key, (dtype, _) in shapes.items():
@@ -317,7 +319,7 @@ def _refuse_unannounced(shapes: Mapping[str, Spec], model: Model) -> None:
 
 
 def _place_rest(
-    rest: list[str], shapes: Mapping[str, Spec], model: Model, plan: Plan, problems: Problems
+    rest: list[str], shapes: Mapping[str, Spec], model: ModelFacts, plan: Plan, problems: Problems
 ) -> None:
     """Give plain tensors their names; find those that are missing, twice there or without place."""
     packed = {*plan.experts, *plan.linears}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ..errors import must
 from ..formats import FORMATS
 from .files import WEIGHTS, CheckpointFiles
-from .float_experts import Bias, Experts, Part
+from .float_experts import Bias, Experts, FloatMatrix
 from .header import Spec, name_keys
 from .modelopt_writer import written_specs
 from .mtp import plain_name
@@ -31,7 +31,7 @@ __all__ = [
 Calibration = Mapping[str, tuple[float, float | Sequence[float]]]
 # What is read and written together: a key that is copied, a bias that is cut out of a stack, or
 # parts that share a global scale.
-Step = str | Bias | tuple[Part, ...]
+Step = str | Bias | tuple[FloatMatrix, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ def input_scales(
 
 
 def _steps(files: CheckpointFiles, found: Sequence[Experts]) -> Iterator[Step]:
-    of_key: dict[str, list[tuple[Part, ...]]] = {}
+    of_key: dict[str, list[tuple[FloatMatrix, ...]]] = {}
     biases: dict[str, list[Bias]] = {}
     for layer in found:
         for bias in layer.biases:

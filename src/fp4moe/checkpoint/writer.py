@@ -23,7 +23,7 @@ from ..formats import DEFAULT_FORMAT, FORMATS
 from ..progress import progress_bar
 from ..version import __version__
 from .files import INDEX, PICKLES, CheckpointFiles
-from .float_experts import Experts, Storages, find_experts
+from .float_experts import Experts, Storages, find_float_experts
 from .float_linears import find_linears
 from .modelopt import MODELOPT_NAMES
 from .modelopt_writer import exclude_modules, quantization_configs
@@ -117,7 +117,7 @@ def write_checkpoint(
 
     Args:
         asked: why from_pretrained will refuse the experts, and how the model stacks them, see
-            `find_experts`; asked before hours are spent on them.
+            `find_float_experts`; asked before hours are spent on them.
         src, dst, format, method, layers, calibration, max_shard_bytes, progress, linears: as there.
     """
     patterns = _check_arguments(format, method, layers, calibration, max_shard_bytes)
@@ -132,7 +132,7 @@ def write_checkpoint(
                 error=CheckpointError,
             )
         not_run_here, storages = asked(files)
-        found, left = find_experts(
+        found, left = find_float_experts(
             files.shapes, patterns, decoder_layers(files.config), storages, format
         )
         scales = input_scales(found, calibration, format)

@@ -112,10 +112,11 @@ def backend(
     Pass it to `torch.compile(model, backend=fp4moe.backend, options={...})`; see `BackendOptions`
     for the options. `mode` is handed on to the inner backend where that takes one.
 
-    The compiled graph holds no weights: it serves every module that torch.compile runs with it. The
-    packed weights are looked up by the float ones at each call, packed at first sight, shared by
-    all graphs, and die with the float ones. Float weights that change are packed again at the next
-    call; where only their values tell, as of writes through `.data`, on a GPU at the call after.
+    The compiled graph holds no weights, so it serves every module that torch.compile runs with it.
+    At each call the packed weights are looked up by the float ones. They are packed at first sight,
+    shared by all graphs, and die with the float ones. Float weights that change are packed again
+    at the next call. If only their values tell, as after writes through `.data`, a GPU notices it
+    one call later.
 
     Raises:
         UnsupportedError: an unknown option, or no block in the graph with on_no_match="error".

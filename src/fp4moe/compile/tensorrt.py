@@ -94,7 +94,12 @@ def lowering_pass(
     inner_backend="torch_tensorrt": weights are inputs of the graph there, not stored tensors.
 
     Args:
-        kernel, format, verify, on_no_match, hidden_alignment, routing: as of `rewrite_exported`.
+        kernel: see `rewrite_exported`, as for the others.
+        format: the number format of the packed weights.
+        verify: whether to check on large inputs and on further experts.
+        on_no_match: "warn", "error" or "ignore".
+        hidden_alignment: 128, 256 or 512.
+        routing: "given" or "fused".
 
     Yields:
         A list that gets the report of each graph.

@@ -93,10 +93,14 @@ def why_not(
         kernel: "auto" (can any run it?) or a kernel's name.
         activation: an `fp4moe.Activation`, or its name or text.
         gated: whether the layer has gate weights.
-        hidden_size, intermediate_size, num_experts, top_k: of the layer.
+        hidden_size: H of the layer.
+        intermediate_size: I of one expert.
+        num_experts: experts of the layer.
+        top_k: experts that a token chooses.
         capability: CUDA compute capability; default that of the current device, None on a CPU.
         padded: whether zero padding of the weights is allowed; False asks for exactly this size.
-        format: the number format of the weights. biased: whether the experts have biases.
+        format: the number format of the weights.
+        biased: whether the experts have biases.
         quantized_activations: whether the checkpoint says that activations are rounded, too, so
             that "auto" may take triton_w8a8.
         routing: "given", or "fused" where the kernel is to choose the experts, see `replace_moe`.

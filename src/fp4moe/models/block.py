@@ -24,7 +24,7 @@ from ..module import FusedExperts
 from ..precision import float32_as_written
 from ..random_floats import random_normal, random_uniform
 from ..reference import moe_definition
-from .named_activation import relative_error
+from .named_activation import rms_error
 
 if TYPE_CHECKING:
     from .storage import Storage
@@ -273,7 +273,7 @@ def verify_against_definition(
             expected = moe_definition(hidden.float(), ids, weights, **options)
         if actual.shape != expected.shape:
             return [f"its forward returns {list(actual.shape)} for {list(hidden.shape)} tokens"]
-        error = relative_error(actual, expected)
+        error = rms_error(actual, expected)
         if error <= limit:
             return []
         return [

@@ -23,7 +23,7 @@ from ..random_floats import random_normal
 from ..reference import sum_over_experts
 from .block import VERIFY_LIMIT
 from .module_list_block import BlockForm, FusedMoeBlock
-from .named_activation import named_activation, relative_error
+from .named_activation import named_activation, rms_error
 
 __all__ = ["FloatExperts", "confirm_form", "find_form", "identify_expert"]
 
@@ -263,7 +263,7 @@ def find_form(
             options = {**routing, "shared": name, "shared_gate": gate, "latent": latent}
             guess = dataclasses.replace(form, **options)
             predicted = _predict(twin, guess, definition, hidden)
-            errors[guess] = relative_error(_output(result), _output(predicted))
+            errors[guess] = rms_error(_output(result), _output(predicted))
     if not errors:
         return None, f"its {router} returns neither logits nor expert ids with their weights"
     fitting = {}
@@ -271,10 +271,10 @@ def find_form(
     for guess in passed:
         results = [_predict(twin, guess, definition, hidden) for hidden, _ in runs]
         pairs = list(zip((result for _, result in runs), results, strict=True))
-        errors[guess] = max(relative_error(_output(x), _output(y)) for x, y in pairs)
+        errors[guess] = max(rms_error(_output(x), _output(y)) for x, y in pairs)
         if errors[guess] <= limit:
             fitting[guess] = torch.cat([_output(result).reshape(-1) for result in results])
-            if form.logits_rank and not max(relative_error(x[1], y[1]) for x, y in pairs) <= limit:
+            if form.logits_rank and not max(rms_error(x[1], y[1]) for x, y in pairs) <= limit:
                 return None, "its second result is not what its router returns"
     closest = min(passed or errors, key=lambda guess: errors[guess])
     if not fitting:
@@ -284,9 +284,7 @@ def find_form(
         )
     best = next(iter(fitting))
     # Forms that are equal in exact arithmetic (top_k = 1 renormalised, ...) count as one.
-    others = [
-        g for g, result in fitting.items() if relative_error(result, fitting[best]) > limit / 10
-    ]
+    others = [g for g, result in fitting.items() if rms_error(result, fitting[best]) > limit / 10]
     if others:
         return None, f"its numbers cannot tell {best} from {others[0]}"
     return best, ""
@@ -373,7 +371,7 @@ def confirm_form(
     if calls and (dtype := calls[-1][0][0].dtype) != weight.dtype:
         form = dataclasses.replace(form, router_dtype=dtype)
     expected = _output(_predict(block, form, experts, hidden))
-    difference, limit = relative_error(actual, expected), VERIFY_LIMIT[weight.dtype]
+    difference, limit = rms_error(actual, expected), VERIFY_LIMIT[weight.dtype]
     if difference <= limit:
         return form, []
     return form, [

@@ -8,7 +8,7 @@ import torch
 
 from ..activations import ACTIVATIONS, Activation, identify_activation, probe_values, recognise
 
-__all__ = ["named_activation", "relative_error"]
+__all__ = ["named_activation", "rms_error"]
 
 
 def named_activation(
@@ -36,15 +36,15 @@ def named_activation(
         return None, f"is of shape {list(result.shape)}, not {form}"
     expected = {name: Activation(name).combine(up, gate) for name in ACTIVATIONS}
     # Far values must not hide which activation it is.
-    closest = min(expected, key=lambda name: relative_error(result[near], expected[name][near]))
-    error = relative_error(result, expected[closest])
+    closest = min(expected, key=lambda name: rms_error(result[near], expected[name][near]))
+    error = rms_error(result, expected[closest])
     return None, (
         f"is not {form} with one of our activations; closest is {closest}, relative error "
         f"{error:.2g} (a norm, a clamp or a variant?)"
     )
 
 
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+def rms_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Return RMS of the difference over that of expected; infinite for NaN and other shapes."""
     if actual.shape != expected.shape:
         return float("inf")

@@ -70,34 +70,35 @@ def replace_moe(
     routing: str = "given",
     linears: str | Sequence[str] = "none",
 ) -> Model:
-    """Replace the experts of every mixture-of-experts block by fused, quantised experts, in place.
+    """Replace the experts of every block by quantised experts that run as one operator, in place.
 
-    Hooks of accelerate that only move inputs to the experts' device go over to the fused experts.
+    Every block is checked before the first one changes. Then one layer after the other is packed,
+    and its float weights are freed. Hooks of accelerate that only move inputs are kept.
 
     Args:
-        model: any module that holds experts modules with stacked weights, such as those of
-            transformers, or blocks that loop over a ModuleList of expert MLPs.
-        kernel: "auto" or a kernel's name, see `fp4moe.why_not`.
-        strict: a block that cannot be replaced is an error; False leaves such blocks as they are
-            and logs the reasons.
-        progress: show a progress bar on stderr.
-        format: what the weights are quantised to, a name of `fp4moe.formats.FORMATS`.
-        method: "max" or "mse", see `fp4moe.quantize_nvfp4`.
-        hidden_alignment: 128, 256 or 512: what the Blackwell kernel pads the hidden size to; other
-            kernels do not need it.
-        routing: "given": the model's own router stays as it is. "fused": it chooses in one launch
-            and returns the same; a kernel asked for by name may be one that must choose itself, for
-            which `fp4moe.backend` wants routing="fused", too.
-        linears: "none", or names and patterns (as of fnmatch) of dense `torch.nn.Linear` modules,
-            which become `fp4moe.PackedLinear` of the same format. A pattern passes by output heads
-            and routers (`lm_head`, `gate`, ...), whose whole names may be given.
+        model: a module with experts in stacked weights, such as those of transformers, or with
+            blocks that loop over a ModuleList of expert MLPs.
+        kernel: "auto", or the name of a kernel, see `fp4moe.why_not`.
+        strict: True raises an error if a block cannot be replaced. False leaves such blocks as
+            they are and logs the reasons.
+        progress: whether to show a progress bar on stderr; a log gets none.
+        format: the number format of the packed weights, a name of `fp4moe.formats.FORMATS`.
+        method: how block scales are chosen, "max" or "mse", see `fp4moe.quantize_nvfp4`.
+        hidden_alignment: 128, 256 or 512, the multiple to which the Blackwell kernel pads the
+            hidden size. Other kernels do not use it.
+        routing: "given" leaves the model's router as it is. "fused" makes it choose in one launch;
+            it returns the same. Kernels that only run with their own routing need "fused", and
+            `fp4moe.backend` with routing="fused".
+        linears: "none", or names and patterns (as in fnmatch) of dense `torch.nn.Linear` modules.
+            They become `fp4moe.PackedLinear` of the same format. A pattern does not match output
+            heads and routers (`lm_head`, `gate`, ...); give their whole names.
 
     Returns:
         The same model.
 
     Raises:
-        UnsupportedError: no block found, a block cannot be replaced (strict), an unknown name, no
-            kernel for a block, or a Linear cannot be quantised. The model is as it was.
+        UnsupportedError: no block is found, a block cannot be replaced (strict), no kernel runs
+            one, a Linear cannot be quantised, or a name is unknown. The model is as it was.
     """
     check_kernel_name(kernel, caller="replace_moe")
     check_choice("format", format, FORMATS, caller="replace_moe")
@@ -166,13 +167,16 @@ def explain(
     format: str = DEFAULT_FORMAT,
     only_structure: bool = False,
 ) -> ModelReport:
-    """Report on each block: replaced, replaceable or not and why, format, kernel, sizes, bytes.
+    """Report on each block of experts: its state, the reason, its sizes, format, kernel and bytes.
 
-    Works before and after `replace_moe`; reads sizes and a few numbers, changes nothing.
+    This works before and after `replace_moe`. It reads sizes and a few numbers, and changes
+    nothing. `print` the result for a table.
 
     Args:
-        kernel, format: what `replace_moe` would be asked for.
-        only_structure: whether weights that are not loaded are no reason against it.
+        model: any module.
+        kernel: the kernel that `replace_moe` would be asked for.
+        format: the number format that `replace_moe` would be asked for.
+        only_structure: whether to accept weights that are not loaded (on the meta device).
 
     Raises:
         UnsupportedError: no such kernel or format.

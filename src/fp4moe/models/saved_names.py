@@ -13,15 +13,14 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from ..checkpoint.float_experts import Experts, Part, find_experts
+from ..checkpoint.float_experts import Experts, FloatMatrix, find_float_experts
 from ..checkpoint.header import Spec
 from ..checkpoint.modelopt import MODELOPT_NAMES
 from ..errors import CheckpointError, UnsupportedError
 from ..linear import PackedLinear
 from ..module import FusedExperts
 from ..saving import PackedModule
-from .experts_module import FUSED_CHILD
-from .experts_module import find_experts as experts_of
+from .experts_module import FUSED_CHILD, find_experts
 from .from_config import float_twin
 
 __all__ = ["Names", "check_state", "packed_modules", "stored_form", "stored_forms"]
@@ -60,7 +59,7 @@ class Names:
         except CheckpointError as error:
             no("its class cannot be asked for the names of float weights", cause=error)
         names, floats = cls(), twin.state_dict()
-        storages = {found.path: found.storage for found in experts_of(twin)}
+        storages = {found.path: found.storage for found in find_experts(twin)}
         for path, module in packed.items():
             if isinstance(module, FusedExperts):
                 place = path.removesuffix(f".{FUSED_CHILD}")
@@ -81,7 +80,7 @@ class Names:
                 no(f"its float checkpoint has no weight {list(size)} of its own for {path}")
             key = keys[id(weight)]
             names.shapes[key] = (weight.dtype, size)
-            part = Part(key.removesuffix(".weight"), key, (), size, 0)
+            part = FloatMatrix(key.removesuffix(".weight"), key, (), size, 0)
             names.linears[path] = Experts(part.name, 1, [(part,)], [])
         return names
 
@@ -155,7 +154,7 @@ def _layer(
     if not shapes:
         no(f"its class has no float experts at {path}")
     try:
-        found, _ = find_experts(shapes, [""], None, storages, layer.format)
+        found, _ = find_float_experts(shapes, [""], None, storages, layer.format)
     except (CheckpointError, UnsupportedError) as error:
         why, advice = str(error).partition(". ")[0], "Keep model.state_dict() with torch.save."
         no(f"{path} has no place in ModelOpt's layout: {why}", advice, cause=error)

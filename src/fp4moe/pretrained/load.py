@@ -13,6 +13,7 @@ from typing import Any
 
 from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.naming import FLOAT
+from ..checkpoint.readers import convention_of
 from ..errors import CheckpointError, UnsupportedError, check_choice, must, refuse
 from ..formats import DEFAULT_FORMAT, FORMATS
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
@@ -20,7 +21,7 @@ from ..models.from_config import model_class
 from ..models.replace import replace_moe
 from ..models.transformers_registry import register_experts
 from ..module import FusedExperts
-from .loading import Options, convention_of
+from .loading import Options
 from .parallelism import refuse_parallelism
 from .quantizer import METHOD, register_formats, register_method
 
@@ -63,16 +64,18 @@ def from_pretrained(
 ) -> Any:
     """Load a model with fused experts.
 
-    Checkpoints in a format of `fp4moe.formats.FORMATS`, of ModelOpt, compressed-tensors or
-    transformers' `quant_method` fp8, mxfp8 and mxfp4, are taken as they are: experts go to packed
-    buffers, other quantised Linears become PackedLinear (NVFP4Linear, FP8Linear). The experts of a
-    float checkpoint are quantised (method "max") one after the other while it is read.
+    Quantised checkpoints of ModelOpt, of compressed-tensors, and of transformers' `quant_method`
+    fp8, mxfp8 and mxfp4 are taken as they are: experts become packed buffers, other quantised
+    Linears become PackedLinear (NVFP4Linear, FP8Linear). The experts of a float checkpoint are
+    quantised one after the other while it is read, with method "max".
 
     Args:
         path_or_id: a directory, or the name of a repository on the Hugging Face hub.
-        kernel, hidden_alignment, routing, progress: see `fp4moe.replace_moe`. On a GPU "auto"
-            rounds the activations of FP8 experts, too, where the checkpoint says so (W8A8);
-            "triton" never does.
+        kernel: see `fp4moe.replace_moe`. On a GPU "auto" also rounds the activations of FP8
+            experts if the checkpoint says so (W8A8); "triton" never does.
+        hidden_alignment: see `fp4moe.replace_moe`.
+        routing: see `fp4moe.replace_moe`.
+        progress: see `fp4moe.replace_moe`.
         format: what the experts of a float checkpoint are quantised to, a name of
             `fp4moe.formats.FORMATS`; default "nvfp4". Stored formats stay as they are.
         hf_kwargs: for transformers' from_pretrained: dtype, device_map, attn_implementation,

@@ -11,20 +11,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpoint.compressed_tensors import compressed_convention, is_compressed_tensors
 from ..checkpoint.files import CheckpointFiles
-from ..checkpoint.huggingface import huggingface_convention, is_huggingface
-from ..checkpoint.modelopt import is_modelopt, modelopt_convention
-from ..checkpoint.naming import FLOAT, FORMS, OTHER, Convention, fail, name_keys
-from ..checkpoint.plan import Model, Plan, inside, make_plan
+from ..checkpoint.naming import Convention, fail, name_keys
+from ..checkpoint.plan import ModelFacts, Plan, inside, make_plan
 from ..checkpoint.plan_checks import ExpertsFacts, LinearFacts
 from ..checkpoint.read import read_experts, read_linear
+from ..checkpoint.readers import convention_of
 from ..checkpoint.stored import stored_bytes
 from ..checks import HIDDEN_DTYPES
 from ..errors import CheckpointError, UnsupportedError, must, refuse
@@ -39,12 +37,9 @@ from ..progress import progress_bar
 from .key_names import KeyNames, may_skip, optional_names
 from .probe_experts import describe_on_meta
 
-__all__ = ["Loading", "Options", "Placeholder", "convention_of"]
+__all__ = ["Loading", "Options", "Placeholder"]
 
 logger = logging.getLogger("fp4moe")
-
-# What other methods of transformers store, for the refusal.
-METHODS = {"fbgemm_fp8": "fp8_channel"}
 
 
 @dataclasses.dataclass
@@ -65,33 +60,6 @@ class Options:
     def __deepcopy__(self, memo: dict[int, Any]) -> Options:
         """Return this one: transformers copies configurations."""
         return self
-
-
-def convention_of(quantization: Mapping[str, Any] | None) -> Convention:
-    """Read a quantization configuration; None is a float checkpoint.
-
-    Raises:
-        CheckpointError: the tool, or what it announces, is unknown.
-    """
-    if quantization is None:
-        return FLOAT
-    if is_modelopt(quantization):
-        return modelopt_convention(quantization)
-    if is_compressed_tensors(quantization):
-        return compressed_convention(quantization)
-    if is_huggingface(quantization):
-        return huggingface_convention(quantization)
-    method = quantization.get("quant_method")
-    form = METHODS.get(method) if isinstance(method, str) else None
-    got = f"quant_method {method!r}"
-    if form is not None:
-        rule = "hold a quantisation that is read here"
-        fail(rule, f"{got}, which is {FORMS[form]} and not read yet", OTHER)
-    known = (
-        "Known are ModelOpt's and compressed-tensors' files, quant_method fp8, mxfp8 and mxfp4, "
-        "and float checkpoints"
-    )
-    fail("be quantised by a known tool", got, known)
 
 
 class Placeholder(nn.Module):
@@ -172,7 +140,7 @@ class Loading:
         names = KeyNames(model, conversions, {*experts, *refused}, convention)
         plain = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
         self.shapes = {name: shape for name, (_, shape) in plain.items()}
-        described = Model(
+        described = ModelFacts(
             experts={
                 path: dataclasses.replace(facts, format=self.options.format)
                 for path, facts in experts.items()

@@ -36,11 +36,11 @@ def quantize_checkpoint(
 ) -> WriteReport:
     """Write a copy of a Hugging Face checkpoint with quantised experts, in ModelOpt's layout.
 
-    All other tensors stay as they are, biases of experts too, which are cut out of their stacks as
-    `.bias` of each projection; Python files are not copied. Experts that fp4moe itself
-    cannot run yet (a norm behind each) are written for other programs, with a warning. Files go to
-    `<dst>.partial`, which becomes `dst` by one rename at the end: a killed run leaves no `dst`,
-    goes on when it is called again, and gives the same bytes.
+    All other tensors stay as they are. Biases of experts are written as `.bias` of each projection.
+    Python files are not copied. Experts that fp4moe itself cannot run yet (a norm behind each) are
+    written for other programs, with a warning. Files go to `<dst>.partial`, which becomes `dst` by
+    one rename at the end. If the run is interrupted, call it again: it continues, and gives the
+    same bytes.
 
     Args:
         src: directory with safetensors and config.json; experts in bfloat16, float16 or float32,

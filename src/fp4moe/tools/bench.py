@@ -35,6 +35,7 @@ from ..kernels.reference import REFERENCE
 from ..module import FusedExperts
 from ..testing import random_codes, relative_error
 from .grouped_gemms import GroupedGemms
+from .help_text import add_command
 from .huggingface_experts import huggingface_experts
 from .selftest import LAYERS
 
@@ -251,21 +252,29 @@ def _timed(
 
 def add_parser(commands: Any) -> None:
     """Add `bench` to the subcommands of `fp4moe`."""
-    command = commands.add_parser("bench", help="time the kernels on this GPU, checked first")
-    command.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
-    command.add_argument("--format", nargs="+", choices=FORMATS, default=[DEFAULT_FORMAT])
-    command.add_argument("--tokens", nargs="+", type=_positive, default=list(TOKENS))
-    command.add_argument("--kernel", nargs="+", default=[], help="default auto and what runs here")
-    command.add_argument("--routing", choices=("balanced", "skewed"), default="balanced")
+    command = add_command(
+        commands,
+        "bench",
+        "Time the kernels on this GPU, after checking their results.",
+        "Times are microseconds for one layer of experts: the median of replayed CUDA graphs.",
+        "fp4moe bench --shape gemma4 --tokens 1 64 --json rows.json\nfp4moe bench --tune",
+    )
+    own, help = list(SHAPES), "layers of these models"
+    command.add_argument("--shape", nargs="+", choices=SHAPES, default=own, help=help)
+    own, help = [DEFAULT_FORMAT], "number formats of the weights"
+    command.add_argument("--format", nargs="+", choices=FORMATS, default=own, help=help)
+    tokens, help = list(TOKENS), "numbers of tokens in one call"
+    command.add_argument("--tokens", nargs="+", type=_positive, default=tokens, help=help)
+    command.add_argument("--kernel", nargs="+", default=[], help="default: auto and all that run")
+    kinds, help = ("balanced", "skewed"), "whether experts get alike many tokens, or some get most"
+    command.add_argument("--routing", choices=kinds, default="balanced", help=help)
     command.add_argument(
         "--no-peers", action="store_true", help="leave out Hugging Face's own experts"
     )
-    command.add_argument("--json", help="also write the rows here")
-    command.add_argument("--commit", default="", help="what to note as the measured version")
-    command.add_argument(
-        "--tune", action="store_true", help="measure tiles and kernels, write what auto reads"
-    )
-    command.add_argument("--output", help="where --tune writes; default the user's own file")
+    command.add_argument("--json", metavar="FILE", help="also write the rows to this file")
+    command.add_argument("--commit", default="", help="a note on the version measured")
+    command.add_argument("--tune", action="store_true", help="measure tiles and kernels for auto")
+    command.add_argument("--output", help="file that --tune writes; default: one in your home")
     command.add_argument(
         "--jobs", type=_positive, default=8, help="processes that compile for --tune"
     )

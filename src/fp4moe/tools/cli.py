@@ -23,10 +23,11 @@ from ..kernels import (
 from ..report import format_table
 from ..version import __version__
 from . import bench, cli_evaluate, cli_explain, cli_quantize
+from .help_text import add_command
 from .measure import tune
 from .selftest import LAYERS, TOKENS, run_selftest, selftest
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 PACKAGES = (
     "torch",
@@ -40,32 +41,7 @@ PACKAGES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (a result was wrong), 2 (an error of fp4moe)."""
-    parser = argparse.ArgumentParser(
-        prog="fp4moe",
-        description="Mixture-of-experts operators on NVFP4, FP8 and MX weights for PyTorch.",
-    )
-    parser.add_argument("--version", action="version", version=f"fp4moe {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, GPU, and which kernels run here and why not")
-    cli_explain.add_parser(commands)
-    command = commands.add_parser("selftest", help="does a kernel compute what it should here?")
-    command.add_argument("--kernel", default="auto", help="auto or a kernel's name")
-    command.add_argument("--device", help="cuda, cuda:1, cpu; default the GPU, if there is one")
-    command.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    command.add_argument(
-        "--hidden-alignment",
-        type=int,
-        choices=HIDDEN_ALIGNMENTS,
-        default=DEFAULT_HIDDEN_ALIGNMENT,
-        help="what the Blackwell kernel pads the hidden size to",
-    )
-    command.add_argument(
-        "--format", nargs="+", choices=FORMATS, help="of the layers' weights; default all"
-    )
-    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    bench.add_parser(commands)
-    cli_quantize.add_parser(commands)
-    cli_evaluate.add_parser(commands)
+    parser, _ = make_parser()
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "info":
@@ -94,6 +70,62 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{arguments.command}: out of memory: {why} Ask for less.", file=sys.stderr)
         return 2
     return 0
+
+
+def make_parser() -> tuple[
+    argparse.ArgumentParser, argparse._SubParsersAction[argparse.ArgumentParser]
+]:
+    """Return the parser of the program, and its commands by name in `choices`."""
+    parser = argparse.ArgumentParser(
+        prog="fp4moe",
+        description="Mixture-of-experts layers of PyTorch models on NVFP4, FP8 and MX weights.",
+        epilog="`fp4moe COMMAND --help` explains a command and shows an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"fp4moe {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_command(
+        commands,
+        "info",
+        "Print versions, the GPU, and which kernels run here.",
+        "For each kernel that does not run, the table says why. Please add this output to a report "
+        "of a problem.",
+        "fp4moe info",
+    )
+    cli_explain.add_parser(commands)
+    _add_selftest(commands)
+    bench.add_parser(commands)
+    cli_quantize.add_parser(commands)
+    cli_evaluate.add_parser(commands)
+    return parser, commands
+
+
+def _add_selftest(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = add_command(
+        commands,
+        "selftest",
+        "Check that a kernel computes the right numbers on this machine.",
+        "Each layer is compared with its definition in plain torch. The exit code is 1 if a\n"
+        "result is wrong. On a GPU this takes a few minutes.",
+        "fp4moe selftest\nfp4moe selftest --kernel triton --format nvfp4 fp8 --tokens 1 37",
+    )
+    command.add_argument(
+        "--kernel", default="auto", help="auto, or the name of a kernel from fp4moe info"
+    )
+    command.add_argument("--device", help="cuda, cuda:1 or cpu; default: the GPU, if there is one")
+    command.add_argument(
+        "--tokens", type=int, nargs="+", default=TOKENS, help="numbers of tokens in one call"
+    )
+    command.add_argument(
+        "--hidden-alignment",
+        type=int,
+        choices=HIDDEN_ALIGNMENTS,
+        default=DEFAULT_HIDDEN_ALIGNMENT,
+        help="multiple, in elements, to which the Blackwell kernel pads the hidden size",
+    )
+    command.add_argument(
+        "--format", nargs="+", choices=FORMATS, help="number formats of the weights; default: all"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _selftest(arguments: argparse.Namespace) -> bool:

@@ -18,13 +18,15 @@ from typing import Any
 from ..checkpoint.files import INDEX, WEIGHTS, CheckpointFiles
 from ..checkpoint.header import Spec, read_json, reading_for
 from ..checkpoint.naming import FLOAT, Convention
+from ..checkpoint.readers import convention_of
 from ..checkpoint.stored import preferred, stored_bytes
 from ..errors import CheckpointError, Fp4MoeError, must, refuse
 from ..formats import DEFAULT_FORMAT, FORMATS
 from ..models.from_config import config_errors, model_on_meta, one_line
 from ..models.replace import explain
-from ..pretrained.loading import Loading, Options, convention_of
+from ..pretrained.loading import Loading, Options
 from ..report import BlockReport, ModelReport
+from .help_text import add_command
 
 __all__ = ["add_parser", "explain_source", "run"]
 
@@ -33,14 +35,26 @@ QUANTIZATION = "hf_quant_config.json"
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to those of the program."""
-    command = subparsers.add_parser(
+    command = add_command(
+        subparsers,
         "explain",
-        help="what replace_moe or from_pretrained would do to a model, without loading it",
+        "Say what fp4moe would do to each block of a model, without loading its weights.",
+        "A block is replaced, replaceable, loadable (quantised on disk) or not replaceable. The\n"
+        "table gives the reason, the sizes, the number format and the kernel.",
+        "fp4moe explain path/to/model\nfp4moe explain path/to/model --format fp8 --json",
     )
-    command.add_argument("model", help="a directory with config.json, that file, or a hub id")
-    command.add_argument("--kernel", default="auto", help="auto or a kernel's name")
-    help = "what replace_moe would quantise to"
-    command.add_argument("--format", choices=FORMATS, default=DEFAULT_FORMAT, help=help)
+    command.add_argument(
+        "model", help="a directory with config.json, the file itself, or the name of a hub model"
+    )
+    command.add_argument(
+        "--kernel", default="auto", help="auto, or the name of a kernel from fp4moe info"
+    )
+    command.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=DEFAULT_FORMAT,
+        help="number format that replace_moe would quantise float weights to",
+    )
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 

@@ -8,37 +8,50 @@ from ..checkpoint.float_linears import NONE
 from ..formats import DEFAULT_FORMAT, FORMATS
 from ..formats.base import METHODS
 from ..pretrained.quantize import quantize_checkpoint
+from .help_text import add_command
 
 __all__ = ["add_parser", "run"]
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to those of the program."""
-    command = subparsers.add_parser(
-        "quantize", help="write a float checkpoint again with its experts quantised"
+    command = add_command(
+        subparsers,
+        "quantize",
+        "Write a copy of a float checkpoint whose experts are quantised.",
+        "The copy has the layout of ModelOpt, which fp4moe, vLLM and SGLang read. Files go to\n"
+        "DST.partial until all are written. If the command is interrupted, run it again: it\n"
+        "continues where it stopped.",
+        "fp4moe quantize path/to/bf16 path/to/nvfp4\n"
+        "fp4moe quantize --format fp8 --calibrate texts.jsonl path/to/bf16 path/to/fp8",
+        # src and dst are optional to argparse, since --layers takes what follows it; see `_paths`.
+        usage="fp4moe quantize [-h] [options] src dst",
     )
-    # Optional to argparse, since --layers takes what follows it; see `_paths`.
     command.add_argument("src", nargs="?", help="a directory with safetensors and config.json")
-    command.add_argument(
-        "dst", nargs="?", help="a new or empty directory; a killed run goes on when repeated"
-    )
-    command.usage = "fp4moe quantize [-h] [options] src dst"
+    command.add_argument("dst", nargs="?", help="a directory that is new or empty")
     command.set_defaults(parser=command)
-    command.add_argument("--format", choices=FORMATS, default=DEFAULT_FORMAT, help="of the experts")
     command.add_argument(
-        "--method", choices=METHODS, default="max", help="mse is slower and rounds with less error"
+        "--format", choices=FORMATS, default=DEFAULT_FORMAT, help="number format of the experts"
+    )
+    command.add_argument(
+        "--method",
+        choices=METHODS,
+        default="max",
+        help="how block scales are chosen: max (as ModelOpt does) or mse (slower, smaller error)",
     )
     command.add_argument(
         "--layers",
         nargs="+",
         action="extend",
         metavar="REGEX",
-        help=r"quantise the experts layers in whose name one is found, such as 'layers\.[0-9]\.'",
+        help=r"quantise only layers whose name contains a match, such as 'layers\.[0-9]\.'; "
+        "default: all",
     )
     command.add_argument(
         "--calibrate",
         metavar="TEXT.jsonl",
-        help="record the ranges of activations on this text and store them as input_scale",
+        help="record the ranges of activations on this text and store them as input_scale; each "
+        'line is an object with a "text"',
     )
     command.add_argument(
         "--linears",
@@ -46,8 +59,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="NAME",
         help="also quantise dense Linears of this name or pattern, such as '*.self_attn.*'",
     )
-    command.add_argument("--max-shard-bytes", type=float, default=5e9)
-    command.add_argument("--no-progress", action="store_true", help="no bar and no report")
+    command.add_argument(
+        "--max-shard-bytes",
+        type=float,
+        default=5e9,
+        help="largest size of one weight file, in bytes",
+    )
+    command.add_argument("--no-progress", action="store_true", help="show no bar and no report")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -83,7 +83,13 @@ def set_flashinfer(
 ) -> FlashInferSettings:
     """Set both settings for this process and return the previous ones.
 
-    Set them before `fp4moe.autotune`: a tuned choice belongs to one tune_max_num_tokens.
+    Both change speed only. Call this before `fp4moe.autotune`: a tuned choice belongs to one
+    tune_max_num_tokens.
+
+    Args:
+        enable_pdl: whether a kernel may start before the one in front of it has ended; None lets
+            FlashInfer choose.
+        tune_max_num_tokens: the largest batch that the tuner measures, a power of two.
 
     Raises:
         UnsupportedError: tune_max_num_tokens is no power of two, or enable_pdl no bool or None.
