@@ -6,7 +6,8 @@
 A time is the median of replays of a CUDA graph that goes through copies of the weight, more than
 the L2 cache holds. Every result is compared with float32 on the same values before its time is
 printed. floor: the bytes of codes and scales at the speed of a copy on this card, or the operations
-at 790 TFLOP/s. From 256 tokens on both ways are timed, decoding in registers and a decoded copy.
+at that of a large bfloat16 product. From 256 tokens on both ways are timed, decoding in registers
+and a decoded copy.
 --tune prints the fastest tiles instead, best first.
 """
 
@@ -37,12 +38,11 @@ from fp4moe.kernels.triton.linear import (
 )
 from fp4moe.layer import Layer
 from fp4moe.testing import random_codes, relative_error
-from fp4moe.tools.bench import graph_us
+from fp4moe.tools.card import card_rates, graph_us
 
 SHAPES = ("8192x2816", "2816x4096", "10304x2688")
 TOKENS = (1, 16, 256, 1024, 4096)
 BOTH_FROM = 256
-OPERATIONS = 790e12
 CACHE = 120e6  # bytes that a graph goes through
 # Rounding of the output, and of the decoded copy: 2^-8 each at most, relative.
 LIMIT = 2 * 2.0**-8
@@ -165,17 +165,13 @@ def tune(shapes: list[str], formats: list[str], tokens: list[int], jobs: int, mo
                 print(f"{shape} {format} T = {count}: {best}; rule {own:.1f} ({rule})", flush=True)
 
 
-def bandwidth() -> float:
-    """Return bytes a second of a copy on this card, read and written."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / graph_us([lambda: target.copy_(source)]) * 1e6
-
-
 def measure(shapes: list[str], formats: list[str], tokens: list[int]) -> None:
     """Print a line for each shape and format."""
-    rate = bandwidth()
-    print(f"{torch.cuda.get_device_name()}, copy {rate / 1e12:.2f} TB/s; us by tokens")
+    rate, operations = card_rates()
+    print(
+        f"{torch.cuda.get_device_name()}, copy {rate / 1e12:.2f} TB/s, "
+        f"bfloat16 {operations / 1e12:.0f} TFLOP/s; us by tokens"
+    )
     for shape in shapes:
         rows, columns = sizes(shape)
         plain = torch.randn(rows, columns, device="cuda").bfloat16()
@@ -193,7 +189,7 @@ def measure(shapes: list[str], formats: list[str], tokens: list[int]) -> None:
                 tile = choose_tile(count, *sizes(shape), processors(x.device))
                 call = functools.partial(run_with_tile, tile, x, bias=None)
                 us = checked_us(call, weights, expected)
-                floor = max(stored / rate, 2 * count * rows * columns / OPERATIONS) * 1e6
+                floor = max(stored / rate, 2 * count * rows * columns / operations) * 1e6
                 text = f"{count}: {us:.1f} ({tile}"
                 if count >= BOTH_FROM:
                     call = functools.partial(copied, x)
