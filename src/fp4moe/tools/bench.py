@@ -21,7 +21,7 @@ import math
 import os
 import pathlib
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -184,10 +184,10 @@ def measure(
             inputs = [(x, ids, w if peer.ours else w.to(x)) for ids, w in routings]
             try:
                 yield row | _checked(call, peer.ours, own, inputs, expected, shape, rates)
-            except FAILURES as error:
+            except FAILURES as problem:
                 if peer.ours:
                     raise
-                yield row | {"left_out": " ".join(f"{type(error).__name__}: {error}".split())}
+                yield row | {"left_out": " ".join(f"{type(problem).__name__}: {problem}".split())}
     for kind in GEMMS if with_peers else ():
         about = {"shape": name, "format": format, "kernel": PREFIX + kind.name}
         if reason := kind.reason(weights):
@@ -209,7 +209,7 @@ def _checked(
     call: Callable,
     ours: bool,
     own: Kernel,
-    inputs: list[tuple[torch.Tensor, ...]],
+    inputs: Sequence[tuple[torch.Tensor, ...]],
     expected: torch.Tensor,
     shape: Layer,
     rates: Rates,
