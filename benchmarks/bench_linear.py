@@ -2,20 +2,25 @@
 
     python benchmarks/bench_linear.py
     python benchmarks/bench_linear.py --tune --formats nvfp4 --tokens 1 16 256
+    python benchmarks/bench_linear.py --tune --near --seconds 110
 
 A time is the median of replays of a CUDA graph that goes through copies of the weight, more than
 the L2 cache holds. Every result is compared with float32 on the same values before its time is
 printed. floor: the bytes of codes and scales at the speed of a copy on this card, or the operations
-at 790 TFLOP/s. From 256 tokens on both ways are timed, decoding in registers and a decoded copy.
---tune prints the fastest tiles instead, best first.
+at that of a large bfloat16 product. From 256 tokens on both ways are timed, decoding in registers
+and a decoded copy.
+--tune prints the fastest tiles instead, best first; with --near only those that differ from the
+rule's in one number, at the tokens and formats that the rule was not measured with, and with
+--seconds it begins nothing that ends later and says what is left.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import functools
-import itertools
+import math
 import multiprocessing
 import os
 import sys
@@ -37,12 +42,13 @@ from fp4moe.kernels.triton.linear import (
 )
 from fp4moe.layer import Layer
 from fp4moe.testing import random_codes, relative_error
-from fp4moe.tools.bench import graph_us
+from fp4moe.tools.card import card_rates, graph_us
 
 SHAPES = ("8192x2816", "2816x4096", "10304x2688")
 TOKENS = (1, 16, 256, 1024, 4096)
+NEAR_TOKENS = (5, 8, 12, 15, 65, 96, 160, 256, 384, 511, 768, 1023)
+NEAR_FORMATS = ("nvfp4", "fp8", "fp8_block", "mxfp8")
 BOTH_FROM = 256
-OPERATIONS = 790e12
 CACHE = 120e6  # bytes that a graph goes through
 # Rounding of the output, and of the decoded copy: 2^-8 each at most, relative.
 LIMIT = 2 * 2.0**-8
@@ -122,6 +128,35 @@ def candidates(tokens: int) -> list[LinearTile]:
     ]
 
 
+def near(tile: LinearTile, tokens: int) -> list[LinearTile]:
+    """Return a tile, and those that differ from it in one number and can run."""
+    steps: dict[str, tuple[int, ...]] = {
+        "slots": (tile.slots * 2, tile.slots // 2),
+        "rows": (tile.rows * 2, tile.rows // 2),
+        "slabs": (tile.slabs * 2, tile.slabs // 2),
+        "warps": (12 - tile.warps,),
+        "stages": (tile.stages + 1, tile.stages - 1),
+        "splits": (tile.splits + 1, tile.splits - 1, tile.splits * 2),
+    }
+    found = [tile]
+    found += [dataclasses.replace(tile, **{k: v}) for k, values in steps.items() for v in values]
+    # More pieces of K side by side, of fewer rows.
+    found += [
+        dataclasses.replace(tile, chunks=tile.chunks * 2, rows=tile.rows // 2),
+        dataclasses.replace(tile, chunks=tile.chunks // 2, rows=tile.rows * 2),
+    ]
+    return [
+        t
+        for t in dict.fromkeys(found)
+        if min(t.slots, t.chunks, t.rows, t.slabs, t.splits) >= 1
+        and 16 <= t.slots * t.chunks <= 256
+        and 64 <= t.rows * t.chunks <= 128
+        and t.slabs <= 4
+        and 2 <= t.stages <= 5
+        and (t.splits == 1 or t.splits * tokens <= 4096)
+    ]
+
+
 def compile_one(tile: LinearTile, shape: str, format: str) -> None:
     """Compile a tile into Triton's cache, in a process of its own."""
     weight, _ = make(shape, format)
@@ -129,53 +164,80 @@ def compile_one(tile: LinearTile, shape: str, format: str) -> None:
     torch.cuda.synchronize()
 
 
-def compile_all(tiles: list[LinearTile], shapes: list[str], format: str, jobs: int) -> None:
+Work = list[tuple[LinearTile, str]]
+
+
+def compile_all(work: Work, format: str, jobs: int, deadline: float) -> None:
     """Compile side by side; a tile that does not compile is left out when it is timed."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
         # The count of splits is no constant, but whether there are any is.
-        unique = {str(t).rpartition(",")[0] + f",{min(t.splits, 2)}": t for t in tiles}
-        work = itertools.product(unique.values(), shapes)
-        started = [pool.submit(compile_one, tile, shape, format) for tile, shape in work]
-        for done in concurrent.futures.as_completed(started):
-            done.exception()
+        unique = {(str(t).rpartition(",")[0], min(t.splits, 2), shape): (t, shape)
+                  for t, shape in work}  # fmt: skip
+        started = [pool.submit(compile_one, tile, shape, format) for tile, shape in unique.values()]
+        left = deadline - time.perf_counter()
+        concurrent.futures.wait(started, max(left, 0) if math.isfinite(left) else None)
+        pool.shutdown(cancel_futures=True)
 
 
-def tune(shapes: list[str], formats: list[str], tokens: list[int], jobs: int, most: int) -> None:
+def tune(given: argparse.Namespace) -> None:
     """Print the fastest tiles of each shape, format and number of tokens."""
-    for format in formats:
-        compile_all(
-            sorted({t for n in tokens for t in candidates(n)}, key=str), shapes, format, jobs
-        )
-        for shape in shapes:
+    end = time.perf_counter() + (given.seconds or math.inf)
+    for number, format in enumerate(given.formats):
+        now = time.perf_counter()
+        # What is left is shared by the formats that are left; half of it may compile.
+        deadline = now + (end - now) / (len(given.formats) - number)
+        rule = {
+            (shape, count): choose_tile(count, *sizes(shape), processors(torch.device("cuda")))
+            for shape in given.shapes
+            for count in given.tokens
+        }
+        tiles = {
+            case: near(tile, case[1]) if given.near else list({tile, *candidates(case[1])})
+            for case, tile in rule.items()
+        }
+        work = [(tile, case[0]) for case, each in tiles.items() for tile in each]
+        compile_all(work, format, given.jobs, now + (deadline - now) / 2)
+        left = []
+        for shape in given.shapes:
             weight, values = make(shape, format)
-            for count in tokens:
+            for count in given.tokens:
+                if time.perf_counter() > deadline:
+                    left.append(f"{shape} T = {count}")
+                    continue
                 x = torch.randn(count, weight.columns, device="cuda").bfloat16()
                 expected, weights = x.float() @ values.T, rotated(weight, count)
-                rule = choose_tile(count, *sizes(shape), processors(x.device))
                 timed = []
-                for tile in {rule, *candidates(count)}:
+                for tile in tiles[shape, count]:
+                    if time.perf_counter() > deadline:
+                        left.append(f"{shape} T = {count} {tile}")
+                        continue
                     try:
                         call = functools.partial(run_with_tile, tile, x, bias=None)
                         timed.append((checked_us(call, weights, expected), str(tile)))
                     except Exception as error:
                         print(f"left out: {tile}: {str(error).strip().splitlines()[:1]}")
-                own = next((us for us, tile in timed if tile == str(rule)), float("nan"))
-                best = ", ".join(f"{us:.1f} ({tile})" for us, tile in sorted(timed)[:most])
-                print(f"{shape} {format} T = {count}: {best}; rule {own:.1f} ({rule})", flush=True)
-
-
-def bandwidth() -> float:
-    """Return bytes a second of a copy on this card, read and written."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / graph_us([lambda: target.copy_(source)]) * 1e6
+                timed = [(us, tile) for us, tile in timed if not math.isnan(us)]
+                first = str(rule[shape, count])
+                own = next((us for us, tile in timed if tile == first), math.nan)
+                best = ", ".join(f"{us:.1f} ({tile})" for us, tile in sorted(timed)[: given.best])
+                line = f"{shape} {format} T = {count}: {best}; rule {own:.1f} ({first})"
+                if count >= BOTH_FROM:
+                    line += (
+                        f"; copy {checked_us(functools.partial(copied, x), weights, expected):.1f}"
+                    )
+                print(line, flush=True)
+        if left:
+            print(f"{format}: no time for {len(left)}: {'; '.join(left)}")
 
 
 def measure(shapes: list[str], formats: list[str], tokens: list[int]) -> None:
     """Print a line for each shape and format."""
-    rate = bandwidth()
-    print(f"{torch.cuda.get_device_name()}, copy {rate / 1e12:.2f} TB/s; us by tokens")
+    rate, operations = card_rates()
+    print(
+        f"{torch.cuda.get_device_name()}, copy {rate / 1e12:.2f} TB/s, "
+        f"bfloat16 {operations / 1e12:.0f} TFLOP/s; us by tokens"
+    )
     for shape in shapes:
         rows, columns = sizes(shape)
         plain = torch.randn(rows, columns, device="cuda").bfloat16()
@@ -193,7 +255,7 @@ def measure(shapes: list[str], formats: list[str], tokens: list[int]) -> None:
                 tile = choose_tile(count, *sizes(shape), processors(x.device))
                 call = functools.partial(run_with_tile, tile, x, bias=None)
                 us = checked_us(call, weights, expected)
-                floor = max(stored / rate, 2 * count * rows * columns / OPERATIONS) * 1e6
+                floor = max(stored / rate, 2 * count * rows * columns / operations) * 1e6
                 text = f"{count}: {us:.1f} ({tile}"
                 if count >= BOTH_FROM:
                     call = functools.partial(copied, x)
@@ -206,18 +268,24 @@ def main() -> int:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="ROWSxCOLUMNS")
-    parser.add_argument("--formats", nargs="+", default=["nvfp4", "fp8"], choices=list(FORMATS))
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), help="default nvfp4 and fp8")
+    parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--tune", action="store_true", help="try tiles")
+    parser.add_argument("--near", action="store_true", help="only those near the rule's")
+    parser.add_argument(
+        "--seconds", type=float, help="of --tune in all; default as long as it takes"
+    )
     parser.add_argument("--best", type=int, default=3, help="tiles to print")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compile with")
     given = parser.parse_args()
+    given.formats = given.formats or (NEAR_FORMATS if given.near else ["nvfp4", "fp8"])
+    given.tokens = given.tokens or (NEAR_TOKENS if given.near else TOKENS)
     if not torch.cuda.is_available():
         print("bench_linear: needs a CUDA device; there is none, so nothing is measured.")
         return 0
     started = time.perf_counter()
     if given.tune:
-        tune(given.shapes, given.formats, given.tokens, given.jobs, given.best)
+        tune(given)
     else:
         measure(given.shapes, given.formats, given.tokens)
     print(f"{time.perf_counter() - started:.0f} s")

@@ -8,13 +8,17 @@ cache, with which generate() compiles decoding; one process for each model and s
 
     huggingface  the bf16 model as it is
     replace_moe  after fp4moe.replace_moe
+    linears      so, and dense Linears quantised as the publishers' checkpoints have them: Gemma4's
+                 attention and MLP NVFP4, Nemotron's Mamba projections and shared experts FP8
     fused        after fp4moe.replace_moe(routing="fused")
-    backend      CompileConfig(backend=fp4moe.backend); prefill and weights stay bf16
+    backend      CompileConfig(backend=fp4moe.backend); the weights stay bf16, beside packed ones
 
 decode_ms: median step after a prompt of 128 tokens, compiled anew for each batch. no_looks_ms: the
 same without the backend's looks at the float weights' values, by turns in one process. prefill_ms:
-until the first token of a prompt of 512, in eager; without mamba_ssm transformers' own scan makes
-Nemotron's slow, and too large at batch 64. Its decoding at batch 64 fits beside fp4moe.backend with
+until the first token of a prompt of 512, in eager, but for the backend: generate() compiles a
+prefill only with prefill_chunk_size, which is the whole prompt here. Without mamba_ssm the scan of
+transformers itself makes Nemotron's slow, and too large at batch 64. Its decoding at batch 64 fits
+beside fp4moe.backend with
 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. model_gib: parameters, buffers and packed weights.
 peak_gib: allocated at most while timed. Without a CUDA device, --tiny shows that it runs, no more.
 """
@@ -22,7 +26,6 @@ peak_gib: allocated at most while timed. Without a CUDA device, --tiny shows tha
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import itertools
 import json
@@ -31,20 +34,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from generate_models import SIZES, build
+from generate_models import SIZES, build, pack_linears
+from generate_tools import DEVICE, Backend, Clock, print_rows, without_looks, write
 
 import fp4moe
-from fp4moe.identity.value_watch import ValueWatch
+from fp4moe.linear import PackedLinear
 from fp4moe.models.replace import find_candidates
 from fp4moe.testing import relative_error
 
-SETTINGS = ("huggingface", "replace_moe", "fused", "backend")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SETTINGS = ("huggingface", "replace_moe", "linears", "fused", "backend")
 GIB = 2**30
 # Two compilations, then a warm-up, a recording and replays of the CUDA graph.
 WARM_UP = 8
@@ -54,6 +57,9 @@ LAYER = 0.25
 # Of the logits. All layers at a twentieth of the width, on a CPU: other roundings change them by
 # 0.01 to 0.07, NVFP4 by 0.04 to 0.09, experts that give nothing by 0.19 to 0.28.
 LOGITS = 0.15
+# With Linears: far below what unrelated logits differ by, the root of 2. What each Linear computes
+# is compared with its decoded weight in float32: a rounding of the weight and one of the output.
+LOGITS_LINEARS, LINEAR = 0.5, 2 * 2.0**-8
 
 
 def within(what: str, error: float, limit: float) -> float:
@@ -83,72 +89,6 @@ def peak_gib() -> float | None:
     return round(peak, 2)
 
 
-@contextlib.contextmanager
-def without_looks() -> Iterator[None]:
-    """Look at no float weight's values meanwhile."""
-    looks = {
-        "read": lambda self, pairs: False,
-        "begin": lambda self: None,
-        "look_beside": lambda self: None,
-    }
-    before = {name: getattr(ValueWatch, name) for name in looks}
-    for name, nothing in looks.items():
-        setattr(ValueWatch, name, nothing)
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(ValueWatch, name, function)
-
-
-class Backend:
-    """fp4moe.backend with a kernel's name; counts the blocks fused in each graph."""
-
-    def __init__(self, kernel: str, inner: str):
-        self.options = {"kernel": kernel, "inner_backend": inner}
-        self.blocks: list[int] = []
-
-    def __call__(self, graph_module: Any, inputs: Any, *, mode: str | None = None) -> Callable:
-        compiled = fp4moe.backend(graph_module, inputs, options=self.options, mode=mode)
-        self.blocks.append(sum("fp4moe." in str(n.target) for n in graph_module.graph.nodes))
-        return compiled
-
-    def __deepcopy__(self, memo: dict) -> Backend:
-        # generate() copies its configuration, and compiles again for another backend.
-        return self
-
-    def require(self, blocks: int) -> None:
-        """Raise SystemExit unless every graph has so many fused blocks."""
-        if set(self.blocks) != {blocks}:
-            raise SystemExit(
-                f"generate: graphs must have {blocks} fused blocks; got {self.blocks}. Not timed."
-            )
-
-
-class Clock:
-    """A logits processor that changes nothing and notes when it is called."""
-
-    def __init__(self) -> None:
-        self.marks: list[Any] = []
-        self()
-
-    def __call__(self, ids: Any = None, scores: Any = None) -> Any:
-        if DEVICE == "cuda":
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(time.perf_counter())
-        return scores
-
-    def milliseconds(self) -> list[float]:
-        """To the first token, and from token to token."""
-        pairs = list(itertools.pairwise(self.marks))
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-            return [before.elapsed_time(after) for before, after in pairs]
-        return [(after - before) * 1e3 for before, after in pairs]
-
-
 class Run:
     """One model in one setting: built, checked, then timed batch by batch."""
 
@@ -164,7 +104,10 @@ class Run:
         bf16 = logits_of(self.model, ids)
         packed = self.replace(ids)
         logits = logits_of(self.model, ids)
-        self.check("logits against bf16", relative_error(logits, bf16), LOGITS)
+        if setting == "linears":
+            self.check_linears(ids)
+        limit = LOGITS_LINEARS if setting == "linears" else LOGITS
+        self.check("logits against bf16", relative_error(logits, bf16), limit)
         self.bytes = held_bytes(self.model)
         if setting == "backend":
             del self.model
@@ -201,6 +144,8 @@ class Run:
         peak_gib()
         routing = "fused" if self.setting == "fused" else "given"
         fp4moe.replace_moe(self.model, self.args.kernel, routing=routing, progress=False)
+        if self.setting == "linears":
+            pack_linears(self.model, self.name, self.args.kernel)
         self.facts += f", replaced in {time.perf_counter() - started:.0f} s, peak GiB {peak_gib()}"
         layers = {path: self.model.get_submodule(path) for path in seen}
         self.facts += f", kernel {next(iter(layers.values())).kernel}"
@@ -213,6 +158,21 @@ class Run:
                 ]
             self.check("worst layer against bf16", max(errors), LAYER)
         return sum(layer.nbytes for layer in layers.values())
+
+    def check_linears(self, ids: torch.Tensor) -> None:
+        """Compare each packed Linear with its own decoded weight on its own input."""
+        errors: list[float] = []
+
+        def compare(linear: PackedLinear, inputs: tuple, output: torch.Tensor) -> None:
+            exact = inputs[0].float() @ linear.dequantized().float().T
+            errors.append(relative_error(output, exact))
+
+        packed = [m for m in self.model.modules() if isinstance(m, PackedLinear)]
+        hooks = [linear.register_forward_hook(compare) for linear in packed]
+        logits_of(self.model, ids)
+        for hook in hooks:
+            hook.remove()
+        self.check(f"worst of {len(packed)} Linears", max(errors), LINEAR)
 
     def generate(self, ids: torch.Tensor, new_tokens: int, length: int, **options: Any) -> Any:
         """Generate greedily, with a static cache for `length` tokens."""
@@ -294,45 +254,29 @@ class Run:
         return clock.milliseconds()[1:]
 
     def prefill_ms(self, batch: int) -> float:
-        """Median time to the first token, after one call that is not timed."""
+        """Median time to the first token, after one call that is checked and not timed."""
         ids = self.ids(batch, 24 if self.args.tiny else PREFILL)
-        times = []
-        for _ in range(1 + PREFILLS):
-            clock = Clock()
-            self.generate(ids, 1, ids.shape[1] + 1, logits_processor=[clock])
-            times += clock.milliseconds()
-        return round(statistics.median(times[1:]), 2)
-
-
-def print_rows(rows: list[dict[str, Any]]) -> None:
-    """Print a table; x says how many times faster than huggingface."""
-    base = {(row["model"], row["batch"]): row for row in rows if row["setting"] == "huggingface"}
-    print(
-        f"{'model':9s}{'setting':12s}batch prefill_ms     x  decode_ms     x  tokens/s peak_gib"
-        " model_gib of_bf16   error"
-    )
-    for row in rows:
-        other = base.get((row["model"], row["batch"]), {})
-        cells = []
-        for key in ("prefill_ms", "decode_ms"):
-            value, slower = row[key], other.get(key)
-            cells.append(f"{value:10.2f}" if value else f"{'-':>10}")
-            cells.append(f"{slower / value:5.2f}" if value and slower else f"{'-':>5}")
-        print(
-            f"{row['model']:9s}{row['setting']:12s}{row['batch']:5d} {' '.join(cells)} "
-            f"{row['tokens_per_s']:9.1f} {row['peak_gib'] or '-':>8} {row['model_gib']:9.2f} "
-            f"{row['of_bf16']:7.3f} {row['logits_error']:7.1e}  {row['note']}",
-            flush=True,
+        length, options = ids.shape[1] + 1, {}
+        if self.setting == "backend":
+            # Without it generate() calls the model as it is, not what it compiled.
+            options["prefill_chunk_size"] = ids.shape[1]
+        graphs = len(self.backend.blocks)
+        first = self.generate(
+            ids, 1, length, return_dict_in_generate=True, output_logits=True, **options
         )
-
-
-def write(path: str | None, rows: list[dict[str, Any]]) -> None:
-    import transformers
-
-    if path:
-        gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else None
-        facts = {"gpu": gpu, "torch": torch.__version__, "transformers": transformers.__version__}
-        Path(path).write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+        expected = logits_of(self.model, ids[:CHECKED])
+        error = relative_error(first.logits[0][:CHECKED], expected)
+        within("prefilled logits", error, LOGITS)
+        if self.setting == "backend":
+            self.backend.require(self.blocks)
+            if len(self.backend.blocks) == graphs:
+                raise SystemExit("generate: a prefill must have a graph; got none. Not timed.")
+        times = []
+        for _ in range(PREFILLS):
+            clock = Clock()
+            self.generate(ids, 1, length, logits_processor=[clock], **options)
+            times += clock.milliseconds()
+        return round(statistics.median(times), 2)
 
 
 def time_one(name: str, setting: str, args: argparse.Namespace, rows: list[dict[str, Any]]) -> int:

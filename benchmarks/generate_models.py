@@ -6,9 +6,12 @@ time depends on.
 
 from __future__ import annotations
 
+import fnmatch
 from typing import Any
 
 import torch
+
+from fp4moe.models.linears import pack_linear, shared_extremes
 
 SIZES: dict[str, dict[str, Any]] = {
     "gemma4": {
@@ -55,6 +58,31 @@ TINY: dict[str, dict[str, Any]] = {
     | {"num_attention_heads": 4, "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 8}
     | {"ssm_state_size": 16, "n_groups": 2, "vocab_size": 128, "routed_scaling_factor": 1.0},
 }
+
+
+# Which dense Linears have which format: Gemma4's as in nvidia's NVFP4 checkpoints, Nemotron's as in
+# the recipe of its NVFP4 ones, whose attention stays bfloat16.
+LINEARS = {
+    "gemma4": {"nvfp4": ("*.self_attn.*", "*.mlp.*")},
+    "nemotron": {"fp8": ("*.mixer.in_proj", "*.mixer.out_proj", "*.shared_experts.*")},
+}
+
+
+def pack_linears(model: torch.nn.Module, name: str, kernel: str) -> int:
+    """Quantise the Linears of LINEARS in place, each format with its own; return how many."""
+    count = 0
+    for format, patterns in LINEARS[name].items():
+        chosen = {
+            path: module
+            for path, module in model.named_modules()
+            if type(module) is torch.nn.Linear
+            and any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+        }
+        extremes = shared_extremes(chosen, format)
+        for path, linear in chosen.items():
+            model.set_submodule(path, pack_linear(linear, format, "max", kernel, extremes[path]))
+        count += len(chosen)
+    return count
 
 
 def build(name: str, tiny: bool, layers: int | None, device: str) -> torch.nn.Module:

@@ -143,6 +143,9 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="the columns of docs/performance.md")
     args = parser.parse_args()
     results = json.loads(args.results.read_text())
+    for row in results["rows"]:
+        if "kernel" in row:
+            row["kernel"] = row["kernel"].removeprefix("peer:")
     if "setting" in results["rows"][0]:
         for value, model in itertools.product(("decode_ms", "prefill_ms"), MODELS):
             print(f"{value}\n\n{whole_models(results['rows'], model, value)}\n")

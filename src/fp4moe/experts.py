@@ -336,13 +336,17 @@ class ExpertWeights:
         named = {name: half[:, : self.intermediate_size] for name, half in halves}
         down = format.dequantize(self.down, dtype)
         named["down"] = down[:, : self.hidden_size, : self.intermediate_size]
+        return named | self.biases(dtype)
+
+    def biases(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        """Return what `dequantize` adds for biases; nothing without them."""
         if self.gate_up_bias is None or self.down_bias is None:
-            return named
-        biases = self.gate_up_bias.to(dtype).split(self.intermediate_padded, 1)
-        for name, half in zip(names, biases, strict=True):
-            named[f"{name}_bias"] = half[:, : self.intermediate_size]
-        named["down_bias"] = self.down_bias.to(dtype)[:, : self.hidden_size]
-        return named
+            return {}
+        names = ("gate_bias", "up_bias") if self.gated else ("up_bias",)
+        halves = self.gate_up_bias.to(dtype).split(self.intermediate_padded, 1)
+        found = zip(names, halves, strict=True)
+        named = {name: half[:, : self.intermediate_size] for name, half in found}
+        return named | {"down_bias": self.down_bias.to(dtype)[:, : self.hidden_size]}
 
     def padded(self, *, hidden_multiple: int = 1, intermediate_multiple: int = 1) -> ExpertWeights:
         """Zero-pad H and I to multiples; exact, since padded codes are zero.

@@ -28,6 +28,7 @@ __all__ = [
     "reference",
     "reference_w4a4",
     "rounded_input",
+    "run_definition",
     "sum_over_experts",
 ]
 
@@ -76,9 +77,13 @@ class Definition(NamedTuple):
         return value if dtype is None else value.to(dtype).float()
 
     def _product(self, rows: torch.Tensor, part: Parts, name: str) -> torch.Tensor:
-        y = self._rounded(rows @ part[name].to(rows.dtype).T)
+        y = self._rounded(self.times(rows, part, name))
         bias = part.get(f"{name}_bias")
         return y if bias is None else y + self._rounded(bias)
+
+    def times(self, rows: torch.Tensor, part: Parts, name: str) -> torch.Tensor:
+        """Return rows [N, K] times the weight of that name, in the dtype of rows."""
+        return rows @ part[name].to(rows.dtype).T
 
 
 def sum_over_experts(
@@ -147,7 +152,7 @@ def moe_definition(
         return {name: part[expert].float() for name, part in parts.items() if part is not None}
 
     defined = Definition(load, get_activation(activation, caller="reference"))
-    return _run(hidden, expert_ids, routing_weights, defined, up.shape[0], expert_offset)
+    return run_definition(hidden, expert_ids, routing_weights, defined, up.shape[0], expert_offset)
 
 
 def reference(
@@ -167,7 +172,7 @@ def reference(
     """
     defined = definition_of(weights, caller="reference")
     args = defined, weights.local_experts, weights.expert_offset
-    return _run(hidden, expert_ids, routing_weights, *args)
+    return run_definition(hidden, expert_ids, routing_weights, *args)
 
 
 def reference_w4a4(
@@ -196,7 +201,7 @@ def reference_w4a4(
     dtypes = intermediate_dtype, product_dtype
     defined = definition_of(weights, *dtypes, caller="reference_w4a4")
     args = defined, weights.local_experts, weights.expert_offset, "reference_w4a4"
-    return _run(x, expert_ids, routing_weights, *args).to(hidden.dtype)
+    return run_definition(x, expert_ids, routing_weights, *args).to(hidden.dtype)
 
 
 def rounded_input(hidden: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
@@ -231,7 +236,7 @@ def _loader(weights: ExpertWeights) -> LoadExpert:
     return load
 
 
-def _run(
+def run_definition(
     hidden: torch.Tensor,
     expert_ids: torch.Tensor,
     routing_weights: torch.Tensor,
@@ -240,6 +245,7 @@ def _run(
     expert_offset: int,
     caller: str = "reference",
 ) -> torch.Tensor:
+    """Compute the layer [T, H] that `defined` is, in the dtype of hidden; see `moe_definition`."""
     if (
         hidden.ndim != 2
         or expert_ids.shape != routing_weights.shape

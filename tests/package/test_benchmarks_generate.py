@@ -10,7 +10,7 @@ import sys
 import pytest
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "generate.py"
-SETTINGS = ("huggingface", "replace_moe", "fused", "backend")
+SETTINGS = ("huggingface", "replace_moe", "linears", "fused", "backend")
 
 
 def run(path: pathlib.Path, *arguments: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
@@ -33,6 +33,7 @@ def test_both_models_in_every_setting(tmp_path):
         limits = {
             "huggingface": (1, 1),
             "replace_moe": packed,
+            "linears": packed,
             "fused": packed,
             "backend": (1, 1.29),
         }
@@ -43,6 +44,13 @@ def test_both_models_in_every_setting(tmp_path):
     for model in ("gemma4", "nemotron"):
         assert errors[model, "backend"] > 1e-3 + errors[model, "replace_moe"]
     assert done.stdout.count("logits against replace_moe") == 2
+    # Attention and MLP of two layers, one of which has no v_proj; Mamba and two shared experts.
+    for linears in (13, 6):
+        assert f"worst of {linears} Linears" in done.stdout
+    sizes = {(row["model"], row["setting"]): row["of_bf16"] for row in rows}
+    for model in ("gemma4", "nemotron"):
+        assert sizes[model, "linears"] < sizes[model, "replace_moe"]
+        assert f"{model} batch 2: with Linears " in done.stdout
 
 
 @pytest.mark.slow

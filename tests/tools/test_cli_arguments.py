@@ -59,7 +59,7 @@ FLAGS = {
     ],
     "bench": [
         *("--shape", "--tokens", "--kernel", "--routing", "--no-peers", "--json", "--commit"),
-        *("--tune", "--output", "--jobs"),
+        *("--peers", "--tune", "--output", "--jobs"),
     ],
     "selftest": ["--kernel", "--device", "--hidden-alignment", "--json"],
 }

@@ -1,9 +1,10 @@
-"""`fp4moe bench`: one layer of experts against its floor and against Hugging Face, in microseconds.
+"""`fp4moe bench`: one layer of experts against its floor and against its peers, in microseconds.
 
-Every result is compared with float32 on the same values, and with a second run bit for bit, before
-its time is printed. A time is the median of replays of a CUDA graph; up to 16 tokens the graph
-holds 8 different routings, so that weights are not warm. floor = max(bytes of the experts hit at
-4.3 TB/s, operations at 790 TFLOP/s), codes and block scales of the format: an H200's figures.
+Every result is compared with float32 on the same values, and ours with a second run bit for bit,
+before its time is printed. A time is the median of replays of a CUDA graph; up to 16 tokens the
+graph holds 8 different routings, so that weights are not warm. floor = max(bytes of codes and block
+scales of the experts hit, at the bandwidth of a copy; operations at the rate of a bfloat16
+product), both as measured on this card in this run and printed first.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import math
 import os
 import pathlib
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,24 +35,22 @@ from ..kernels import KERNELS, Kernel, Layer, choose_kernel, current_capability,
 from ..kernels.reference import REFERENCE
 from ..module import FusedExperts
 from ..testing import random_codes, relative_error
-from .grouped_gemms import GroupedGemms
+from .card import Rates, card_rates, graph_us
+from .grouped_gemms import GEMMS
 from .help_text import add_command
-from .huggingface_experts import huggingface_experts
+from .peers import FAILURES, PREFIX, Contender, peers
 from .selftest import LAYERS
 
 __all__ = ["SHAPES", "TOKENS", "add_parser", "graph_us", "run"]
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
-BANDWIDTH, OPERATIONS = 4.3e12, 790e12
+DEVICE = "cuda"
 # bfloat16 rounds the intermediate, each slot's output and the sum: three times 2^-9, relative.
 LIMIT = 6e-3
 # Sums of e4m3 products are right to 2^-11 on Hopper, so that some codes of the intermediate differ.
 ROUNDED_LIMIT = 12e-3
-ROTATIONS, REPLAYS = 8, 30
+ROTATIONS = 8
 SKEW = 3.0
-# A compilation each, and beyond 64 tokens batched_mm gathers more than the experts themselves.
-COMPILED_TOKENS, MOST_BATCHED = (1, 16, 128, 1024, 4096), 64
-PEERS = ("grouped_mm", "grouped_mm compiled", "batched_mm")
 
 
 SHAPES = {
@@ -86,13 +85,13 @@ def bytes_per_expert(shape: Layer) -> float:
 
 def routing(shape: Layer, tokens: int, seed: int, skew: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Distinct random experts a token; skew > 0 prefers low ids."""
-    generator = torch.Generator("cuda").manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     noise = torch.rand(
-        tokens, shape.num_experts, dtype=torch.float32, device="cuda", generator=generator
+        tokens, shape.num_experts, dtype=torch.float32, device=DEVICE, generator=generator
     )
-    noise -= skew * torch.linspace(0, 1, shape.num_experts, dtype=torch.float32, device="cuda")
+    noise -= skew * torch.linspace(0, 1, shape.num_experts, dtype=torch.float32, device=DEVICE)
     ids = noise.topk(top_k(shape)).indices
-    weights = torch.rand(ids.shape, dtype=torch.float32, device="cuda", generator=generator)
+    weights = torch.rand(ids.shape, dtype=torch.float32, device=DEVICE, generator=generator)
     return ids, weights / weights.sum(1, keepdim=True)
 
 
@@ -125,55 +124,18 @@ def float32_result(
     return out
 
 
-def graph_us(calls: list[Callable[[], torch.Tensor]]) -> float:
-    """Return the median time of one call in a replayed graph of all of them, in microseconds."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    events = [(torch.cuda.Event(True), torch.cuda.Event(True)) for _ in range(REPLAYS)]
-    for _ in range(3):
-        graph.replay()
-    for start, stop in events:
-        start.record()
-        graph.replay()
-        stop.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in events) * 1e3 / len(calls)
-
-
 def contenders(
-    name: str, shape: Layer, weights: ExpertWeights, kernels: list[str], peers: bool
-) -> Iterator[tuple[str, Callable[[int], Callable | None]]]:
-    """Yield (name, function of tokens giving what to call with x, ids and weights, or None)."""
+    name: str, shape: Layer, weights: ExpertWeights, kernels: list[str], with_peers: bool
+) -> Iterator[Contender]:
+    """Yield our kernels, then the peers."""
 
-    def always(call: Callable) -> Callable[[int], Callable]:
-        return lambda tokens: call
+    def make(kernel: str) -> Contender:
+        module = FusedExperts(weights, kernel=kernel, top_k=shape.top_k)
+        return Contender(kernel, lambda tokens: module, True)
 
-    for kernel in kernels:
-        yield kernel, always(FusedExperts(weights, kernel=kernel, top_k=shape.top_k))
-    if not peers:
-        return
-    experts = huggingface_experts(name, top_k(shape), weights)
-
-    def implementation(kind: str, *args: torch.Tensor) -> torch.Tensor:
-        experts.config._experts_implementation = kind
-        return experts(*args)
-
-    def compiled(tokens: int) -> Callable | None:
-        if tokens not in COMPILED_TOKENS:
-            return None
-        torch._dynamo.reset()
-        experts.config._experts_implementation = "grouped_mm"
-        return torch.compile(experts, dynamic=False)
-
-    batched = functools.partial(implementation, "batched_mm")
-    yield PEERS[0], always(functools.partial(implementation, "grouped_mm"))
-    yield PEERS[1], compiled
-    yield PEERS[2], lambda tokens: batched if tokens <= MOST_BATCHED else None
+    yield from (make(kernel) for kernel in kernels)
+    if with_peers:
+        yield from peers(name, shape, weights)
 
 
 def measure(
@@ -181,71 +143,96 @@ def measure(
     kernels: list[str],
     all_tokens: list[int],
     skew: float,
-    peers: bool,
+    with_peers: bool,
     format: str = DEFAULT_FORMAT,
-    gemms: bool = False,
+    rates: Rates | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each contender and number of tokens; `wrong` where a result is.
+    """Yield a row for each contender and number of tokens.
 
-    peers: with Hugging Face's experts. gemms: with torch's FP8 GEMMs, where they run.
+    `wrong` where a result is, `left_out` with the reason where a peer cannot be timed.
+
+    Args:
+        with_peers: others' kernels, too, and torch's grouped GEMMs alone.
+        rates: what the floor is made of; default `card_rates`.
     """
-    shape = shape_of(name, format)
-    weights = random_codes(shape, "cuda")
+    shape, rates = shape_of(name, format), rates or card_rates()
+    weights = random_codes(shape, DEVICE)
     cases = {}
     for tokens in all_tokens:
-        generator = torch.Generator("cuda").manual_seed(1)
+        generator = torch.Generator(DEVICE).manual_seed(1)
         x = torch.randn(
-            tokens, shape.hidden_size, dtype=torch.float32, device="cuda", generator=generator
+            tokens, shape.hidden_size, dtype=torch.float32, device=DEVICE, generator=generator
         ).bfloat16()
         count = ROTATIONS if tokens <= 16 else 1
         routings = [routing(shape, tokens, seed, skew) for seed in range(count)]
         cases[tokens] = x, routings, float32_result(x, weights, *routings[0])
     rounded: dict[int, torch.Tensor] = {}
-    for kernel, make in contenders(name, shape, weights, kernels, peers):
+    for peer in contenders(name, shape, weights, kernels, with_peers):
+        about = {"shape": name, "format": format, "kernel": peer.name}
+        if peer.reason:
+            yield about | {"left_out": peer.reason}
+            continue
         for tokens, (x, routings, expected) in cases.items():
-            call = make(tokens)
+            row = about | {"tokens": tokens}
+            call = peer.make(tokens)
             if call is None:
                 continue
-            own = KERNELS.get(getattr(call, "kernel", kernel), REFERENCE)
+            own = KERNELS.get(getattr(call, "kernel", peer.name), REFERENCE)
             if own.quantizes_activations:
                 if tokens not in rounded:
                     rounded[tokens] = float32_result(x, weights, *routings[0], own)
                 expected = rounded[tokens]
-            with torch.no_grad():
-                got, again = (call(x, *routings[0]) for _ in range(2))
-                error = relative_error(got, expected)
-                row = {"shape": name, "format": format, "kernel": kernel, "tokens": tokens}
-                row["error"] = error
-                # Hugging Face rounds more often, and its sums are atomic: only ours must be equal.
-                ours = kernel not in PEERS
-                limit = ROUNDED_LIMIT if own.quantizes_activations or not ours else LIMIT
-                if not error <= limit or (ours and not torch.equal(got, again)):
-                    yield row | {"wrong": True}
-                    continue
-                inputs = [(x, ids, w if ours else w.to(x)) for ids, w in routings]
-                us = graph_us([functools.partial(call, *each) for each in inputs])
-            yield row | _timed(shape, routings, us)
-    if gemms and GroupedGemms.reason(weights) is None:
-        pair = GroupedGemms(weights)
+            inputs = [(x, ids, w if peer.ours else w.to(x)) for ids, w in routings]
+            try:
+                yield row | _checked(call, peer.ours, own, inputs, expected, shape, rates)
+            except FAILURES as problem:
+                if peer.ours:
+                    raise
+                yield row | {"left_out": " ".join(f"{type(problem).__name__}: {problem}".split())}
+    for kind in GEMMS if with_peers else ():
+        about = {"shape": name, "format": format, "kernel": PREFIX + kind.name}
+        if reason := kind.reason(weights):
+            yield about | {"left_out": reason}
+            continue
+        pair = kind(weights)
         for tokens, (x, routings, _) in cases.items():
             calls = [pair.calls(x, ids) for ids, _ in routings]
             error = pair.error(*calls[0])
-            row = {"shape": name, "format": format, "kernel": pair.name, "tokens": tokens}
+            result = about | {"tokens": tokens, "error": error}
             if not error <= 2 * LIMIT:
-                yield row | {"error": error, "wrong": True}
+                yield result | {"wrong": True}
                 continue
             us = graph_us([functools.partial(pair.run, *call) for call in calls])
-            yield row | {"error": error} | _timed(shape, routings, us)
+            yield result | _timed(shape, [ids for ids, _ in routings], us, rates)
 
 
-def _timed(
-    shape: Layer, routings: list[tuple[torch.Tensor, torch.Tensor]], us: float
-) -> dict[str, float]:
-    """Return what a time means for the experts that these routings hit."""
-    hit = statistics.mean(len(ids.unique()) for ids, _ in routings)
+def _checked(
+    call: Callable,
+    ours: bool,
+    own: Kernel,
+    inputs: Sequence[tuple[torch.Tensor, ...]],
+    expected: torch.Tensor,
+    shape: Layer,
+    rates: Rates,
+) -> dict[str, Any]:
+    """Return error and time of a call, or that its result is wrong, without a time."""
+    with torch.no_grad():
+        got, again = (call(*inputs[0]) for _ in range(2))
+        error = relative_error(got, expected)
+        # Hugging Face rounds more often, and its sums are atomic: only ours must be equal.
+        limit = ROUNDED_LIMIT if own.quantizes_activations or not ours else LIMIT
+        if not error <= limit or (ours and not torch.equal(got, again)):
+            return {"error": error, "wrong": True}
+        us = graph_us([functools.partial(call, *each) for each in inputs])
+    return {"error": error} | _timed(shape, [ids for _, ids, _ in inputs], us, rates)
+
+
+def _timed(shape: Layer, ids: list[torch.Tensor], us: float, rates: Rates) -> dict[str, float]:
+    """Return what a time means for the experts that these routings [T, K] hit."""
+    hit = statistics.mean(len(each.unique()) for each in ids)
     size = hit * bytes_per_expert(shape)
-    operations = 2 * routings[0][0].numel() * weights_per_expert(shape)
-    floor = max(size / BANDWIDTH, operations / OPERATIONS) * 1e6
+    operations = 2 * ids[0].numel() * weights_per_expert(shape)
+    floor = max(size / rates.bandwidth, operations / rates.operations) * 1e6
     times = {"us": round(us, 2), "floor_us": round(floor, 2)}
     return times | {"gbs": size / us / 1e3, "tflops": operations / us / 1e6}
 
@@ -269,7 +256,10 @@ def add_parser(commands: Any) -> None:
     kinds, help = ("balanced", "skewed"), "whether experts get alike many tokens, or some get most"
     command.add_argument("--routing", choices=kinds, default="balanced", help=help)
     command.add_argument(
-        "--no-peers", action="store_true", help="leave out Hugging Face's own experts"
+        "--peers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="others' kernels in the same run: humming, transformers', torch's grouped GEMMs",
     )
     command.add_argument("--json", metavar="FILE", help="also write the rows to this file")
     command.add_argument("--commit", default="", help="a note on the version measured")
@@ -347,7 +337,13 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(arguments.json)
     skew = SKEW if arguments.routing == "skewed" else 0.0
     about = facts() | {"routing": arguments.routing, "commit": arguments.commit}
+    rates = card_rates()
+    about |= {"copy_bytes_per_s": rates.bandwidth, "bf16_operations_per_s": rates.operations}
     print(json.dumps(about))
+    print(
+        f"floors: a copy at {rates.bandwidth / 1e12:.2f} TB/s, bfloat16 products at "
+        f"{rates.operations / 1e12:.0f} TFLOP/s, as measured on this card"
+    )
     print(
         f"{'shape':7s}{'format':12s}{'T':>6s} {'us':>8s} {'floor':>7s} {'share':>6s} {'GB/s':>6s}"
         f" {'TFLOP/s':>8s}"
@@ -356,9 +352,16 @@ def run(arguments: argparse.Namespace) -> int:
     rows, wrong = [], False
     for name, format in itertools.product(arguments.shape, arguments.format):
         kernels = arguments.kernel or ["auto", *runnable(shape_of(name, format))]
-        for row in measure(
-            name, kernels, arguments.tokens, skew, not arguments.no_peers, format, gemms=True
-        ):
+        if arguments.peers:
+            kernels = [kernel for kernel in kernels if kernel != "humming"]
+        measured_rows = measure(
+            name, kernels, arguments.tokens, skew, arguments.peers, format, rates
+        )
+        for row in measured_rows:
+            if "left_out" in row:
+                where = f" T = {row['tokens']}" if "tokens" in row else ""
+                print(f"{name} {format}{where} {row['kernel']}: left out, {row['left_out']}")
+                continue
             if row.pop("wrong", False):
                 print(
                     f"{name} {format} T = {row['tokens']} {row['kernel']}: wrong, error "

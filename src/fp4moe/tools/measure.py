@@ -247,7 +247,7 @@ def tune(
                 row[tuned.entry] = {t: str(c) for t, c in found.items()}
         _write(unfinished, rows)
         timed = list(kernels) or bench.runnable(bench.shape_of(name, format))
-        for result in bench.measure(name, timed, tokens, 0.0, peers=False, format=format):
+        for result in bench.measure(name, timed, tokens, 0.0, False, format):
             what = f"{name} {format} T = {result['tokens']} {result['kernel']}"
             if result.get("wrong"):
                 print(f"{what}: wrong result")
