@@ -94,6 +94,9 @@ class FusedExperts(PreparedModule):
         check_kernel_name(kernel, caller="FusedExperts")
         check_choice("routing", routing, ROUTINGS, caller="FusedExperts")
         self.top_k = top_k
+        # How the float module stacked gate and up, where adapters of its parameters fit; see
+        # ExpertWeights.quantize.
+        self.float_layout: str | None = None
         self.requested_kernel = kernel
         self.hidden_alignment = hidden_alignment
         self.routing = routing
@@ -193,10 +196,7 @@ class FusedExperts(PreparedModule):
     ) -> torch.Tensor:
         """Apply the experts; see `fp4moe.fused_moe` for the arguments."""
         if not torch.compiler.is_compiling():
-            if self._lent.marks:
-                self._lent.check(self)
-            if self.prepared_down_packed.device != self._place:
-                self._choose_again()
+            self.look_again()
         # Spelled out: torch.compile follows attributes, and a call costs less so.
         gate_up = (
             self.prepared_gate_up_packed,
@@ -215,6 +215,13 @@ class FusedExperts(PreparedModule):
             return torch.ops.fp4moe.nvfp4_moe.default(*chosen, *operands, *self._arguments)
         biased = *gate_up, self.prepared_gate_up_bias, *down, self.prepared_down_bias, *scales
         return torch.ops.fp4moe.moe.default(*chosen, *biased, *self._arguments)
+
+    def look_again(self) -> None:
+        """See before a call whether lent tensors were written to, or buffers moved one by one."""
+        if self._lent.marks:
+            self._lent.check(self)
+        if self.prepared_down_packed.device != self._place:
+            self._choose_again()
 
     def _device(self) -> torch.device:
         return self.prepared_gate_up_packed.device

@@ -1,0 +1,179 @@
+"""The product of rows with the packed matrices of their experts, and the gradient of the rows.
+
+triton     compute capability 8.0 or newer: weights are decoded in registers
+reference  any device: the definition in plain torch, one expert's float weights at a time
+
+What other kernels prepare cannot be read one matrix at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..errors import check_choice, refuse
+from ..formats import FORMATS
+from ..layer import capability_name
+from ..precision import without_autocast
+from .base import DIFFERENTIABLE, current_capability
+from .operands import Operands
+from .triton.kernel import TRITON, interpreted
+from .triton.layout import SLAB
+
+__all__ = ["GROUPED_KERNELS", "GroupedMatrix", "check_grouped_kernel", "input_gradient", "multiply"]
+
+GROUPED_KERNELS = ("triton", "reference")
+
+
+class GroupedMatrix(NamedTuple):
+    """One matrix an expert [L, rows, columns], in a kernel's layout, sizes padded.
+
+    Attributes:
+        packed, block_scale, global_scale: as in `Operands`.
+        format: a name of `fp4moe.formats.FORMATS`.
+        halves: matrices that the rows consist of, 2 for gate and up.
+        expert_offset: global id of the first one.
+    """
+
+    packed: torch.Tensor
+    block_scale: torch.Tensor
+    global_scale: torch.Tensor
+    format: str
+    halves: int
+    expert_offset: int
+
+    @classmethod
+    def of(cls, operands: Operands, gemm: str, format: str, halves: int, offset: int):
+        """Return the matrix of a GEMM, "gate_up" or "down"."""
+        parts = ("packed", "block_scale", "global_scale")
+        return cls(*(getattr(operands, f"{gemm}_{part}") for part in parts), format, halves, offset)
+
+    @property
+    def experts(self) -> int:
+        """L, the local experts."""
+        return self.packed.shape[0]
+
+    @property
+    def rows(self) -> int:
+        """Of all halves."""
+        return self.packed.shape[1]
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row."""
+        return FORMATS[self.format].elements(self.packed.shape[2])
+
+    def decoded(self, expert: int) -> torch.Tensor:
+        """Return a local expert's matrix [rows, columns] of the logical layout, float32."""
+        format = FORMATS[self.format]
+        dtypes, parts = format.dtypes(), {}
+        for name in ("packed", "block_scale", "global_scale"):
+            tensor = getattr(self, name)
+            tensor = tensor[expert : expert + 1] if tensor.numel() else tensor
+            dtype = dtypes[name]
+            parts[name] = tensor if tensor.dtype == dtype else tensor.view(dtype)
+        return format.dequantize(format.container(**parts), torch.float32, self.halves)[0]
+
+
+def check_grouped_kernel(kernel: str, *, caller: str) -> None:
+    """Raise UnsupportedError unless the kernel's layout can be read one matrix at a time."""
+    if kernel not in GROUPED_KERNELS:
+        refuse(
+            caller,
+            f"the two products of experts prepared for kernel {kernel} cannot be computed apart",
+            "nothing reads one matrix in its layout",
+            f"Load or replace the model with {' or '.join(DIFFERENTIABLE)}.",
+        )
+
+
+def check_grouped_device(kernel: str, device: torch.device, *, caller: str) -> None:
+    """Raise UnsupportedError where the kernel does not run."""
+    if kernel == "reference" or interpreted():
+        return
+    capability = current_capability(device)
+    if not TRITON.devices.include(capability):
+        refuse(
+            caller,
+            "kernel triton cannot run",
+            f"x is on {device} ({capability_name(capability)}), and the kernel needs a device of "
+            f"compute capability {TRITON.devices}",
+            "Prepare the weights for another kernel.",
+        )
+
+
+def size_multiple(kernel: str, format: str) -> int:
+    """Return what both sizes of a prepared matrix are multiples of."""
+    check_choice("format", format, FORMATS, caller="grouped_mm")
+    return SLAB if kernel == "triton" else FORMATS[format].multiple
+
+
+def multiply(
+    kernel: str,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    matrix: GroupedMatrix,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return x[t] matrix[e]^T + bias[e], e = ids[t, k], as row t * K + k.
+
+    Rows are zero where e is not local.
+
+    Args:
+        x: [T, columns or fewer], T > 0. ids: [T, K], global. bias: float32 [L, rows].
+
+    Returns:
+        [T * K, rows] in the dtype of x, summed in float32 and rounded once.
+    """
+    if kernel == "triton":
+        from .triton.grouped import multiply_grouped
+
+        return multiply_grouped(x, ids, matrix, bias)
+
+    def apply(expert: int, rows: torch.Tensor) -> torch.Tensor:
+        y = rows @ matrix.decoded(expert)[:, : rows.shape[1]].T
+        return y if bias is None else y + bias[expert]
+
+    each = x.float().repeat_interleave(ids.shape[1], 0)
+    return _by_expert(each, ids.reshape(-1), matrix, matrix.rows, apply).to(x.dtype)
+
+
+def input_gradient(
+    kernel: str, grad: torch.Tensor, ids: torch.Tensor, matrix: GroupedMatrix, columns: int
+) -> torch.Tensor:
+    """Return the gradient of x [T, columns] by that of `multiply`'s result [T * K, rows]."""
+    if kernel == "triton":
+        from .triton.grouped import grouped_input_gradient
+
+        return grouped_input_gradient(grad, ids, matrix, columns)
+
+    def apply(expert: int, rows: torch.Tensor) -> torch.Tensor:
+        return rows @ matrix.decoded(expert)[:, :columns]
+
+    parts = _by_expert(grad.float(), ids.reshape(-1), matrix, columns, apply)
+    return parts.view(*ids.shape, columns).sum(1).to(grad.dtype)
+
+
+def _by_expert(
+    rows: torch.Tensor,
+    ids: torch.Tensor,
+    matrix: GroupedMatrix,
+    columns: int,
+    apply: Callable[[int, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Return apply(expert, its rows) for every row, float32 [N, columns]; zero for no expert."""
+    first, count = matrix.expert_offset, matrix.experts
+    out = rows.new_zeros((rows.shape[0], columns))
+    with without_autocast(rows.device):
+        if rows.device.type == "cpu":
+            for expert in torch.unique(ids).tolist():
+                if first <= expert < first + count:
+                    mine = (ids == expert).nonzero()[:, 0]
+                    out[mine] = apply(expert - first, rows[mine])
+            return out
+        # Every expert takes all rows: no host synchronisation, safe under capture.
+        for expert in range(count):
+            mine = (ids == expert + first)[:, None]
+            out = torch.where(mine, apply(expert, rows), out)
+    return out
