@@ -45,7 +45,6 @@ library.define(
 )
 grouped_mm_operator = torch.ops.fp4moe.grouped_mm.default
 backward_operator = torch.ops.fp4moe.grouped_mm_backward.default
-PARTS = ("packed", "block_scale", "global_scale")
 
 
 def _must(caller: str, name: str, rule: str, got: torch.Tensor, advice: str) -> NoReturn:

@@ -25,6 +25,7 @@ from .triton.layout import SLAB
 __all__ = ["GROUPED_KERNELS", "GroupedMatrix", "check_grouped_kernel", "input_gradient", "multiply"]
 
 GROUPED_KERNELS = ("triton", "reference")
+PARTS = ("packed", "block_scale", "global_scale")
 
 
 class GroupedMatrix(NamedTuple):
@@ -45,10 +46,12 @@ class GroupedMatrix(NamedTuple):
     expert_offset: int
 
     @classmethod
-    def of(cls, operands: Operands, gemm: str, format: str, halves: int, offset: int):
+    def of(
+        cls, operands: Operands, gemm: str, format: str, halves: int, offset: int
+    ) -> GroupedMatrix:
         """Return the matrix of a GEMM, "gate_up" or "down"."""
-        parts = ("packed", "block_scale", "global_scale")
-        return cls(*(getattr(operands, f"{gemm}_{part}") for part in parts), format, halves, offset)
+        packed, scale, global_scale = (getattr(operands, f"{gemm}_{part}") for part in PARTS)
+        return cls(packed, scale, global_scale, format, halves, offset)
 
     @property
     def experts(self) -> int:
@@ -69,7 +72,7 @@ class GroupedMatrix(NamedTuple):
         """Return a local expert's matrix [rows, columns] of the logical layout, float32."""
         format = FORMATS[self.format]
         dtypes, parts = format.dtypes(), {}
-        for name in ("packed", "block_scale", "global_scale"):
+        for name in PARTS:
             tensor = getattr(self, name)
             tensor = tensor[expert : expert + 1] if tensor.numel() else tensor
             dtype = dtypes[name]

@@ -73,9 +73,11 @@ class _ToSlots(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         (inverse,) = ctx.saved_tensors
-        slots = inverse.view(ctx.tokens, -1)
-        total = sum(gradient[slots[:, k]].float() for k in range(slots.shape[1]))
-        return total.to(gradient.dtype), None, None  # type: ignore[attr-defined]
+        slots = inverse.view(ctx.tokens, -1).unbind(1)
+        total = gradient[slots[0]].float()
+        for each in slots[1:]:
+            total = total + gradient[each]
+        return total.to(gradient.dtype), None, None
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -84,11 +86,11 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, weights, order, inverse):
         ctx.save_for_backward(rows, weights, order, inverse)
-        slots = inverse.view(weights.shape)
-        total = sum(
-            rows[slots[:, k]].float() * weights[:, k, None].float() for k in range(slots.shape[1])
-        )
-        return total.to(rows.dtype)  # type: ignore[attr-defined]
+        slots, scale = inverse.view(weights.shape).unbind(1), weights.float()
+        total = rows[slots[0]] * scale[:, :1]
+        for k in range(1, len(slots)):
+            total = total + rows[slots[k]] * scale[:, k, None]
+        return total.to(rows.dtype)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -132,7 +134,7 @@ def experts_with_adapters(
     Args:
         fused: all experts of a layer, prepared for kernel "triton" or "reference".
         hidden: [T, H]. expert_ids, routing_weights: [T, K]. Gate, up and the products of adapters
-            are rounded to hidden's dtype.
+            are rounded to hidden's dtype, which torch.compile takes as bfloat16 alone.
         adapters: of "first" (gate and up, or up) and "down"; absent or empty: none.
 
     Returns:
@@ -189,11 +191,11 @@ def _low_rank(
 ) -> torch.Tensor:
     """Return scaling * up[e] (down[e] x), with the columns and rows that padding adds."""
     down, up = change.down.to(x.dtype), change.up.to(x.dtype)
-    # CUDA's grouped product takes rows of whole 16 bytes.
+    # CUDA's grouped product takes contiguous rows of whole 16 bytes.
     rank = -down.shape[1] % 8
-    down = F.pad(down, (0, x.shape[1] - down.shape[2], 0, rank))
+    down = F.pad(down, (0, x.shape[1] - down.shape[2], 0, rank)).contiguous()
     up = up.unflatten(1, (halves, -1))
-    up = F.pad(up, (0, rank, 0, rows // halves - up.shape[2])).flatten(1, 2)
+    up = F.pad(up, (0, rank, 0, rows // halves - up.shape[2])).flatten(1, 2).contiguous()
     inner = F.grouped_mm(x, down.transpose(1, 2), offs=ends) * change.scaling
     return F.grouped_mm(inner, up.transpose(1, 2), offs=ends)
 

@@ -44,7 +44,7 @@ class PackedExpertsLora(ParamWrapper):
 
     def get_param(self) -> torch.Tensor:
         """Return a tensor of the float parameter's shape [E, out, in]; it has no memory."""
-        experts = self.get_base_layer()
+        experts: Any = self.get_base_layer()
         layer = experts.layer
         shape = (1 + layer.gated) * layer.intermediate_size, layer.hidden_size
         if self.parameter_name == "down_proj":
@@ -89,7 +89,8 @@ class PackedExpertsLora(ParamWrapper):
         found = []
         for name in self.active_adapters:
             if name in self.lora_A:
-                down, up = self.lora_A[name].weight, self.lora_B[name].weight
+                factors: Any = self.lora_A[name], self.lora_B[name]
+                down, up = (factor.weight for factor in factors)
                 # As ParamWrapper.get_delta_weight reads them: rank is the slower axis of B's rows.
                 down = down.reshape(self.num_experts, -1, down.shape[1])
                 up = up.reshape(up.shape[0], -1, self.num_experts).permute(2, 0, 1)
