@@ -34,15 +34,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def registered_peft(monkeypatch):
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
-    kind = peft.PeftType.LORA
-    monkeypatch.setitem(PEFT_TYPE_TO_TUNER_MAPPING, kind, PEFT_TYPE_TO_TUNER_MAPPING[kind])
-    fp4moe.register_peft()
-
-
 @pytest.fixture(params=BUILDS)
 def name(request):
     return request.param
@@ -181,8 +172,9 @@ def test_one_graph():
         got = gradients(model, torch.compile(model, backend="aot_eager", fullgraph=True))
         assert torch.equal(got[0], expected[0])
         for name, gradient in expected[1].items():
-            print(name, relative_error(got[1][name], gradient))
-            assert relative_error(got[1][name], gradient) < 2.0**-7, name
+            # Attention's traced backward rounds to bfloat16 elsewhere, and layer 0 is behind it.
+            limit = 0 if "layers.1.mlp.experts" in name else 2.0**-6
+            assert relative_error(got[1][name], gradient) <= limit, name
 
 
 # What a model does not show: ids, biases, and every activation's shape of a layer.

@@ -101,6 +101,9 @@ class PackedExpertsLora(ParamWrapper):
 class PackedLinearLora(Linear):
     """The adapter of a PackedLinear, as PEFT's Linear."""
 
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[Any, Any]:
         # Its weight is codes, whose dtype is no adapter's.
         return base_layer.prepared_weight.device, None
