@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .calibration.calibrate import calibrate
     from .compile.backend import backend, inductor_options
     from .models.autotune import autotune
-    from .models.lora import register_peft
+    from .models.register_peft import register_peft
     from .models.replace import explain, replace_moe
     from .pretrained.load import from_pretrained, register_transformers
     from .pretrained.quantize import quantize_checkpoint
@@ -80,7 +80,7 @@ _LATE = {
     "from_pretrained": "pretrained.load",
     "inductor_options": "compile.backend",
     "quantize_checkpoint": "pretrained.quantize",
-    "register_peft": "models.lora",
+    "register_peft": "models.register_peft",
     "register_transformers": "pretrained.load",
     "replace_moe": "models.replace",
     "selftest": "tools.selftest",

@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from ..activations import get_activation
-from ..errors import refuse
 from ..grouped_mm import grouped_mm_operator
 from ..kernels import Operands
 from ..kernels.grouped import GroupedMatrix
 from ..module import FusedExperts
 
-__all__ = ["LowRank", "experts_with_adapters", "register_peft"]
+__all__ = ["LowRank", "experts_with_adapters"]
 
 
 class LowRank(NamedTuple):
@@ -198,31 +197,3 @@ def _low_rank(
     up = F.pad(up, (0, rank, 0, rows // halves - up.shape[2])).flatten(1, 2).contiguous()
     inner = F.grouped_mm(x, down.transpose(1, 2), offs=ends) * change.scaling
     return F.grouped_mm(inner, up.transpose(1, 2), offs=ends)
-
-
-def register_peft() -> None:
-    """Let PEFT adapt packed experts and Linears; safe to repeat.
-
-    From then on `LoraConfig(target_parameters=["experts.gate_up_proj", "experts.down_proj"])` means
-    the same for packed experts as for the float ones that they came from, and `target_modules`
-    takes `PackedLinear`. Files are PEFT's own: an adapter that was trained here loads on the float
-    model, and the other way round. Weights stay packed, so adapters stay beside them: merging is
-    refused. `get_peft_model`, `PeftModel.from_pretrained` and transformers' `add_adapter` follow.
-
-    Raises:
-        UnsupportedError: PEFT is not installed, or another package has put its own LoRA there.
-    """
-    try:
-        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-        from peft.tuners.lora import LoraModel
-        from peft.utils import PeftType
-    except ImportError as error:
-        what, advice = "adapters cannot be registered", "Install peft."
-        refuse("register_peft", what, f"of {error}", advice, cause=error)
-    from .peft_lora import PackedLoraModel
-
-    present = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA]
-    if present not in (LoraModel, PackedLoraModel):
-        reason = f"LORA is {present.__module__}.{present.__qualname__} already"
-        refuse("register_peft", "PEFT's LoRA cannot be extended", reason, "Register this first.")
-    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = PackedLoraModel

@@ -50,7 +50,7 @@ class PackedExpertsLora(ParamWrapper):
         if self.parameter_name == "down_proj":
             shape = layer.hidden_size, layer.intermediate_size
         place = experts.prepared_down_packed.device
-        return torch.zeros((), device=place).expand(layer.num_experts, *shape)
+        return torch.zeros((), dtype=torch.float32, device=place).expand(layer.num_experts, *shape)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse."""
