@@ -1,9 +1,11 @@
-"""Teach a small Gemma4 with packed NVFP4 experts a style: LoRA beside frozen experts, on a CPU.
+"""Teach a small Gemma4 with packed NVFP4 experts a style: LoRA beside and inside them, on a CPU.
 
-The model was trained on Python code; it learns to write like this repository's README. Only the
-adapters of attention and router are trained; the experts stay packed and pass gradients on.
+The model was trained on Python code; it learns to write like this repository's README. Adapters of
+attention, of the router and, with --experts, of the experts are trained; what is packed stays so.
+The files are PEFT's own: they load on the float model, too.
 
 Run: python examples/lora_finetune.py
+     python examples/lora_finetune.py --experts
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import fp4moe
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODEL = ROOT / "tests" / "data" / "small_gemma4"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "router.proj"]
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 LENGTH, BATCH = 128, 8
 PROMPT = "* `"
 
@@ -71,13 +74,18 @@ def main() -> None:
     parser.add_argument("--model", type=pathlib.Path, default=MODEL)
     parser.add_argument("--text", type=pathlib.Path, default=ROOT / "README.md")
     parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--experts", action="store_true", help="adapt the experts, too")
     options = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     rows, held_out = read_text(tokenizer, options.text)
     model = fp4moe.from_pretrained(options.model, dtype=torch.float32)
     print(fp4moe.explain(model))
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
+    # PEFT adapts packed modules from here on.
+    fp4moe.register_peft()
+    parameters = EXPERTS if options.experts else None
+    targets = {"target_modules": TARGETS, "target_parameters": parameters}
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, **targets))
     model.print_trainable_parameters()
     before = evaluate(model, held_out), write(model, tokenizer)
     start = time.perf_counter()

@@ -61,7 +61,8 @@ HEAVY: dict[str, set[str]] = {
     "triton": {
         f"kernels.triton.{name}"
         for name in (
-            *("activation", "arrange", "backward", "choose", "decode_fp8", "decode_mxfp4"),
+            *("activation", "arrange", "backward", "choose", "combine", "decode_fp8"),
+            *("decode_mxfp4",),
             *("decode_nvfp4", "fingerprint", "gemm", "gemm_w8a8", "linear_gemm", "round_e4m3"),
             *("sort", "weights"),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from trained_models import SMALL_MODELS
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import fp4moe
 from fp4moe.testing import relative_error
@@ -71,8 +71,33 @@ def test_trainer_asks_for_an_adapter(tmp_path):
         Trainer(loaded("small_gemma4"), arguments(tmp_path))
 
 
-def test_adapters_inside_packed_experts_are_refused():
+def test_adapters_inside_packed_experts_want_register_peft():
     model = loaded("small_gemma4")
     config = peft.LoraConfig(r=4, target_modules=[], target_parameters=["experts.down_proj"])
     with pytest.raises(ValueError, match="no `target_parameters` found"):
         peft.get_peft_model(model, config)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("registered_peft")
+def test_trainer_trains_adapters_inside_packed_experts(name, tmp_path):
+    model = loaded(name)
+    first = "gate_up_proj" if name == "small_gemma4" else "up_proj"
+    options = {"target_modules": [], "target_parameters": [f"experts.{first}", "experts.down_proj"]}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, **options))
+    before = logits(wrapped)
+    data = [{"input_ids": IDS[0], "labels": IDS[0]}] * 8
+    trainer = Trainer(wrapped, arguments(tmp_path), train_dataset=data)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 6 and losses[-1] < 0.9 * losses[0]
+    after = logits(wrapped)
+    assert relative_error(after, before) > 1e-2
+    wrapped.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(loaded(name), tmp_path / "adapter")
+    assert torch.equal(logits(again), after)
+    # The float model takes the same file; its experts are those that were packed, not yet rounded.
+    floats = AutoModelForCausalLM.from_pretrained(SMALL_MODELS[name], dtype=torch.float32)
+    plain = logits(floats)
+    adapted = logits(peft.PeftModel.from_pretrained(floats, tmp_path / "adapter"))
+    assert relative_error(adapted, after) < 0.5 * relative_error(plain, after)

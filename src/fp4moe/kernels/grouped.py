@@ -1,4 +1,4 @@
-"""The product of rows with the packed matrices of their experts, and the gradient of the rows.
+"""The product of rows with the packed matrices of their experts, and what stands between two.
 
 triton     compute capability 8.0 or newer: weights are decoded in registers
 reference  any device: the definition in plain torch, one expert's float weights at a time
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..activations import get_activation
 from ..errors import check_choice, refuse
 from ..formats import FORMATS
 from ..layer import capability_name
@@ -22,7 +23,8 @@ from .operands import Operands
 from .triton.kernel import TRITON, interpreted
 from .triton.layout import SLAB
 
-__all__ = ["GROUPED_KERNELS", "GroupedMatrix", "check_grouped_kernel", "input_gradient", "multiply"]
+__all__ = ["GROUPED_KERNELS", "GroupedMatrix", "check_grouped_device", "check_grouped_kernel"]
+__all__ += ["combine", "combine_gradient", "input_gradient", "multiply", "size_multiple"]
 
 GROUPED_KERNELS = ("triton", "reference")
 PARTS = ("packed", "block_scale", "global_scale")
@@ -156,6 +158,32 @@ def input_gradient(
 
     parts = _by_expert(grad.float(), ids.reshape(-1), matrix, columns, apply)
     return parts.view(*ids.shape, columns).sum(1).to(grad.dtype)
+
+
+def combine(kernel: str, first: torch.Tensor, activation: str, halves: int) -> torch.Tensor:
+    """Return what stands between two products, [N, I] of gate and up (or up) side by side.
+
+    Computed in float32, rounded once to the dtype of first [N, halves * I].
+    """
+    if kernel == "triton":
+        from .triton.combine import combine_rows
+
+        return combine_rows(first, activation, halves)
+    gate_up = first.float().chunk(halves, 1)
+    return get_activation(activation).combine(*gate_up[::-1]).to(first.dtype)
+
+
+def combine_gradient(
+    kernel: str, grad: torch.Tensor, first: torch.Tensor, activation: str, halves: int
+) -> torch.Tensor:
+    """Return the gradient of first by that of `combine`'s result."""
+    if kernel == "triton":
+        from .triton.combine import combine_rows_gradient
+
+        return combine_rows_gradient(grad, first, activation, halves)
+    gate_up = first.float().chunk(halves, 1)
+    parts = get_activation(activation).gradients(grad.float(), *gate_up[::-1])
+    return torch.cat(parts[::-1], 1).to(first.dtype)
 
 
 def _by_expert(

@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..activations import get_activation
 from ..grouped_mm import grouped_mm_operator
 from ..kernels import Operands
-from ..kernels.grouped import GroupedMatrix
+from ..kernels.grouped import GroupedMatrix, combine, combine_gradient
 from ..module import FusedExperts
 
 __all__ = ["LowRank", "experts_with_adapters"]
@@ -104,19 +103,19 @@ class _Combine(torch.autograd.Function):
     """Gate and up side by side -> what down takes; saves them alone, computes in float32."""
 
     @staticmethod
-    def forward(ctx, first, activation, halves):
+    def forward(ctx, first, activation, halves, kernel):
         ctx.save_for_backward(first)
-        ctx.form = activation, halves
-        gate_up = first.float().chunk(halves, 1)
-        return get_activation(activation).combine(*gate_up[::-1]).to(first.dtype)
+        ctx.form = activation, halves, kernel
+        return combine(kernel, first, activation, halves)
 
     @staticmethod
     def backward(ctx, gradient):
         (first,) = ctx.saved_tensors
-        activation, halves = ctx.form
-        gate_up = first.float().chunk(halves, 1)
-        parts = get_activation(activation).gradients(gradient.float(), *gate_up[::-1])
-        return torch.cat(parts[::-1], 1).to(first.dtype), None, None
+        activation, halves, kernel = ctx.form
+        # A second gradient, which grouped_mm refuses, must find its way there.
+        kernel = "reference" if torch.is_grad_enabled() else kernel
+        to_first = combine_gradient(kernel, gradient, first, activation, halves)
+        return to_first, None, None, None
 
 
 def experts_with_adapters(
@@ -149,11 +148,13 @@ def experts_with_adapters(
     # Not a product: what has no expert must not pass on inf or NaN.
     x = torch.where(found.there, x, 0)
     halves = 1 + layer.gated
+    # Inductor fuses plain operations with what stands around them.
+    kernel = "reference" if torch.compiler.is_compiling() else fused.kernel
     first = _product(fused, operands, "gate_up", halves, x, found)
     for change in adapters.get("first", ()):
         rows = _gate_first(change.up, fused.float_layout, halves)
         first = first + _low_rank(x, change._replace(up=rows), found.ends, first.shape[1], halves)
-    inner = _Combine.apply(first, layer.activation, halves)
+    inner = _Combine.apply(first, layer.activation, halves, kernel)
     y = _product(fused, operands, "down", 1, inner, found)
     for change in adapters.get("down", ()):
         y = y + _low_rank(inner, change, found.ends, y.shape[1], 1)

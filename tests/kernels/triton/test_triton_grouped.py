@@ -9,8 +9,9 @@ import pytest
 import torch
 from triton_layers import MODES, compiled, interpreted, layer, relative
 
+from fp4moe.activations import ACTIVATIONS
 from fp4moe.formats import FORMATS
-from fp4moe.kernels.grouped import GroupedMatrix
+from fp4moe.kernels.grouped import GroupedMatrix, combine, combine_gradient
 from fp4moe.kernels.triton.kernel import TRITON
 
 # One rounding to bfloat16 of the input (float32 only) and one of the sum; fp8_channel's gradient is
@@ -80,6 +81,40 @@ def test_one_row_a_token_and_one_token(poisoned_empty):
     compare("gate_up", torch.bfloat16, "slot", tokens=1)
 
 
+ACTIVATED = [
+    *((name, True) for name in ACTIVATIONS),
+    ("silu(alpha=1.702)", False),
+    ("relu2", False),
+    ("silu(alpha=1.702,beta=1,limit=0.5)", True),
+    ("silu_step(limit=0.2)", True),
+    ("silu_softcap(alpha=0.6,beta=0.5)", True),
+]
+
+
+def compare_combined(activation, gated, dtype, rows, columns, device="cpu"):
+    """As plain torch does it, which test_gradients.py compares with torch's own derivatives."""
+    first = torch.randn(rows, (1 + gated) * columns, device=device).to(dtype)
+    grad = torch.randn(rows, columns, device=device).to(dtype)
+    form = activation, 1 + gated
+    got = combine("triton", first, *form), combine_gradient("triton", grad, first, *form)
+    wide = first.float(), grad.float()
+    expected = (
+        combine("reference", wide[0], *form),
+        combine_gradient("reference", wide[1], wide[0], *form),
+    )
+    # One rounding to the dtype, in the interpreter a cut; the exponentials of two libraries.
+    limit = max(torch.finfo(dtype).eps, 1e-5)
+    for actual, wanted in zip(got, expected, strict=True):
+        assert actual.dtype == dtype and relative(actual, wanted) < limit
+
+
+@interpreted
+@pytest.mark.parametrize(("activation", "gated"), ACTIVATED)
+def test_every_activation_between_the_products(activation, gated, poisoned_empty):
+    dtype = (torch.bfloat16, torch.float32)[ACTIVATED.index((activation, gated)) % 2]
+    compare_combined(activation, gated, dtype, 3, 700)
+
+
 @interpreted
 def test_through_the_operator(poisoned_empty):
     weights = layer(3, 64, 64, "silu", True)
@@ -101,13 +136,24 @@ def test_through_the_operator(poisoned_empty):
 @pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("capability", [80, 90])
-def test_sums_of_16_bits_compile(capability, tmp_path, monkeypatch):
+def test_every_variant_compiles(capability, tmp_path, monkeypatch):
     """Formats and tiles are those of test_triton_gradients.py, which stores float32 sums."""
     from triton_layers import check_variants
 
+    from fp4moe.kernels.triton.activation import activation_constants
+    from fp4moe.kernels.triton.combine import combine_gradient_kernel, combine_rows_kernel
     from fp4moe.kernels.triton.gemm import gate_up_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    pointers = {"pointers": {"first": "*bf16", "grad": "*bf16"}}
+    check_variants(
+        [
+            (kernel, {"GATED": gated, "BLOCK": 1024, **activation_constants(name)}, 4, pointers)
+            for kernel in (combine_rows_kernel, combine_gradient_kernel)
+            for name, gated in (("gelu_tanh", True), ("relu2", False))
+        ],
+        capability,
+    )
     tile = MODES["sorted"].gate_up
     form = {"SLOTS": tile.slots, "ROWS": tile.rows, "SLABS": tile.slabs, "STAGES": tile.stages}
     form |= {"ACTIVATION": "sums", "ALPHA": 1.0, "BETA": 0.0, "LIMIT": 0.0, "MORE": 0, "MODE": 1}
@@ -137,3 +183,10 @@ def test_sums_of_16_bits_compile(capability, tmp_path, monkeypatch):
 def test_on_the_gpu(tokens, gemm, format, poisoned_empty):
     for mode in MODES if tokens == 33 else ("sorted",):
         compare(gemm, torch.bfloat16, mode, tokens, device="cuda", format=format, biased=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("activation", "gated"), ACTIVATED)
+def test_activations_on_the_gpu(activation, gated, poisoned_empty):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        compare_combined(activation, gated, dtype, 301, 704, "cuda")
