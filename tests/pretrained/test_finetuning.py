@@ -40,6 +40,11 @@ def logits(model):
         return model.eval()(IDS, use_cache=False).logits
 
 
+def loss(model):
+    with torch.no_grad():
+        return model.eval()(IDS, labels=IDS, use_cache=False).loss
+
+
 def arguments(folder, **options):
     options |= {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
     return TrainingArguments(folder, max_steps=6, learning_rate=2e-3, logging_steps=1, **options)
@@ -96,8 +101,7 @@ def test_trainer_trains_adapters_inside_packed_experts(name, tmp_path):
     wrapped.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(loaded(name), tmp_path / "adapter")
     assert torch.equal(logits(again), after)
-    # The float model takes the same file; its experts are those that were packed, not yet rounded.
+    # The float model, whose experts were not rounded, takes the same file and gains as much.
     floats = AutoModelForCausalLM.from_pretrained(SMALL_MODELS[name], dtype=torch.float32)
-    plain = logits(floats)
-    adapted = logits(peft.PeftModel.from_pretrained(floats, tmp_path / "adapter"))
-    assert relative_error(adapted, after) < 0.5 * relative_error(plain, after)
+    plain = loss(floats)
+    assert loss(peft.PeftModel.from_pretrained(floats, tmp_path / "adapter")) < 0.9 * plain
