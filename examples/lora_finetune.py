@@ -1,11 +1,10 @@
 """Teach a small Gemma4 with packed NVFP4 experts a style: LoRA beside and inside them, on a CPU.
 
 The model was trained on Python code; it learns to write like this repository's README. Adapters of
-attention, of the router and, with --experts, of the experts are trained; what is packed stays so.
-The files are PEFT's own: they load on the float model, too.
+attention, of the router and of the experts are trained; what is packed stays packed. The files are
+PEFT's own: they load on the float model, too.
 
 Run: python examples/lora_finetune.py
-     python examples/lora_finetune.py --experts
 """
 
 from __future__ import annotations
@@ -74,7 +73,6 @@ def main() -> None:
     parser.add_argument("--model", type=pathlib.Path, default=MODEL)
     parser.add_argument("--text", type=pathlib.Path, default=ROOT / "README.md")
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--experts", action="store_true", help="adapt the experts, too")
     options = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -83,8 +81,7 @@ def main() -> None:
     print(fp4moe.explain(model))
     # PEFT adapts packed modules from here on.
     fp4moe.register_peft()
-    parameters = EXPERTS if options.experts else None
-    targets = {"target_modules": TARGETS, "target_parameters": parameters}
+    targets = {"target_modules": TARGETS, "target_parameters": EXPERTS}
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, **targets))
     model.print_trainable_parameters()
     before = evaluate(model, held_out), write(model, tokenizer)

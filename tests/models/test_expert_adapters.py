@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib.metadata
 import json
 
 import pytest
@@ -12,7 +14,7 @@ from tiny_models import enlarge_experts, family, gemma4, nemotron_h, qwen3_moe
 
 import fp4moe
 from fp4moe.errors import UnsupportedError
-from fp4moe.models.lora import LowRank, experts_with_adapters
+from fp4moe.models.lora import LowRank, _low_rank, experts_with_adapters
 from fp4moe.testing import make_layer, relative_error
 
 peft = pytest.importorskip("peft", reason="optional package")
@@ -164,17 +166,28 @@ def test_gradient_checkpointing(packed, twin, reentrant):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
 def test_one_graph():
-    """In bfloat16: torch traces no other grouped product. A rank of 8 is not padded, 3 is."""
-    for rank in (8, 3):
-        packed = fp4moe.replace_moe(qwen3_moe(dtype=torch.bfloat16), progress=False)
-        model = with_lora(packed, r=rank)
-        expected = gradients(model)
-        got = gradients(model, torch.compile(model, backend="aot_eager", fullgraph=True))
-        assert torch.equal(got[0], expected[0])
-        for name, gradient in expected[1].items():
-            # Attention's traced backward rounds to bfloat16 elsewhere, and layer 0 is behind it.
-            limit = 0 if "layers.1.mlp.experts" in name else 2.0**-6
-            assert relative_error(got[1][name], gradient) <= limit, name
+    """In bfloat16: torch traces no other grouped product."""
+    packed = fp4moe.replace_moe(qwen3_moe(dtype=torch.bfloat16), progress=False)
+    model = with_lora(packed, r=8)
+    expected = gradients(model)
+    got = gradients(model, torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert torch.equal(got[0], expected[0])
+    for name, gradient in expected[1].items():
+        # Attention's traced backward rounds to bfloat16 elsewhere, and layer 0 is behind it.
+        limit = 0 if "layers.1.mlp.experts" in name else 2.0**-6
+        assert relative_error(got[1][name], gradient) <= limit, name
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+def test_factors_lie_as_cuda_wants_them(rank):
+    """The meta device has the checks of CUDA's grouped product: strides of whole 16 bytes."""
+    meta = {"dtype": torch.bfloat16, "device": "meta"}
+    up = torch.empty(96, rank, 4, **meta).permute(2, 0, 1)
+    change = LowRank(torch.empty(4, rank, 40, **meta), up, 0.5)
+    ends = torch.empty(4, dtype=torch.int32, device="meta")
+    with pytest.raises(RuntimeError, match="strides"):
+        torch.nn.functional.grouped_mm(torch.empty(9, rank, **meta), up.mT, offs=ends)
+    assert _low_rank(torch.empty(9, 64, **meta), change, ends, 128, 2).shape == (9, 128)
 
 
 # What a model does not show: ids, biases, and every activation's shape of a layer.
@@ -267,6 +280,35 @@ def test_half_types():
     assert got.dtype == torch.bfloat16 and relative_error(got, exact) < 14**0.5 * 2.0**-8
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("rank", [3, 16])
+@pytest.mark.parametrize(("activation", "gated"), [("gelu_tanh", True), ("relu2", False)])
+def test_on_the_gpu(activation, gated, rank, dtype):
+    """Kernel triton against the reference in float32 on a CPU, outputs and gradients."""
+    weights = make_layer(8, 192, 96, activation, gated)
+    adapters = adapters_for(weights, rank)
+    hidden, routing = torch.randn(300, 192), torch.rand(300, 3)
+    ids = torch.randint(-1, 9, (300, 3))
+    grad, results = torch.randn(300, 192), []
+    for device, kernel, kind in (("cpu", "reference", torch.float32), ("cuda", "triton", dtype)):
+        fused = fp4moe.FusedExperts(weights.to(device), kernel)
+        fused.float_layout = "gate_up"
+        own = {
+            name: [LowRank(*(t.detach().to(device).requires_grad_() for t in change[:2]), 0.5)]
+            for name, (change,) in adapters.items()
+        }
+        x = hidden.to(device, kind).requires_grad_()
+        r = routing.to(device).requires_grad_()
+        out = experts_with_adapters(fused, x, ids.to(device), r, own)
+        leaves = x, r, *(t for (c,) in own.values() for t in c[:2])
+        found = torch.autograd.grad(out, leaves, grad.to(device, kind))
+        results.append([t.cpu() for t in (out, *found)])
+    for expected, got in zip(*results, strict=True):
+        # Some twenty roundings to bfloat16 on the way, 2^-9 each at random; relu2 doubles one.
+        assert relative_error(got, expected) < 2 * 20**0.5 * 2.0**-9
+
+
 # Refusals.
 
 
@@ -300,6 +342,13 @@ def test_what_cannot_have_adapters_says_why(original, packed):
     w4a4 = fp4moe.replace_moe(copy.deepcopy(original), "reference_w4a4", progress=False)
     with pytest.raises(UnsupportedError, match=r'^register_peft: .*Load or replace .*"triton"'):
         with_lora(w4a4)
+    split = copy.deepcopy(packed)
+    for fused in fused_parts(split).values():
+        fused.forward = functools.partial(type(fused).forward, fused)
+    with pytest.raises(
+        UnsupportedError, match=r"^register_peft: .* forward was replaced on the in"
+    ):
+        with_lora(split)
     for fused in fused_parts(packed).values():
         fused.float_layout = None
     with pytest.raises(UnsupportedError, match=r"^register_peft: the experts at .*one stacked par"):
@@ -313,6 +362,10 @@ def test_registered_once_and_beside_nobody_else(monkeypatch):
     from peft.tuners.lora import LoraModel
 
     fp4moe.register_peft()
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib.metadata, "version", lambda package: "0.20.1")
+        with pytest.raises(UnsupportedError, match=r"^register_peft: .* PEFT 0.20.1 wraps"):
+            fp4moe.register_peft()
 
     class Another(LoraModel):
         pass

@@ -39,7 +39,8 @@ class _Sorted(NamedTuple):
 
     Attributes:
         order: slots by expert, int64 [N]. inverse: where each slot stands.
-        ids: [N, 1], global, in that order. there: bool [N, 1], whether the id is an expert's.
+        ids: [N, 1], global, in that order.
+        there: bool [T, K], whether the id is an expert's.
         ends: int32 [E], where each expert's slots end; those without an expert are the last one's.
     """
 
@@ -51,31 +52,35 @@ class _Sorted(NamedTuple):
 
 
 def _sort(expert_ids: torch.Tensor, experts: int) -> _Sorted:
-    ids = expert_ids.reshape(-1)
-    there = (ids >= 0) & (ids < experts)
-    keys, order = torch.where(there, ids, experts - 1).sort(stable=True)
-    places = torch.arange(experts, device=ids.device, dtype=keys.dtype)
+    there = (expert_ids >= 0) & (expert_ids < experts)
+    keys, order = torch.where(there, expert_ids, experts - 1).reshape(-1).sort(stable=True)
+    places = torch.arange(experts, device=order.device, dtype=keys.dtype)
     ends = torch.searchsorted(keys, places, right=True).to(torch.int32)
-    return _Sorted(order, order.argsort(), ids[order, None], there[order, None], ends)
+    return _Sorted(order, order.argsort(), expert_ids.reshape(-1, 1)[order], there, ends)
 
 
 class _ToSlots(torch.autograd.Function):
-    """hidden [T, H] -> the rows of sorted slots; its gradient sums a token's slots in order."""
+    """hidden [T, H] -> the rows of sorted slots, zero without an expert.
+
+    The gradient sums a token's slots in order.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, order, inverse):
-        ctx.save_for_backward(inverse)
-        ctx.tokens = hidden.shape[0]
-        return hidden[order // (order.shape[0] // hidden.shape[0])]
+    def forward(ctx, hidden, order, inverse, there):
+        ctx.save_for_backward(inverse, there)
+        tokens, top_k = there.shape
+        # A row of zeros behind them: what has no expert must not pass on inf or NaN.
+        rows = torch.where(there.reshape(-1)[order], order // top_k, tokens)
+        return torch.cat((hidden, hidden.new_zeros((1, hidden.shape[1]))))[rows]
 
     @staticmethod
     def backward(ctx, gradient):
-        (inverse,) = ctx.saved_tensors
-        slots = inverse.view(ctx.tokens, -1).unbind(1)
-        total = gradient[slots[0]].float()
-        for each in slots[1:]:
-            total = total + gradient[each]
-        return total.to(gradient.dtype), None, None
+        inverse, there = ctx.saved_tensors
+        slots = inverse.view(there.shape)
+        total = torch.zeros((), dtype=torch.float32, device=gradient.device)
+        for k in range(there.shape[1]):
+            total = total + torch.where(there[:, k, None], gradient[slots[:, k]], 0)
+        return total.to(gradient.dtype), None, None, None
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -144,9 +149,7 @@ def experts_with_adapters(
         return hidden * 0
     layer, operands = fused.layer, fused.prepared.operands
     found = _sort(expert_ids, layer.num_experts)
-    x = _ToSlots.apply(hidden, found.order, found.inverse)
-    # Not a product: what has no expert must not pass on inf or NaN.
-    x = torch.where(found.there, x, 0)
+    x = _ToSlots.apply(hidden, found.order, found.inverse, found.there)
     halves = 1 + layer.gated
     # Inductor fuses plain operations with what stands around them.
     kernel = "reference" if torch.compiler.is_compiling() else fused.kernel
@@ -158,7 +161,7 @@ def experts_with_adapters(
     y = _product(fused, operands, "down", 1, inner, found)
     for change in adapters.get("down", ()):
         y = y + _low_rank(inner, change, found.ends, y.shape[1], 1)
-    weights = torch.where(found.there[found.inverse].view(expert_ids.shape), routing_weights, 0)
+    weights = torch.where(found.there, routing_weights, 0)
     return _WeightedSum.apply(y, weights, found.order, found.inverse)[:, : hidden.shape[1]]
 
 

@@ -181,6 +181,9 @@ def _check_experts(path: str, experts: FusedExperts) -> None:
     if experts.float_layout is None:
         reason = "they did not come from one stacked parameter, or factors moved from up to down"
         refuse("register_peft", what, reason, "Adapt attention alone, or the float model.")
+    if "forward" in vars(experts):
+        reason = "their forward was replaced on the instance, as parallelism and hooks do"
+        refuse("register_peft", what, reason, "Load the whole layer on one process, without hooks.")
     if local != layer.num_experts:
         reason = f"{local} of {layer.num_experts} are here"
         refuse("register_peft", what, reason, "Load the whole layer on one process.")

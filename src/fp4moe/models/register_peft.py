@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+
 from ..errors import refuse
 
 __all__ = ["register_peft"]
+
+OLDEST = (0, 21)
 
 
 def register_peft() -> None:
@@ -17,7 +21,8 @@ def register_peft() -> None:
     refused. `get_peft_model`, `PeftModel.from_pretrained` and transformers' `add_adapter` follow.
 
     Raises:
-        UnsupportedError: PEFT is not installed, or another package has put its own LoRA there.
+        UnsupportedError: PEFT 0.21 or newer is not installed, or another package has put its own
+            LoRA there.
     """
     try:
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -26,6 +31,10 @@ def register_peft() -> None:
     except ImportError as error:
         what, advice = "adapters cannot be registered", "Install peft."
         refuse("register_peft", what, f"of {error}", advice, cause=error)
+    version = importlib.metadata.version("peft")
+    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+        what, reason = "adapters cannot be registered", f"PEFT {version} wraps parameters otherwise"
+        refuse("register_peft", what, reason, "Install peft 0.21 or newer.")
     from .peft_lora import PackedLoraModel
 
     present = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA]
