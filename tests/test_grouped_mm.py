@@ -10,7 +10,8 @@ from torch.library import opcheck
 from fp4moe.errors import ShapeError, UnsupportedError
 from fp4moe.formats import FORMATS
 from fp4moe.kernels import KERNELS, get_kernel
-from fp4moe.kernels.grouped import GROUPED_KERNELS, GroupedMatrix
+from fp4moe.kernels.grouped import GROUPED_KERNELS
+from fp4moe.kernels.grouped_matrix import GroupedMatrix
 from fp4moe.testing import make_layer, relative_error
 
 E, OFFSET, LOCAL, H, I, T, K = 8, 2, 5, 48, 32, 9, 3  # noqa: E741

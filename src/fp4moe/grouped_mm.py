@@ -14,13 +14,13 @@ from .checks import HIDDEN_DTYPES, ID_DTYPES
 from .errors import must, refuse
 from .formats import FORMATS
 from .kernels.grouped import (
-    GroupedMatrix,
     check_grouped_device,
     check_grouped_kernel,
     input_gradient,
     multiply,
     size_multiple,
 )
+from .kernels.grouped_matrix import GroupedMatrix
 from .ops import TAGS, library
 
 __all__ = ["backward_operator", "grouped_mm_operator"]

@@ -196,7 +196,10 @@ class FusedExperts(PreparedModule):
     ) -> torch.Tensor:
         """Apply the experts; see `fp4moe.fused_moe` for the arguments."""
         if not torch.compiler.is_compiling():
-            self.look_again()
+            if self._lent.marks:
+                self._lent.check(self)
+            if self.prepared_down_packed.device != self._place:
+                self._choose_again()
         # Spelled out: torch.compile follows attributes, and a call costs less so.
         gate_up = (
             self.prepared_gate_up_packed,
@@ -217,7 +220,7 @@ class FusedExperts(PreparedModule):
         return torch.ops.fp4moe.moe.default(*chosen, *biased, *self._arguments)
 
     def look_again(self) -> None:
-        """See before a call whether lent tensors were written to, or buffers moved one by one."""
+        """Do what `forward` does first, for who reads `prepared` instead of calling it."""
         if self._lent.marks:
             self._lent.check(self)
         if self.prepared_down_packed.device != self._place:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from ..grouped_mm import grouped_mm_operator
 from ..kernels import Operands
-from ..kernels.grouped import GroupedMatrix, combine, combine_gradient
+from ..kernels.grouped import combine, combine_gradient
+from ..kernels.grouped_matrix import GroupedMatrix
 from ..module import FusedExperts
 
 __all__ = ["LowRank", "experts_with_adapters"]

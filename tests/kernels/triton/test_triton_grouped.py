@@ -11,7 +11,8 @@ from triton_layers import MODES, compiled, interpreted, layer, relative
 
 from fp4moe.activations import ACTIVATIONS
 from fp4moe.formats import FORMATS
-from fp4moe.kernels.grouped import GroupedMatrix, combine, combine_gradient
+from fp4moe.kernels.grouped import combine, combine_gradient
+from fp4moe.kernels.grouped_matrix import GroupedMatrix
 from fp4moe.kernels.triton.kernel import TRITON
 
 # One rounding to bfloat16 of the input (float32 only) and one of the sum; fp8_channel's gradient is

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ..base import current_capability
-from ..grouped import GroupedMatrix
+from ..grouped_matrix import GroupedMatrix
 from ..operands import Call
 from .activation import activation_constants, combine, combine_gradients, slope
 from .gemm import UNSPECIALIZED, _add_dot, find_work, gate_up_kernel

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..base import current_capability
-from ..grouped import GroupedMatrix
+from ..grouped_matrix import GroupedMatrix
 from ..measured import choose_tiles
 from .backward import slot_gradients, slot_sums, tile_for
 from .sort import sort_slots, sum_slots
