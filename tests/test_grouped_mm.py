@@ -93,7 +93,7 @@ def test_strides_of_rows_and_gradient():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("gemm", "tokens"), [("gate_up", T), ("down", 1), ("gate_up", 0)])
+@pytest.mark.parametrize(("gemm", "tokens"), [("gate_up", T), ("down", 0)])
 def test_opcheck(gemm, tokens):
     args, _ = arguments(gemm, tokens=tokens, biased=gemm == "down")
     opcheck(OPERATOR, args)

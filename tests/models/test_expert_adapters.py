@@ -273,11 +273,17 @@ def test_half_types():
     fused, adapters = fp4moe.FusedExperts(weights, "reference"), adapters_for(weights)
     fused.float_layout = "gate_up"
     hidden, ids, routing = torch.randn(33, 64), torch.randint(0, 4, (33, 2)), torch.rand(33, 2)
-    exact = experts_with_adapters(fused, hidden, ids, routing, adapters)
-    got = experts_with_adapters(fused, hidden.bfloat16(), ids, routing, adapters)
-    # Rounded: hidden, A, B, both products of an adapter, their sums, the intermediate, the result;
-    # some 14 roundings of 2^-9 each at random, the later ones cancelled by nothing.
-    assert got.dtype == torch.bfloat16 and relative_error(got, exact) < 14**0.5 * 2.0**-8
+    grad, results = torch.randn(33, 64).bfloat16(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        x = hidden.to(dtype).requires_grad_()
+        out = experts_with_adapters(fused, x, ids, routing, adapters)
+        leaves = x, *(t for (change,) in adapters.values() for t in change[:2])
+        results.append((out, *torch.autograd.grad(out, leaves, grad.to(dtype))))
+    # Hidden, A, B, both products of an adapter, their sums, the intermediate, the result, and as
+    # much on the way back: some thirty roundings of 2^-9 each at random.
+    for exact, got in zip(*results, strict=True):
+        assert relative_error(got, exact) < 30**0.5 * 2.0**-9
+    assert [t.dtype for t in results[1]] == [torch.bfloat16] * 2 + [torch.float32] * 4
 
 
 @pytest.mark.gpu

@@ -85,11 +85,12 @@ def test_adapters_inside_packed_experts_want_register_peft():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("registered_peft")
+@pytest.mark.parametrize("name", ["small_gemma4"])
 def test_trainer_trains_adapters_inside_packed_experts(name, tmp_path):
     model = loaded(name)
-    first = "gate_up_proj" if name == "small_gemma4" else "up_proj"
-    options = {"target_modules": [], "target_parameters": [f"experts.{first}", "experts.down_proj"]}
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, **options))
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    config = peft.LoraConfig(r=4, target_modules=[], target_parameters=targets)
+    wrapped = peft.get_peft_model(model, config)
     before = logits(wrapped)
     data = [{"input_ids": IDS[0], "labels": IDS[0]}] * 8
     trainer = Trainer(wrapped, arguments(tmp_path), train_dataset=data)

@@ -77,10 +77,10 @@ class _ToSlots(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         inverse, there = ctx.saved_tensors
-        slots = inverse.view(there.shape)
-        total = torch.zeros((), dtype=torch.float32, device=gradient.device)
-        for k in range(there.shape[1]):
-            total = total + torch.where(there[:, k, None], gradient[slots[:, k]], 0)
+        slots = inverse.view(there.shape).unbind(1)
+        total = torch.where(there[:, :1], gradient[slots[0]], 0).float()
+        for k in range(1, len(slots)):
+            total = total + torch.where(there[:, k, None], gradient[slots[k]], 0)
         return total.to(gradient.dtype), None, None, None
 
 
