@@ -1,7 +1,8 @@
-"""Teach a small Gemma4 with packed NVFP4 experts a style: LoRA beside frozen experts, on a CPU.
+"""Teach a small Gemma4 with packed NVFP4 experts a style: LoRA beside and inside them, on a CPU.
 
-The model was trained on Python code; it learns to write like this repository's README. Only the
-adapters of attention and router are trained; the experts stay packed and pass gradients on.
+The model was trained on Python code; it learns to write like this repository's README. Adapters of
+attention, of the router and of the experts are trained; what is packed stays packed. The files are
+PEFT's own: they load on the float model, too.
 
 Run: python examples/lora_finetune.py
 """
@@ -23,6 +24,7 @@ import fp4moe
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODEL = ROOT / "tests" / "data" / "small_gemma4"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "router.proj"]
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 LENGTH, BATCH = 128, 8
 PROMPT = "* `"
 
@@ -77,7 +79,10 @@ def main() -> None:
     rows, held_out = read_text(tokenizer, options.text)
     model = fp4moe.from_pretrained(options.model, dtype=torch.float32)
     print(fp4moe.explain(model))
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
+    # PEFT adapts packed modules from here on.
+    fp4moe.register_peft()
+    targets = {"target_modules": TARGETS, "target_parameters": EXPERTS}
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, **targets))
     model.print_trainable_parameters()
     before = evaluate(model, held_out), write(model, tokenizer)
     start = time.perf_counter()

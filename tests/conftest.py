@@ -153,3 +153,14 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(auto, name, dict(getattr(auto, name)))
     fp4moe.register_transformers()
     fp4moe.register_transformers()
+
+
+@pytest.fixture
+def registered_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp4moe.register_peft(), undone afterwards."""
+    peft = pytest.importorskip("peft", reason="optional package")
+    import fp4moe
+
+    tuners, kind = peft.PEFT_TYPE_TO_TUNER_MAPPING, peft.PeftType.LORA
+    monkeypatch.setitem(tuners, kind, tuners[kind])
+    fp4moe.register_peft()

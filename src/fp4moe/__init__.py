@@ -10,6 +10,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from . import errors
+from . import grouped_mm as grouped_mm  # its operators
 from .activations import ACTIVATIONS, Activation
 from .experts import ExpertWeights
 from .formats import NVFP4
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .calibration.calibrate import calibrate
     from .compile.backend import backend, inductor_options
     from .models.autotune import autotune
+    from .models.register_peft import register_peft
     from .models.replace import explain, replace_moe
     from .pretrained.load import from_pretrained, register_transformers
     from .pretrained.quantize import quantize_checkpoint
@@ -58,6 +60,7 @@ __all__ = [
     "passes",
     "quantize_checkpoint",
     "quantize_nvfp4",
+    "register_peft",
     "register_transformers",
     "replace_moe",
     "selftest",
@@ -77,6 +80,7 @@ _LATE = {
     "from_pretrained": "pretrained.load",
     "inductor_options": "compile.backend",
     "quantize_checkpoint": "pretrained.quantize",
+    "register_peft": "models.register_peft",
     "register_transformers": "pretrained.load",
     "replace_moe": "models.replace",
     "selftest": "tools.selftest",

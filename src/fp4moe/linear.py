@@ -197,8 +197,10 @@ class PackedLinear(PreparedModule):
         """Return hidden [..., in] x weight^T + bias, in hidden's dtype, or autocast's."""
         if not torch.compiler.is_compiling() and self.prepared_weight.device != self._place:
             self._choose_again()
-        if self.kernel == "reference":
-            # Plain operations, which torch.compile fuses with what stands around them.
+        trained = torch.is_grad_enabled() and hidden.requires_grad
+        if self.kernel == "reference" and not trained:
+            # Plain operations, which torch.compile fuses with what stands around them. Autograd
+            # would keep the float weight; the operator saves codes.
             bias = None if self.bias is None else self.bias.to(hidden.dtype)
             return F.linear(hidden, self.prepared.decoded(hidden.dtype), bias)
         if not torch.compiler.is_compiling() and self._lent.marks:

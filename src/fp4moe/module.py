@@ -95,6 +95,9 @@ class FusedExperts(PreparedModule):
         check_kernel_name(kernel, caller="FusedExperts")
         check_choice("routing", routing, ROUTINGS, caller="FusedExperts")
         self.top_k = top_k
+        # How the float module stacked gate and up, where adapters of its parameters fit; see
+        # ExpertWeights.quantize.
+        self.float_layout: str | None = None
         self.requested_kernel = kernel
         self.hidden_alignment = hidden_alignment
         self.routing = routing
@@ -216,6 +219,13 @@ class FusedExperts(PreparedModule):
             return torch.ops.fp4moe.nvfp4_moe.default(*chosen, *operands, *self._arguments)
         biased = *gate_up, self.prepared_gate_up_bias, *down, self.prepared_down_bias, *scales
         return torch.ops.fp4moe.moe.default(*chosen, *biased, *self._arguments)
+
+    def look_again(self) -> None:
+        """Do what `forward` does first, for who reads `prepared` instead of calling it."""
+        if self._lent.marks:
+            self._lent.check(self)
+        if self.prepared_down_packed.device != self._place:
+            self._choose_again()
 
     def _device(self) -> torch.device:
         return self.prepared_gate_up_packed.device

@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"reference", "reference_gradients", "testing"},
     {"kernels"},
     {"identity"},
-    {"arguments", "autograd", "checks", "linear_op", "ops"},
+    {"arguments", "autograd", "checks", "grouped_mm", "linear_op", "ops"},
     {"fused", "linear", "logical", "module", "prepared"},
     {"checkpoint"},
     {"models"},
@@ -52,6 +52,7 @@ HEAVY: dict[str, set[str]] = {
     "humming": set(),
     "modelopt": set(),
     "pandas": set(),
+    "peft": {"models.peft_lora"},
     "safetensors": set(),
     "scipy": set(),
     "tensorrt": set(),
@@ -60,8 +61,8 @@ HEAVY: dict[str, set[str]] = {
     "triton": {
         f"kernels.triton.{name}"
         for name in (
-            *("activation", "arrange", "backward", "choose", "decode_fp8", "decode_mxfp4"),
-            *("decode_nvfp4", "fingerprint", "gemm", "gemm_w8a8", "linear_gemm"),
+            *("activation", "arrange", "backward", "choose", "combine", "decode_fp8"),
+            *("decode_mxfp4", "decode_nvfp4", "fingerprint", "gemm", "gemm_w8a8", "linear_gemm"),
             *("one_token_gemm", "registers", "round_e4m3", "sort", "weights"),
         )
     },

@@ -24,6 +24,7 @@ EAGER = {
     "experts",
     "formats",
     "fused",
+    "grouped_mm",
     "identity",
     "kernels",
     "layer",

@@ -25,11 +25,12 @@ PUBLIC = {
     # Operators; a message of a kernel begins with that of the operator.
     *("moe", "moe_from_logits", "nvfp4_moe", "choose_experts", "float_moe"),
     *("float_moe_from_logits", "linear", "linear_weight", "moe_backward", "float_moe_backward"),
+    *("grouped_mm", "grouped_mm_backward"),
     # Of fp4moe.passes, tensorrt, testing and reference.
     *("rewrite_exported", "rewrite_moe", "lowering_pass", "random_codes", "relative_error"),
     *("reference", "reference_w4a4", "reference_gradients", "reference_w4a4_gradients"),
-    # Methods of transformers' models.
-    "dequantize",
+    # Methods of transformers' and of PEFT's models.
+    *("dequantize", "merge"),
     # What evaluate and calibrate return.
     *("EvaluationReport", "BlockRanges"),
     # What is set, not called.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from trained_models import SMALL_MODELS
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import fp4moe
 from fp4moe.testing import relative_error
@@ -40,6 +40,11 @@ def logits(model):
         return model.eval()(IDS, use_cache=False).logits
 
 
+def loss(model):
+    with torch.no_grad():
+        return model.eval()(IDS, labels=IDS, use_cache=False).loss
+
+
 def arguments(folder, **options):
     options |= {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
     return TrainingArguments(folder, max_steps=6, learning_rate=2e-3, logging_steps=1, **options)
@@ -71,8 +76,33 @@ def test_trainer_asks_for_an_adapter(tmp_path):
         Trainer(loaded("small_gemma4"), arguments(tmp_path))
 
 
-def test_adapters_inside_packed_experts_are_refused():
+def test_adapters_inside_packed_experts_want_register_peft():
     model = loaded("small_gemma4")
     config = peft.LoraConfig(r=4, target_modules=[], target_parameters=["experts.down_proj"])
     with pytest.raises(ValueError, match="no `target_parameters` found"):
         peft.get_peft_model(model, config)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("registered_peft")
+@pytest.mark.parametrize("name", ["small_gemma4"])
+def test_trainer_trains_adapters_inside_packed_experts(name, tmp_path):
+    model = loaded(name)
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    config = peft.LoraConfig(r=4, target_modules=[], target_parameters=targets)
+    wrapped = peft.get_peft_model(model, config)
+    before = logits(wrapped)
+    data = [{"input_ids": IDS[0], "labels": IDS[0]}] * 8
+    trainer = Trainer(wrapped, arguments(tmp_path), train_dataset=data)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 6 and losses[-1] < 0.9 * losses[0]
+    after = logits(wrapped)
+    assert relative_error(after, before) > 1e-2
+    wrapped.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(loaded(name), tmp_path / "adapter")
+    assert torch.equal(logits(again), after)
+    # The float model, whose experts were not rounded, takes the same file and gains as much.
+    floats = AutoModelForCausalLM.from_pretrained(SMALL_MODELS[name], dtype=torch.float32)
+    plain = loss(floats)
+    assert loss(peft.PeftModel.from_pretrained(floats, tmp_path / "adapter")) < 0.9 * plain

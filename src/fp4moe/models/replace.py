@@ -144,6 +144,7 @@ def replace_moe(
             top_k=job.top_k,
             routing=routing,
         )
+        experts.float_layout = job.storage.layout if job.storage else None
         fused = job.build(experts)
         fused.train(job.module.training)
         carry_hooks(job.module, fused)

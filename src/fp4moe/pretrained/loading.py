@@ -263,6 +263,8 @@ class Loading:
                 top_k=experts.facts.top_k,
                 routing=self.options.routing,
             )
+            # Where factors moved from up to down, an adapter of up would miss them.
+            fused.float_layout = None if found.folded else experts.facts.layout
             model.set_submodule(path, fused.eval())
         for path, linear in plan.linears.items():
             device = model.get_submodule(path).place.device

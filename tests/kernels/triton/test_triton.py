@@ -297,6 +297,7 @@ def test_the_interpreter_agrees():
         file.with_name("test_triton_linear.py"),
         file.with_name("test_triton_gradients.py"),
         file.with_name("test_triton_one_token.py"),
+        file.with_name("test_triton_grouped.py"),
         file.with_name("test_triton_rows.py"),
         file.with_name("test_triton_w8a8.py"),
         file.with_name("test_triton_parameters.py"),

@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ...formats import FORMATS
 from ..base import current_capability
+from ..grouped_matrix import GroupedMatrix
 from ..operands import Call
 from .activation import activation_constants, combine, combine_gradients, slope
 from .gemm import UNSPECIALIZED, _add_dot, find_work, gate_up_kernel
@@ -30,7 +30,8 @@ from .sort import Sorted, sort_slots, sum_slots
 from .tiles import MODES, Config, Tile
 from .weights import load_weights, row_factor
 
-__all__ = ["gradients_with", "hidden_gradient_kernel", "inner_gradient_kernel", "tile_for"]
+__all__ = ["gradients_with", "hidden_gradient_kernel", "inner_gradient_kernel", "slot_gradients"]
+__all__ += ["slot_sums", "tile_for"]
 
 
 @triton.jit
@@ -204,70 +205,89 @@ def gradients_with(
     weights = call.routing_weights.to(torch.float32).contiguous()
     grad = gradient.to(torch.bfloat16)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
-    local, hidden_padded, columns = call.operands.down_packed.shape
-    window = layer.expert_offset, local
-    intermediate = FORMATS[layer.format].elements(columns)
-    form: dict[str, Any] = _form(hidden.device, layer.format)
+    form = layer.format, 1 + layer.gated, layer.expert_offset
+    gate_up = GroupedMatrix.of(call.operands, "gate_up", *form)
+    down = GroupedMatrix.of(call.operands, "down", layer.format, 1, layer.expert_offset)
+    intermediate, window = down.columns, (layer.expert_offset, down.experts)
     with torch.cuda.device_of(hidden):
-        sums = _sums(config, call, ids, form)
+        given = hidden, ids, gate_up, call.operands.gate_up_bias
+        sums = slot_sums(config.mode, config.gate_up, *given, torch.float32)
         found = sort_slots(ids, *window, tile.slots)
-        constants = {"SLOTS": tile.slots, "ROWS": tile.rows, "SLABS": tile.slabs}
-        constants |= {"STAGES": tile.stages, "num_warps": tile.warps, **form}
         blocks = -(-intermediate // (tile.slabs * SLAB))
         to_sums = sums.new_empty(sums.shape, dtype=torch.bfloat16)
         # Zero where an id is not local.
         to_weights = sums.new_zeros((ids.numel(), blocks))
-        down, gate_up = _weights(call, "down"), _weights(call, "gate_up")
         slabs = intermediate // SLAB
         inner_gradient_kernel[(found.most * blocks,)](
-            grad, grad.stride(0), ids, *found[:3], *down, call.operands.down_bias, sums, weights,
-            to_sums, to_weights, ids.numel(), ids.shape[1], hidden.shape[1], hidden_padded,
+            grad, grad.stride(0), ids, *found[:3], *_weights(down), call.operands.down_bias, sums,
+            weights, to_sums, to_weights, ids.numel(), ids.shape[1], hidden.shape[1], down.rows,
             intermediate, slabs, *window, WHOLE=slabs % tile.slabs == 0, GATED=layer.gated,
-            **activation_constants(layer.activation), **constants,
+            **activation_constants(layer.activation), **_constants(tile, hidden.device, down),
         )  # fmt: skip
-        partial = to_sums.new_empty((ids.numel(), hidden_padded))
-        slabs = hidden_padded // SLAB
-        hidden_gradient_kernel[(found.most * -(-slabs // tile.slabs),)](
-            to_sums, ids, *found[:3], *gate_up, partial, ids.numel(), sums.shape[1], hidden_padded,
-            slabs, *window, PARTS=1 + layer.gated, WHOLE=slabs % tile.slabs == 0, **constants,
-        )  # fmt: skip
+        partial = slot_gradients(tile, to_sums, ids, gate_up, found)
         to_hidden = sum_slots(partial, ids, window, hidden.new_empty(hidden.shape))
     return to_hidden, to_weights.sum(1).view(ids.shape).to(call.routing_weights.dtype)
 
 
-def _form(device: torch.device, format: str) -> dict[str, Any]:
-    capability = None if triton.knobs.runtime.interpret else current_capability(device)
-    wait = capability is not None and capability[0] == 9
-    return {"ASSEMBLY": capability is not None, "WAIT": wait, "FORMAT": format}
+def slot_gradients(
+    tile: Tile, grad: torch.Tensor, ids: torch.Tensor, matrix: GroupedMatrix, found: Sorted
+) -> torch.Tensor:
+    """Return grad matrix[e] of every slot, bfloat16 [slots, columns], unwritten without an expert.
 
-
-def _weights(call: Call, gemm: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the words, the scales and the global scales that kernels read."""
-    parts = ("packed", "block_scale", "global_scale")
-    packed, scale, global_scale = (getattr(call.operands, f"{gemm}_{part}") for part in parts)
-    words = scale if scale.dtype == torch.float32 else scale.view(-1).view(torch.int32)
-    return packed.view(torch.int32), words, global_scale
-
-
-def _sums(config: Config, call: Call, ids: torch.Tensor, form: dict[str, Any]) -> torch.Tensor:
-    """Return gate and up as the forward's activation takes them, float32 [slots, gate, up]."""
-    hidden, layer, tile = call.hidden, call.layer, config.gate_up
-    x = hidden.to(torch.bfloat16) if hidden.dtype == torch.float32 else hidden
-    x = x if x.stride(1) == 1 else x.contiguous()
-    local, hidden_padded, columns = call.operands.down_packed.shape
-    intermediate, slabs = FORMATS[layer.format].elements(columns), hidden_padded // SLAB
-    window = layer.expert_offset, local
-    # Where a program's number is its slot nothing is read.
-    found = Sorted(ids, ids, ids, ids.numel())
-    if config.mode == "sorted":
-        found = sort_slots(ids, *window, tile.slots + tile.more)
-    out = x.new_empty((ids.numel(), intermediate * (1 + layer.gated)), dtype=torch.float32)
-    gate_up_kernel[(found.most * -(-intermediate // tile.rows),)](
-        x, x.stride(0), ids, *found[:3], *_weights(call, "gate_up"), call.operands.gate_up_bias,
-        out, ids.numel(), ids.shape[1], x.shape[1], intermediate, slabs, *window,
-        MODE=MODES.index(config.mode), SLOTS=tile.slots, MORE=tile.more, ROWS=tile.rows,
-        SLABS=tile.slabs, STAGES=tile.stages, num_warps=tile.warps,
-        WHOLE=slabs % tile.slabs == 0 and x.shape[1] == hidden_padded, GATED=layer.gated,
-        ACTIVATION="sums", ALPHA=1.0, BETA=0.0, LIMIT=0.0, FP16=x.dtype == torch.float16, **form,
+    Args:
+        grad: bfloat16 [slots, rows], contiguous. found: the slots in tiles of `tile.slots`.
+    """
+    columns = matrix.columns
+    slabs = columns // SLAB
+    out = grad.new_empty((grad.shape[0], columns))
+    hidden_gradient_kernel[(found.most * -(-slabs // tile.slabs),)](
+        grad, ids, *found[:3], *_weights(matrix), out, ids.numel(), matrix.rows, columns, slabs,
+        matrix.expert_offset, matrix.experts, PARTS=matrix.halves,
+        WHOLE=slabs % tile.slabs == 0, **_constants(tile, grad.device, matrix),
     )  # fmt: skip
     return out
+
+
+def slot_sums(
+    mode: str, tile: Tile, hidden: torch.Tensor, ids: torch.Tensor, matrix: GroupedMatrix,
+    bias: torch.Tensor | None, dtype: torch.dtype, out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Return matrix[e] hidden[t] + bias[e] of every slot, [slots, rows], gate first.
+
+    Args:
+        mode, tile: of `Config`. ids: contiguous.
+        out: where it is written, of the dtype; default a new tensor, unwritten without an expert.
+    """
+    x = hidden.to(torch.bfloat16) if hidden.dtype == torch.float32 else hidden
+    x = x if x.stride(1) == 1 else x.contiguous()
+    rows, slabs = matrix.rows // matrix.halves, matrix.columns // SLAB
+    window = matrix.expert_offset, matrix.experts
+    # Where a program's number is its slot nothing is read.
+    found = Sorted(ids, ids, ids, ids.numel())
+    if mode == "sorted":
+        found = sort_slots(ids, *window, tile.slots + tile.more)
+    if out is None:
+        out = x.new_empty((ids.numel(), matrix.rows), dtype=dtype)
+    gate_up_kernel[(found.most * -(-rows // tile.rows),)](
+        x, x.stride(0), ids, *found[:3], *_weights(matrix), bias, out, ids.numel(), ids.shape[1],
+        x.shape[1], rows, slabs, *window, MODE=MODES.index(mode), MORE=tile.more,
+        WHOLE=slabs % tile.slabs == 0 and x.shape[1] == matrix.columns, GATED=matrix.halves == 2,
+        ACTIVATION="sums", ALPHA=1.0, BETA=0.0, LIMIT=0.0, FP16=x.dtype == torch.float16,
+        **_constants(tile, x.device, matrix),
+    )  # fmt: skip
+    return out
+
+
+def _constants(tile: Tile, device: torch.device, matrix: GroupedMatrix) -> dict[str, Any]:
+    capability = None if triton.knobs.runtime.interpret else current_capability(device)
+    wait = capability is not None and capability[0] == 9
+    sizes = {"SLOTS": tile.slots, "ROWS": tile.rows, "SLABS": tile.slabs, "STAGES": tile.stages}
+    form = {"ASSEMBLY": capability is not None, "WAIT": wait, "FORMAT": matrix.format}
+    return {**sizes, **form, "num_warps": tile.warps}
+
+
+def _weights(matrix: GroupedMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the words, the scales and the global scales that kernels read."""
+    scale = matrix.block_scale
+    words = scale if scale.dtype == torch.float32 else scale.view(-1).view(torch.int32)
+    return matrix.packed.view(torch.int32), words, matrix.global_scale
