@@ -32,6 +32,7 @@ from .kernels import (
 from .logical import Lent, logical_tensor
 from .ops import nvfp4_moe_arguments
 from .pack import activation_scale
+from .part import Part
 from .prepared import PREPARED, PreparedModule
 
 __all__ = ["FusedExperts"]
@@ -66,6 +67,9 @@ class FusedExperts(PreparedModule):
     prepared_down_global_scale: torch.Tensor
     prepared_hidden_scale: torch.Tensor
     prepared_intermediate_scale: torch.Tensor
+    # Which part of the layer is here, where processes share it; two where they share it twice.
+    parts: tuple[Part, ...] = ()
+
     # Without biases of size 0, or not there where the operator takes none.
     prepared_gate_up_bias: torch.Tensor
     prepared_down_bias: torch.Tensor

@@ -21,7 +21,7 @@ from ..models.replace import replace_moe
 from ..models.transformers_registry import register_experts
 from ..module import FusedExperts
 from .loading import Options, convention_of
-from .parallelism import refuse_parallelism
+from .parallelism import check_parallelism
 from .quantizer import METHOD, register_formats, register_method
 
 __all__ = ["from_pretrained", "register_transformers"]
@@ -112,7 +112,7 @@ def from_pretrained(
             "Pickle files are never opened.",
             error=UnsupportedError,
         )
-    refuse_parallelism(
+    check_parallelism(
         hf_kwargs.get("distributed_config"),
         tp_plan=hf_kwargs.get("tp_plan"),
         tp_size=hf_kwargs.get("tp_size"),
@@ -209,6 +209,7 @@ def _config(transformers: Any, directory: str, hf_kwargs: dict[str, Any]) -> Any
     else:
         trust = {name: hf_kwargs[name] for name in ("trust_remote_code",) if name in hf_kwargs}
         config = transformers.AutoConfig.from_pretrained(config or directory, **trust)
-    for name in set(hf_kwargs) & set(config.to_dict()) - {"dtype", "torch_dtype"}:
+    own = {"dtype", "torch_dtype", "distributed_config"}
+    for name in set(hf_kwargs) & set(config.to_dict()) - own:
         setattr(config, name, hf_kwargs.pop(name))
     return config

@@ -22,7 +22,7 @@ from ..checkpoint.files import CheckpointFiles
 from ..checkpoint.huggingface import huggingface_convention, is_huggingface
 from ..checkpoint.modelopt import is_modelopt, modelopt_convention
 from ..checkpoint.naming import FLOAT, FORMS, OTHER, Convention, fail, name_keys
-from ..checkpoint.plan import Model, Plan, inside, make_plan
+from ..checkpoint.plan import ExpertsPlan, Model, Plan, inside, make_plan
 from ..checkpoint.plan_checks import ExpertsFacts, LinearFacts
 from ..checkpoint.read import read_experts, read_linear
 from ..checkpoint.stored import stored_bytes
@@ -34,9 +34,13 @@ from ..linear import PackedLinear
 from ..models.experts_module import is_stacked_experts
 from ..models.routers import fuse_router
 from ..models.routing_plan import plan_fused_routing
+from ..models.sharding import Sharding
 from ..module import FusedExperts
+from ..parallel import check_alike, check_all_succeed
+from ..part import INTERMEDIATE, Part
 from ..progress import progress_bar
 from .key_names import KeyNames, may_skip, optional_names
+from .parallelism import fingerprint
 from .probe_experts import describe_on_meta
 
 __all__ = ["Loading", "Options", "Placeholder", "convention_of"]
@@ -103,16 +107,24 @@ class Placeholder(nn.Module):
 
     place: torch.Tensor
 
-    def __init__(self, nbytes: int):
+    def __init__(self, nbytes: int, num_experts: int | None = None):
         super().__init__()
-        size = torch.empty(nbytes, dtype=torch.uint8, device="meta")
-        self.packed = nn.Parameter(size, requires_grad=False)
+        # What transformers asks experts for that it splits.
+        self.num_experts = num_experts
+        if nbytes:
+            size = torch.empty(nbytes, dtype=torch.uint8, device="meta")
+            self.packed = nn.Parameter(size, requires_grad=False)
         self.register_buffer(
             "place", torch.empty(0, dtype=torch.float32, device="meta"), persistent=False
         )
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """Save nothing: transformers must neither load nor initialise it."""
+
+
+def _form(experts: ExpertsPlan) -> str:
+    """The format that experts have in the end."""
+    return experts.facts.format if experts.form == "float" else experts.form
 
 
 class Loading:
@@ -123,6 +135,7 @@ class Loading:
         self.model: Any = None
         self.files: CheckpointFiles | None = None
         self.plan: Plan | None = None
+        self.sharding: Sharding | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
         # Linears whose class computes something else: they get their weights decoded.
         self.own_forward: dict[str, nn.Linear] = {}
@@ -154,6 +167,15 @@ class Loading:
         if names != set(self.files.shards):
             got = f"{sorted(names)} against {sorted(self.files.shards)}"
             fail("have one set of weight files", got, "Remove what is stale; do not pass variant")
+        self.sharding = Sharding.of(model)
+        if self.sharding is not None:
+            options = self.options
+            words = options.kernel, options.hidden_alignment, options.routing, options.format
+            check_alike(
+                fingerprint(self.files, *words, dtype),
+                "from_pretrained: the checkpoint, and the options of loading it,",
+                "Give every process the same files and arguments.",
+            )
 
     def make_plan(self, conversions: list[Any]) -> None:
         """Plan from transformers' renamings, and put the placeholders."""
@@ -194,11 +216,7 @@ class Loading:
             self._refuse(refused, names)
         plan = self.plan = make_plan(self.files.shapes, convention, described)
         for path, found in plan.experts.items():
-            # What any device would be asked to run; the device itself is known later.
-            form = found.facts.format if found.form == "float" else found.form
-            fused = self.options.routing == "fused"
-            layer = Layer.of(found.facts, format=form, kernel_routes=fused)
-            if reasons := choose_kernel(self.options.kernel, layer, current_capability())[1]:
+            if reasons := self._reasons(path, found):
                 refused[path] = reasons
         if refused:
             self._refuse(refused, names)
@@ -209,7 +227,39 @@ class Loading:
             if path in plan.linears and type(module).forward is not nn.Linear.forward:
                 # DeepSeek-V4's output projection multiplies group by group.
                 self.own_forward[path] = module
-            model.set_submodule(path, Placeholder(self._packed_bytes(path)))
+            model.set_submodule(path, self._placeholder(path))
+            if self.sharding is not None:
+                self.sharding.forget(path, [name for name, _ in module.named_parameters()])
+
+    def _reasons(self, path: str, experts: ExpertsPlan) -> list[str]:
+        """Why experts cannot be packed, or split as transformers' plan wants it."""
+        facts, form = experts.facts, _form(experts)
+        parts: list[Part | None] = [None]
+        if self.sharding is not None:
+            names = [n for n, _ in self.model.get_submodule(path).named_parameters()]
+            if reasons := self.sharding.reasons(path, names):
+                return reasons
+            parts = self.sharding.parts(path, facts, form, caller="from_pretrained")
+        fused = self.options.routing == "fused"
+        columns = {p.size for p in parts if p is not None and p.kind == INTERMEDIATE}
+        for size in columns or {facts.intermediate_size}:
+            # What any device would be asked to run; the device itself is known later.
+            sizes = {"intermediate_size": size}
+            layer = Layer.of(facts, format=form, kernel_routes=fused, **sizes)
+            if reasons := choose_kernel(self.options.kernel, layer, current_capability())[1]:
+                return reasons
+        return []
+
+    def _placeholder(self, path: str) -> Placeholder:
+        assert self.plan is not None
+        if self.sharding is None:
+            return Placeholder(self._packed_bytes(path))
+        experts = self.plan.experts.get(path)
+        if experts is None:
+            return Placeholder(0)
+        count = experts.facts.num_experts
+        # Nothing counts bytes here, and a parameter would be split.
+        return Placeholder(0, count // self.sharding.count(path))
 
     def _packed_bytes(self, path: str) -> int:
         """What the module at a path will take, without a kernel's padding."""
@@ -263,7 +313,21 @@ class Loading:
             )
 
     def fill(self, loading_info: Any) -> None:
-        """Check what transformers has loaded, then put the packed modules into their places."""
+        """Check what transformers has loaded, then put the packed modules into their places.
+
+        Processes that share the model succeed together, or all raise.
+        """
+        if self.sharding is None:
+            self._fill(loading_info)
+            return
+        try:
+            self._fill(loading_info)
+        except Exception as error:
+            check_all_succeed("from_pretrained", error)
+            raise
+        check_all_succeed("from_pretrained", None)
+
+    def _fill(self, loading_info: Any) -> None:
         assert self.files is not None and self.plan is not None
         plan, model = self.plan, self.model
         # Those are ours; transformers would report them as unexpected.
@@ -280,22 +344,29 @@ class Loading:
         show = self.options.progress and bool(plan.experts)
         for path, experts in progress_bar(plan.experts.items(), show=show, desc="packing experts"):
             device = model.get_submodule(path).place.device
-            found = read_experts(
-                self.files, path, experts, plan.convention, device=device, dtype=self.dtype
-            )
+            part = self._part(path, experts)
+            how: dict[str, Any] = {"device": device, "dtype": self.dtype, "part": part}
+            found = read_experts(self.files, path, experts, plan.convention, **how)
             folded += found.folded
             if found.unseen:
                 unseen[path] = found.unseen
             # Mapped pages count as memory of the process.
             self.files.close()
+            weights = found.weights
+            if self.sharding is not None and self.sharding.hands_local_ids(path):
+                local = {"num_experts": weights.local_experts, "expert_offset": 0}
+                weights = dataclasses.replace(weights, **local)
             fused = FusedExperts(
-                found.weights,
+                weights,
                 self.options.kernel,
                 hidden_alignment=self.options.hidden_alignment,
                 top_k=experts.facts.top_k,
                 routing=self.options.routing,
             )
             model.set_submodule(path, fused.eval())
+            if self.sharding is not None and part is not None:
+                fused.parts = (part,)
+                self.sharding.install(path, fused)
         for path, linear in plan.linears.items():
             device = model.get_submodule(path).place.device
             module = read_linear(
@@ -318,6 +389,12 @@ class Loading:
                 "; ".join(f"{path}: {', '.join(map(str, ids))}" for path, ids in unseen.items()),
             )
 
+    def _part(self, path: str, experts: ExpertsPlan) -> Part | None:
+        if self.sharding is None:
+            return None
+        facts, form = experts.facts, _form(experts)
+        return self.sharding.part(path, facts, form, caller="from_pretrained")
+
     def _decoded(self, path: str, packed: PackedLinear) -> nn.Module:
         """The module for a Linear of the file: packed, or of its own class with a float weight."""
         own = self.own_forward.get(path)
@@ -336,7 +413,10 @@ class Loading:
             tensor = self.model.get_parameter_or_buffer(name)
             if tensor.is_meta or tuple(tensor.shape) != self.shapes[name]:
                 wrong.append(name)
-            elif tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
+                continue
+            # One process's part of it: asking for all of it would be an exchange.
+            here = getattr(tensor.detach(), "_local_tensor", tensor.detach())
+            if here.is_floating_point() and not bool(torch.isfinite(here).all()):
                 bad.append(name)
         if wrong:
             got = f"others for {name_keys(wrong)}"
