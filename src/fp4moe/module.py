@@ -32,7 +32,6 @@ from .kernels import (
 from .logical import Lent, logical_tensor
 from .ops import nvfp4_moe_arguments
 from .pack import activation_scale
-from .part import Part
 from .prepared import PREPARED, PreparedModule
 
 __all__ = ["FusedExperts"]
@@ -67,9 +66,6 @@ class FusedExperts(PreparedModule):
     prepared_down_global_scale: torch.Tensor
     prepared_hidden_scale: torch.Tensor
     prepared_intermediate_scale: torch.Tensor
-    # Which part of the layer is here, where processes share it; two where they share it twice.
-    parts: tuple[Part, ...] = ()
-
     # Without biases of size 0, or not there where the operator takes none.
     prepared_gate_up_bias: torch.Tensor
     prepared_down_bias: torch.Tensor
@@ -259,14 +255,18 @@ class FusedExperts(PreparedModule):
     def get_extra_state(self) -> torch.Tensor:
         """Return the metadata as JSON bytes; a tensor, so that safetensors can hold it."""
         return torch.frombuffer(
-            bytearray(json.dumps(self.metadata, sort_keys=True).encode()), dtype=torch.uint8
+            bytearray(json.dumps(self._saved(), sort_keys=True).encode()), dtype=torch.uint8
         )
+
+    def _saved(self) -> dict[str, Any]:
+        """The metadata, and whose part of the layer the weights are."""
+        return self.metadata | ({"parts": [*map(str, self.parts)]} if self.parts else {})
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Check that loaded weights belong to a layer of this kind."""
         metadata = _metadata(state)
-        if metadata != self.metadata:
-            rule = f"equal that of this layer, {self.metadata}"
+        if metadata != self._saved():
+            rule = f"equal that of this layer, {self._saved()}"
             advice = "Load into a model that was replaced in the same way."
             must("FusedExperts.load_state_dict: metadata", rule, metadata, advice)
 

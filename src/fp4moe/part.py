@@ -1,7 +1,8 @@
 """Part: which of a layer's experts, or of its intermediate columns, one process holds.
 
 The outputs of all parts of a layer sum to the whole. Intermediate columns are cut at the borders of
-a format's blocks, so that every block keeps its scale and its codes.
+a format's blocks, so that every block keeps its scale and its codes. Linears are split by rows or
+by columns.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from .formats.base import Part as Grid
 from .padding import round_up
 from .resize import block_multiple
 
-__all__ = ["EXPERTS", "INTERMEDIATE", "Part", "part_of_experts", "part_of_intermediate"]
+__all__ = ["COLUMNS", "EXPERTS", "INTERMEDIATE", "ROWS", "Part", "part_of_experts"]
+__all__ += ["part_of_intermediate"]
 
 EXPERTS, INTERMEDIATE = "experts", "intermediate columns"
+# Of a Linear.
+ROWS, COLUMNS = "output rows", "input columns"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +31,8 @@ class Part:
     """Entries start to stop - 1 of `total`: part number `index` of `count`.
 
     Attributes:
-        kind: EXPERTS or INTERMEDIATE.
-        total: experts of the layer, or its intermediate size without padding.
+        kind: EXPERTS or INTERMEDIATE; of a Linear ROWS or COLUMNS.
+        total: experts of the layer, or its intermediate size without padding; sizes of a Linear.
     """
 
     kind: str
@@ -55,11 +59,15 @@ class Part:
         tensors = {name: t.clone() for name, t in found.tensors().items()}
         return ExpertWeights.from_tensors(tensors, found.metadata())
 
-    def cut_stored(self, tensor: torch.Tensor, grid: Grid, *, down: bool) -> torch.Tensor:
-        """Return a view of this part of gate, of up or of down, [E, N, K] as `grid` stores it."""
+    def cut_stored(self, tensor: torch.Tensor, grid: Grid, *, down: bool = False) -> torch.Tensor:
+        """Return a view of this part of a matrix [E, N, K] as `grid` stores it.
+
+        down: whether the intermediate columns are its contraction axis.
+        """
         if self.kind == EXPERTS:
             # One for all experts is not cut.
             return tensor[self.start : self.stop] if tensor.shape[0] == self.total else tensor
+        down = down or self.kind == COLUMNS
         covered = grid.columns if down else grid.rows
         if covered is None:
             return tensor

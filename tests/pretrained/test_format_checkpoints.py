@@ -13,7 +13,7 @@ from fp4moe.checkpoint.files import CheckpointFiles
 from fp4moe.errors import CheckpointError, UnsupportedError
 from fp4moe.kernels import KERNELS
 from fp4moe.kernels.reference import ReferenceKernel
-from fp4moe.pretrained.loading import convention_of
+from fp4moe.pretrained.placeholder import convention_of
 from fp4moe.reference import reference, reference_w4a4
 from fp4moe.testing import relative_error
 

@@ -260,9 +260,14 @@ def make_recorders(model: nn.Module, percentile: float | None) -> list[Recorder]
     found: list[Recorder] = [
         _FusedRecorder(path, module, module.activation_scales()[1].numel(), percentile)
         for path, module in fused
-        if FORMATS[module.layer.format].activation_range
+        if FORMATS[module.layer.format].activation_range and not module.parts
     ]
     refused = [
+        f"{path or 'the model'}: it holds {module.parts[0]}, and ranges are those of all of it"
+        for path, module in fused
+        if module.parts
+    ]
+    refused += [
         f"{path or 'the model'}: experts in {module.layer.format} need none, {DYNAMIC}"
         for path, module in fused
         if not FORMATS[module.layer.format].activation_range

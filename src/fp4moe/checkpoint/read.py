@@ -15,10 +15,11 @@ import torch
 from ..activations import get_activation
 from ..experts import ExpertWeights
 from ..formats import FORMATS, StoredMatrix
+from ..formats.base import Part as Grid
 from ..linear import PackedLinear, packed_linear
 from ..pack import split_gate_up
 from ..padding import round_up
-from ..part import EXPERTS, INTERMEDIATE, Part
+from ..part import EXPERTS, INTERMEDIATE, ROWS, Part
 from .files import CheckpointFiles
 from .naming import Convention, Matrix, fail
 from .plan import ExpertsPlan, LinearPlan
@@ -26,6 +27,7 @@ from .read_floats import experts_here, quantize_experts, read_biases
 from .values import (
     CPU,
     FIX,
+    Cut,
     fill_unseen,
     is_normal,
     read_block_scales,
@@ -158,16 +160,21 @@ def read_linear(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    part: Part | None = None,
 ) -> PackedLinear:
     """Read one quantised Linear; dtype is that of its bias. Raises as `read_experts` does.
 
-    An input scale of 0 or infinity, of a Linear that saw no token, is left out: none is used here.
+    part: the rows, or the columns, that are read and held; None for all. The bias of columns is
+    that of the first part alone, since the outputs are added up. An input scale of 0 or infinity,
+    of a Linear that saw no token, is left out: none is used here.
     """
     keys, facts, format = plan.matrix.keys, plan.facts, FORMATS[plan.form]
     names = convention.names[plan.form]
     bias = files.tensor(keys["bias"]).to(dtype, copy=True) if "bias" in keys else None
     if bias is not None and not bool(torch.isfinite(bias).all()):
         fail("hold finite numbers", f"inf or NaN in {keys['bias']!r}", FIX)
+    if bias is not None and part is not None:
+        bias = bias[part.start : part.stop] if part.kind == ROWS else None if part.index else bias
     input_scale = None
     if "input_scale" in keys:
         stored = read_input_scales(
@@ -175,8 +182,17 @@ def read_linear(
         )
         input_scale = stored.reshape(()) if float(stored) else None
     shapes = format.shapes(1, facts.out_features, facts.in_features)
-    weight = read_codes(files, keys["packed"], shapes["packed"][1]).clone()[0]
-    scale = read_block_scales(files, keys["block_scale"], *shapes["block_scale"]).clone()[0]
+
+    def cut(grid: Grid | None) -> Cut:
+        if part is None or grid is None:
+            return lambda tensor: tensor
+        return functools.partial(part.cut_stored, grid=grid)
+
+    weight = read_codes(files, keys["packed"], shapes["packed"][1], cut(format.codes))
+    scale = read_block_scales(
+        files, keys["block_scale"], *shapes["block_scale"], cut(format.scales)
+    )
+    weight, scale = weight.clone()[0], scale.clone()[0]
     global_scale = None
     if format.globally_scaled:
         invert = names["global_scale"] in convention.reciprocal

@@ -13,7 +13,7 @@ import torch
 from .files import CheckpointFiles
 from .naming import fail
 
-__all__ = ["CPU", "FIX", "fill_unseen", "is_normal", "read_block_scales", "read_codes"]
+__all__ = ["CPU", "FIX", "Cut", "fill_unseen", "is_normal", "read_block_scales", "read_codes"]
 __all__ += ["read_input_scales", "read_numbers", "spread"]
 
 CPU = torch.device("cpu")

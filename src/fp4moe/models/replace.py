@@ -302,7 +302,8 @@ def _candidate_row(
 
 def _fused_row(path: str, module: FusedExperts, router: FusedRouter | None) -> BlockReport:
     meta, prepared = module.metadata, module.prepared.operands
-    notes = [f"its router chooses in one launch ({router.routing.method})"] if router else []
+    notes = [f"it holds {part}" for part in module.parts]
+    notes += [f"its router chooses in one launch ({router.routing.method})"] if router else []
     scales = module.activation_scales()
     stored = FORMATS[module.layer.format].activation_range is not None
     if stored and not prepared.hidden_scale.is_meta and all(bool((s == 1).all()) for s in scales):

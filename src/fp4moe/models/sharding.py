@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from ..formats import FORMATS
 from ..parallel import GATHER
-from ..part import Part, part_of_experts, part_of_intermediate
+from ..part import COLUMNS, ROWS, Part, part_of_experts, part_of_intermediate
 
 __all__ = ["FIRST", "Sharding", "is_supported"]
 
@@ -24,6 +25,11 @@ STYLES = {
     "moe_tp_experts": {"packed_colwise", "packed_rowwise", "colwise", "rowwise"},
     "ep_dispatch_experts": {"grouped_gemm"},
 }
+
+
+# Styles of a quantised Linear that hold a part of its rows, a part of its columns, or all of it.
+LINEARS = {"colwise": ROWS, "rowwise": COLUMNS}
+WHOLE = ("mla_kv_a_proj", "replicated_with_grad_allreduce")
 
 
 def is_supported(version: str) -> bool:
@@ -108,7 +114,7 @@ class Sharding:
             return None
         experts = style == "ep_dispatch_experts"
         if index is None:
-            index = self._mesh("ep" if experts else "tp").get_local_rank()
+            index = self._mesh(self._axis(path)).get_local_rank()
         if experts:
             return part_of_experts(index, self.config.ep_size, facts.num_experts, caller=caller)
         sizes = self.config.tp_size, facts.intermediate_size
@@ -124,24 +130,55 @@ class Sharding:
         experts = self.style(path) == "ep_dispatch_experts"
         return experts and self.config.ep_implementation != GATHER
 
+    def linear_part(
+        self, path: str, facts: Any, format: str, index: int | None = None
+    ) -> tuple[Part | None, str]:
+        """Return this process's part of a quantised Linear, or why it cannot be split.
+
+        Args: facts: has out_features and in_features. index: as for `part`.
+        """
+        style, name = self.style(path), self._axis(path)
+        if style is None or style in WHOLE:
+            return None, ""
+        kind = LINEARS.get(style)
+        if kind is None:
+            known = ", ".join((*LINEARS, *WHOLE))
+            return None, f"the plan gives it the style {style!r}, not one of {known}"
+        total = facts.out_features if kind == ROWS else facts.in_features
+        count = self.config.ep_size if name == "ep" else self.config.tp_size
+        grids = [grid for grid in (FORMATS[format].codes, FORMATS[format].scales) if grid]
+        block = max((grid.rows if kind == ROWS else grid.columns) or 1 for grid in grids)
+        if total % (count * block):
+            blocks = f" in blocks of {block}" if block > 1 else ""
+            return None, f"its {total} {kind} do not divide by {count} processes{blocks}"
+        if index is None:
+            index = self._mesh(name).get_local_rank()
+        size = total // count
+        return Part(kind, index, count, index * size, (index + 1) * size, total), ""
+
     def install(self, path: str, module: nn.Module) -> None:
-        """Put transformers' hook on the packed experts at a path."""
+        """Put transformers' hook on the packed module at a path, which holds its part."""
         from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
         style: Any = self.style(path)
         if style is None:
             return
-        layer, tp = ALL_PARALLEL_STYLES[style], self._mesh("tp")
+        layer, mesh = ALL_PARALLEL_STYLES[style], self._mesh(self._axis(path))
+        owner: Any = module
         if style == "ep_dispatch_experts":
-            layer.install_forward(
-                module,
-                self._mesh("ep"),
-                tp_mesh=tp,
-                ep_implementation=self.config.ep_implementation,
-            )
+            how = {"tp_mesh": self._mesh("tp"), "ep_implementation": self.config.ep_implementation}
+            layer.install_forward(module, mesh, **how)
         else:
-            layer.install_forward(module, tp)
-        module._is_hooked = True  # type: ignore[assignment]
+            # What transformers itself tells Linears that are split and no nn.Linear.
+            owner._hf_quantized_needs_local_tp = True
+            if style == "mla_kv_a_proj":
+                owner.config = self.model.config.get_text_config()
+            layer.install_forward(module, mesh)
+        owner._is_hooked = True
+
+    def _axis(self, path: str) -> str:
+        """The mesh axis over which the module at a path is split."""
+        return "ep" if self._style(path, self.ep) else "tp"
 
     def forget(self, path: str, names: list[str]) -> None:
         """Drop the rules of weights that are no parameters any more, unless others have them."""

@@ -20,8 +20,8 @@ from ..models.from_config import model_class
 from ..models.replace import replace_moe
 from ..models.transformers_registry import register_experts
 from ..module import FusedExperts
-from .loading import Options, convention_of
 from .parallelism import check_parallelism
+from .placeholder import Options, convention_of
 from .quantizer import METHOD, register_formats, register_method
 
 __all__ = ["from_pretrained", "register_transformers"]

@@ -11,25 +11,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpoint.compressed_tensors import compressed_convention, is_compressed_tensors
 from ..checkpoint.files import CheckpointFiles
-from ..checkpoint.huggingface import huggingface_convention, is_huggingface
-from ..checkpoint.modelopt import is_modelopt, modelopt_convention
-from ..checkpoint.naming import FLOAT, FORMS, OTHER, Convention, fail, name_keys
-from ..checkpoint.plan import ExpertsPlan, Model, Plan, inside, make_plan
+from ..checkpoint.naming import Convention, fail, name_keys
+from ..checkpoint.plan import Model, Plan, inside, make_plan
 from ..checkpoint.plan_checks import ExpertsFacts, LinearFacts
 from ..checkpoint.read import read_experts, read_linear
 from ..checkpoint.stored import stored_bytes
 from ..checks import HIDDEN_DTYPES
 from ..errors import CheckpointError, UnsupportedError, must, refuse
-from ..formats import DEFAULT_FORMAT
-from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, Layer, choose_kernel, current_capability
 from ..linear import PackedLinear
 from ..models.experts_module import is_stacked_experts
 from ..models.routers import fuse_router
@@ -37,94 +32,16 @@ from ..models.routing_plan import plan_fused_routing
 from ..models.sharding import Sharding
 from ..module import FusedExperts
 from ..parallel import check_alike, check_all_succeed
-from ..part import INTERMEDIATE, Part
 from ..progress import progress_bar
 from .key_names import KeyNames, may_skip, optional_names
 from .parallelism import fingerprint
+from .placeholder import Options, Placeholder, convention_of
 from .probe_experts import describe_on_meta
+from .split_plan import check_linears, experts_part, experts_reasons
 
-__all__ = ["Loading", "Options", "Placeholder", "convention_of"]
+__all__ = ["Loading"]
 
 logger = logging.getLogger("fp4moe")
-
-# What other methods of transformers store, for the refusal.
-METHODS = {"fbgemm_fp8": "fp8_channel"}
-
-
-@dataclasses.dataclass
-class Options:
-    """Keywords of fp4moe.from_pretrained that transformers does not know.
-
-    files is the checkpoint if it is open already: its headers are read once. format is that of
-    float experts.
-    """
-
-    kernel: str = "auto"
-    hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT
-    routing: str = "given"
-    progress: bool = True
-    files: CheckpointFiles | None = None
-    format: str = DEFAULT_FORMAT
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Options:
-        """Return this one: transformers copies configurations."""
-        return self
-
-
-def convention_of(quantization: Mapping[str, Any] | None) -> Convention:
-    """Read a quantization configuration; None is a float checkpoint.
-
-    Raises:
-        CheckpointError: the tool, or what it announces, is unknown.
-    """
-    if quantization is None:
-        return FLOAT
-    if is_modelopt(quantization):
-        return modelopt_convention(quantization)
-    if is_compressed_tensors(quantization):
-        return compressed_convention(quantization)
-    if is_huggingface(quantization):
-        return huggingface_convention(quantization)
-    method = quantization.get("quant_method")
-    form = METHODS.get(method) if isinstance(method, str) else None
-    got = f"quant_method {method!r}"
-    if form is not None:
-        rule = "hold a quantisation that is read here"
-        fail(rule, f"{got}, which is {FORMS[form]} and not read yet", OTHER)
-    known = (
-        "Known are ModelOpt's and compressed-tensors' files, quant_method fp8, mxfp8 and mxfp4, "
-        "and float checkpoints"
-    )
-    fail("be quantised by a known tool", got, known)
-
-
-class Placeholder(nn.Module):
-    """Stands for packed tensors while transformers plans and loads the rest.
-
-    Its parameters, on the meta device, count for `device_map="auto"` and are in no state_dict;
-    `place` is empty and tells where transformers puts what stands here.
-    """
-
-    place: torch.Tensor
-
-    def __init__(self, nbytes: int, num_experts: int | None = None):
-        super().__init__()
-        # What transformers asks experts for that it splits.
-        self.num_experts = num_experts
-        if nbytes:
-            size = torch.empty(nbytes, dtype=torch.uint8, device="meta")
-            self.packed = nn.Parameter(size, requires_grad=False)
-        self.register_buffer(
-            "place", torch.empty(0, dtype=torch.float32, device="meta"), persistent=False
-        )
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """Save nothing: transformers must neither load nor initialise it."""
-
-
-def _form(experts: ExpertsPlan) -> str:
-    """The format that experts have in the end."""
-    return experts.facts.format if experts.form == "float" else experts.form
 
 
 class Loading:
@@ -216,7 +133,9 @@ class Loading:
             self._refuse(refused, names)
         plan = self.plan = make_plan(self.files.shapes, convention, described)
         for path, found in plan.experts.items():
-            if reasons := self._reasons(path, found):
+            module = model.get_submodule(path)
+            names = [name for name, _ in module.named_parameters()]
+            if reasons := experts_reasons(self.sharding, path, names, found, self.options):
                 refused[path] = reasons
         if refused:
             self._refuse(refused, names)
@@ -227,39 +146,24 @@ class Loading:
             if path in plan.linears and type(module).forward is not nn.Linear.forward:
                 # DeepSeek-V4's output projection multiplies group by group.
                 self.own_forward[path] = module
+        if self.sharding is not None:
+            check_linears(self.sharding, plan.linears, self.own_forward)
+        for path in (*plan.experts, *plan.linears):
+            module = model.get_submodule(path)
             model.set_submodule(path, self._placeholder(path))
             if self.sharding is not None:
                 self.sharding.forget(path, [name for name, _ in module.named_parameters()])
-
-    def _reasons(self, path: str, experts: ExpertsPlan) -> list[str]:
-        """Why experts cannot be packed, or split as transformers' plan wants it."""
-        facts, form = experts.facts, _form(experts)
-        parts: list[Part | None] = [None]
-        if self.sharding is not None:
-            names = [n for n, _ in self.model.get_submodule(path).named_parameters()]
-            if reasons := self.sharding.reasons(path, names):
-                return reasons
-            parts = self.sharding.parts(path, facts, form, caller="from_pretrained")
-        fused = self.options.routing == "fused"
-        columns = {p.size for p in parts if p is not None and p.kind == INTERMEDIATE}
-        for size in columns or {facts.intermediate_size}:
-            # What any device would be asked to run; the device itself is known later.
-            sizes = {"intermediate_size": size}
-            layer = Layer.of(facts, format=form, kernel_routes=fused, **sizes)
-            if reasons := choose_kernel(self.options.kernel, layer, current_capability())[1]:
-                return reasons
-        return []
 
     def _placeholder(self, path: str) -> Placeholder:
         assert self.plan is not None
         if self.sharding is None:
             return Placeholder(self._packed_bytes(path))
-        experts = self.plan.experts.get(path)
-        if experts is None:
-            return Placeholder(0)
-        count = experts.facts.num_experts
         # Nothing counts bytes here, and a parameter would be split.
-        return Placeholder(0, count // self.sharding.count(path))
+        if path in self.plan.linears:
+            facts = self.plan.linears[path].facts
+            return Placeholder(0, out_features=facts.out_features, in_features=facts.in_features)
+        count = self.plan.experts[path].facts.num_experts
+        return Placeholder(0, num_experts=count // self.sharding.count(path))
 
     def _packed_bytes(self, path: str) -> int:
         """What the module at a path will take, without a kernel's padding."""
@@ -344,7 +248,7 @@ class Loading:
         show = self.options.progress and bool(plan.experts)
         for path, experts in progress_bar(plan.experts.items(), show=show, desc="packing experts"):
             device = model.get_submodule(path).place.device
-            part = self._part(path, experts)
+            part = experts_part(self.sharding, path, experts)
             how: dict[str, Any] = {"device": device, "dtype": self.dtype, "part": part}
             found = read_experts(self.files, path, experts, plan.convention, **how)
             folded += found.folded
@@ -369,10 +273,16 @@ class Loading:
                 self.sharding.install(path, fused)
         for path, linear in plan.linears.items():
             device = model.get_submodule(path).place.device
-            module = read_linear(
-                self.files, linear, plan.convention, device=device, dtype=self.dtype
-            )
-            model.set_submodule(path, self._decoded(path, module).eval())
+            part = None
+            if self.sharding is not None:
+                part, _ = self.sharding.linear_part(path, linear.facts, linear.form)
+            how = {"device": device, "dtype": self.dtype, "part": part}
+            packed = read_linear(self.files, linear, plan.convention, **how)
+            packed.parts = () if part is None else (part,)
+            module = self._decoded(path, packed).eval()
+            model.set_submodule(path, module)
+            if self.sharding is not None:
+                self.sharding.install(path, module)
         self.files.close()
         if folded:
             logger.info(
@@ -388,12 +298,6 @@ class Loading:
                 sum(map(len, unseen.values())),
                 "; ".join(f"{path}: {', '.join(map(str, ids))}" for path, ids in unseen.items()),
             )
-
-    def _part(self, path: str, experts: ExpertsPlan) -> Part | None:
-        if self.sharding is None:
-            return None
-        facts, form = experts.facts, _form(experts)
-        return self.sharding.part(path, facts, form, caller="from_pretrained")
 
     def _decoded(self, path: str, packed: PackedLinear) -> nn.Module:
         """The module for a Linear of the file: packed, or of its own class with a float weight."""

@@ -18,8 +18,9 @@ from ..checkpoint.huggingface import HUGGINGFACE_METHODS
 from ..checkpoint.modelopt import MODELOPT_METHODS, announces_nvfp4, resembles_modelopt
 from ..errors import refuse
 from ..models.quantized import METHOD, findable, quantizer_classes
-from .loading import Loading, Options
+from .loading import Loading
 from .parallelism import check_parallelism
+from .placeholder import Options
 
 __all__ = ["METHOD", "register_formats", "register_method"]
 

@@ -23,7 +23,8 @@ from ..errors import CheckpointError, Fp4MoeError, must, refuse
 from ..formats import DEFAULT_FORMAT, FORMATS
 from ..models.from_config import config_errors, model_on_meta, one_line
 from ..models.replace import explain
-from ..pretrained.loading import Loading, Options, convention_of
+from ..pretrained.loading import Loading
+from ..pretrained.placeholder import Options, convention_of
 from ..report import BlockReport, ModelReport
 
 __all__ = ["add_parser", "explain_source", "run"]
