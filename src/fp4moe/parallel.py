@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 
 from .errors import CheckpointError, must, refuse
 
-__all__ = ["GATHER", "check_alike", "check_all_succeed", "several"]
+__all__ = ["GATHER", "check_alike", "check_all_succeed", "gather_objects"]
 
 # The name of the exchange with an own batch in each process, as an ep_implementation.
 GATHER = "fp4moe_gather"
 
 
-def several() -> bool:
-    """Whether this process is one of several."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def gather_objects(value: Any) -> list[Any]:
+    """Return the value of every process, in their order; a collective where there are several."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def check_alike(value: str, argument: str, advice: str) -> None:
@@ -22,10 +28,7 @@ def check_alike(value: str, argument: str, advice: str) -> None:
 
     A collective of all processes.
     """
-    if not several():
-        return
-    found: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(found, value)
+    found = gather_objects(value)
     others = [rank for rank, other in enumerate(found) if other != found[0]]
     if others:
         must(
@@ -42,10 +45,7 @@ def check_all_succeed(caller: str, error: BaseException | None) -> None:
 
     A collective of all processes. Args: error: what this process raises after the call.
     """
-    if not several():
-        return
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, None if error is None else f"{type(error).__name__}: {error}")
+    found = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
     failed = {rank: text for rank, text in enumerate(found) if text is not None}
     if failed and error is None:
         rank, text = next(iter(failed.items()))

@@ -275,6 +275,9 @@ def make_recorders(model: nn.Module, percentile: float | None) -> list[Recorder]
     for candidate in find_candidates(model):
         if candidate.reasons:
             refused.append(f"{candidate.path or 'the model'}: {'; '.join(candidate.reasons)}")
+        elif candidate.part is not None:
+            why = "it is split over processes, and ranges are those of all of it"
+            refused.append(f"{candidate.path}: {why}")
         elif candidate.storage is not None:
             found.append(_StackedRecorder(candidate, percentile))
         else:

@@ -65,6 +65,11 @@ class Sharding:
             ep = {}
         return cls(model, config, tp, ep) if tp or ep else None
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the model is split, and not only to be."""
+        return getattr(self.model, "_mesh_manager", None) is not None
+
     def style(self, path: str) -> str | None:
         """The style of the module at a path; None where every process holds all of it."""
         return self._style(path, self.ep) or self._style(path, self.tp)
@@ -92,10 +97,9 @@ class Sharding:
 
     def count(self, path: str) -> int:
         """Number of processes that share the experts at a path."""
-        style = self.style(path)
-        if style is None:
+        if self.style(path) is None:
             return 1
-        return self.config.ep_size if style == "ep_dispatch_experts" else self.config.tp_size
+        return self.config.ep_size if self._axis(path) == "ep" else self.config.tp_size
 
     def part(
         self, path: str, facts: Any, format: str, *, caller: str, index: int | None = None
@@ -109,13 +113,11 @@ class Sharding:
         Raises:
             ShapeError: the sizes do not divide.
         """
-        style = self.style(path)
-        if style is None:
+        if self.style(path) is None:
             return None
-        experts = style == "ep_dispatch_experts"
         if index is None:
-            index = self._mesh(self._axis(path)).get_local_rank()
-        if experts:
+            index = self.mesh_of(path).get_local_rank()
+        if self.splits_experts(path):
             return part_of_experts(index, self.config.ep_size, facts.num_experts, caller=caller)
         sizes = self.config.tp_size, facts.intermediate_size
         return part_of_intermediate(index, *sizes, format, caller=caller)
@@ -127,8 +129,15 @@ class Sharding:
 
     def hands_local_ids(self, path: str) -> bool:
         """Whether the experts at a path are called with ids of their part, from 0 on."""
-        experts = self.style(path) == "ep_dispatch_experts"
-        return experts and self.config.ep_implementation != GATHER
+        return self.splits_experts(path) and self.config.ep_implementation != GATHER
+
+    def splits_experts(self, path: str) -> bool:
+        """Whether whole experts are dealt out, not their intermediate columns."""
+        return self.style(path) == "ep_dispatch_experts"
+
+    def mesh_of(self, path: str) -> Any:
+        """The mesh of the processes that share the module at a path."""
+        return self._mesh(self._axis(path))
 
     def linear_part(
         self, path: str, facts: Any, format: str, index: int | None = None
@@ -137,7 +146,7 @@ class Sharding:
 
         Args: facts: has out_features and in_features. index: as for `part`.
         """
-        style, name = self.style(path), self._axis(path)
+        style = self.style(path)
         if style is None or style in WHOLE:
             return None, ""
         kind = LINEARS.get(style)
@@ -145,14 +154,14 @@ class Sharding:
             known = ", ".join((*LINEARS, *WHOLE))
             return None, f"the plan gives it the style {style!r}, not one of {known}"
         total = facts.out_features if kind == ROWS else facts.in_features
-        count = self.config.ep_size if name == "ep" else self.config.tp_size
+        count = self.count(path)
         grids = [grid for grid in (FORMATS[format].codes, FORMATS[format].scales) if grid]
         block = max((grid.rows if kind == ROWS else grid.columns) or 1 for grid in grids)
         if total % (count * block):
             blocks = f" in blocks of {block}" if block > 1 else ""
             return None, f"its {total} {kind} do not divide by {count} processes{blocks}"
         if index is None:
-            index = self._mesh(name).get_local_rank()
+            index = self.mesh_of(path).get_local_rank()
         size = total // count
         return Part(kind, index, count, index * size, (index + 1) * size, total), ""
 
@@ -163,7 +172,7 @@ class Sharding:
         style: Any = self.style(path)
         if style is None:
             return
-        layer, mesh = ALL_PARALLEL_STYLES[style], self._mesh(self._axis(path))
+        layer, mesh = ALL_PARALLEL_STYLES[style], self.mesh_of(path)
         owner: Any = module
         if style == "ep_dispatch_experts":
             how = {"tp_mesh": self._mesh("tp"), "ep_implementation": self.config.ep_implementation}
