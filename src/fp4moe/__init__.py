@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .compile.backend import backend, inductor_options
     from .models.autotune import autotune
     from .models.replace import explain, replace_moe
+    from .models.split_experts import split_experts
     from .pretrained.load import from_pretrained, register_transformers
     from .pretrained.quantize import quantize_checkpoint
     from .report import ModelReport
@@ -62,6 +63,7 @@ __all__ = [
     "replace_moe",
     "selftest",
     "set_flashinfer",
+    "split_experts",
     "tensorrt",
     "why_not",
 ]
@@ -80,6 +82,7 @@ _LATE = {
     "register_transformers": "pretrained.load",
     "replace_moe": "models.replace",
     "selftest": "tools.selftest",
+    "split_experts": "models.split_experts",
 }
 
 if not TYPE_CHECKING:  # A type checker would take any name for one of these.

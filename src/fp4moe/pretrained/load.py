@@ -18,6 +18,8 @@ from ..formats import DEFAULT_FORMAT, FORMATS
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
 from ..models.from_config import model_class
 from ..models.replace import replace_moe
+from ..models.sharding import is_supported
+from ..models.split_experts import register_gather
 from ..models.transformers_registry import register_experts
 from ..module import FusedExperts
 from .parallelism import check_parallelism
@@ -37,7 +39,9 @@ def register_transformers() -> None:
     """Make `experts_implementation="fp4moe"` and quantised checkpoints known to transformers.
 
     "fp4moe" packs experts as NVFP4, "fp4moe_fp8", "fp4moe_fp8_channel", "fp4moe_fp8_block",
-    "fp4moe_mxfp8" and "fp4moe_mxfp4" as these.
+    "fp4moe_mxfp8" and "fp4moe_mxfp4" as these. From transformers 5.23 on, expert parallelism can be
+    `ep_implementation="fp4moe_gather"`: the tokens of all processes are gathered, each runs its
+    experts on them, and the sums are scattered, in one graph.
 
     Its own `from_pretrained` then loads what `fp4moe.from_pretrained` reads with fused experts,
     those checkpoints too whose only word of it is hf_quant_config.json, unless it is handed a
@@ -47,8 +51,12 @@ def register_transformers() -> None:
     Raises:
         UnsupportedError: another library has registered ModelOpt's method.
     """
+    import transformers
+
     register_experts()
     register_formats()
+    if is_supported(transformers.__version__):
+        register_gather()
 
 
 def from_pretrained(
@@ -131,6 +139,8 @@ def from_pretrained(
     import transformers
 
     register_method()
+    if is_supported(transformers.__version__):
+        register_gather()
     config = _config(transformers, directory, hf_kwargs)
     options = Options(kernel, hidden_alignment, routing, progress, files, format)
     config.quantization_config = {
