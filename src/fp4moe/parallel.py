@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as fc
 import torch.nn.functional as F
 
 from .errors import CheckpointError, must, refuse
@@ -80,7 +79,9 @@ class Exchange:
     """
 
     def __init__(self, group: Any, sharers: Any = None):
-        self.group, self.sharers = group, sharers
+        # Their names, which can be copied and pickled.
+        self.group = group.group_name
+        self.sharers = "" if sharers is None else sharers.group_name
         self.sharing = 1 if sharers is None else dist.get_world_size(sharers)
         self.index = 0 if sharers is None else dist.get_rank(sharers)
 
@@ -101,26 +102,24 @@ class Exchange:
         if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
             if self.sharing > 1:
                 refuse(
-                    "fp4moe_gather",
+                    GATHER,
                     "there are no gradients",
                     "several processes hold one batch",
                     "Train with tp_size=1, or with another ep_implementation.",
                 )
-            gather, scatter = fc.all_gather_tensor_autograd, fc.reduce_scatter_tensor_autograd
-            every = gather(weights.contiguous(), 0, self.group)
-            ids = fc.all_gather_tensor(ids.to(torch.int32), 0, self.group)
+            gather, scatter = _collective("all_gather", True), _collective("reduce_scatter", True)
+            ids = _collective("all_gather")(ids.to(torch.int32), 0, self.group)
+            weights = gather(weights.contiguous(), 0, self.group)
         else:
-            gather, scatter = fc.all_gather_tensor, fc.reduce_scatter_tensor
+            gather, scatter = _collective("all_gather"), _collective("reduce_scatter")
             # One exchange for both.
             bits = weights.float().contiguous().view(torch.int32)
             both = gather(torch.cat((ids.to(torch.int32), bits), 1), 0, self.group)
-            ids, every = both.chunk(2, 1)
-            every = every.contiguous().view(torch.float32)
-        found = experts(gather(hidden.contiguous(), 0, self.group), ids, every)
-        out = scatter(found, "sum", 0, self.group)
-        if self.sharing > 1:
-            out = fc.all_gather_tensor(out, 0, self.sharers)[:tokens]
-        return out
+            ids, bits = both.chunk(2, 1)
+            weights = bits.contiguous().view(torch.float32)
+        hidden = gather(hidden.contiguous(), 0, self.group)
+        out = scatter(experts(_done(hidden), _done(ids), _done(weights)), "sum", 0, self.group)
+        return _done(out if self.sharing == 1 else gather(out, 0, self.sharers)[:tokens])
 
     def _slices(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Those rows of one batch that this process brings: as many as every other, zeros behind.
@@ -131,3 +130,18 @@ class Exchange:
         more = each * self.sharing - tensors[0].shape[0]
         start = self.index * each
         return tuple(F.pad(t, (0, 0, 0, more))[start : start + each] for t in tensors)
+
+
+def _done(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor once its exchange is over; a graph waits by itself."""
+    wait = None if torch.compiler.is_compiling() else getattr(tensor, "wait", None)
+    return tensor if wait is None else wait()
+
+
+def _collective(name: str, with_gradient: bool = False) -> Callable[..., torch.Tensor]:
+    """A functional collective of torch, which 2.13 has renamed."""
+    from torch.distributed import _functional_collectives as functional
+
+    end = "_autograd" * with_gradient
+    old = f"{name}_tensor{end}"
+    return getattr(functional, f"{name}_single{end}", None) or getattr(functional, old)

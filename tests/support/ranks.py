@@ -1,48 +1,41 @@
-"""Several processes with Gloo, started without a launcher, which would import torch once more."""
+"""Processes with Gloo for tests: see parallel_checks.py."""
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import textwrap
 
-SUPPORT = str(pathlib.Path(__file__).parent)
+CHECKS = str(pathlib.Path(__file__).parent / "parallel_checks.py")
 
 
-def start(script, count, *arguments):
-    """Start `count` processes of a script; their stdout and stderr go to files."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = pathlib.Path(tempfile.mkdtemp())
-    (folder / "run.py").write_text(textwrap.dedent(script))
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": SUPPORT}
-    processes = []
-    for rank in range(count):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with open(folder / f"{rank}", "w") as log:
-            command = [sys.executable, str(folder / "run.py"), *map(str, arguments)]
-            process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=os.environ | shared | own
-            )
-        process.log = folder / f"{rank}"
-        processes.append(process)
-    return processes
+        return free.getsockname()[1]
 
 
-def run(script, count, *arguments, timeout=300):
-    """Run the script in `count` processes; returns what each printed. All must succeed."""
-    processes = start(script, count, *arguments)
+def run(runs, folder, timeout=900):
+    """Run, one after the other, (number of processes, {check: arguments}); returns what they print.
+
+    Whatever has not ended by then is killed.
+    """
+    described = []
+    for number, (count, checks) in enumerate(runs):
+        logs = [str(folder / f"run{number}_process{rank}.log") for rank in range(count)]
+        described.append({"port": free_port(), "logs": logs, "checks": checks})
+    file = folder / "runs.json"
+    file.write_text(json.dumps(described, default=str))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, CHECKS, str(file)]
+    launched = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        codes = [process.wait(timeout) for process in processes]
+        launched.wait(timeout)
     finally:
-        for process in processes:
-            process.kill()
-    printed = [process.log.read_text() for process in processes]
-    assert not any(codes), "\n".join(text[-4000:] for text in printed)
-    return printed
+        if launched.poll() is None:
+            os.killpg(launched.pid, signal.SIGKILL)
+    return [[pathlib.Path(log).read_text() for log in run["logs"]] for run in described]

@@ -70,7 +70,7 @@ def split_experts(model: Model, mesh: Any) -> Model:
     from torch.distributed.device_mesh import DeviceMesh
 
     known = isinstance(mesh, DeviceMesh) and mesh.get_coordinate() is not None
-    if not known or not (mesh.ndim == 1 or mesh.ndim == 2 and mesh.mesh_dim_names):
+    if not known or not (mesh.ndim == 1 or (mesh.ndim == 2 and mesh.mesh_dim_names)):
         must(
             "split_experts: mesh",
             "be a DeviceMesh that this process is in, of one axis, or of two that have names",

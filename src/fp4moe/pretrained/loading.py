@@ -134,8 +134,8 @@ class Loading:
         plan = self.plan = make_plan(self.files.shapes, convention, described)
         for path, found in plan.experts.items():
             module = model.get_submodule(path)
-            names = [name for name, _ in module.named_parameters()]
-            if reasons := experts_reasons(self.sharding, path, names, found, self.options):
+            held = [name for name, _ in module.named_parameters()]
+            if reasons := experts_reasons(self.sharding, path, held, found, self.options):
                 refused[path] = reasons
         if refused:
             self._refuse(refused, names)
