@@ -125,7 +125,7 @@ def _gather_class() -> Any:
     from torch.distributed import get_process_group_ranks
     from transformers.distributed.expert_parallel import EPImplementation
 
-    class GatherEP(EPImplementation):  # type: ignore[misc]
+    class GatherEP(EPImplementation):
         """The tokens of all processes on each, and the sums back: static sizes, one graph."""
 
         def __init__(self, experts, ep_mesh, tp_mesh):

@@ -140,12 +140,10 @@ def _quantize_gathered(
 
     def one(expert: int) -> ExpertWeights:
         axes = {"gate": 0, "up": 0, "down": 1}
-        floats = {name: whole(t[expert], axes[name]) for name, t in halves.items()}
-        more: dict[str, Any] = {} if inner is None else {"intermediate_scale": inner[expert]}
+        given: dict[str, Any] = {n: whole(t[expert], axes[n]) for n, t in halves.items()}
+        given |= scales if inner is None else {**scales, "intermediate_scale": inner[expert]}
+        given |= {"activation": activation, "method": method, "format": format}
         with torch.no_grad():
-            weights = ExpertWeights.quantize(
-                **floats, **scales, **more, activation=activation, method=method, format=format
-            )
-        return part.cut(weights)
+            return part.cut(ExpertWeights.quantize(**given))
 
     return stack_experts(next(iter(halves.values())).shape[0], one)

@@ -258,8 +258,8 @@ class Loading:
             self.files.close()
             weights = found.weights
             if self.sharding is not None and self.sharding.hands_local_ids(path):
-                local = {"num_experts": weights.local_experts, "expert_offset": 0}
-                weights = dataclasses.replace(weights, **local)
+                count = weights.local_experts
+                weights = dataclasses.replace(weights, num_experts=count, expert_offset=0)
             fused = FusedExperts(
                 weights,
                 self.options.kernel,

@@ -39,7 +39,9 @@ def check_parallelism(
         given = distributed_config if isinstance(distributed_config, dict) else {}
         asked |= {n: given.get(n, getattr(distributed_config, n, None)) for n in names}
     sizes = {name: asked.get(name) or 1 for name in SIZES}
-    split = {name: value for name, value in asked.items() if value and value != 1}
+    split = {
+        name: value for name, value in asked.items() if value and (value is True or value != 1)
+    }
     # Filled in by transformers; one process splits nothing.
     if distributed_config is not None and tp_plan is None and not split.keys() - {"tp_plan"}:
         return
