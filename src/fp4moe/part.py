@@ -8,6 +8,7 @@ by columns.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 
@@ -19,7 +20,7 @@ from .padding import round_up
 from .resize import block_multiple
 
 __all__ = ["COLUMNS", "EXPERTS", "INTERMEDIATE", "ROWS", "Part", "part_of_experts"]
-__all__ += ["part_of_intermediate"]
+__all__ += ["part_of_intermediate", "whole_count"]
 
 EXPERTS, INTERMEDIATE = "experts", "intermediate columns"
 # Of a Linear.
@@ -73,6 +74,11 @@ class Part:
             return tensor
         found = slice(self.start // covered, -(-self.stop // covered))
         return tensor[..., found] if down else tensor[:, found]
+
+
+def whole_count(num_experts: int, parts: Iterable[Part]) -> int:
+    """Return the experts of the whole layer, of which a module counts its own."""
+    return next((part.total for part in parts if part.kind == EXPERTS), num_experts)
 
 
 def part_of_experts(index: int, count: int, num_experts: int, *, caller: str) -> Part:

@@ -22,19 +22,28 @@ FORMATS = ("nvfp4", "fp8", "fp8_channel", "fp8_block", "mxfp8", "mxfp4")
 MODELS = {"qwen3_moe": qwen3_moe, "gpt_oss": lambda *how: family("gpt_oss", *how)}
 
 
-def save(name, directory, form=None):
-    """A bfloat16 checkpoint of experts of 192 x 160, or what `quantize_checkpoint` makes of it."""
-    with format_files.sizes(intermediate_size=160, **format_files.SIZES):
-        model = MODELS[name]("eager", torch.bfloat16)
-    model.config.architectures = [type(model).__name__]
-    for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter) * 0.1
-    folder = directory / "float"
-    model.save_pretrained(folder)
-    if form is None:
-        return folder
-    fp4moe.quantize_checkpoint(folder, directory / form, format=form, progress=False)
-    return directory / form
+@pytest.fixture(scope="module")
+def save(tmp_path_factory):
+    """A function: (name, format) -> a checkpoint of experts of 192 x 160; None for bfloat16."""
+    root = tmp_path_factory.mktemp("parts")
+
+    def directory(name, form=None):
+        folder = root / name
+        if not folder.exists():
+            with format_files.sizes(intermediate_size=160, **format_files.SIZES):
+                model = MODELS[name]("eager", torch.bfloat16)
+            model.config.architectures = [type(model).__name__]
+            for parameter in model.parameters():
+                parameter.data = torch.randn_like(parameter) * 0.1
+            model.save_pretrained(folder)
+        if form is None:
+            return folder
+        packed = root / f"{name}_{form}"
+        if not packed.exists():
+            fp4moe.quantize_checkpoint(folder, packed, format=form, progress=False)
+        return packed
+
+    return directory
 
 
 def read_calls(directory, **options):
@@ -64,10 +73,12 @@ def same(got, expected):
         assert torch.equal(got.tensors()[name].float(), tensor.float()), name
 
 
-@pytest.mark.parametrize("stored", [True, False])
-@pytest.mark.parametrize("form", FORMATS)
-def test_a_part_is_that_of_the_whole_layer(form, stored, tmp_path):
-    directory = save("qwen3_moe", tmp_path, form if stored else None)
+CASES = [(form, True) for form in FORMATS] + [("nvfp4", False), ("fp8_block", False)]
+
+
+@pytest.mark.parametrize(("form", "stored"), CASES)
+def test_a_part_is_that_of_the_whole_layer(form, stored, save):
+    directory = save("qwen3_moe", form if stored else None)
     (args, how, whole), _ = read_calls(directory, **({} if stored else {"format": form}))
     for part in parts(whole):
         found = read_experts(*args, **{**how, "part": part}).weights
@@ -76,8 +87,8 @@ def test_a_part_is_that_of_the_whole_layer(form, stored, tmp_path):
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_the_outputs_of_biased_parts_sum_to_the_whole(stored, tmp_path):
-    directory = save("gpt_oss", tmp_path, "nvfp4" if stored else None)
+def test_the_outputs_of_biased_parts_sum_to_the_whole(stored, save):
+    directory = save("gpt_oss", "nvfp4" if stored else None)
     (args, how, whole), _ = read_calls(directory)
     hidden = torch.randn(20, whole.hidden_size)
     ids = torch.rand(20, whole.num_experts).argsort(1)[:, :2]
@@ -94,9 +105,9 @@ def test_the_outputs_of_biased_parts_sum_to_the_whole(stored, tmp_path):
         assert not torch.allclose(reference(hidden, found[0], ids, weights), expected, atol=1e-2)
 
 
-def test_what_another_process_holds_is_not_read(tmp_path):
+def test_what_another_process_holds_is_not_read(save, tmp_path):
     """Its block scales are NaN in the file: reading them would be an error."""
-    directory = save("qwen3_moe", tmp_path, "nvfp4")
+    directory = save("qwen3_moe", "nvfp4")
     (args, how, whole), _ = read_calls(directory)
     plan = args[2]
     for number, part in enumerate(parts(whole)):

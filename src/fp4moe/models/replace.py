@@ -32,6 +32,7 @@ from ..kernels import (
 from ..module import FusedExperts
 from ..padding import round_up
 from ..parallel import gather_objects
+from ..part import whole_count
 from ..progress import progress_bar
 from ..report import BlockReport, ModelReport
 from .block import ON_META, Candidate, carry_hooks, stored_activation_scales, value_reasons
@@ -108,7 +109,8 @@ def replace_moe(
     check_choice("routing", routing, ROUTINGS, caller="replace_moe")
     _refuse_others(model, kernel, format)
     candidates = find_candidates(model)
-    present = {p: m.num_experts for p, m in model.named_modules() if isinstance(m, FusedExperts)}
+    fused_now = {p: m for p, m in model.named_modules() if isinstance(m, FusedExperts)}
+    present = {p: whole_count(m.num_experts, m.parts) for p, m in fused_now.items()}
     if not candidates and present:
         logger.info("replace_moe: every block of %s is fused already", type(model).__name__)
     elif not candidates:
@@ -125,7 +127,11 @@ def replace_moe(
     if sharding is not None and sharding.is_done:
         # One process must not begin what another refuses.
         refused = {path: why for found in gather_objects(refused) for path, why in found.items()}
-    blocks = present | {c.path: c.num_experts for c in candidates if c.path not in refused}
+    blocks = present | {
+        c.path: whole_count(c.num_experts or 0, [c.part(format)] if c.part else [])
+        for c in candidates
+        if c.path not in refused
+    }
     plans, unroutable = plan_fused_routing(model, blocks if routing == "fused" else {})
     refused |= unroutable
     if refused and strict:

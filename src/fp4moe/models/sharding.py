@@ -59,6 +59,10 @@ class Sharding:
         # A dictionary is what an earlier run left in config.json.
         if config is None or isinstance(config, dict):
             return None
+        import transformers
+
+        if not is_supported(transformers.__version__):
+            return None
         tp = _plan(model, config, "tp") if config.tp_size > 1 else {}
         ep = _plan(model, config, "ep") if config.ep_size > 1 else {}
         if "ep_dispatch_experts" not in ep.values():

@@ -34,7 +34,7 @@ from ..module import FusedExperts
 from ..parallel import check_alike, check_all_succeed
 from ..progress import progress_bar
 from .key_names import KeyNames, may_skip, optional_names
-from .parallelism import fingerprint
+from .parallelism import fingerprint, is_shared
 from .placeholder import Options, Placeholder, convention_of
 from .probe_experts import describe_on_meta
 from .split_plan import check_linears, experts_part, experts_reasons
@@ -53,6 +53,8 @@ class Loading:
         self.files: CheckpointFiles | None = None
         self.plan: Plan | None = None
         self.sharding: Sharding | None = None
+        # Whether several processes load the model, split or not.
+        self.shared = False
         self.shapes: dict[str, tuple[int, ...]] = {}
         # Linears whose class computes something else: they get their weights decoded.
         self.own_forward: dict[str, nn.Linear] = {}
@@ -85,7 +87,8 @@ class Loading:
             got = f"{sorted(names)} against {sorted(self.files.shards)}"
             fail("have one set of weight files", got, "Remove what is stale; do not pass variant")
         self.sharding = Sharding.of(model)
-        if self.sharding is not None:
+        self.shared = is_shared(getattr(model.config, "distributed_config", None))
+        if self.shared:
             options = self.options
             words = options.kernel, options.hidden_alignment, options.routing, options.format
             check_alike(
@@ -156,14 +159,15 @@ class Loading:
 
     def _placeholder(self, path: str) -> Placeholder:
         assert self.plan is not None
-        if self.sharding is None:
+        if not self.shared:
             return Placeholder(self._packed_bytes(path))
         # Nothing counts bytes here, and a parameter would be split.
         if path in self.plan.linears:
             facts = self.plan.linears[path].facts
             return Placeholder(0, out_features=facts.out_features, in_features=facts.in_features)
         count = self.plan.experts[path].facts.num_experts
-        return Placeholder(0, num_experts=count // self.sharding.count(path))
+        sharers = 1 if self.sharding is None else self.sharding.count(path)
+        return Placeholder(0, num_experts=count // sharers)
 
     def _packed_bytes(self, path: str) -> int:
         """What the module at a path will take, without a kernel's padding."""
@@ -221,7 +225,7 @@ class Loading:
 
         Processes that share the model succeed together, or all raise.
         """
-        if self.sharding is None:
+        if not self.shared:
             self._fill(loading_info)
             return
         try:

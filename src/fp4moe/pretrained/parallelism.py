@@ -16,7 +16,7 @@ from ..checkpoint.files import CheckpointFiles
 from ..errors import must, refuse
 from ..models.sharding import is_supported
 
-__all__ = ["check_parallelism", "fingerprint"]
+__all__ = ["check_parallelism", "fingerprint", "is_shared"]
 
 SIZES = ("pp_size", "dp_replicate_size", "fsdp_size", "tp_size")
 # What is read of the end of a weight file: values, which headers do not show.
@@ -69,6 +69,16 @@ def check_parallelism(
             math.prod(sizes.values()),
             f"Start as many with torchrun --nproc-per-node={math.prod(sizes.values())}.",
         )
+
+
+def is_shared(distributed_config: Any) -> bool:
+    """Whether a configuration, as transformers has put it into that of the model, is for several.
+
+    A dictionary is what an earlier run left in config.json.
+    """
+    if distributed_config is None or isinstance(distributed_config, dict):
+        return False
+    return any((getattr(distributed_config, name, None) or 1) > 1 for name in SIZES)
 
 
 def fingerprint(files: CheckpointFiles, *options: object) -> str:
