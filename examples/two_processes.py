@@ -35,8 +35,8 @@ PROCESSES = 2
 LIMIT = 1e-6
 
 
-def write(folder: pathlib.Path) -> pathlib.Path:
-    """Write a random model of bfloat16, and the same with NVFP4 experts; returns the latter."""
+def write(folder: pathlib.Path) -> None:
+    """Write a random model of bfloat16, and the same with NVFP4 experts."""
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
         vocab_size=512,
@@ -52,7 +52,6 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     model = transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder / "bfloat16")
     fp4moe.quantize_checkpoint(folder / "bfloat16", folder / "nvfp4", progress=False)
-    return folder / "nvfp4"
 
 
 def ways() -> dict[str, dict[str, int] | None]:
@@ -82,13 +81,17 @@ def nbytes(model: torch.nn.Module) -> int:
     return sum(m.nbytes for m in model.modules() if isinstance(m, fp4moe.FusedExperts))
 
 
-def process(rank: int, folder: str, port: int) -> None:
+def process(rank: int, temporary: str, port: int) -> None:
     """Be one of the processes."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     dist.init_process_group("gloo")
+    folder = os.path.join(temporary, "nvfp4")
+    if rank == 0:
+        write(pathlib.Path(temporary))
+    dist.barrier()
     prompts = torch.arange(1, 1 + PROCESSES * 2 * 8).reshape(PROCESSES, 2, 8)
     whole = fp4moe.from_pretrained(folder, dtype=torch.float32, progress=False)
     rows = [["one process", "", "", format_bytes(nbytes(whole))]]
@@ -118,14 +121,13 @@ def process(rank: int, folder: str, port: int) -> None:
 
 
 def main() -> None:
-    """Write the model, and run the processes."""
-    transformers_logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        checkpoint = write(pathlib.Path(folder))
-        mp.spawn(process, (str(checkpoint), port), PROCESSES)
+    """Run the processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        # Forks: everything is imported already, and nothing has been computed.
+        mp.start_processes(process, (folder, port), PROCESSES, start_method="fork")
 
 
 if __name__ == "__main__":

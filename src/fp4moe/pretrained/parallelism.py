@@ -42,10 +42,11 @@ def check_parallelism(
     split = {
         name: value for name, value in asked.items() if value and (value is True or value != 1)
     }
+    ready = dist.is_available() and dist.is_initialized()
+    world = dist.get_world_size() if ready else int(os.environ.get("WORLD_SIZE", 1))
     # Filled in by transformers; one process splits nothing.
-    if distributed_config is not None and tp_plan is None and not split.keys() - {"tp_plan"}:
-        return
-    if not split:
+    trivial = {"tp_plan"} if distributed_config is not None and world == 1 else set()
+    if tp_plan is None and not split.keys() - trivial:
         return
     import transformers
 
@@ -60,15 +61,12 @@ def check_parallelism(
     if sizes["pp_size"] > 1:
         reason = "packed experts are not dealt out layer by layer"
         refuse("from_pretrained", what, reason, "Pass tp_size or ep_size, or device_map.")
-    ready = dist.is_available() and dist.is_initialized()
-    world = dist.get_world_size() if ready else int(os.environ.get("WORLD_SIZE", 1))
-    if (distributed_config is not None or tp_size) and math.prod(sizes.values()) != world:
-        must(
-            f"from_pretrained: {' * '.join(name for name in sizes if sizes[name] > 1)}",
-            f"be the number of processes, {world}",
-            math.prod(sizes.values()),
-            f"Start as many with torchrun --nproc-per-node={math.prod(sizes.values())}.",
-        )
+    wanted = math.prod(sizes.values())
+    if wanted not in (1, world):
+        names = " * ".join(name for name in sizes if sizes[name] > 1)
+        rule = f"be the number of processes, {world}"
+        advice = f"Start as many with torchrun --nproc-per-node={wanted}."
+        must(f"from_pretrained: {names}", rule, wanted, advice)
 
 
 def is_shared(distributed_config: Any) -> bool:
