@@ -87,6 +87,7 @@ def process(rank: int, temporary: str, port: int) -> None:
     transformers_logging.disable_progress_bar()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
+    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     folder = os.path.join(temporary, "nvfp4")
     if rank == 0:
