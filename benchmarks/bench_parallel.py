@@ -134,13 +134,16 @@ def measure(
         kernel = get_kernel(whole.kernel)
         limit = ROUNDED_LIMIT if kernel.quantizes_activations else LIMIT
         row = [str(tokens)]
+        shared, single = (
+            float32_result(given[0][0], weights, *given[0][1:], kernel) for given in (cases, mine)
+        )
         for way, call in ways.items():
-            given = mine if way == "own" else cases
+            given, expected = (mine, single) if way == "own" else (cases, shared)
             got = call(*given[0])
             if way in (f"TP {count}", f"EP {count}"):
                 got = got.float()
                 dist.all_reduce(got)
-            error = relative_error(got, float32_result(given[0][0], weights, *given[0][1:], kernel))
+            error = relative_error(got, expected)
             if not error <= limit:
                 raise SystemExit(f"{name}, {tokens} tokens, {way}: error {error:.2g} > {limit:.2g}")
             row.append(f"{microseconds([functools.partial(call, *c) for c in given], device):.1f}")

@@ -122,6 +122,11 @@ def forms(directory, uneven, formats, packed=None):
     expected = logits(load(directory))
     close(logits(load(directory, "ep", routing="fused")), expected)
     close(logits(load(directory, "exchange")), expected)
+    # The same through transformers' own loader.
+    fp4moe.register_transformers()
+    model = load_plain(directory, "tp")
+    assert experts(model)[0].parts
+    close(logits(model), expected)
     # FSDP splits the rest; packed experts stay whole.
     close(logits(load(directory, {"fsdp_size": 2})), expected)
     for other in formats:

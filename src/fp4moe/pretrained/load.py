@@ -86,16 +86,22 @@ def from_pretrained(
         hf_kwargs: for transformers' from_pretrained: dtype, device_map, attn_implementation,
             trust_remote_code and others; of these revision, token, cache_dir, local_files_only and
             force_download go to the download. Names of the configuration override it.
+            distributed_config (transformers 5.23 and newer) and tp_plan="auto" split the model over
+            the processes that call this: experts by intermediate columns (tp_size), in whole blocks
+            of the format, or by experts (ep_size), and quantised Linears by rows or columns.
+            Of quantised checkpoints, and of float ones by experts, each process reads its part.
 
     Returns:
         The model of the class that config.json names, in evaluation mode.
 
     Raises:
         CheckpointError: files are unsafe or damaged, a tensor is missing, unexpected, there twice,
-            of a wrong shape or not finite, or the quantisation is unknown. No model is returned.
-        UnsupportedError: no kernel for the experts, experts of another form, offloading, tensor or
-            expert parallelism, an argument that does not go with this loader, or a format for
-            weights that are quantised already.
+            of a wrong shape or not finite, or the quantisation is unknown; processes have other
+            files or options, or another process has failed. No model is returned.
+        ShapeError: the sizes of a distributed_config do not fit the processes or the experts.
+        UnsupportedError: no kernel for the experts, experts of another form, offloading, a split
+            that packed modules do not have (pp_size, other plans, older transformers), an argument
+            that does not go with this loader, or a format for weights that are quantised already.
     """
     check_kernel_name(kernel, caller="from_pretrained")
     caller = "from_pretrained"
