@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .models.autotune import autotune
     from .models.register_peft import register_peft
     from .models.replace import explain, replace_moe
+    from .models.split_experts import split_experts
     from .pretrained.load import from_pretrained, register_transformers
     from .pretrained.quantize import quantize_checkpoint
     from .report import ModelReport
@@ -65,6 +66,7 @@ __all__ = [
     "replace_moe",
     "selftest",
     "set_flashinfer",
+    "split_experts",
     "tensorrt",
     "why_not",
 ]
@@ -84,6 +86,7 @@ _LATE = {
     "register_transformers": "pretrained.load",
     "replace_moe": "models.replace",
     "selftest": "tools.selftest",
+    "split_experts": "models.split_experts",
 }
 
 if not TYPE_CHECKING:  # A type checker would take any name for one of these.

@@ -266,14 +266,18 @@ class FusedExperts(PreparedModule):
     def get_extra_state(self) -> torch.Tensor:
         """Return the metadata as JSON bytes; a tensor, so that safetensors can hold it."""
         return torch.frombuffer(
-            bytearray(json.dumps(self.metadata, sort_keys=True).encode()), dtype=torch.uint8
+            bytearray(json.dumps(self._saved(), sort_keys=True).encode()), dtype=torch.uint8
         )
+
+    def _saved(self) -> dict[str, Any]:
+        """The metadata, and whose part of the layer the weights are."""
+        return self.metadata | ({"parts": [*map(str, self.parts)]} if self.parts else {})
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Check that loaded weights belong to a layer of this kind."""
         metadata = _metadata(state)
-        if metadata != self.metadata:
-            rule = f"equal that of this layer, {self.metadata}"
+        if metadata != self._saved():
+            rule = f"equal that of this layer, {self._saved()}"
             advice = "Load into a model that was replaced in the same way."
             must("FusedExperts.load_state_dict: metadata", rule, metadata, advice)
 

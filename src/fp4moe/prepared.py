@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .logical import Lent
+from .part import Part
 from .saving import PackedModule
 
 __all__ = ["PREPARED", "PreparedModule"]
@@ -33,6 +34,8 @@ class PreparedModule(PackedModule):
     """
 
     kernel: str
+    # Which part is here, where processes share the module; two where they share it twice.
+    parts: tuple[Part, ...] = ()
     _lent: Lent
     # Where the buffers were prepared. The last that is set, since other threads go by it.
     _place: torch.device

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from .errors import must
-from .formats import StoredMatrix
+from .formats import FORMATS, StoredMatrix
 from .formats.base import as_bytes
 
-__all__ = ["resized", "slice_experts", "slice_intermediate", "stack_experts"]
+__all__ = ["block_multiple", "resized", "slice_experts", "slice_intermediate", "stack_experts"]
 
 # fp4moe.experts imports this.
 ExpertWeights = Any
@@ -76,12 +76,18 @@ def slice_experts(weights: ExpertWeights, start: int, stop: int) -> ExpertWeight
     )
 
 
+def block_multiple(name: str) -> int:
+    """Return of what intermediate columns a slice consists in a format: its widest block."""
+    format = FORMATS[name]
+    # A block of scales that lies in two slices would be in neither.
+    _, columns, rows_of_block = format.scales or format.codes
+    return max(format.multiple, columns or 1, rows_of_block or 1)
+
+
 def slice_intermediate(weights: ExpertWeights, start: int, stop: int) -> ExpertWeights:
     """Return intermediate columns start..stop-1; only the first slice keeps the bias of down."""
     format = weights.number_format
-    # A block of scales that lies in two slices would be in neither.
-    _, columns, rows_of_block = format.scales or format.codes
-    multiple = max(format.multiple, columns or 1, rows_of_block or 1)
+    multiple = block_multiple(weights.format)
     stop_multiple = format.multiple if stop == weights.intermediate_padded else multiple
     if (
         not 0 <= start < stop <= weights.intermediate_padded

@@ -15,7 +15,7 @@ OF_A_FORMAT = ("formats", "kernels", "checkpoint")
 OBJECTS_IN = {"__init__.py"}
 # What is meant where a layer or a call does not say it; classes that bear a name; what files call
 # a format.
-NAMES_IN = {"arguments.py", "layer.py", "linear.py", "loading.py"}
+NAMES_IN = {"arguments.py", "layer.py", "linear.py", "placeholder.py"}
 # Measurements compare formats with NVFP4, and one peer has FP8 alone.
 NAMES_IN |= {"measure.py", "grouped_gemms.py"}
 

@@ -15,7 +15,7 @@ from fp4moe.errors import UnsupportedError
 from fp4moe.formats import FORMATS
 from fp4moe.kernels import KERNELS
 from fp4moe.kernels.reference import ReferenceKernel
-from fp4moe.pretrained.loading import Placeholder
+from fp4moe.pretrained.placeholder import Placeholder
 from fp4moe.reference import reference
 
 

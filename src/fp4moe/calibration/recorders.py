@@ -260,9 +260,14 @@ def make_recorders(model: nn.Module, percentile: float | None) -> list[Recorder]
     found: list[Recorder] = [
         _FusedRecorder(path, module, module.activation_scales()[1].numel(), percentile)
         for path, module in fused
-        if FORMATS[module.layer.format].activation_range
+        if FORMATS[module.layer.format].activation_range and not module.parts
     ]
     refused = [
+        f"{path or 'the model'}: it holds {module.parts[0]}, and ranges are those of all of it"
+        for path, module in fused
+        if module.parts
+    ]
+    refused += [
         f"{path or 'the model'}: experts in {module.layer.format} need none, {DYNAMIC}"
         for path, module in fused
         if not FORMATS[module.layer.format].activation_range
@@ -270,6 +275,9 @@ def make_recorders(model: nn.Module, percentile: float | None) -> list[Recorder]
     for candidate in find_candidates(model):
         if candidate.reasons:
             refused.append(f"{candidate.path or 'the model'}: {'; '.join(candidate.reasons)}")
+        elif candidate.part is not None:
+            why = "it is split over processes, and ranges are those of all of it"
+            refused.append(f"{candidate.path}: {why}")
         elif candidate.storage is not None:
             found.append(_StackedRecorder(candidate, percentile))
         else:

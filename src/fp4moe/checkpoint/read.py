@@ -1,7 +1,7 @@
 """The values of a plan: packed experts and Linears, read one matrix at a time and checked.
 
-Packed experts are copied to their place and never expanded; float ones are quantised one after the
-other, so that no more than one expert, or one stack, is there as floats. Every scale is looked at.
+Packed experts are copied to their place and never expanded; float ones are in read_floats.py. Of a
+module that is shared by processes one part is read. Every scale of it is looked at.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from collections.abc import Mapping
 import torch
 
 from ..activations import get_activation
-from ..errors import CheckpointError, ShapeError, refuse
 from ..experts import ExpertWeights
 from ..formats import FORMATS, StoredMatrix
+from ..formats.base import Part as Grid
 from ..linear import PackedLinear, packed_linear
 from ..pack import split_gate_up
 from ..padding import round_up
+from ..part import EXPERTS, INTERMEDIATE, ROWS, Part
 from .files import CheckpointFiles
 from .naming import Convention, Matrix, fail
-from .plan import ExpertsFacts, ExpertsPlan, LinearPlan
+from .plan import ExpertsPlan, LinearPlan
+from .read_floats import experts_here, quantize_experts, read_biases
 from .values import (
     CPU,
     FIX,
+    Cut,
     fill_unseen,
     is_normal,
     read_block_scales,
@@ -60,8 +63,9 @@ def read_experts(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    part: Part | None = None,
 ) -> ReadExperts:
-    """Read one experts module.
+    """Read one experts module, or one part of it.
 
     A format with global scales has one for gate and up. Where the file's differ, gate's is kept
     and s = up's / gate's moves into down, which is exact since up enters linearly: what is up / s
@@ -78,22 +82,25 @@ def read_experts(
         plan, convention: from `make_plan`.
         device: where the weights go.
         dtype: what float experts are cast to before they are quantised, and biases.
+        part: what is read and held; None for all. Ids stay global. Float experts are quantised
+            whole and then cut, so that each number is that of the whole layer.
 
     Raises:
         CheckpointError: a scale is NaN or negative, a global scale is 0 or infinite, a float weight
             or a bias is not finite, or gate and up have global scales that cannot be made one.
     """
     if plan.form == "float":
-        return ReadExperts(_quantized(files, path, plan, device, dtype))
+        return ReadExperts(quantize_experts(files, path, plan, device, dtype, part))
     facts, format = plan.facts, FORMATS[plan.form]
     projections = ("gate_proj", "up_proj") if facts.gated else ("up_proj",)
-    inner, outer = (
-        round_up(n, format.multiple) for n in (facts.intermediate_size, facts.hidden_size)
-    )
-    halves = len(projections)
-    first = format.zeros(facts.num_experts, halves * inner, outer, halves, CPU)
-    second = format.zeros(facts.num_experts, outer, inner, device=CPU)
-    reader = _Reader(files, plan, convention)
+    by_columns = part is not None and part.kind == INTERMEDIATE
+    size = part.size if part is not None and by_columns else facts.intermediate_size
+    inner, outer = (round_up(n, format.multiple) for n in (size, facts.hidden_size))
+    here = experts_here(plan, part)
+    halves, local = len(projections), len(here)
+    first = format.zeros(local, halves * inner, outer, halves, CPU)
+    second = format.zeros(local, outer, inner, device=CPU)
+    reader = _Reader(files, plan, convention, part)
     scales = [
         reader.fill(name, _half(first, half, halves)) for half, name in enumerate(projections)
     ]
@@ -103,7 +110,11 @@ def read_experts(
     hidden_inputs = functools.reduce(torch.fmax, inputs[:-1])
     hidden, unseen = fill_unseen(hidden_inputs)
     intermediate, unseen_by_down = fill_unseen(inputs[-1])
-    biases = _biases(files, plan, dtype)
+    # The largest scales are those of the whole layer.
+    intermediate = intermediate[here.start : here.stop]
+    biases = read_biases(files, plan, dtype, here)
+    if part is not None and by_columns:
+        biases = _of_columns(biases, part)
     ratio = torch.ones_like(intermediate)
     if format.globally_scaled:
         ratio = scales[-1] / scales[0]
@@ -118,7 +129,7 @@ def read_experts(
         intermediate = moved[1]
     if "up_bias" in biases:
         biases["up_bias"] = biases["up_bias"] / ratio[:, None]
-    both = _both(biases, facts, inner, outer)
+    both = _both(biases, local, facts.gated, inner, outer)
     stored_range = format.activation_range is not None
     ranges = not any(bool(s.isnan().all()) for s in (hidden_inputs, inputs[-1]))
     weights = ExpertWeights(
@@ -127,9 +138,9 @@ def read_experts(
         activation=facts.activation,
         gated=facts.gated,
         hidden_size=facts.hidden_size,
-        intermediate_size=facts.intermediate_size,
+        intermediate_size=size,
         num_experts=facts.num_experts,
-        expert_offset=0,
+        expert_offset=here.start,
         hidden_scale=hidden.amax().reshape(1),
         intermediate_scale=intermediate,
         gate_up_bias=both.get("gate_up_bias"),
@@ -149,16 +160,21 @@ def read_linear(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    part: Part | None = None,
 ) -> PackedLinear:
     """Read one quantised Linear; dtype is that of its bias. Raises as `read_experts` does.
 
-    An input scale of 0 or infinity, of a Linear that saw no token, is left out: none is used here.
+    part: the rows, or the columns, that are read and held; None for all. The bias of columns is
+    that of the first part alone, since the outputs are added up. An input scale of 0 or infinity,
+    of a Linear that saw no token, is left out: none is used here.
     """
     keys, facts, format = plan.matrix.keys, plan.facts, FORMATS[plan.form]
     names = convention.names[plan.form]
     bias = files.tensor(keys["bias"]).to(dtype, copy=True) if "bias" in keys else None
     if bias is not None and not bool(torch.isfinite(bias).all()):
         fail("hold finite numbers", f"inf or NaN in {keys['bias']!r}", FIX)
+    if bias is not None and part is not None:
+        bias = bias[part.start : part.stop] if part.kind == ROWS else None if part.index else bias
     input_scale = None
     if "input_scale" in keys:
         stored = read_input_scales(
@@ -166,8 +182,17 @@ def read_linear(
         )
         input_scale = stored.reshape(()) if float(stored) else None
     shapes = format.shapes(1, facts.out_features, facts.in_features)
-    weight = read_codes(files, keys["packed"], shapes["packed"][1]).clone()[0]
-    scale = read_block_scales(files, keys["block_scale"], *shapes["block_scale"]).clone()[0]
+
+    def cut(grid: Grid | None) -> Cut:
+        if part is None or grid is None:
+            return lambda tensor: tensor
+        return functools.partial(part.cut_stored, grid=grid)
+
+    weight = read_codes(files, keys["packed"], shapes["packed"][1], cut(format.codes))
+    scale = read_block_scales(
+        files, keys["block_scale"], *shapes["block_scale"], cut(format.scales)
+    )
+    weight, scale = weight.clone()[0], scale.clone()[0]
     global_scale = None
     if format.globally_scaled:
         invert = names["global_scale"] in convention.reciprocal
@@ -192,30 +217,30 @@ class _Reader:
     files: CheckpointFiles
     plan: ExpertsPlan
     convention: Convention
+    part: Part | None
 
     def fill(self, name: str, out: StoredMatrix) -> torch.Tensor:
-        """Copy one projection of all experts, [E, N, K], into `out`; returns global scales [E]."""
+        """Copy one projection, [L, N, K], into `out`; returns global scales [L]."""
         facts, format = self.plan.facts, FORMATS[self.plan.form]
         rows, columns = facts.intermediate_size, facts.hidden_size
         if name == "down_proj":
             rows, columns = columns, rows
-        count = facts.num_experts
+        here = experts_here(self.plan, self.part)
         stack, which = self._stack(name)
-        global_scale = torch.ones(count, dtype=torch.float32, device=CPU)
+        global_scale = torch.ones(len(here), dtype=torch.float32, device=CPU)
         if stack is not None:
-            self._copy(stack.keys, format.shapes(count, rows, columns), which, out)
+            self._copy(name, stack.keys, (facts.num_experts, rows, columns), which, out)
             if format.globally_scaled:
                 scale = self._numbers(stack.keys["global_scale"], "global_scale")
-                global_scale = spread(scale, count, which)
+                global_scale = spread(scale, facts.num_experts, which)[here.start : here.stop]
             return global_scale
-        for expert in range(count):
+        for index, expert in enumerate(here):
             keys = self.plan.matrices[expert, name].keys
-            one = {part: t[expert : expert + 1] for part, t in out.parts().items()}
-            shapes = format.shapes(1, rows, columns)
-            self._copy(keys, shapes, None, dataclasses.replace(out, **one))
+            one = {part: t[index : index + 1] for part, t in out.parts().items()}
+            self._copy(name, keys, (1, rows, columns), None, dataclasses.replace(out, **one))
             if format.globally_scaled:
                 value = self._numbers(keys["global_scale"], "global_scale")
-                global_scale[expert] = value.reshape(())
+                global_scale[index] = value.reshape(())
         return global_scale
 
     def input_scales(self, name: str) -> torch.Tensor:
@@ -249,130 +274,60 @@ class _Reader:
 
     def _copy(
         self,
+        name: str,
         keys: Mapping[str, str],
-        shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        size: tuple[int, int, int],
         half: int | None,
         out: StoredMatrix,
     ) -> None:
         """Copy codes and block scales of the file, or one half of their rows, into `out`.
 
-        shapes: of the half.
+        size: experts, rows and columns of the half.
         """
+        format = FORMATS[self.plan.form]
         layout = self.plan.facts.layout if self.convention.interleaved else "gate_up"
-        for part in ("packed", "block_scale"):
-            dtype, (count, rows, columns) = shapes[part]
+        for slot, grid in (("packed", format.codes), ("block_scale", format.scales)):
+            dtype, (count, rows, columns) = format.shapes(*size)[slot]
             whole = (count, rows if half is None else 2 * rows, columns)
-            if part == "packed":
-                tensor = read_codes(self.files, keys[part], whole)
+
+            def cut(tensor: torch.Tensor, grid=grid, count=count) -> torch.Tensor:
+                if half is not None:
+                    tensor = split_gate_up(tensor, layout)[half]
+                if self.part is None or (self.part.kind == EXPERTS and count == 1):
+                    return tensor
+                return self.part.cut_stored(tensor, grid, down=name == "down_proj")
+
+            if slot == "packed":
+                tensor = read_codes(self.files, keys[slot], whole, cut)
             else:
-                tensor = read_block_scales(self.files, keys[part], dtype, whole)
-            if half is not None:
-                tensor = split_gate_up(tensor, layout)[half]
+                tensor = read_block_scales(self.files, keys[slot], dtype, whole, cut)
             # Bytes: not every device copies e4m3.
-            to = getattr(out, part)[:, :rows, :columns]
+            to = getattr(out, slot)[:, : tensor.shape[1], : tensor.shape[2]]
             if dtype.itemsize == 1:
                 to, tensor = to.view(torch.uint8), tensor.view(torch.uint8)
             to.copy_(tensor)
 
 
-def _biases(
-    files: CheckpointFiles, plan: ExpertsPlan, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Those that there are of gate_bias, up_bias [E, I] and down_bias [E, H], cast to dtype."""
-    found: dict[str, torch.Tensor] = {}
-    for (expert, name), key in plan.biases.items():
-        bias = files.tensor(key).to(dtype, copy=True)
-        if not bool(torch.isfinite(bias).all()):
-            fail("hold finite numbers", f"inf or NaN in {key!r}", FIX)
-        stem = name.removesuffix("_proj")
-        if expert is not None:
-            size = (plan.facts.num_experts, *bias.shape)
-            whole = found.setdefault(f"{stem}_bias", bias.new_zeros(size))
-            whole[expert] = bias
-        elif stem == "gate_up":
-            pair = split_gate_up(bias[..., None], plan.facts.layout)
-            found |= {"gate_bias": pair[0][..., 0], "up_bias": pair[1][..., 0]}
-        else:
-            found[f"{stem}_bias"] = bias
-    return found
+def _of_columns(biases: Mapping[str, torch.Tensor], part: Part) -> dict[str, torch.Tensor]:
+    """Those of some intermediate columns; the bias of down is in the first part alone."""
+    return {
+        name: bias * (part.start == 0) if name == "down_bias" else bias[:, part.start : part.stop]
+        for name, bias in biases.items()
+    }
 
 
 def _both(
-    biases: Mapping[str, torch.Tensor], facts: ExpertsFacts, inner: int, outer: int
+    biases: Mapping[str, torch.Tensor], local: int, gated: bool, inner: int, outer: int
 ) -> dict[str, torch.Tensor]:
     """Float32 biases of both GEMMs, zero-padded as ExpertWeights takes them; {} without any."""
     if not biases:
         return {}
 
     def one(name: str, size: int) -> torch.Tensor:
-        padded = torch.zeros(facts.num_experts, size, dtype=torch.float32, device=CPU)
+        padded = torch.zeros(local, size, dtype=torch.float32, device=CPU)
         if (bias := biases.get(f"{name}_bias")) is not None:
             padded[:, : bias.shape[1]] = bias
         return padded
 
-    first = [one(name, inner) for name in ("gate", "up")[not facts.gated :]]
+    first = [one(name, inner) for name in ("gate", "up")[not gated :]]
     return {"gate_up_bias": torch.cat(first, 1), "down_bias": one("down", outer)}
-
-
-def _quantized(
-    files: CheckpointFiles, path: str, plan: ExpertsPlan, device: torch.device, dtype: torch.dtype
-) -> ExpertWeights:
-    facts = plan.facts
-    whole: dict[str, torch.Tensor] = {}
-    metadata: dict = {}
-    stacks = {
-        name: files.tensor(matrix.keys["packed"])
-        for (expert, name), matrix in plan.matrices.items()
-        if expert is None
-    }
-    biases = _biases(files, plan, dtype)
-    for expert in range(facts.num_experts):
-        floats = {
-            name: tensor[expert : expert + 1].to(device, dtype) for name, tensor in stacks.items()
-        } or {
-            name: files.tensor(plan.matrices[expert, name].keys["packed"]).to(device, dtype)[None]
-            for name in ("gate_proj", "up_proj", "down_proj")[not facts.gated :]
-        }
-        floats |= {name: b[expert : expert + 1].to(device) for name, b in biases.items()}
-        one = _quantize_one(floats, facts, bool(stacks), f"{path}, expert {expert}")
-        for name, tensor in one.tensors().items():
-            if name == "hidden_scale" or not tensor.numel():
-                whole[name] = tensor
-                continue
-            if expert == 0:
-                size = (facts.num_experts, *tensor.shape[1:])
-                whole[name] = torch.empty(size, dtype=tensor.dtype, device=device)
-            # Bytes: not every device copies e4m3.
-            to, source = whole[name][expert], tensor[0]
-            if tensor.dtype.itemsize == 1:
-                to, source = to.view(torch.uint8), source.view(torch.uint8)
-            to.copy_(source)
-        metadata = one.metadata()
-    return ExpertWeights.from_tensors(whole, metadata | {"num_experts": facts.num_experts})
-
-
-def _quantize_one(
-    floats: Mapping[str, torch.Tensor], facts, stacked: bool, where: str
-) -> ExpertWeights:
-    named = {name.removesuffix("_proj"): tensor for name, tensor in floats.items()}
-    layout = facts.layout
-    if "w13" in named:
-        # Inkling's own name for gate and up, row by row.
-        named["gate_up"], layout = named.pop("w13"), "gate_up_interleaved"
-    try:
-        return ExpertWeights.quantize(
-            **named,  # type: ignore[arg-type]
-            activation=facts.activation,
-            layout=layout,
-            transposed=facts.transposed and stacked,
-            format=facts.format,
-        )
-    except ShapeError as error:
-        refuse(
-            "from_pretrained",
-            f"the weights of {where} cannot be quantised",
-            str(error).rstrip("."),
-            "Check the checkpoint.",
-            error=CheckpointError,
-            cause=error,
-        )

@@ -6,22 +6,31 @@ A file may store scales as encode multipliers, in other dtypes, or one for many 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from .files import CheckpointFiles
 from .naming import fail
 
-__all__ = ["CPU", "FIX", "fill_unseen", "is_normal", "read_block_scales", "read_codes"]
+__all__ = ["CPU", "FIX", "Cut", "fill_unseen", "is_normal", "read_block_scales", "read_codes"]
 __all__ += ["read_input_scales", "read_numbers", "spread"]
 
 CPU = torch.device("cpu")
 FIX = "Download it again, or quantise the model again"
+# What is read of a tensor: a view of it.
+Cut = Callable[[torch.Tensor], torch.Tensor]
 
 
-def read_codes(files: CheckpointFiles, key: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """The codes of a matrix or a stack, mapped into memory."""
-    codes = files.tensor(key).reshape(shape)
+def _all(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def read_codes(
+    files: CheckpointFiles, key: str, shape: tuple[int, ...], cut: Cut = _all
+) -> torch.Tensor:
+    """The codes of a matrix or a stack, mapped into memory; nothing else is read than the cut."""
+    codes = cut(files.tensor(key).reshape(shape))
     codes = codes.view(torch.uint8) if codes.dtype == torch.int8 else codes
     if codes.dtype == torch.float8_e4m3fn and _has_nan(codes):
         fail("hold no NaN", f"NaN in {key!r}", FIX)
@@ -39,21 +48,24 @@ def _has_nan(codes: torch.Tensor) -> bool:
 
 
 def read_block_scales(
-    files: CheckpointFiles, key: str, dtype: torch.dtype, shape: tuple[int, ...]
+    files: CheckpointFiles,
+    key: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    cut: Cut = _all,
 ) -> torch.Tensor:
     """Block scales as a format has them; float ones may be one for all experts, or one each."""
-    scale = files.tensor(key)
     if dtype == torch.float32:
         numbers = read_numbers(files, key, False, zero=shape[-2:] != (1, 1))
         if numbers.numel() < math.prod(shape):
             numbers = numbers.reshape(-1, 1, 1).expand(shape)
-        return numbers.reshape(shape)
-    codes = scale.view(torch.uint8)
+        return cut(numbers.reshape(shape))
+    codes = cut(files.tensor(key).view(torch.uint8).reshape(shape))
     # Powers of two have one NaN, e4m3 two, and a sign.
     bad = codes.ge(0x7F) if dtype == torch.float8_e4m3fn else codes.eq(0xFF)
     if bool(bad.any()):
         fail("hold block scales that are numbers and not negative", f"others in {key!r}", FIX)
-    return codes.view(dtype).reshape(shape)
+    return codes.view(dtype)
 
 
 def read_numbers(

@@ -21,6 +21,7 @@ from ..activations import get_activation
 from ..experts import ExpertWeights
 from ..formats import DEFAULT_FORMAT, FORMATS
 from ..module import FusedExperts
+from ..part import Part
 from ..precision import float32_as_written
 from ..random_floats import random_normal, random_uniform
 from ..reference import moe_definition
@@ -71,6 +72,7 @@ class Candidate:
         build: makes the module that takes its place out of the fused experts.
         verify: runs the float block against the definition and returns the reasons where they
             differ.
+        part: of experts that processes share: format -> which part of them this one gets.
     """
 
     path: str
@@ -88,6 +90,7 @@ class Candidate:
     quantize: Callable[[str, str], ExpertWeights] | None = None
     build: Callable[[FusedExperts], nn.Module] = lambda fused: fused
     verify: Callable[[], list[str]] | None = None
+    part: Callable[[str], Part] | None = None
 
     @property
     def nbytes(self) -> int:

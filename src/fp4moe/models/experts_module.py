@@ -24,6 +24,8 @@ from .block import (
     verify_against_definition,
 )
 from .named_activation import named_activation
+from .sharding import Sharding
+from .split_experts_module import local_module, split_candidate
 from .storage import (
     STAMPS,
     Storage,
@@ -63,7 +65,8 @@ def find_experts(model: nn.Module) -> list[Candidate]:
     """Return a candidate for each experts module."""
     modules = {path: m for path, m in model.named_modules() if is_stacked_experts(m)}
     config = getattr(model, "config", None)
-    found = [describe_experts(path, m, config) for path, m in modules.items()]
+    sharding = Sharding.of(model)
+    found = [_describe(path, m, config, sharding) for path, m in modules.items()]
     reason = _half_loaded(model)
     for candidate in found:
         parent, _, name = candidate.path.rpartition(".")
@@ -76,6 +79,13 @@ def find_experts(model: nn.Module) -> list[Candidate]:
         if not candidate.path:
             candidate.reasons.append("it is the model itself; wrap it in a module")
     return found
+
+
+def _describe(path: str, module: Any, config: Any, sharding: Sharding | None) -> Candidate:
+    if sharding is None or not sharding.is_done or sharding.style(path) is None:
+        return describe_experts(path, module, config)
+    local = local_module(module)
+    return split_candidate(describe_experts(path, local, config), path, module, local, sharding)
 
 
 def _half_loaded(model: nn.Module) -> str | None:

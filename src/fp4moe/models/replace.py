@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..errors import check_choice, refuse
+from ..errors import ShapeError, check_choice, refuse
 from ..formats import DEFAULT_FORMAT, FORMATS
 from ..kernels import (
     DEFAULT_HIDDEN_ALIGNMENT,
@@ -31,6 +31,8 @@ from ..kernels import (
 )
 from ..module import FusedExperts
 from ..padding import round_up
+from ..parallel import gather_objects
+from ..part import whole_count
 from ..progress import progress_bar
 from ..report import BlockReport, ModelReport
 from .block import ON_META, Candidate, carry_hooks, stored_activation_scales, value_reasons
@@ -40,6 +42,7 @@ from .module_list import find_module_lists
 from .quantized import mark_quantized
 from .routers import FusedRouter, fuse_router
 from .routing_plan import fused_router_beside, plan_fused_routing
+from .sharding import Sharding
 
 __all__ = ["asked_of", "explain", "find_candidates", "replace_moe"]
 
@@ -107,7 +110,8 @@ def replace_moe(
     check_choice("routing", routing, ROUTINGS, caller="replace_moe")
     _refuse_others(model, kernel, format)
     candidates = find_candidates(model)
-    present = {p: m.num_experts for p, m in model.named_modules() if isinstance(m, FusedExperts)}
+    fused_now = {p: m for p, m in model.named_modules() if isinstance(m, FusedExperts)}
+    present = {p: whole_count(m.num_experts, m.parts) for p, m in fused_now.items()}
     if not candidates and present:
         logger.info("replace_moe: every block of %s is fused already", type(model).__name__)
     elif not candidates:
@@ -120,7 +124,15 @@ def replace_moe(
         )
     root = type(model).__name__
     refused = _refused(candidates, kernel, format, routing, progress)
-    blocks = present | {c.path: c.num_experts for c in candidates if c.path not in refused}
+    sharding = Sharding.of(model)
+    if sharding is not None and sharding.is_done:
+        # One process must not begin what another refuses.
+        refused = {path: why for found in gather_objects(refused) for path, why in found.items()}
+    blocks = present | {
+        c.path: whole_count(c.num_experts or 0, [c.part(format)] if c.part else [])
+        for c in candidates
+        if c.path not in refused
+    }
     plans, unroutable = plan_fused_routing(model, blocks if routing == "fused" else {})
     refused |= unroutable
     if refused and strict:
@@ -149,6 +161,9 @@ def replace_moe(
         fused.train(job.module.training)
         carry_hooks(job.module, fused)
         _set_submodule(model, path, fused)
+        if job.part is not None and sharding is not None:
+            experts.parts = (job.part(format),)
+            sharding.install(path, fused)
     for plan in plans.values():
         fuse_router(model.get_submodule(plan.path), plan.routing)
     extremes = shared_extremes(dense, format)
@@ -208,11 +223,21 @@ def _refused(
         reasons = (
             candidate.reasons
             or value_reasons(candidate)
+            or _part_reasons(candidate, format)
             or choose_kernel(kernel, *asked_of(candidate, format, routing))[1]
         )
         if reasons:
             refused[candidate.path] = reasons
     return refused
+
+
+def _part_reasons(candidate: Candidate, format: str) -> list[str]:
+    try:
+        if candidate.part is not None:
+            candidate.part(format)
+    except ShapeError as error:
+        return [str(error).rstrip(".")]
+    return []
 
 
 def _refuse_others(model: nn.Module, kernel: str, format: str) -> None:
@@ -275,7 +300,10 @@ def _candidate_row(
 ) -> BlockReport:
     name, padded = None, None
     if not reasons:
-        reasons = choose_kernel(kernel, *asked_of(candidate, format))[1]
+        reasons = (
+            _part_reasons(candidate, format)
+            or choose_kernel(kernel, *asked_of(candidate, format))[1]
+        )
     if not reasons:
         layer, capability = asked_of(candidate, format)
         name = select_kernel(kernel, layer, capability, caller="explain")
@@ -284,9 +312,9 @@ def _candidate_row(
             round_up(s, m)
             for s, m in zip((layer.hidden_size, layer.intermediate_size), multiples, strict=True)
         )
-    notes = (
-        ["activation ranges are calibrated"] if stored_activation_scales(candidate.module) else []
-    )
+    notes = [f"this process gets {candidate.part(format)}"] if name and candidate.part else []
+    if stored_activation_scales(candidate.module):
+        notes.append("activation ranges are calibrated")
     return BlockReport(
         path=candidate.path,
         module=type(candidate.module).__name__,
@@ -307,7 +335,8 @@ def _candidate_row(
 
 def _fused_row(path: str, module: FusedExperts, router: FusedRouter | None) -> BlockReport:
     meta, prepared = module.metadata, module.prepared.operands
-    notes = [f"its router chooses in one launch ({router.routing.method})"] if router else []
+    notes = [f"it holds {part}" for part in module.parts]
+    notes += [f"its router chooses in one launch ({router.routing.method})"] if router else []
     scales = module.activation_scales()
     stored = FORMATS[module.layer.format].activation_range is not None
     if stored and not prepared.hidden_scale.is_meta and all(bool((s == 1).all()) for s in scales):

@@ -85,7 +85,7 @@ class Names:
         return names
 
 
-def packed_modules(model: nn.Module) -> dict[str, nn.Module]:
+def packed_modules(model: nn.Module) -> dict[str, Any]:
     """Return every packed module by path, at each place where it is used."""
     named = model.named_modules(remove_duplicate=False)
     return {path: module for path, module in named if isinstance(module, PackedModule)}
@@ -100,6 +100,10 @@ def check_state(model: Any, tensors: Mapping[str, torch.Tensor], no: Refuse) -> 
     if away is not None:
         advice = "Load the model onto devices that hold it."
         no(f"{away} is on the meta device, not loaded or offloaded", advice)
+    holders = packed_modules(model).items()
+    part = next((f"{path} holds {m.parts[0]}" for path, m in holders if m.parts), None)
+    if part is not None:
+        no(part, "Save it from one process that holds all of it.")
     split = next((key for key, tensor in tensors.items() if hasattr(tensor, "placements")), None)
     if split is not None:
         no(f"{split} is split over processes", "Save it from one process that holds all of it.")

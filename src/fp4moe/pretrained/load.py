@@ -19,10 +19,12 @@ from ..formats import DEFAULT_FORMAT, FORMATS
 from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, HIDDEN_ALIGNMENTS, ROUTINGS, check_kernel_name
 from ..models.from_config import model_class
 from ..models.replace import replace_moe
+from ..models.sharding import is_supported
+from ..models.split_experts import register_gather
 from ..models.transformers_registry import register_experts
 from ..module import FusedExperts
-from .loading import Options
-from .parallelism import refuse_parallelism
+from .parallelism import check_parallelism
+from .placeholder import Options
 from .quantizer import METHOD, register_formats, register_method
 
 __all__ = ["from_pretrained", "register_transformers"]
@@ -38,7 +40,9 @@ def register_transformers() -> None:
     """Make `experts_implementation="fp4moe"` and quantised checkpoints known to transformers.
 
     "fp4moe" packs experts as NVFP4, "fp4moe_fp8", "fp4moe_fp8_channel", "fp4moe_fp8_block",
-    "fp4moe_mxfp8" and "fp4moe_mxfp4" as these.
+    "fp4moe_mxfp8" and "fp4moe_mxfp4" as these. From transformers 5.23 on, expert parallelism can be
+    `ep_implementation="fp4moe_gather"`: the tokens of all processes are gathered, each runs its
+    experts on them, and the sums are scattered, in one graph.
 
     Its own `from_pretrained` then loads what `fp4moe.from_pretrained` reads with fused experts,
     those checkpoints too whose only word of it is hf_quant_config.json, unless it is handed a
@@ -48,8 +52,12 @@ def register_transformers() -> None:
     Raises:
         UnsupportedError: another library has registered ModelOpt's method.
     """
+    import transformers
+
     register_experts()
     register_formats()
+    if is_supported(transformers.__version__):
+        register_gather()
 
 
 def from_pretrained(
@@ -81,16 +89,22 @@ def from_pretrained(
         hf_kwargs: for transformers' from_pretrained: dtype, device_map, attn_implementation,
             trust_remote_code and others; of these revision, token, cache_dir, local_files_only and
             force_download go to the download. Names of the configuration override it.
+            distributed_config (transformers 5.23 and newer) and tp_plan="auto" split the model over
+            the processes that call this: experts by intermediate columns (tp_size), in whole blocks
+            of the format, or by experts (ep_size), and quantised Linears by rows or columns.
+            Of quantised checkpoints, and of float ones by experts, each process reads its part.
 
     Returns:
         The model of the class that config.json names, in evaluation mode.
 
     Raises:
         CheckpointError: files are unsafe or damaged, a tensor is missing, unexpected, there twice,
-            of a wrong shape or not finite, or the quantisation is unknown. No model is returned.
-        UnsupportedError: no kernel for the experts, experts of another form, offloading, tensor or
-            expert parallelism, an argument that does not go with this loader, or a format for
-            weights that are quantised already.
+            of a wrong shape or not finite, or the quantisation is unknown; processes have other
+            files or options, or another process has failed. No model is returned.
+        ShapeError: the sizes of a distributed_config do not fit the processes or the experts.
+        UnsupportedError: no kernel for the experts, experts of another form, offloading, a split
+            that packed modules do not have (pp_size, other plans, older transformers), an argument
+            that does not go with this loader, or a format for weights that are quantised already.
     """
     check_kernel_name(kernel, caller="from_pretrained")
     caller = "from_pretrained"
@@ -115,7 +129,7 @@ def from_pretrained(
             "Pickle files are never opened.",
             error=UnsupportedError,
         )
-    refuse_parallelism(
+    check_parallelism(
         hf_kwargs.get("distributed_config"),
         tp_plan=hf_kwargs.get("tp_plan"),
         tp_size=hf_kwargs.get("tp_size"),
@@ -134,6 +148,8 @@ def from_pretrained(
     import transformers
 
     register_method()
+    if is_supported(transformers.__version__):
+        register_gather()
     config = _config(transformers, directory, hf_kwargs)
     options = Options(kernel, hidden_alignment, routing, progress, files, format)
     config.quantization_config = {
@@ -212,6 +228,7 @@ def _config(transformers: Any, directory: str, hf_kwargs: dict[str, Any]) -> Any
     else:
         trust = {name: hf_kwargs[name] for name in ("trust_remote_code",) if name in hf_kwargs}
         config = transformers.AutoConfig.from_pretrained(config or directory, **trust)
-    for name in set(hf_kwargs) & set(config.to_dict()) - {"dtype", "torch_dtype"}:
+    own = {"dtype", "torch_dtype", "distributed_config"}
+    for name in set(hf_kwargs) & set(config.to_dict()) - own:
         setattr(config, name, hf_kwargs.pop(name))
     return config

@@ -26,61 +26,23 @@ from ..checkpoint.readers import convention_of
 from ..checkpoint.stored import stored_bytes
 from ..checks import HIDDEN_DTYPES
 from ..errors import CheckpointError, UnsupportedError, must, refuse
-from ..formats import DEFAULT_FORMAT
-from ..kernels import DEFAULT_HIDDEN_ALIGNMENT, Layer, choose_kernel, current_capability
 from ..linear import PackedLinear
 from ..models.experts_module import is_stacked_experts
 from ..models.routers import fuse_router
 from ..models.routing_plan import plan_fused_routing
+from ..models.sharding import Sharding
 from ..module import FusedExperts
+from ..parallel import check_alike, check_all_succeed
 from ..progress import progress_bar
 from .key_names import KeyNames, may_skip, optional_names
+from .parallelism import fingerprint, is_shared
+from .placeholder import Options, Placeholder
 from .probe_experts import describe_on_meta
+from .split_plan import check_linears, experts_part, experts_reasons
 
-__all__ = ["Loading", "Options", "Placeholder"]
+__all__ = ["Loading"]
 
 logger = logging.getLogger("fp4moe")
-
-
-@dataclasses.dataclass
-class Options:
-    """Keywords of fp4moe.from_pretrained that transformers does not know.
-
-    files is the checkpoint if it is open already: its headers are read once. format is that of
-    float experts.
-    """
-
-    kernel: str = "auto"
-    hidden_alignment: int = DEFAULT_HIDDEN_ALIGNMENT
-    routing: str = "given"
-    progress: bool = True
-    files: CheckpointFiles | None = None
-    format: str = DEFAULT_FORMAT
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Options:
-        """Return this one: transformers copies configurations."""
-        return self
-
-
-class Placeholder(nn.Module):
-    """Stands for packed tensors while transformers plans and loads the rest.
-
-    Its parameters, on the meta device, count for `device_map="auto"` and are in no state_dict;
-    `place` is empty and tells where transformers puts what stands here.
-    """
-
-    place: torch.Tensor
-
-    def __init__(self, nbytes: int):
-        super().__init__()
-        size = torch.empty(nbytes, dtype=torch.uint8, device="meta")
-        self.packed = nn.Parameter(size, requires_grad=False)
-        self.register_buffer(
-            "place", torch.empty(0, dtype=torch.float32, device="meta"), persistent=False
-        )
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """Save nothing: transformers must neither load nor initialise it."""
 
 
 class Loading:
@@ -91,6 +53,9 @@ class Loading:
         self.model: Any = None
         self.files: CheckpointFiles | None = None
         self.plan: Plan | None = None
+        self.sharding: Sharding | None = None
+        # Whether several processes load the model, split or not.
+        self.shared = False
         self.shapes: dict[str, tuple[int, ...]] = {}
         # Linears whose class computes something else: they get their weights decoded.
         self.own_forward: dict[str, nn.Linear] = {}
@@ -122,6 +87,16 @@ class Loading:
         if names != set(self.files.shards):
             got = f"{sorted(names)} against {sorted(self.files.shards)}"
             fail("have one set of weight files", got, "Remove what is stale; do not pass variant")
+        self.sharding = Sharding.of(model)
+        self.shared = is_shared(getattr(model.config, "distributed_config", None))
+        if self.shared:
+            options = self.options
+            words = options.kernel, options.hidden_alignment, options.routing, options.format
+            check_alike(
+                fingerprint(self.files, *words, dtype),
+                "from_pretrained: the checkpoint, and the options of loading it,",
+                "Give every process the same files and arguments.",
+            )
 
     def make_plan(self, conversions: list[Any]) -> None:
         """Plan from transformers' renamings, and put the placeholders."""
@@ -162,11 +137,9 @@ class Loading:
             self._refuse(refused, names)
         plan = self.plan = make_plan(self.files.shapes, convention, described)
         for path, found in plan.experts.items():
-            # What any device would be asked to run; the device itself is known later.
-            form = found.facts.format if found.form == "float" else found.form
-            fused = self.options.routing == "fused"
-            layer = Layer.of(found.facts, format=form, kernel_routes=fused)
-            if reasons := choose_kernel(self.options.kernel, layer, current_capability())[1]:
+            module = model.get_submodule(path)
+            held = [name for name, _ in module.named_parameters()]
+            if reasons := experts_reasons(self.sharding, path, held, found, self.options):
                 refused[path] = reasons
         if refused:
             self._refuse(refused, names)
@@ -177,7 +150,25 @@ class Loading:
             if path in plan.linears and type(module).forward is not nn.Linear.forward:
                 # DeepSeek-V4's output projection multiplies group by group.
                 self.own_forward[path] = module
-            model.set_submodule(path, Placeholder(self._packed_bytes(path)))
+        if self.sharding is not None:
+            check_linears(self.sharding, plan.linears, self.own_forward)
+        for path in (*plan.experts, *plan.linears):
+            module = model.get_submodule(path)
+            model.set_submodule(path, self._placeholder(path))
+            if self.sharding is not None:
+                self.sharding.forget(path, [name for name, _ in module.named_parameters()])
+
+    def _placeholder(self, path: str) -> Placeholder:
+        assert self.plan is not None
+        if not self.shared:
+            return Placeholder(self._packed_bytes(path))
+        # Nothing counts bytes here, and a parameter would be split.
+        if path in self.plan.linears:
+            facts = self.plan.linears[path].facts
+            return Placeholder(0, out_features=facts.out_features, in_features=facts.in_features)
+        count = self.plan.experts[path].facts.num_experts
+        sharers = 1 if self.sharding is None else self.sharding.count(path)
+        return Placeholder(0, num_experts=count // sharers)
 
     def _packed_bytes(self, path: str) -> int:
         """What the module at a path will take, without a kernel's padding."""
@@ -231,7 +222,21 @@ class Loading:
             )
 
     def fill(self, loading_info: Any) -> None:
-        """Check what transformers has loaded, then put the packed modules into their places."""
+        """Check what transformers has loaded, then put the packed modules into their places.
+
+        Processes that share the model succeed together, or all raise.
+        """
+        if not self.shared:
+            self._fill(loading_info)
+            return
+        try:
+            self._fill(loading_info)
+        except Exception as error:
+            check_all_succeed("from_pretrained", error)
+            raise
+        check_all_succeed("from_pretrained", None)
+
+    def _fill(self, loading_info: Any) -> None:
         assert self.files is not None and self.plan is not None
         plan, model = self.plan, self.model
         # Those are ours; transformers would report them as unexpected.
@@ -248,16 +253,20 @@ class Loading:
         show = self.options.progress and bool(plan.experts)
         for path, experts in progress_bar(plan.experts.items(), show=show, desc="packing experts"):
             device = model.get_submodule(path).place.device
-            found = read_experts(
-                self.files, path, experts, plan.convention, device=device, dtype=self.dtype
-            )
+            part = experts_part(self.sharding, path, experts)
+            how: dict[str, Any] = {"device": device, "dtype": self.dtype, "part": part}
+            found = read_experts(self.files, path, experts, plan.convention, **how)
             folded += found.folded
             if found.unseen:
                 unseen[path] = found.unseen
             # Mapped pages count as memory of the process.
             self.files.close()
+            weights = found.weights
+            if self.sharding is not None and self.sharding.hands_local_ids(path):
+                count = weights.local_experts
+                weights = dataclasses.replace(weights, num_experts=count, expert_offset=0)
             fused = FusedExperts(
-                found.weights,
+                weights,
                 self.options.kernel,
                 hidden_alignment=self.options.hidden_alignment,
                 top_k=experts.facts.top_k,
@@ -266,12 +275,21 @@ class Loading:
             # Where factors moved from up to down, an adapter of up would miss them.
             fused.float_layout = None if found.folded else experts.facts.layout
             model.set_submodule(path, fused.eval())
+            if self.sharding is not None and part is not None:
+                fused.parts = (part,)
+                self.sharding.install(path, fused)
         for path, linear in plan.linears.items():
             device = model.get_submodule(path).place.device
-            module = read_linear(
-                self.files, linear, plan.convention, device=device, dtype=self.dtype
-            )
-            model.set_submodule(path, self._decoded(path, module).eval())
+            part = None
+            if self.sharding is not None:
+                part, _ = self.sharding.linear_part(path, linear.facts, linear.form)
+            how = {"device": device, "dtype": self.dtype, "part": part}
+            packed = read_linear(self.files, linear, plan.convention, **how)
+            packed.parts = () if part is None else (part,)
+            module = self._decoded(path, packed).eval()
+            model.set_submodule(path, module)
+            if self.sharding is not None:
+                self.sharding.install(path, module)
         self.files.close()
         if folded:
             logger.info(
@@ -306,7 +324,10 @@ class Loading:
             tensor = self.model.get_parameter_or_buffer(name)
             if tensor.is_meta or tuple(tensor.shape) != self.shapes[name]:
                 wrong.append(name)
-            elif tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
+                continue
+            # One process's part of it: asking for all of it would be an exchange.
+            here = getattr(tensor.detach(), "_local_tensor", tensor.detach())
+            if here.is_floating_point() and not bool(torch.isfinite(here).all()):
                 bad.append(name)
         if wrong:
             got = f"others for {name_keys(wrong)}"

@@ -18,8 +18,9 @@ from ..checkpoint.huggingface import HUGGINGFACE_METHODS
 from ..checkpoint.modelopt import MODELOPT_METHODS, announces_nvfp4, resembles_modelopt
 from ..errors import refuse
 from ..models.quantized import METHOD, findable, quantizer_classes
-from .loading import Loading, Options
-from .parallelism import refuse_parallelism
+from .loading import Loading
+from .parallelism import check_parallelism
+from .placeholder import Options
 
 __all__ = ["METHOD", "register_formats", "register_method"]
 
@@ -55,7 +56,9 @@ def _classes() -> tuple[Any, Any]:
         def _process_model_before_weight_loading(
             self, model, checkpoint_files=None, dtype=None, **kwargs
         ):
-            refuse_parallelism(getattr(model.config, "distributed_config", None))
+            config = getattr(model.config, "distributed_config", None)
+            # A dictionary is what an earlier run left in config.json, and asks for nothing.
+            check_parallelism(None if isinstance(config, dict) else config)
             self.loading.open(model, checkpoint_files, dtype or model.dtype)
             return model
 

@@ -24,7 +24,8 @@ from ..errors import CheckpointError, Fp4MoeError, must, refuse
 from ..formats import DEFAULT_FORMAT, FORMATS
 from ..models.from_config import config_errors, model_on_meta, one_line
 from ..models.replace import explain
-from ..pretrained.loading import Loading, Options
+from ..pretrained.loading import Loading
+from ..pretrained.placeholder import Options
 from ..report import BlockReport, ModelReport
 from .help_text import add_command
 
