@@ -66,7 +66,7 @@ SETTINGS = {
 @functools.cache
 def built(name):
     if name in LOOPS:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return make_model(LOOPS[name])
     model = enlarge_experts(MODELS[name]()).eval().requires_grad_(False)

@@ -367,7 +367,7 @@ WRITTEN = {
 @pytest.fixture(scope="module", params=WRITTEN)
 def packed(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("packed")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         WRITTEN[request.param](directory)
     return directory
 

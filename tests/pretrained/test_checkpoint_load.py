@@ -59,7 +59,7 @@ def checkpoint(tmp_path_factory):
     def make(name):
         if name not in made:
             directory = tmp_path_factory.mktemp("checkpoint")
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 CHECKPOINTS[name][0](directory)
             # Not before: where a tool is missing, each test is skipped, not the first alone.
             made[name] = directory

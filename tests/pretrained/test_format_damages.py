@@ -40,7 +40,7 @@ def written(tmp_path_factory):
     def make(form):
         if form not in made:
             directory = tmp_path_factory.mktemp(form)
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 files.save(SOURCES[form][0], "qwen3_moe", SOURCES[form][1], directory)
             made[form] = directory
         return made[form]

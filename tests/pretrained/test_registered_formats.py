@@ -25,7 +25,7 @@ REAL_FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block
 def packed(request, tmp_path_factory):
     """What fp4moe writes, whose entries the tests then change."""
     root = tmp_path_factory.mktemp(request.param)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         makers.save_float(request.param, root / "float")
     fp4moe.quantize_checkpoint(root / "float", root / "packed", progress=False)
     return root / "packed"

@@ -40,7 +40,7 @@ COMMON = {
 def finish(model_class, config, implementation, dtype):
     """Build the model from a fixed seed, with unlike layers and routing that is not uniform."""
     config._experts_implementation = implementation
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = model_class(config)
     return model.to(dtype).eval()
@@ -382,7 +382,7 @@ class Block(torch.nn.Module):
 
     def __init__(self, experts, implementation="grouped_mm"):
         super().__init__()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.experts = experts(SimpleNamespace(_experts_implementation=implementation))
         self.requires_grad_(False)

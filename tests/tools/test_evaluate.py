@@ -29,7 +29,7 @@ TEXT = "".join(f"def f_{i}(x):\n    return x ** {i} + {i * i}\n\n" for i in rang
 def model_and_text(request, tmp_path_factory):
     """An untrained small model with experts of unit gain, and a text of more than six windows."""
     script, folder = training_script(), tmp_path_factory.mktemp(request.param)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         script.save(enlarge_experts(getattr(script, request.param)()), folder)
     text = folder / "text.txt"

@@ -205,4 +205,4 @@ def test_biases_launch_nothing_more(tokens):
             TRITON(call)
             torch.cuda.synchronize()
         counts.append(sum(e.name.endswith("_kernel") for e in profile.events()))
-    assert counts[0] == counts[1] >= 3
+    assert counts[0] == counts[1] >= 2
