@@ -12,6 +12,7 @@ import torch
 from fp4moe.formats import FORMATS
 from fp4moe.kernels.measured import SHIPPED, read
 from fp4moe.kernels.triton.kernel import TRITON, run_with
+from fp4moe.kernels.triton.one_token import run_one_token
 from fp4moe.kernels.triton.tiles import fitted
 from fp4moe.testing import make_layer
 
@@ -23,6 +24,8 @@ def main() -> None:
     configs = sorted({c for layer in read(SHIPPED) for c in layer.tiles.values()}, key=str)
     part, parts = map(int, sys.argv[1].split("/")) if sys.argv[1:] else (1, 1)
     configs = configs[part - 1 :: parts]
+    one_token = [layer.one_token for layer in read(SHIPPED) if layer.one_token]
+    one_token = one_token if torch.cuda.get_device_capability() >= (9, 0) else []
     gpt_oss = "silu(alpha=1.702,beta=1,limit=7)"
     forms = (("gelu_tanh", True), ("relu2", False), (gpt_oss, True))
     for format, (activation, gated) in itertools.product(FORMATS, forms):
@@ -37,6 +40,8 @@ def main() -> None:
                 ids = torch.randint(-1, 9, (tokens, 4), device="cuda")
                 routing_weights = torch.rand(tokens, 4, device="cuda")
                 run_with(config, prepared.call(x, ids, routing_weights))
+        for tiles in one_token if format == "nvfp4" else []:
+            run_one_token(tiles, prepared.call(x[:1], ids[:1], routing_weights[:1]))
     torch.cuda.synchronize()
     print(f"{len(configs)} configs, each fitted to {len(FORMATS)} formats")
 

@@ -43,10 +43,10 @@ def run_one_token(tiles: OneToken, call: Call) -> torch.Tensor:
         refuse(call.caller, what, reason, "Take tiles of choose_tiles.")
     middle = x.new_empty((top_k, intermediate), dtype=torch.bfloat16)
     out = hidden.new_empty(hidden.shape)
-    # down begins as soon as every program of gate and up has, in a stream and in a CUDA graph. It
-    # reads ids and weights alone until it waits for their end: those were written before gate and
-    # up, an ordinary launch, began. Every program of down waits, and writes after it, so that what
-    # follows, an ordinary launch or one that waits itself, comes after both: `middle` and `out` are
+    # down begins as soon as every program of gate and up has, in a stream and in a CUDA graph.
+    # Until it waits for their end it reads ids and weights alone, written before gate and up, an
+    # ordinary launch, began. Every program of down waits, and writes after that: what follows, an
+    # ordinary launch or one that waits itself, comes after both, so that `middle` and `out` are
     # used in the order of the stream, as the allocator expects. Launch nothing in between.
     early = {"launch_pdl": True} if ASSEMBLY.value else {}
     with torch.cuda.device_of(hidden):
