@@ -1,8 +1,8 @@
 """PackedLinear, NVFP4Linear and FP8Linear: quantised Linears of a checkpoint, kept packed.
 
 On compute capability 8.0 and newer the forward is `torch.ops.fp4moe.linear`; elsewhere it decodes
-the whole weight in float32, casts it once and calls torch's linear. Activations are never
-quantised, so input_scale is kept for whoever wants it and not used.
+the whole weight in float32, casts it once and calls torch's linear. Activations are not quantised,
+but by kernel "flashinfer", which nothing chooses by itself; input_scale is kept and not used.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class PackedLinear(PreparedModule):
         weight_scale_2: 0-d float32, the global scale (decode multiplier) of a format that has one.
         bias: [out] float, or None.
         input_scale: 0-d float32, kept but not used, or None.
-        kernel: "triton", "reference", or "auto" for what the device has, decided again when the
-            module moves.
+        kernel: "triton", "flashinfer" (NVFP4, quantises its input, too), "reference", or "auto" for
+            what the device has, decided again when the module moves.
 
     Raises:
         UnsupportedError: there is no such format or kernel, or the kernel does not run there.
@@ -135,7 +135,9 @@ class PackedLinear(PreparedModule):
         return self.prepared_weight.device
 
     def _select_kernel(self, device: torch.device) -> str:
-        return select_linear_kernel(self.requested_kernel, device, caller=type(self).__name__)
+        return select_linear_kernel(
+            self.requested_kernel, device, self.format, caller=type(self).__name__
+        )
 
     @property
     def prepared(self) -> LinearWeight:

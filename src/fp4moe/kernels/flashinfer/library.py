@@ -47,6 +47,7 @@ FLOAT32_WEIGHTS = (0, 6, 18, 0)
 # all of them lie outside the experts, and it times empty work.
 TUNES_PLAIN_IDS = FLOAT32_WEIGHTS
 QUANTISERS = ("fp4_quantize", "mxfp8_quantize")
+GEMMS = ("mm_fp4",)
 EXPERTS = (
     *("trtllm_fp4_block_scale_routed_moe", "trtllm_fp4_block_scale_moe"),
     *("trtllm_fp8_block_scale_routed_moe", "trtllm_fp8_block_scale_moe"),
@@ -152,8 +153,9 @@ class FlashInfer:
     activation_names: frozenset[str]
 
     def function(self, name: str) -> Callable:
-        """Return a function of `flashinfer.fused_moe`, or one that quantises."""
-        return getattr(self.module if name in QUANTISERS else self.module.fused_moe, name)
+        """Return a function of `flashinfer.fused_moe`, or one that quantises or multiplies."""
+        plain = name in (*QUANTISERS, *GEMMS)
+        return getattr(self.module if plain else self.module.fused_moe, name)
 
     def call(self, name: str, optional: dict[str, Any], **arguments: Any) -> Any:
         """Call a function by keywords, with those of `optional` that this version takes."""
@@ -238,7 +240,7 @@ def library() -> FlashInfer:
     import flashinfer.fused_moe
 
     version = flashinfer.__version__.partition("+")[0]
-    functions = {name: getattr(flashinfer, name) for name in QUANTISERS}
+    functions = {name: getattr(flashinfer, name) for name in (*QUANTISERS, *GEMMS)}
     experts = flashinfer.fused_moe
     functions |= {name: getattr(experts, name) for name in EXPERTS if hasattr(experts, name)}
     return FlashInfer(
