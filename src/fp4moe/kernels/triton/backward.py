@@ -210,8 +210,9 @@ def gradients_with(
     down = GroupedMatrix.of(call.operands, "down", layer.format, 1, layer.expert_offset)
     intermediate, window = down.columns, (layer.expert_offset, down.experts)
     with torch.cuda.device_of(hidden):
+        sums = hidden.new_empty((ids.numel(), gate_up.rows), dtype=torch.float32)
         given = hidden, ids, gate_up, call.operands.gate_up_bias
-        sums = slot_sums(config.mode, config.gate_up, *given, torch.float32)
+        slot_sums(config.mode, config.gate_up, *given, sums)
         found = sort_slots(ids, *window, tile.slots)
         blocks = -(-intermediate // (tile.slabs * SLAB))
         to_sums = sums.new_empty(sums.shape, dtype=torch.bfloat16)
@@ -250,13 +251,13 @@ def slot_gradients(
 
 def slot_sums(
     mode: str, tile: Tile, hidden: torch.Tensor, ids: torch.Tensor, matrix: GroupedMatrix,
-    bias: torch.Tensor | None, dtype: torch.dtype, out: torch.Tensor | None = None,
+    bias: torch.Tensor | None, out: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """Return matrix[e] hidden[t] + bias[e] of every slot, [slots, rows], gate first.
+    """Write matrix[e] hidden[t] + bias[e] of every slot, gate first, to out, and return it.
 
     Args:
         mode, tile: of `Config`. ids: contiguous.
-        out: where it is written, of the dtype; default a new tensor, unwritten without an expert.
+        out: [slots, rows], contiguous; stays as it is without an expert.
     """
     x = hidden.to(torch.bfloat16) if hidden.dtype == torch.float32 else hidden
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -266,8 +267,6 @@ def slot_sums(
     found = Sorted(ids, ids, ids, ids.numel())
     if mode == "sorted":
         found = sort_slots(ids, *window, tile.slots + tile.more)
-    if out is None:
-        out = x.new_empty((ids.numel(), matrix.rows), dtype=dtype)
     gate_up_kernel[(found.most * -(-rows // tile.rows),)](
         x, x.stride(0), ids, *found[:3], *_weights(matrix), bias, out, ids.numel(), ids.shape[1],
         x.shape[1], rows, slabs, *window, MODE=MODES.index(mode), MORE=tile.more,

@@ -46,7 +46,7 @@ def multiply_with(
     # Rows without an expert stay zero.
     out = x.new_zeros((ids.numel(), matrix.rows))
     with torch.cuda.device_of(x):
-        return slot_sums(mode, tile, x, ids.contiguous(), matrix, bias, x.dtype, out)
+        return slot_sums(mode, tile, x, ids.contiguous(), matrix, bias, out)
 
 
 def grouped_input_gradient(
