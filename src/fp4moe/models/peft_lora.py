@@ -156,6 +156,12 @@ class PackedLoraModel(LoraModel):
         if isinstance(base, FusedExperts) and kwargs.get("parameter_name"):
             return PackedExpertsLora(target, adapter_name, config=lora_config, **kwargs)
         if isinstance(base, PackedLinear):
+            if base.parts:
+                what, reason = (
+                    "a quantised Linear cannot have an adapter",
+                    f"it holds {base.parts[0]}",
+                )
+                refuse("register_peft", what, reason, "Load all of it on one process.")
             return PackedLinearLora(target, adapter_name, config=lora_config, **kwargs)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
