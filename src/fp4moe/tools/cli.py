@@ -87,8 +87,8 @@ def make_parser() -> tuple[
         commands,
         "info",
         "Print versions, the GPU, and which kernels run here.",
-        "For each kernel that does not run, the table says why. Please add this output to a report "
-        "of a problem.",
+        "For each kernel that does not run, the table says why. Please add this output when you\n"
+        "report a problem.",
         "fp4moe info",
     )
     cli_explain.add_parser(commands)
