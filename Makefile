@@ -47,6 +47,7 @@ demo: $(READY)
 	$(BIN)/python examples/quantize_and_reload.py
 	$(BIN)/python examples/evaluate_formats.py
 	$(BIN)/python examples/lora_finetune.py
+	$(BIN)/python examples/two_processes.py
 	$(BIN)/python examples/run_notebook.py
 
 # One thread per process: JOBS processes with the threads of a whole machine each are slower. The
