@@ -82,6 +82,7 @@ def test_no_kernel_of_the_cpu_stays_on_a_gpu(name, how):
         else:
             accelerate.cpu_offload(model, torch.device("cuda", 0), offload_buffers=True)
         actual = model(ids, use_cache=False).logits
-    assert {m.kernel for m in experts(model)} == {"triton"}
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert {m.kernel for m in experts(model)} == {"hopper" if hopper else "triton"}
     assert all(b.is_cuda for m in experts(model) for b in m.buffers())
     assert relative_error(actual, expected) < 1e-6
