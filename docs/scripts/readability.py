@@ -17,6 +17,7 @@ import textstat
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LEAST = 50.0
+NO_PROSE = ("#", "|", ":::", "!!!", "    options", "      heading", "      members")
 
 
 def prose(markdown: str) -> str:
@@ -24,7 +25,7 @@ def prose(markdown: str) -> str:
     text = re.sub(r"```.*?```", "", markdown, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->|!\[[^\]]*\]\([^)]*\)", "", text, flags=re.DOTALL)
     lines = [
-        "" if line.startswith(("#", "|", ":::", "!!!", "    options")) else line
+        "" if line.startswith(NO_PROSE) else line
         for line in text.splitlines()
     ]
     text = "\n".join(lines)
