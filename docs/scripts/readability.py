@@ -24,10 +24,7 @@ def prose(markdown: str) -> str:
     """Return the sentences of a page; an item of a list and a paragraph end one."""
     text = re.sub(r"```.*?```", "", markdown, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->|!\[[^\]]*\]\([^)]*\)", "", text, flags=re.DOTALL)
-    lines = [
-        "" if line.startswith(NO_PROSE) else line
-        for line in text.splitlines()
-    ]
+    lines = ["" if line.startswith(NO_PROSE) else line for line in text.splitlines()]
     text = "\n".join(lines)
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
     text = re.sub(r"`[^`]*`", "code", text)

@@ -127,8 +127,8 @@ def test_unknown_kernel_names_the_known_ones(call):
             select_kernel("trtllm", Layer(**LAYER), None, caller="why_not")
     assert str(error.value) == (
         "why_not: kernel must be auto or one of flashinfer_trtllm, flashinfer_cutlass, "
-        "triton_w8a8, triton, humming, reference, reference_w4a4, flashinfer_trtllm_w4a16; got "
-        "'trtllm'. Pass one of these names."
+        "triton_w8a8, hopper, triton, humming, reference, reference_w4a4, flashinfer_trtllm_w4a16; "
+        "got 'trtllm'. Pass one of these names."
     )
 
 

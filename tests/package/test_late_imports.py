@@ -33,6 +33,7 @@ EAGER = {
     "logical",
     "module",
     "ops",
+    "part",
     "pack",
     "padding",
     "precision",

@@ -74,8 +74,8 @@ def compile_source(source: str, library: ctypes.CDLL) -> bytes:
         log = ctypes.create_string_buffer(size.value)
         _check(library.nvrtcGetProgramLog(program, log), "nvrtcGetProgramLog")
         refuse(
-            "kernel hopper",
-            "its CUDA source cannot be compiled",
+            "moe",
+            "the CUDA source of kernel hopper cannot be compiled",
             f"NVRTC returned {status}: {log.value.decode().strip()}",
             'Pass kernel="triton", and report this with the output of fp4moe info.',
         )
@@ -158,4 +158,4 @@ def _driver() -> ctypes.CDLL:
 def _check(status: int, what: str) -> None:
     if status:
         advice = 'Pass kernel="triton", and report this with the output of fp4moe info.'
-        refuse("kernel hopper", f"{what} failed", f"CUDA returned error {status}", advice)
+        refuse("moe", f"{what} failed for kernel hopper", f"it returned {status}", advice)
