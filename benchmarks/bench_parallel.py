@@ -171,6 +171,9 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--seconds", type=float, default=110, help="begins no row after these")
     arguments = parser.parse_args()
+    if "LOCAL_RANK" not in os.environ:
+        print("bench_parallel: needs several processes, started by torchrun; nothing is measured.")
+        return
     until = time.monotonic() + arguments.seconds
     local = int(os.environ["LOCAL_RANK"])
     device = "cpu" if arguments.cpu else f"cuda:{local}"

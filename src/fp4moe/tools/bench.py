@@ -255,19 +255,14 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--kernel", nargs="+", default=[], help="default: auto and all that run")
     kinds, help = ("balanced", "skewed"), "whether experts get alike many tokens, or some get most"
     command.add_argument("--routing", choices=kinds, default="balanced", help=help)
-    command.add_argument(
-        "--peers",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="others' kernels in the same run: humming, transformers', torch's grouped GEMMs",
-    )
+    flag, help = argparse.BooleanOptionalAction, "others' kernels in the same run"
+    command.add_argument("--peers", action=flag, default=True, help=help)
     command.add_argument("--json", metavar="FILE", help="also write the rows to this file")
     command.add_argument("--commit", default="", help="a note on the version measured")
     command.add_argument("--tune", action="store_true", help="measure tiles and kernels for auto")
     command.add_argument("--output", help="file that --tune writes; default: one in your home")
-    command.add_argument(
-        "--jobs", type=_positive, default=8, help="processes that compile for --tune"
-    )
+    help = "processes that compile for --tune"
+    command.add_argument("--jobs", type=_positive, default=8, help=help)
 
 
 def _positive(text: str) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from triton_layers import compiled, layer
 
+from fp4moe.errors import UnsupportedError
 from fp4moe.kernels import measured
 from fp4moe.kernels.hopper import kernel as hopper
 from fp4moe.kernels.hopper import tiles
@@ -110,6 +111,15 @@ def test_auto_takes_it_on_hopper(given, monkeypatch):
     assert choose_kernel("auto", given, (8, 0))[0] != "hopper"
 
 
+def test_a_cpu_is_refused(monkeypatch):
+    pytest.importorskip("triton")
+    prepared = HOPPER.prepare(layer(1, 64, 64, "silu", True), hidden_alignment=256)
+    call = prepared.call(torch.zeros(1, 64), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+    monkeypatch.setattr("fp4moe.kernels.triton.kernel.interpreted", lambda: True)
+    with pytest.raises(UnsupportedError, match=r"^moe: kernel hopper cannot run.*a CPU"):
+        HOPPER(call)
+
+
 def library():
     """NVRTC as the tests' environment has it, of CUDA 13."""
     from fp4moe.kernels.hopper.compile import nvrtc
@@ -175,7 +185,6 @@ def test_the_check_of_registers_in_flight_finds_faults():
 
 @compiled
 def test_source_that_does_not_compile_is_refused():
-    from fp4moe.errors import UnsupportedError
     from fp4moe.kernels.hopper.compile import compile_source
 
     with pytest.raises(UnsupportedError, match=r"cannot be compiled.*unknown_name"):

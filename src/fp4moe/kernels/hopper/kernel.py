@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 
 from ...formats import FORMATS as WEIGHT_FORMATS
+from ..base import Kernel
 from ..devices import Devices
-from ..operands import Call
+from ..operands import Call, LogitsCall
 from ..triton.kernel import TritonKernel
 from .tiles import LEAST_DENSITY, HopperTile, choose_tile
 
@@ -42,6 +43,10 @@ class HopperKernel(TritonKernel):
         if nvrtc() is None:
             return ("needs NVRTC, which torch for CUDA brings; it was not found",)
         return ()
+
+    def check_device(self, call: Call | LogitsCall) -> None:
+        """Raise where it does not run; Triton's interpreter is of no use to it."""
+        Kernel.check_device(self, call)
 
     def run(self, call: Call) -> torch.Tensor:
         """Compute [T, H], with the Triton kernels where `tiles_for` says so."""

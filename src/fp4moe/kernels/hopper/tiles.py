@@ -16,7 +16,9 @@ __all__ = ["LEAST_DENSITY", "HopperTile", "choose_tile", "shared_bytes"]
 LEAST_DENSITY = 24
 # A tile costs as much as its slots and this many more: its weights are decoded once.
 TILE_COST = 80
-MOST_SLOTS, MOST_STAGES = 160, 8
+# Few, since each is compiled at its first use. More sums than these do not fit into registers.
+SLOTS = (32, 48, 64, 80, 96, 112, 128, 144, 152, 160)
+MOST_STAGES = 8
 # With three groups a thread has 160 registers: sums of so many slots fit.
 MOST_SLOTS_OF_THREE = 80
 SHARED_BYTES = 227 * 1024
@@ -63,7 +65,7 @@ def choose_tile(
     density: float, words: int, scale_bytes: int, gate_up: bool, gated: bool
 ) -> HopperTile:
     """Return the tile for a density of slots an expert; the other arguments as `shared_bytes`."""
-    slots = min(range(16, MOST_SLOTS + 1, 8), key=functools.partial(_cost, density))
+    slots = min(SLOTS, key=functools.partial(_cost, density))
     groups = 3 if slots <= MOST_SLOTS_OF_THREE else 2
     for stages in range(MOST_STAGES, 1, -1):
         tile = HopperTile(slots, groups, stages)
