@@ -35,10 +35,10 @@ from fp4moe.part import part_of_experts, part_of_intermediate
 from fp4moe.report import format_bytes, format_table
 from fp4moe.testing import random_codes, relative_error
 from fp4moe.tools.bench import SHAPES, float32_result
+from fp4moe.tools.card import graph_us
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 SMALL = Layer("silu", True, 64, 96, 8, 2)
-REPLAYS = 20
 # Routings that a graph goes through where few experts are hit: they must not stay in the L2 cache.
 ROTATIONS = 8
 # Rounding to bfloat16 is 2^-9 of a value at most: each process rounds its part, and the sum.
@@ -67,32 +67,18 @@ def with_sum(experts: FusedExperts, *case: torch.Tensor) -> torch.Tensor:
 
 def microseconds(calls: list[Callable[[], torch.Tensor]], device: str) -> float:
     """Return the median time of one call, of the slowest process."""
-    for call in calls:
-        call()
-    times = []
     if device == "cpu":
-        for _ in range(3):
+        times = []
+        for _ in range(4):
             begin = time.perf_counter()
             for call in calls:
                 call()
             times.append((time.perf_counter() - begin) * 1e6)
+        us = statistics.median(times[1:]) / len(calls)
     else:
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
         # Other threads of NCCL may look at events meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for call in calls:
-                call()
-        events = [(torch.cuda.Event(True), torch.cuda.Event(True)) for _ in range(REPLAYS)]
-        for _ in range(3):
-            graph.replay()
-        for start, stop in events:
-            start.record()
-            graph.replay()
-            stop.record()
-        torch.cuda.synchronize()
-        times = [a.elapsed_time(b) * 1e3 for a, b in events]
-    slowest = torch.tensor(statistics.median(times) / len(calls), device=device)
+        us = graph_us(calls, errors="thread_local")
+    slowest = torch.tensor(us, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return float(slowest)
 

@@ -29,13 +29,17 @@ class Rates(NamedTuple):
     operations: float
 
 
-def graph_us(calls: list[Callable[[], torch.Tensor]]) -> float:
-    """Return the median time of one call in a replayed graph of all of them, in microseconds."""
+def graph_us(calls: list[Callable[[], torch.Tensor]], *, errors: str = "global") -> float:
+    """Return the median time of one call in a replayed graph of all of them, in microseconds.
+
+    Args:
+        errors: capture_error_mode of torch.cuda.graph.
+    """
     for call in calls:
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode=errors):
         for call in calls:
             call()
     events = [(torch.cuda.Event(True), torch.cuda.Event(True)) for _ in range(REPLAYS)]

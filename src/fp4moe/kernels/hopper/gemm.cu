@@ -6,9 +6,10 @@
 // gathering 16 bytes at a time. Each of the other GROUPS has two products of 64 rows in turn: while
 // one is in flight, the weights of the next are decoded into the other set of registers.
 //
-// source.py puts this behind common.cu, load.cu and activation.cu, and defines: GATE_UP, GATED, ACTIVATION and its numbers, GROUPS,
-// SLOTS, STAGES, WORDS (a lane's words of a row of a slab), SCALE_BYTES (of a row of a slab),
-// ROW_FACTOR, WEIGHT_FACTOR, BIASED; and the functions decode() and product().
+// source.py puts this behind common.cu, load.cu and activation.cu, and defines: GATE_UP, GATED,
+// ACTIVATION and its numbers, GROUPS, SLOTS, STAGES, WORDS (a lane's words of a row of a slab),
+// SCALE_BYTES (of a row of a slab), ROW_FACTOR, WEIGHT_FACTOR, BIASED; and the functions decode()
+// and product().
 
 __device__ __forceinline__ u64 describe(u32 address) {
   // 128-byte swizzle, 1024 bytes from one eight rows to the next.
