@@ -457,7 +457,7 @@ COLUMNS = {
 }
 ARGUMENTS = ["hidden", "expert_ids", "routing_weights", *COLUMNS]
 ARGUMENTS += ["activation", "gated", "kernel", "num_experts", "expert_offset"]
-NAMES = "flashinfer_trtllm, flashinfer_cutlass, triton_w8a8, triton, humming, reference"
+NAMES = "flashinfer_trtllm, flashinfer_cutlass, triton_w8a8, hopper, triton, humming, reference"
 NAMES += ", reference_w4a4, flashinfer_trtllm_w4a16"
 
 F32 = "torch.float32"

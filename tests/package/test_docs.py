@@ -49,10 +49,15 @@ def paths(small_gemma4, tmp_path):
 @pytest.fixture
 def registries(monkeypatch):
     """Whatever a page adds is gone after it."""
-    for registry in (ACTIVATIONS, FORMATS, KERNELS, ReferenceKernel.layouts):
-        for name in ("cube", "e5m2_rows", "plain"):
-            monkeypatch.delitem(registry, name, raising=False)
+    peft = pytest.importorskip("peft", reason="optional package")
+    tuners, kind = peft.PEFT_TYPE_TO_TUNER_MAPPING, peft.PeftType.LORA
+    monkeypatch.setitem(tuners, kind, tuners[kind])
     monkeypatch.setattr(readers, "READERS", list(readers.READERS))
+    before = [(r, dict(r)) for r in (ACTIVATIONS, FORMATS, KERNELS, ReferenceKernel.layouts)]
+    yield
+    for registry, entries in before:
+        registry.clear()
+        registry.update(entries)
 
 
 with_code = [
