@@ -14,8 +14,7 @@ peft = pytest.importorskip("peft", reason="optional package")
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_adapters_of_split_linears_are_refused(split):
-    fp4moe.register_peft()
+def test_adapters_of_split_linears_are_refused(split, registered_peft):
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 4))
     values = fp4moe.quantize_nvfp4(torch.randn(32, 32))
     model[0] = fp4moe.NVFP4Linear(values.packed, values.block_scale, values.global_scale)
